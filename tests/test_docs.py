@@ -1,0 +1,89 @@
+"""The documentation tells the truth: its numerical pages run, and print what they show."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Pages whose Python is pure numerics. Pages about models show shell commands and code that needs minutes to run.
+PAGES = ("README.md", "docs/index.md", "docs/tutorials/factor-a-matrix.md", "docs/tutorials/certificate.md", "docs/howto/matrices.md")
+
+FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+# Figures on a page are rounded to two or three digits, and BLAS libraries differ in the last one.
+RELATIVE_TOLERANCE = 0.02
+
+
+class Block(NamedTuple):
+    """One Python block, the line it starts on and the output that the page shows below it, if any."""
+
+    line: int
+    code: str
+    output: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    """Python blocks of a page, each with the ``text`` block that follows it without prose between."""
+    found = list(FENCE.finditer(page))
+    result = []
+    for here, following in zip(found, [*found[1:], None], strict=True):
+        if here["info"].strip() != "python":
+            continue
+        output = None
+        if following is not None and following["info"].split()[:1] == ["text"]:
+            between = page[here.end() : following.start()]
+            output = following["body"] if not between.strip() else None
+        result.append(Block(page.count("\n", 0, here.start()) + 2, here["body"], output))
+    return result
+
+
+def assert_same_output(shown: str, printed: str) -> None:
+    """Words must agree exactly, numbers to the precision of a page."""
+    assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), f"page:\n{shown}\nprinted:\n{printed}"
+    expected = [float(text) for text in NUMBER.findall(shown)]
+    actual = [float(text) for text in NUMBER.findall(printed)]
+    assert actual == pytest.approx(expected, rel=RELATIVE_TOLERANCE), f"page:\n{shown}\nprinted:\n{printed}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Blocks of a page build on each other, so they share one namespace.
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks((ROOT / name).read_text(encoding="utf-8")):
+        if "from_pretrained" in block.code or "cur.integrations" in block.code:
+            continue
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout):
+            exec(compile("\n" * (block.line - 1) + block.code, str(ROOT / name), "exec"), namespace)
+        if block.output is not None:
+            assert_same_output(block.output, stdout.getvalue())
+
+
+@pytest.mark.parametrize("name", PAGES[2:])
+def test_numerical_pages_show_code_with_its_output(name):
+    assert any(block.output for block in blocks((ROOT / name).read_text(encoding="utf-8")))
+
+
+def test_other_words_are_noticed():
+    with pytest.raises(AssertionError):
+        assert_same_output("rank 3", "order 3")
+
+
+def test_other_numbers_are_noticed():
+    assert_same_output("error 1.23e-05", "error 1.234e-05")
+    with pytest.raises(AssertionError):
+        assert_same_output("error 1.23e-05", "error 1.53e-05")
+
+
+def test_output_separated_by_prose_is_not_compared():
+    page = "```python\nprint(1)\n```\n\nSome prose.\n\n```text\n2\n```\n"
+    assert blocks(page) == [Block(2, "print(1)\n", None)]
