@@ -13,7 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Pages whose Python is pure numerics. Pages about models show shell commands and code that needs minutes to run.
-PAGES = ("README.md", "docs/index.md", "docs/tutorials/factor-a-matrix.md", "docs/tutorials/certificate.md", "docs/howto/matrices.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/tutorials/factor-a-matrix.md",
+    "docs/tutorials/certificate.md",
+    "docs/howto/matrices.md",
+)
 
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -47,7 +53,9 @@ def blocks(page: str) -> list[Block]:
 
 def assert_same_output(shown: str, printed: str) -> None:
     """Words must agree exactly, numbers to the precision of a page."""
-    assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), f"page:\n{shown}\nprinted:\n{printed}"
+    assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), (
+        f"page:\n{shown}\nprinted:\n{printed}"
+    )
     expected = [float(text) for text in NUMBER.findall(shown)]
     actual = [float(text) for text in NUMBER.findall(printed)]
     assert actual == pytest.approx(expected, rel=RELATIVE_TOLERANCE), f"page:\n{shown}\nprinted:\n{printed}"

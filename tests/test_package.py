@@ -11,7 +11,18 @@ import pytest
 
 import cur
 
-FRAMEWORKS = ("torch", "transformers", "jax", "cupy", "dask", "matplotlib", "typer", "rich", "tqdm", "datasets")
+FRAMEWORKS = (
+    "torch",
+    "transformers",
+    "jax",
+    "cupy",
+    "dask",
+    "matplotlib",
+    "typer",
+    "rich",
+    "tqdm",
+    "datasets",
+)
 
 
 def imported_modules(statement: str) -> set[str]:
@@ -48,7 +59,9 @@ def test_star_import_binds_exactly_all():
     assert set(namespace) - {"__builtins__"} == set(cur.__all__)
 
 
-@pytest.mark.parametrize("name", ["CUR", "Certificate", "cur", "deim", "deim_cur", "importance", "interpolative"])
+@pytest.mark.parametrize(
+    "name", ["CUR", "Certificate", "cur", "deim", "deim_cur", "importance", "interpolative"]
+)
 def test_documented_names_are_exported(name):
     assert name in cur.__all__
 
