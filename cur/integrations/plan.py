@@ -1,0 +1,277 @@
+"""The plan: which layers of a model are replaced, at which rank and in which layout.
+
+A plan is data. It can be printed, saved as JSON, edited by hand and replayed on the same architecture;
+nothing is decided while layers are swapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cur import ranks
+from cur._errors import CURError
+from cur.integrations.nn import LAYOUTS, dense_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FORMAT_VERSION", "IMPORTANCES", "LINKS", "Plan", "PlanEntry", "PlanError", "fingerprint"]
+
+FORMAT_VERSION = 1
+"""Version of the JSON written; a reader refuses newer ones."""
+
+IMPORTANCES = ("wanda", "magnitude", "weights")
+"""Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself."""
+
+LINKS = ("optimal", "activation")
+"""What the core U minimises: ``||W - C U R||_F``, or ``||(W - C U R) diag(||x||)||_F``."""
+
+
+class PlanError(CURError, ValueError):
+    """A plan cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """What happens to one linear layer.
+
+    Parameters
+    ----------
+    name : str
+        Dotted name of the module in the model.
+    shape : tuple of int
+        Outputs m and inputs n of the layer.
+    rank : int
+        Rows and columns kept.
+    layout : str
+        ``"cur"``, ``"folded"`` or ``"interpolative"``.
+    importance : str
+        One of :data:`IMPORTANCES`.
+    link : str
+        One of :data:`LINKS`.
+
+    Raises
+    ------
+    PlanError
+        If a value is not one of these, or the rank is outside ``1 .. min(m, n)``.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str = "cur"
+    importance: str = "wanda"
+    link: str = "optimal"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if len(self.shape) != 2 or not all(isinstance(side, int) and side > 0 for side in self.shape):
+            raise PlanError(f"`shape` of {self.name} must be two positive integers, got {self.shape!r}")
+        limit = min(self.shape)
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= limit:
+            m, n = self.shape
+            raise PlanError(
+                f"`rank` of {self.name} must be an integer between 1 and {limit}, the smaller side of "
+                f"{m} x {n}, got {self.rank!r}"
+            )
+        for key, known in (("layout", tuple(LAYOUTS)), ("importance", IMPORTANCES), ("link", LINKS)):
+            if getattr(self, key) not in known:
+                raise PlanError(
+                    f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}"
+                )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers kept in the factors (the bias, which stays, is not counted)."""
+        return ranks.parameters(*self.shape, self.rank, layout=self.layout)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the dense weight."""
+        return self.shape[0] * self.shape[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON types, with ``parameters`` for the reader's information."""
+        return {**asdict(self), "shape": list(self.shape), "parameters": self.parameters}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read an entry.
+
+        ``parameters`` follows from the rest and is not read, so that a rank can be edited alone.
+        """
+        known = {f.name for f in fields(cls)}
+        _refuse_unknown(data, known | {"parameters"}, f"entry {data.get('name', '?')!r}")
+        _require(data, ("name", "shape", "rank"), f"entry {data.get('name', '?')!r}")
+        shape = data["shape"]
+        if not isinstance(shape, (list, tuple)):
+            raise PlanError(f"`shape` of {data['name']} must be two positive integers, got {shape!r}")
+        values = {key: value for key, value in data.items() if key in known}
+        return cls(**{**values, "shape": tuple(shape)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every decision of one compression.
+
+    Parameters
+    ----------
+    entries : tuple of PlanEntry
+        One for each layer to replace.
+    fingerprint : str
+        :func:`fingerprint` of the dense model.
+    model : str
+        Where the dense model came from, for the reader.
+    seed : int
+        Seed of every random choice.
+    calibration : str or None
+        SHA-256 of the calibration tokens, or None when it is not known.
+    calibration_tokens : int
+        Their number.
+    angular : mapping of int to float
+        Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
+    versions : mapping of str to str
+        Versions of the libraries that made the plan.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    fingerprint: str
+    model: str = ""
+    seed: int = 0
+    calibration: str | None = None
+    calibration_tokens: int = 0
+    angular: Mapping[int, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a module that is named twice."""
+        names = [entry.name for entry in self.entries]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise PlanError(
+                f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers kept in the factors of all entries."""
+        return sum(entry.parameters for entry in self.entries)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the dense weights of all entries."""
+        return sum(entry.dense_parameters for entry in self.entries)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the plan was made for a model of this architecture and these shapes.
+
+        Raises
+        ------
+        PlanError
+            If the model lacks a module, a shape differs, or anything else about the architecture does.
+        TypeError
+            If a module is not a plain linear layer.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for entry in self.entries:
+            if entry.name not in modules:
+                raise PlanError(
+                    f"the plan names {entry.name}, which this model does not have: it is for another model"
+                )
+            shape = tuple(dense_weight(modules[entry.name], entry.name)[0].shape)
+            if shape != entry.shape:
+                raise PlanError(
+                    f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "
+                    "for "
+                    "another model"
+                )
+        if fingerprint(model) != self.fingerprint:
+            raise PlanError(
+                f"the plan was made for another model ({self.model or 'of unknown origin'}): modules and "
+                "shapes "
+                "differ outside its entries; make a plan for this one"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON types."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "calibration": self.calibration,
+            "calibration_tokens": self.calibration_tokens,
+            "angular": {str(layer): distance for layer, distance in self.angular.items()},
+            "versions": dict(self.versions),
+            "entries": [entry.to_dict() for entry in self.entries],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a plan from JSON types.
+
+        Raises
+        ------
+        PlanError
+            If the format is newer than this package, a field is unknown or missing, or a value is out of
+            range.
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError(f"a plan must be a JSON object, got {type(data).__name__}")
+        version = data.get("format_version")
+        if not isinstance(version, int):
+            raise PlanError(f"`format_version` of a plan must be an integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise PlanError(
+                f"the plan has format version {version}, this package reads up to {FORMAT_VERSION}: upgrade "
+                "cur-decomposition"
+            )
+        known = {f.name for f in fields(cls)}
+        _refuse_unknown(data, known | {"format_version"}, "the plan")
+        _require(data, ("entries", "fingerprint"), "the plan")
+        values = {key: value for key, value in data.items() if key in known}
+        values["entries"] = tuple(PlanEntry.from_dict(entry) for entry in data["entries"])
+        values["angular"] = {int(layer): float(value) for layer, value in data.get("angular", {}).items()}
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan from a JSON file; see :meth:`from_dict`."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over the names and shapes of all parameters: what one architecture and size share.
+
+    Weights and dtype do not enter, so that a plan made in float32 can be replayed on the same model in
+    bfloat16.
+    """
+    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def _refuse_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(set(data) - known):
+        raise PlanError(
+            f"{what} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+
+
+def _require(data: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    if missing := [name for name in names if name not in data]:
+        raise PlanError(f"{what} lacks {', '.join(missing)}")
