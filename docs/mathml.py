@@ -1,4 +1,4 @@
-"""Turn the formulas of a page into MathML while the site is built, so that no script renders them in the browser."""
+"""Turn the formulas of a page into MathML while the site is built: no script renders them in the browser."""
 
 from __future__ import annotations
 
