@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Pages whose Python is pure numerics. Pages about models show shell commands and code that needs minutes to run.
+# Pages whose Python is pure numerics. Pages about models show commands, and code that takes minutes.
 PAGES = (
     "README.md",
     "docs/index.md",
