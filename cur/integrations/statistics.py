@@ -1,0 +1,191 @@
+"""The statistics of a calibration run: what they hold, and their way to disk and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+__all__ = ["Statistics"]
+
+_FORMAT = "cur-statistics"
+_FORMAT_VERSION = 1
+_KINDS = ("square_sums", "products", "output_products")
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in ("cur-decomposition", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Statistics:
+    """What calibration measured.
+
+    Modules that share their input share one tensor in each mapping.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens seen, padding not counted.
+    samples : int
+        Samples (rows of batches) seen.
+    square_sums : mapping of str to torch.Tensor
+        Sum of ``x**2`` per input feature of each module, float64, shape (in,), on the CPU.
+    products : mapping of str to torch.Tensor
+        Sum of ``x x^T``, float64, shape (in, in); empty unless full moments were asked for.
+    counts : mapping of str to int
+        Input vectors summed, per module; `tokens` for a module that runs once per token.
+    output_products : mapping of str to torch.Tensor
+        Sum of ``g g^T`` over the gradients ``g`` of the loss with respect to each module's outputs, float64,
+        shape (out, out); empty unless gradients were collected.
+    angles : torch.Tensor or None
+        Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for L blocks; row and
+        column 0 stand for the input of the first block, i + 1 for the output of block i. None if no blocks
+        were named.
+    layers : tuple of str
+        The names of the blocks.
+    text_hash : str
+        SHA-256 of the token ids, sample by sample without padding.
+    model : str
+        Name of the model.
+    versions : mapping of str to str
+        Versions of the packages that measured.
+    """
+
+    tokens: int
+    samples: int
+    square_sums: Mapping[str, torch.Tensor]
+    counts: Mapping[str, int]
+    products: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    output_products: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    angles: torch.Tensor | None = None
+    layers: tuple[str, ...] = ()
+    text_hash: str = ""
+    model: str = ""
+    versions: Mapping[str, str] = field(default_factory=_versions)
+
+    def __repr__(self) -> str:
+        kind = "full" if self.products else "diagonal"
+        return (
+            f"Statistics(model={self.model!r}, tokens={self.tokens}, samples={self.samples}, "
+            f"modules={len(self.square_sums)}, moments={kind!r}, layers={len(self.layers)})"
+        )
+
+    @property
+    def angular(self) -> dict[int, float]:
+        """Angular distance of block i: from the output of block i - 1 (the input of block 0) to its own."""
+        if self.angles is None:
+            return {}
+        return {index: float(self.angles[index, index + 1]) for index in range(len(self.layers))}
+
+    def x_norm(self, name: str, /) -> torch.Tensor:
+        """Return the 2-norm of each input feature over all tokens, float64, shape (in,), for WANDA."""
+        return self._get(self.square_sums, name, "no statistics").sqrt()
+
+    def second_moment(self, name: str, /) -> torch.Tensor:
+        """Return ``E[x x^T]`` of a module's inputs, float64, shape (in, in)."""
+        total = self._get(self.products, name, "no second moments (collect them with `moments='full'`)")
+        return total / self.counts[name]
+
+    def output_moment(self, name: str, /) -> torch.Tensor:
+        """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
+        total = self._get(self.output_products, name, "no gradients")
+        return total / self.counts[name]
+
+    def _get(self, where: Mapping[str, torch.Tensor], name: str, lacking: str) -> torch.Tensor:
+        try:
+            return where[name]
+        except KeyError:
+            raise KeyError(
+                f"these statistics hold {lacking} of {name!r}; they cover {len(where)} modules"
+            ) from None
+
+    def save(self, path: str | Path, /) -> None:
+        """Write the statistics to one safetensors file, whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        shared: dict[str, dict[str, str]] = {}
+        for kind in _KINDS:
+            owner: dict[int, str] = {}
+            shared[kind] = {}
+            for name, tensor in getattr(self, kind).items():
+                shared[kind][name] = owner.setdefault(id(tensor), name)
+                if owner[id(tensor)] == name:
+                    tensors[f"{kind}/{name}"] = tensor.contiguous()
+        if self.angles is not None:
+            tensors["angles"] = self.angles
+        facts = {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "counts": dict(self.counts),
+            "layers": list(self.layers),
+            "text_hash": self.text_hash,
+            "model": self.model,
+            "versions": dict(self.versions),
+            "shared": shared,
+        }
+        metadata = {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), "facts": json.dumps(facts)}
+        path = Path(path).expanduser()
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise OSError(f"the statistics could not be written to {str(path)!r}: {error}") from error
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, /) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file does not exist, is damaged, is of another kind or of a newer format.
+        """
+        try:
+            with safe_open(Path(path).expanduser(), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{str(path)!r} does not hold calibration statistics of this package")
+                if int(metadata["format_version"]) > _FORMAT_VERSION:
+                    raise ValueError(
+                        f"{str(path)!r} has format {metadata['format_version']}, this version of the "
+                        "package reads up "
+                        f"to {_FORMAT_VERSION}; upgrade it: pip install -U cur-decomposition"
+                    )
+                facts = json.loads(metadata["facts"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ValueError(f"statistics file {str(path)!r} does not exist") from None
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}") from error
+        shared = facts.pop("shared")
+        parts = {
+            kind: {name: tensors[f"{kind}/{owner}"] for name, owner in shared[kind].items()}
+            for kind in _KINDS
+        }
+        layers = tuple(facts.pop("layers"))
+        return cls(angles=tensors.get("angles"), layers=layers, **facts, **parts)

@@ -1,0 +1,283 @@
+"""Calibration and evaluation text, and its way into token windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["batches", "dataset_texts", "embedded_text", "read_text", "token_windows"]
+
+
+def embedded_text(half: Literal["calibrate", "evaluate"]) -> str:
+    r"""Return one half of the Python language reference that every CPython ships.
+
+    The text is the topics of :mod:`pydoc_data.topics` in their own order, joined by blank lines. The
+    calibration half is the leading topics up to the one in which half of the characters are reached. The
+    evaluation half is all later topics less every paragraph that stands in the calibration half too: the
+    reference repeats itself (``with`` is also a part of ``compound``), and without this about one sixth of
+    the evaluation text would have been seen in calibration.
+
+    Parameters
+    ----------
+    half : {"calibrate", "evaluate"}
+        Which half.
+
+    Returns
+    -------
+    str
+        Some 200,000 characters; the exact text depends on the version of Python.
+
+    Raises
+    ------
+    ValueError
+        If `half` is neither of the two.
+
+    Examples
+    --------
+    >>> from cur.integrations import embedded_text
+    >>> embedded_text("calibrate").startswith('The "assert" statement')
+    True
+    """
+    if half not in ("calibrate", "evaluate"):
+        raise ValueError(f"`half` must be 'calibrate' or 'evaluate', got {half!r}")
+    from pydoc_data.topics import topics
+
+    texts = list(topics.values())
+    middle = sum(map(len, texts)) / 2
+    reached, count = 0, 0
+    while reached < middle:
+        reached += len(texts[count])
+        count += 1
+    if half == "calibrate":
+        return "\n\n".join(texts[:count])
+    seen = {_words(paragraph) for text in texts[:count] for paragraph in text.split("\n\n")}
+    kept = ("\n\n".join(p for p in text.split("\n\n") if _words(p) not in seen) for text in texts[count:])
+    return "\n\n".join(text for text in kept if text.strip())
+
+
+def _words(paragraph: str) -> str:
+    # Repeated paragraphs are indented and wrapped anew where they are repeated.
+    return " ".join(paragraph.split())
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        If the file does not exist, is a directory, cannot be read, is not UTF-8 or holds only white space.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"text file {str(path)!r} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"text file {str(path)!r} is a directory; name one file in it") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text file {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"text file {str(path)!r} cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        raise ValueError(f"text file {str(path)!r} is empty; calibration and evaluation need text")
+    return text
+
+
+def dataset_texts(
+    dataset: str,
+    /,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    count: int | None = 128,
+    min_characters: int = 1,
+) -> Iterator[str]:
+    """Stream texts from a data set of the Hugging Face hub, first come first served.
+
+    Parameters
+    ----------
+    dataset : str
+        Id of the data set, for instance ``"allenai/c4"``, or a local path that ``datasets.load_dataset``
+        reads.
+    name : str, optional
+        Configuration of the data set, for instance ``"en"``.
+    split : str, default "train"
+        Split to read.
+    column : str, default "text"
+        Column that holds the text.
+    count : int or None, default 128
+        Number of texts, the default being the number of samples that CURing (arXiv 2501.04211) calibrates on;
+        None streams without end.
+    min_characters : int, default 1
+        Shorter texts are passed over and not counted.
+
+    Yields
+    ------
+    str
+
+    Raises
+    ------
+    ImportError
+        If the package ``datasets`` is missing.
+    ValueError
+        If the data set cannot be opened, lacks the column, or ends before `count` texts were found.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"`count` must be at least 1 or None, got {count}")
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"reading data set {dataset!r} needs the package `datasets`; type: pip install datasets"
+        ) from None
+    try:
+        stream: Iterable[Any] = datasets.load_dataset(dataset, name, split=split, streaming=True)
+    except Exception as error:  # load_dataset raises whatever its file system, builder or network raised
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"data set {dataset!r} (name {name!r}, split {split!r}) could not be opened: {reason}"
+        ) from error
+    return _take(stream, dataset=dataset, column=column, count=count, min_characters=min_characters)
+
+
+def _take(
+    stream: Iterable[Any], *, dataset: str, column: str, count: int | None, min_characters: int
+) -> Iterator[str]:
+    found = 0
+    for row in stream:
+        if column not in row:
+            raise ValueError(
+                f"data set {dataset!r} has no column {column!r}; it has {', '.join(map(repr, row))}"
+            )
+        if len(row[column]) >= min_characters:
+            yield row[column]
+            found += 1
+            if found == count:
+                return
+    if count is not None:
+        raise ValueError(
+            f"data set {dataset!r} ended after {found} texts of {min_characters} or more characters, "
+            f"{count} were asked for"
+        )
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str],
+    /,
+    *,
+    length: int,
+    count: int | None = None,
+    name: str = "text",
+) -> torch.Tensor:
+    r"""Cut a text into windows of equal numbers of tokens.
+
+    The whole text is tokenised as one stream, without special tokens, and cut off the front into windows that
+    neither overlap nor leave gaps; the incomplete last one is dropped.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's own tokenizer.
+    text : str or iterable of str
+        The text. The texts of an iterable are joined by blank lines, and no more are drawn than the windows
+        need.
+    length : int
+        Tokens per window, at least 2 (one token to see and one to predict).
+    count : int, optional
+        Number of windows; default as many as there are.
+    name : str, default "text"
+        How errors call the text.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape (count, length).
+
+    Raises
+    ------
+    ValueError
+        If the text is empty, or shorter than `count` windows (or than one).
+    """
+    if length < 2:
+        raise ValueError(f"`length` must be at least 2 tokens, got {length}")
+    if count is not None and count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}")
+    needed = None if count is None else count * length
+    tokens: list[int] = []
+    for part in [text] if isinstance(text, str) else _joined(text):
+        # Without the model's own special tokens, so that every window is alike; `verbose=False` keeps the
+        # tokenizer from warning that a stream is longer than the model's context.
+        tokens += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        if needed is not None and len(tokens) >= needed:
+            break
+    if not tokens:
+        raise ValueError(f"{name} is empty: it holds no token")
+    available = len(tokens) // length
+    if available < (count or 1):
+        raise ValueError(
+            f"{name} is too short: it holds {len(tokens)} tokens, {count or 1} window(s) of {length} need "
+            f"{(count or 1) * length}; give more text, or ask for fewer or shorter windows"
+        )
+    count = available if count is None else count
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _joined(texts: Iterable[str]) -> Iterator[str]:
+    for index, text in enumerate(texts):
+        yield text if index == 0 else "\n\n" + text
+
+
+def batches(windows: torch.Tensor, /, *, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """Group token windows into batches that a model takes.
+
+    Parameters
+    ----------
+    windows : torch.Tensor
+        Token ids, integer, shape (count, length).
+    batch_size : int
+        Windows per batch; the last batch may hold fewer.
+
+    Returns
+    -------
+    list of dict
+        Each with ``input_ids`` and ``attention_mask``, int64, shape (batch, length). The mask is all ones:
+        windows are not padded.
+
+    Raises
+    ------
+    TypeError
+        If `windows` is not a two-dimensional integer tensor.
+    ValueError
+        If there is no window, or `batch_size` is below 1.
+    """
+    if not isinstance(windows, torch.Tensor) or windows.ndim != 2 or windows.is_floating_point():
+        raise TypeError(
+            "`windows` must be an integer tensor of shape (count, length), as `token_windows` returns"
+        )
+    if windows.numel() == 0:
+        raise ValueError(f"`windows` must hold at least one token, got shape {tuple(windows.shape)}")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in windows.to(torch.int64).split(batch_size)
+    ]
