@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -158,7 +158,7 @@ def _find(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, n
 
 
 def _total_samples(batches: Iterable[Any]) -> int | None:
-    if not isinstance(batches, Sized) or not isinstance(batches, Sequence):
+    if not isinstance(batches, Sequence):
         return None
     sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]
     return sum(len(size) for size in sizes)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
@@ -71,7 +72,7 @@ def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
 
 
 def _num_hidden_layers(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     count = getattr(config, "num_hidden_layers", None)
@@ -114,8 +115,8 @@ def linear_modules(
         three-dimensional parameter, outside `layers`, everything excluded.
     """
     listed = not isinstance(targets, str)
-    patterns = list(targets) if listed else [targets]
-    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+    patterns: list[str] = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns or "" in patterns:
         raise ValueError(f"`targets` must name at least one module and no empty name, got {targets!r}")
     modules = {name: module for name, module in model.named_modules() if name}
     linear = {name for name, module in modules.items() if is_linear(module)}

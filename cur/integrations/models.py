@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,18 +111,12 @@ def _embedded_gguf() -> Path | None:
 
 
 def _may_be_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not name.endswith(".gguf")
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None and not name.endswith(".gguf")
 
 
 def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         # One question to the hub first: transformers would retry for half a minute without a network, and
@@ -134,7 +131,7 @@ def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
             raise ValueError(
                 f"`model` {name!r} is neither a path here nor a model on the hub; {_REMEDY}"
             ) from None
-        except (OSError, OfflineModeIsEnabled, *_connection_errors()) as error:
+        except _connection_errors() as error:
             raise ValueError(
                 f"`model` {name!r} is not a path here, and the hub cannot be reached "
                 f"({_first_line(error)}); {_REMEDY}"
@@ -143,9 +140,8 @@ def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    # huggingface_hub speaks through requests (an OSError), httpx or its successor, depending on its version;
-    # the errors of the latter two share no public base class with anything else.
-    found: list[type[Exception]] = []
+    # huggingface_hub speaks through requests (an OSError), httpx or its successor, depending on its version.
+    found: list[type[Exception]] = [OSError]
     for client in ("httpx", "httpx2"):
         if find_spec(client) is not None:
             found.append(import_module(client).HTTPError)
@@ -156,7 +152,8 @@ def _load(
     place: Path | str, source: str, dtype: torch.dtype, device_map: Any, *, gguf: str | None = None
 ) -> LoadedModel:
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    with _quiet():
+    # Files of the hub may take minutes to arrive: their bars stay.
+    with _quiet() if Path(place).exists() else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
             model = AutoModelForCausalLM.from_pretrained(
@@ -173,8 +170,7 @@ def _load(
 def _forget_gguf(model: PreTrainedModel) -> None:
     # The weights are plain tensors by now, yet transformers keeps the mark of the file they came from, with
     # which save_pretrained refuses and a second quantizer cannot be attached.
-    model.hf_quantizer = None
-    for mark in ("is_quantized", "quantization_method"):
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(mark, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -186,11 +182,17 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # Bars for files that load in seconds say nothing; warnings (missing weights, unknown options) still show.
+    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    captured = StringIO()
     try:
-        yield
+        # The bar of GGUF files is a plain tqdm that no setting turns off.
+        with redirect_stderr(captured):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        for line in re.split(r"[\r\n]+", captured.getvalue()):
+            if line.strip() and re.search(r"\d+%\|.*\|", line) is None:
+                print(line, file=sys.stderr)

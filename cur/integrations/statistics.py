@@ -182,10 +182,19 @@ class Statistics:
             raise ValueError(f"statistics file {str(path)!r} does not exist") from None
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}") from error
-        shared = facts.pop("shared")
-        parts = {
+        shared: dict[str, dict[str, str]] = facts["shared"]
+        parts: dict[str, dict[str, torch.Tensor]] = {
             kind: {name: tensors[f"{kind}/{owner}"] for name, owner in shared[kind].items()}
             for kind in _KINDS
         }
-        layers = tuple(facts.pop("layers"))
-        return cls(angles=tensors.get("angles"), layers=layers, **facts, **parts)
+        return cls(
+            tokens=facts["tokens"],
+            samples=facts["samples"],
+            counts=facts["counts"],
+            angles=tensors.get("angles"),
+            layers=tuple(facts["layers"]),
+            text_hash=facts["text_hash"],
+            model=facts["model"],
+            versions=facts["versions"],
+            **parts,
+        )

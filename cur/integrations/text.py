@@ -269,7 +269,7 @@ def batches(windows: torch.Tensor, /, *, batch_size: int) -> list[dict[str, torc
     ValueError
         If there is no window, or `batch_size` is below 1.
     """
-    if not isinstance(windows, torch.Tensor) or windows.ndim != 2 or windows.is_floating_point():
+    if windows.ndim != 2 or windows.is_floating_point():
         raise TypeError(
             "`windows` must be an integer tensor of shape (count, length), as `token_windows` returns"
         )
@@ -279,5 +279,5 @@ def batches(windows: torch.Tensor, /, *, batch_size: int) -> list[dict[str, torc
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     return [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in windows.to(torch.int64).split(batch_size)
+        for part in torch.split(windows.to(torch.int64), batch_size)
     ]
