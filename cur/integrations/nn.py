@@ -98,8 +98,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, m x n, multiplied out at every access; half-precision factors are multiplied "
-        "in float32."""
+        """The dense weight, m x n, multiplied out at every access (half precision through float32)."""
         left, right = self.two_factors()
         return (_wide(left) @ _wide(right)).to(right.dtype)
 

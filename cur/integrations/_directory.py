@@ -1,0 +1,95 @@
+"""Writing a directory so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_target", "new_directory"]
+
+# A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Return the absolute path of a directory that may be written.
+
+    Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
+
+    Raises
+    ------
+    FileExistsError
+        If the path is a file, or a directory that is not empty and `overwrite` is False.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name a directory that does not exist yet")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"{target} exists and is not empty; name another directory, or overwrite it")
+    return target
+
+
+@contextmanager
+def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `directory` and rename it when the block ends.
+
+    If the block raises, KeyboardInterrupt included, the temporary directory is removed and whatever was at
+    `directory` before is untouched. With `overwrite`, the old directory goes only after the new one is
+    complete.
+
+    Parameters
+    ----------
+    directory : path
+        What to create. Missing parents are made.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        As :func:`check_target`.
+    OSError
+        If the disk is full, in one sentence, whatever the writer inside made of it.
+    """
+    target = check_target(directory, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile.mkdtemp: its mode 0700 would stay with the directory after the rename.
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    try:
+        scratch.mkdir()
+        yield scratch
+        _replace(scratch, target)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if _is_full(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left to write {target}; nothing was left behind, free some and try again",
+            ) from error
+        raise
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+    target.rename(old)
+    try:
+        scratch.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # safetensors reports an error of the operating system only as text, with the system's number at its end.
+    return type(error).__name__ == "SafetensorError" and any(f"os error {n}" in str(error) for n in _FULL)

@@ -1,0 +1,99 @@
+"""The model card of a compressed checkpoint."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from cur.integrations.nn import compressed_modules
+from cur.integrations.report import CompressionReport, Size, model_size
+
+__all__ = ["model_card"]
+
+
+def model_card(model: PreTrainedModel, report: CompressionReport | None = None) -> str:
+    """Return the README of a checkpoint: how to load it, what was done, and with which figures.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The compressed model.
+    report : CompressionReport, optional
+        Where the figures come from; without it only the sizes of the layers are known.
+
+    Returns
+    -------
+    str
+        Markdown with a metadata block that the Hugging Face hub reads.
+    """
+    base = report.plan.model if report is not None else ""
+    layers = compressed_modules(model)
+    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {base}", "base_model_relation: finetune"] if _is_hub_id(base) else []),
+        "tags:",
+        "- cur-decomposition",
+        "- low-rank",
+        "---",
+        "",
+        f"# {base or type(model).__name__}, compressed by CUR factorization",
+        "",
+        "```python",
+        "import cur.integrations  # pip install 'cur-decomposition[transformers]'; without it loading fails",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+        f"{len(layers)} linear layers hold a factored weight of lower rank.",
+        "",
+    ]
+    if report is not None:
+        lines += _figures(report)
+        lines += ["", "`plan.json` says what was decided, `report.json` what came of it.", ""]
+    lines += [
+        "| layer | shape | layout | rank | numbers before | numbers after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, layer in layers.items():
+        after = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
+        shape = f"{layer.out_features} x {layer.in_features}"
+        dense = layer.out_features * layer.in_features
+        lines.append(f"| `{name}` | {shape} | {layer.layout} | {layer.rank} | {dense:,} | {after:,} |")
+    if report is None:
+        lines += ["", f"The model has {_size(model_size(model))}."]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(report: CompressionReport) -> list[str]:
+    plan = report.plan
+    importance = ", ".join(sorted({entry.importance for entry in plan.entries}))
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        f"| parameters | {report.before.parameters:,} | {report.after.parameters:,} |",
+        f"| bytes in memory | {report.before.bytes:,} | {report.after.bytes:,} |",
+        f"| compressed weights, numbers | {plan.dense_parameters:,} | {plan.parameters:,} |",
+    ]
+    for text in dict.fromkeys(name.partition(", ")[2] for name in report.perplexity):
+        values = [report.perplexity.get(f"{state}, {text}") for state in ("before", "after")]
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"| perplexity, {text} | {cells[0]} | {cells[1]} |")
+    return [
+        *lines,
+        "",
+        f"Rows and columns were chosen by DEIM on the importance `{importance}`, from "
+        f"{plan.calibration_tokens:,} "
+        f"tokens of calibration text (SHA-256 of the tokens: `{plan.calibration}`), seed {plan.seed}.",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
+    ]
+
+
+def _size(size: Size) -> str:
+    return f"{size.parameters:,} parameters in {size.bytes:,} bytes"
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -1,0 +1,185 @@
+"""Saving a compressed model as an ordinary transformers checkpoint, and as a dense one.
+
+``AutoModelForCausalLM.from_pretrained`` reads the directory in any process that has imported
+``cur.integrations``, and fails in any other: the weights are in ``cur_model.safetensors``, a name only our
+quantizer knows, and the file itself holds the guards of
+:meth:`~cur.integrations.quantizer.CURQuantizer.get_state_dict_and_metadata`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from cur.integrations._directory import check_target, new_directory
+from cur.integrations.nn import compressed_modules, swap_
+from cur.integrations.quantizer import CheckpointError, CURConfig, CURQuantizer, mark_
+
+if TYPE_CHECKING:
+    from cur.integrations.report import CompressionReport
+
+__all__ = [
+    "CURConfig",
+    "CURQuantizer",
+    "CheckpointError",
+    "check_target",
+    "dense_export",
+    "mark_",
+    "read_config",
+    "save",
+]
+
+WEIGHTS = "cur_model.safetensors"
+PLAN = "plan.json"
+REPORT = "report.json"
+
+# What transformers writes by default; our names replace the stem.
+_DEFAULT_STEM = "model"
+_INDEX = ".safetensors.index.json"
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    report: CompressionReport | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a compressed model, whole or not at all.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A model with compressed layers.
+    tokenizer : PreTrainedTokenizerBase or None
+        Saved beside it.
+    directory : path
+        What to create.
+    report : CompressionReport, optional
+        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced; it stays until the new one is complete.
+    max_shard_size : int or str, default "5GB"
+        Largest size of one weight file, in bytes or with a unit.
+
+    Returns
+    -------
+    Path
+        The absolute path of the directory.
+
+    Raises
+    ------
+    ValueError
+        If the model has no compressed layers.
+    FileExistsError
+        If the directory exists, is not empty, and `overwrite` is False.
+    OSError
+        If the disk is full.
+    """
+    from cur.integrations.card import model_card
+
+    if not compressed_modules(model):
+        raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
+    mark_(model)
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        # In-memory names: the shapes checked on loading are looked up under the names in `config.json`.
+        model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
+        _rename_weights(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if report is not None:
+            report.plan.save(scratch / PLAN)
+            report.save(scratch / REPORT)
+        (scratch / "README.md").write_text(model_card(model, report), encoding="utf-8")
+    return Path(directory).expanduser().absolute()
+
+
+def dense_export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a plain checkpoint, every compressed layer multiplied out, that loads without this package.
+
+    The compressed model itself is unchanged. The parameters are those of :func:`save`.
+    """
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        with _multiplied_out(model):
+            model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    return Path(directory).expanduser().absolute()
+
+
+def read_config(directory: str | os.PathLike[str]) -> CURConfig:
+    """Read what a checkpoint says about its compressed layers, without its weights.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds no compressed checkpoint, or one of a newer format.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    data = config.get("quantization_config") or {}
+    if data.get("quant_method") != "cur":
+        raise CheckpointError(f"{directory} is not a compressed checkpoint: its config.json does not say so")
+    if not isinstance(data.get("modules"), dict):
+        raise CheckpointError(f"{path} does not list the compressed modules")
+    return CURConfig(**data)
+
+
+@contextmanager
+def _multiplied_out(model: PreTrainedModel) -> Iterator[None]:
+    """Hold dense layers in the place of the compressed ones for a while; the rest of the model is shared."""
+    layers = compressed_modules(model)
+    if not layers:
+        yield
+        return
+    mark_(model)
+    tied = dict(model.all_tied_weights_keys)
+    model.dequantize(dtype=model.dtype)
+    try:
+        yield
+    finally:
+        swap_(model, layers)
+        model.all_tied_weights_keys = tied
+        mark_(model)
+
+
+def _rename_weights(directory: Path) -> None:
+    """Give the weight files the name that only our quantizer looks for; `config.json` tells it."""
+    ours = WEIGHTS.removesuffix(".safetensors")
+
+    def renamed(name: str) -> str:
+        return ours + name.removeprefix(_DEFAULT_STEM)
+
+    index = directory / (_DEFAULT_STEM + _INDEX)
+    weights = renamed(index.name) if index.exists() else WEIGHTS
+    if index.exists():
+        data = json.loads(index.read_text(encoding="utf-8"))
+        data["weight_map"] = {key: renamed(name) for key, name in data["weight_map"].items()}
+        (directory / weights).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        index.unlink()
+    for file in directory.glob(f"{_DEFAULT_STEM}*.safetensors"):
+        file.rename(directory / renamed(file.name))
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["weights"] = weights
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

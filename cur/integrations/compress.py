@@ -1,0 +1,412 @@
+"""From a model and calibration text to a smaller model: measure, plan, decompose, swap.
+
+:func:`compress` is the four in a row; :func:`make_plan` and :func:`apply_plan_` are the two halves that a
+plan lies between. The model is changed only when every factorization has succeeded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from cur.decompose import deim_cur
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cur import importance as scores
+from cur import ranks
+from cur._errors import NumericalError, RankWarning
+from cur.integrations.calibration import Statistics, collect
+from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
+from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, dense_weight, swap_
+from cur.integrations.plan import IMPORTANCES, LINKS, Plan, PlanEntry, fingerprint
+from cur.integrations.quantizer import mark_
+from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
+from cur.integrations.text import batches
+
+__all__ = ["CompressConfig", "StageProgress", "apply_plan_", "compress", "make_plan"]
+
+StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
+"""Called as ``progress(stage, done, total)``: ``calibrate`` in samples, ``decompose`` in layers."""
+
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """How to compress; the defaults are the setting of "CURing Large Models" (arXiv 2501.04211).
+
+    Parameters
+    ----------
+    layers : int, default 10
+        Number of blocks to compress: those of smallest angular distance, never the first or the last.
+    targets : str or tuple of str
+        Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
+    exclude : str or tuple of str, default ()
+        Modules to leave alone, by the same rules.
+    rank : int, default 128
+        Largest rank. A layer gets this or its break-even rank, the largest at which its factors are smaller
+        than its weight, whichever is lower. The paper takes 256 for a width of 4096; 128 suits widths near
+        576.
+    layout : {"cur", "folded", "interpolative"}, default "cur"
+        How the factors are stored.
+    importance : {"wanda", "magnitude", "weights"}, default "wanda"
+        Whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, or ``W``.
+    link : {"optimal", "activation"}, default "optimal"
+        Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
+        norm ``||x||``. Weighted, the certificate is in the weighted norm too.
+    precision : {"float32", "float64"}, default "float32"
+        Of the factorizations; the factors are stored in the dtype of the weight.
+    batch_size : int, default 4
+        Windows per forward pass of the calibration; changes the statistics by rounding only.
+    seed : int, default 0
+        Of every random choice.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    layers: int = 10
+    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "gate_proj")
+    exclude: str | tuple[str, ...] = ()
+    rank: int = 128
+    layout: str = "cur"
+    importance: str = "wanda"
+    link: str = "optimal"
+    precision: str = "float32"
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("layers", "rank", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+        choices = {
+            "layout": tuple(LAYOUTS),
+            "importance": IMPORTANCES,
+            "link": LINKS,
+            "precision": tuple(PRECISIONS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+def compress(
+    model: PreTrainedModel,
+    calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
+    config: CompressConfig | None = None,
+    *,
+    progress: StageProgress | None = None,
+) -> CompressionReport:
+    """Replace linear layers of a model by factored ones, in place.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Changed in place, and only if everything succeeds.
+    calibration : Tensor, iterable of mapping, or Statistics
+        Token windows (count, length), batches of ``input_ids`` and ``attention_mask``, or statistics of an
+        earlier run, which must cover the targets.
+    config : CompressConfig, optional
+        Default: the paper's setting.
+    progress : callable, optional
+        See :data:`StageProgress`.
+
+    Returns
+    -------
+    CompressionReport
+
+    Raises
+    ------
+    ValueError
+        If a target matches nothing, has a weight that is tied to another parameter, or `rank` exceeds what
+        any target allows; before any forward pass.
+    NumericalError
+        If a weight or an activation is NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from cur.integrations import CompressConfig, compress
+    >>> _ = torch.manual_seed(0)
+    >>> shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)
+    >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape))
+    >>> windows = torch.randint(50, (4, 16))
+    >>> report = compress(model, windows, CompressConfig(layers=2, targets=("gate_proj",), rank=8))
+    >>> [(layer.rank, layer.parameters_before, layer.parameters_after) for layer in report.layers]
+    [(8, 2048, 832), (8, 2048, 832)]
+    """
+    config = config or CompressConfig()
+    candidates = _candidates(model, config)
+    seconds: dict[str, float] = {}
+    before = model_size(model)
+    start = time.perf_counter()
+    if isinstance(calibration, Statistics):
+        statistics = calibration
+    else:
+        given: Iterable[Any] = (
+            batches(calibration, batch_size=config.batch_size)
+            if isinstance(calibration, Tensor)
+            else calibration
+        )
+        statistics = collect(
+            model,
+            given,
+            modules=candidates,
+            layers=[name for name, _ in decoder_layers(model)],
+            progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
+        )
+    seconds["calibrate"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    plan = make_plan(model, statistics, config)
+    seconds["plan"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    layers, reports = _decompose(model, plan, statistics, config.precision, progress)
+    seconds["decompose"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    swap_(model, layers)
+    mark_(model)
+    seconds["swap"] = time.perf_counter() - start
+    return CompressionReport(
+        plan=_as_done(plan, reports),
+        layers=tuple(reports),
+        before=before,
+        after=model_size(model),
+        seconds=seconds,
+        versions=versions(),
+    )
+
+
+def make_plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig | None = None) -> Plan:
+    """Decide which layers are replaced, and at which rank.
+
+    The rank of a layer is ``min(config.rank, break-even, live input features)``: a feature that was zero on
+    every calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
+
+    Raises
+    ------
+    ValueError
+        As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
+    """
+    config = config or CompressConfig()
+    candidates = set(_candidates(model, config))
+    if not statistics.angular:
+        raise ValueError(
+            "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
+        )
+    chosen = choose_layers(statistics.angular, config.layers)
+    names = linear_modules(model, config.targets, exclude=config.exclude, layers=chosen)
+    entries = []
+    for name in names:
+        if name not in candidates:
+            continue
+        m, n = dense_weight(model.get_submodule(name), name)[0].shape
+        live = int((_x_norm(statistics, name) > 0).sum())
+        if live == 0:
+            raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
+        rank = min(config.rank, ranks.break_even(m, n, layout=config.layout), live)
+        if rank < 1:
+            raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
+        entries.append(
+            PlanEntry(
+                name=name,
+                shape=(m, n),
+                rank=rank,
+                layout=config.layout,
+                importance=config.importance,
+                link=config.link,
+            )
+        )
+    return Plan(
+        entries=tuple(entries),
+        fingerprint=fingerprint(model),
+        model=str(getattr(model.config, "_name_or_path", "") or ""),
+        seed=config.seed,
+        calibration=statistics.text_hash or None,
+        calibration_tokens=statistics.tokens,
+        angular=statistics.angular,
+        versions=versions(),
+    )
+
+
+def apply_plan_(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics,
+    *,
+    precision: str = "float32",
+    progress: StageProgress | None = None,
+) -> list[LayerReport]:
+    """Carry out a plan, in place; the model is changed only if every factorization succeeds.
+
+    Raises
+    ------
+    PlanError
+        If the plan was made for another model.
+    NumericalError
+        If a weight is NaN or infinite.
+    """
+    layers, reports = _decompose(model, plan, statistics, precision, progress)
+    swap_(model, layers)
+    mark_(model)
+    return reports
+
+
+def _candidates(model: PreTrainedModel, config: CompressConfig) -> list[str]:
+    """Name the layers that could be chosen, refusing before any forward pass what could not be compressed."""
+    blocks = decoder_layers(model)
+    if config.layers > len(blocks) - 2:
+        raise ValueError(
+            f"`layers` must be between 1 and {max(len(blocks) - 2, 0)} for a model of {len(blocks)} blocks, "
+            "whose "
+            f"first and last are never chosen, got {config.layers}"
+        )
+    names = linear_modules(model, config.targets, exclude=config.exclude, layers=range(1, len(blocks) - 1))
+    tied = _tied_weights(model)
+    limit, widest = 0, ""
+    for name in names:
+        weight, _, _ = dense_weight(model.get_submodule(name), name)
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is offloaded; load the model onto one device, or exclude it"
+            )
+        if other := tied.get(weight.data_ptr(), {name}) - {name}:
+            raise ValueError(
+                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave "
+                "the "
+                "other dense, so exclude it"
+            )
+        if min(weight.shape) > limit:
+            limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
+    if config.rank > limit:
+        raise ValueError(
+            f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got "
+            f"{config.rank}"
+        )
+    return names
+
+
+def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
+    """Return the modules that hold each parameter, by its address; a module under two names is one module."""
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel() and not parameter.is_meta:
+                holders.setdefault(parameter.data_ptr(), set()).add(name)
+    return holders
+
+
+def _x_norm(statistics: Statistics, name: str) -> Tensor:
+    try:
+        return statistics.x_norm(name)
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+
+
+def _decompose(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics,
+    precision: str,
+    progress: StageProgress | None,
+) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
+    plan.check(model)
+    layers: dict[str, CompressedLinear] = {}
+    reports: list[LayerReport] = []
+    for done, entry in enumerate(plan.entries):
+        if progress is not None:
+            progress("decompose", done, len(plan.entries))
+        module = model.get_submodule(entry.name)
+        layers[entry.name], report = _decompose_one(
+            module, entry, _x_norm(statistics, entry.name), PRECISIONS[precision], plan.seed
+        )
+        reports.append(report)
+    if progress is not None:
+        progress("decompose", len(plan.entries), len(plan.entries))
+    return layers, reports
+
+
+@torch.no_grad()
+def _decompose_one(
+    module: nn.Module, entry: PlanEntry, x_norm: Tensor, dtype: torch.dtype, seed: int
+) -> tuple[CompressedLinear, LayerReport]:
+    start = time.perf_counter()
+    weight, bias, transposed = dense_weight(module, entry.name)
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(f"the weight of {entry.name} holds NaN or infinity; it cannot be factorized")
+    W = weight.to(dtype)
+    x_norm = x_norm.to(W)
+    guide = {"wanda": lambda: scores.wanda(W, x_norm), "magnitude": W.abs, "weights": lambda: None}
+    with warnings.catch_warnings():
+        # A weight of lower rank than planned is represented exactly; the report says at which rank.
+        warnings.simplefilter("ignore", RankWarning)
+        factors = deim_cur(
+            W,
+            rank=entry.rank,
+            importance=guide[entry.importance](),
+            column_weights=x_norm**2 if entry.link == "activation" else None,
+            rng=seed,
+        )
+    residual = W - factors.toarray()
+    layer: CompressedLinear = CURLinear.from_factors(
+        *(factor.to(weight.dtype) for factor in (factors.C, factors.U, factors.R)),
+        bias=bias,
+        transposed=transposed,
+    )
+    if entry.layout != "cur":
+        layer = LAYOUTS[entry.layout].from_two_factors(
+            (factors.C @ factors.U).to(weight.dtype),
+            factors.R.to(weight.dtype),
+            bias=bias,
+            transposed=transposed,
+        )
+    layer.train(module.training)
+    layer.requires_grad_(weight.requires_grad)
+    done = replace(entry, rank=int(factors.rank))
+    return layer, LayerReport(
+        name=entry.name,
+        shape=entry.shape,
+        rank=done.rank,
+        layout=entry.layout,
+        parameters_before=entry.dense_parameters,
+        parameters_after=done.parameters,
+        certificate=_plain({**asdict(factors.certificate), "relative": factors.certificate.relative}),
+        relative_error=_ratio(residual, W),
+        weighted_error=_ratio(residual * x_norm, W * x_norm),
+        rows=tuple(int(i) for i in factors.rows),
+        columns=tuple(int(j) for j in factors.columns),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = float(torch.linalg.norm(whole))
+    return float(torch.linalg.norm(part)) / norm if norm > 0 else 0.0
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """Turn the fields of a certificate into JSON types; what is not finite becomes null."""
+    return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _as_done(plan: Plan, reports: list[LayerReport]) -> Plan:
+    entries = (replace(entry, rank=done.rank) for entry, done in zip(plan.entries, reports, strict=True))
+    return replace(plan, entries=tuple(entries))

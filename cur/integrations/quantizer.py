@@ -1,0 +1,325 @@
+"""The weight format ``"cur"`` of transformers: how a directory with compressed layers becomes a model.
+
+Importing this module registers the format. `from_pretrained` then builds the base model on the meta device,
+the quantizer puts compressed layers of the right shapes into it, and transformers loads the factors like any
+weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cur._errors import CURError
+from cur.integrations.nn import (
+    LAYOUTS,
+    CompressedLinear,
+    InterpolativeLinear,
+    compressed_modules,
+    dense_weight,
+    swap_,
+)
+
+__all__ = ["FORMAT_VERSION", "METHOD", "CURConfig", "CURQuantizer", "CheckpointError", "describe", "mark_"]
+
+METHOD = "cur"
+"""Value of ``quant_method`` in ``config.json``."""
+
+FORMAT_VERSION = 1
+"""Version of the checkpoints written; newer ones are refused."""
+
+_ADVICE = "run `import cur.integrations` before from_pretrained"
+
+
+class CheckpointError(CURError, ValueError):
+    """A compressed checkpoint cannot be read: corrupt, contradictory, or of a newer format."""
+
+
+@register_quantization_config(METHOD)
+class CURConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint: JSON types only.
+
+    Parameters
+    ----------
+    modules : mapping
+        By module name: ``{"layout": str, "rank": int}``, or ``{"shared_with": name}`` for a second name of a
+        layer.
+    format_version : int
+        See :data:`FORMAT_VERSION`.
+    weights : str or None
+        Name of the weight file, or of the index of its shards, when it is not transformers' own default.
+
+    Raises
+    ------
+    CheckpointError
+        If the format is newer than this package, or a field is unknown or malformed.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        format_version: int = FORMAT_VERSION,
+        weights: str | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {format_version!r}, this package reads up to "
+                f"{FORMAT_VERSION}: "
+                "upgrade cur-decomposition"
+            )
+        if unknown:
+            raise CheckpointError(f"`quantization_config` has unknown fields: {', '.join(sorted(unknown))}")
+        for name, spec in modules.items():
+            _check_spec(name, spec)
+        self.quant_method: Any = quant_method
+        self.format_version = format_version
+        self.modules = {name: dict(spec) for name, spec in modules.items()}
+        self.weights = weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        data: dict[str, Any] = super().to_dict()
+        if self.weights is None:
+            del data["weights"]
+        return data
+
+
+@register_quantizer(METHOD)
+class CURQuantizer(HfQuantizer):
+    """Put compressed layers into a model that is being loaded, and say what may be done with them."""
+
+    quantization_config: CURConfig
+
+    def is_serializable(self) -> bool:
+        """Allow `save_pretrained`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Allow `Trainer`: the factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Allow `Trainer` without an adapter."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Allow `torch.compile` in `generate`."""
+        return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
+        if self.quantization_config.weights is not None:
+            config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        shapes = _stored_shapes(checkpoint_files or ())
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers: dict[str, CompressedLinear] = {}
+        places: dict[str, CompressedLinear] = {}
+        for name, spec in self.quantization_config.modules.items():
+            place = _place(model, modules, name)
+            if "shared_with" in spec:
+                layers[name] = layers[spec["shared_with"]]
+            else:
+                layers[name] = _skeleton(modules[place], name, spec)
+                _compare(name, layers[name], shapes)
+            places[place] = layers[name]
+        swap_(model, places)
+        _retie_(model)
+        # The guards of `get_state_dict_and_metadata` have done their work when this code runs.
+        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(_ADVICE)}
+        ignored = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in compressed_modules(model).items():
+            if isinstance(layer, InterpolativeLinear):
+                _check_order(name, layer.order)
+        # A later `save_pretrained` of this model writes transformers' default names again.
+        self.quantization_config.weights = None
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes: the state without second names, and the guards.
+
+        Without this package transformers would load the checkpoint with a mere warning and every compressed
+        layer initialised at random. An empty tensor under the name of each dense weight that is gone makes
+        that an error about sizes, and the name of one more empty tensor, shown in its table, says what to do.
+        This holds for every way of saving: `save_pretrained`, `push_to_hub`, `Trainer`.
+        """
+        state: dict[str, torch.Tensor] = model.state_dict()
+        for name, spec in describe(model).items():
+            if "shared_with" in spec:
+                for key in model.get_submodule(name).state_dict():
+                    del state[f"{name}.{key}"]
+        for name in compressed_modules(model):
+            state[f"{name}.weight"] = torch.empty(0)
+        state[_ADVICE] = torch.empty(0)
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        shared = {
+            name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec
+        }
+        tied: dict[str, str] = model.all_tied_weights_keys
+        for name, first in shared.items():
+            for key in model.get_submodule(name).state_dict():
+                tied.pop(f"{name}.{key}", None)
+            tied[f"{name}.weight"] = f"{first}.weight"
+        layers = compressed_modules(model)
+        swap_(model, {name: layer.to_dense().to(dtype) for name, layer in layers.items()})
+        return model
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers."""
+    first: dict[int, str] = {}
+    modules: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, CompressedLinear):
+            continue
+        if id(module) in first:
+            modules[name] = {"shared_with": first[id(module)]}
+        else:
+            first[id(module)] = name
+            modules[name] = {"layout": module.layout, "rank": module.rank}
+    return modules
+
+
+def mark_(model: PreTrainedModel) -> None:
+    """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
+
+    Raises
+    ------
+    ValueError
+        If the model is quantized by another method.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CURQuantizer):
+        raise ValueError(
+            f"the model is quantized by {type(quantizer).__name__}; compress it before quantizing, or load "
+            "it "
+            "in full precision"
+        )
+    config = CURConfig(describe(model))
+    state: Any = model  # these attributes are set, not declared, by transformers itself
+    state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
+    state.is_quantized = True
+    state.quantization_method = METHOD
+    state.config.quantization_config = config
+    _retie_(model)
+
+
+def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
+    if isinstance(spec, Mapping):
+        if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
+            return
+        rank = spec.get("rank")
+        if set(spec) == {"layout", "rank"} and spec["layout"] in LAYOUTS and type(rank) is int and rank > 0:
+            return
+    raise CheckpointError(
+        f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
+        "and a "
+        "positive integer `rank`"
+    )
+
+
+def _place(model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) -> str:
+    # The checkpoint of a model with a head is also loaded without it (`AutoModel`) and the other way round.
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in modules:
+            return candidate
+    raise CheckpointError(
+        f"`config.json` lists the compressed module {name}, which {type(model).__name__} does not have: the "
+        "configuration and the checkpoint do not belong together"
+    )
+
+
+def _skeleton(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedLinear:
+    weight, bias, transposed = dense_weight(module, name)
+    out_features, in_features = weight.shape
+    try:
+        layer: CompressedLinear = LAYOUTS[spec["layout"]](
+            in_features,
+            out_features,
+            spec["rank"],
+            bias=bias is not None,
+            transposed=transposed,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
+    return layer
+
+
+def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names = list(handle.keys())
+                shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in names})
+        except FileNotFoundError as error:
+            raise CheckpointError(f"the checkpoint lacks {file}, which its index names") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+    return shapes
+
+
+def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {f"{name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
+    if not any(key in shapes for key in expected):
+        # Either nothing is stored for this layer, or transformers renames keys while it loads this
+        # architecture.
+        if any(key.endswith(".R.weight") for key in shapes) or not shapes:
+            return
+        raise CheckpointError(
+            f"`config.json` lists the compressed module {name}, but no weights are stored for it"
+        )
+    for key, shape in expected.items():
+        if key not in shapes:
+            raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"`config.json` says {name} has rank {layer.rank} in layout {layer.layout!r}, so {key} "
+                "would be "
+                f"{shape}, but the stored weights are {shapes[key]}"
+            )
+
+
+def _check_order(name: str, order: torch.Tensor) -> None:
+    if order.is_meta:
+        return
+    if not torch.equal(order.sort().values, torch.arange(order.shape[0], device=order.device)):
+        raise CheckpointError(f"{name}.order is not a permutation of the outputs: the checkpoint is corrupt")
+
+
+def _retie_(model: PreTrainedModel) -> None:
+    """Replace, in the table of tied weights, the dense weights of shared layers by their factors."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for name, spec in describe(model).items():
+        tied.pop(f"{name}.weight", None)
+        tied.pop(f"{name}.bias", None)
+        if "shared_with" in spec:
+            for key in model.get_submodule(name).state_dict():
+                tied[f"{name}.{key}"] = f"{spec['shared_with']}.{key}"

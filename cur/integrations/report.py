@@ -1,0 +1,186 @@
+"""What a compression did: the figures, as data. Tables are in `tables.py`, the model card in `card.py`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cur.integrations.plan import Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CompressionReport", "LayerReport", "Size", "model_size", "versions"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a model: tied weights count once.
+
+    Attributes
+    ----------
+    parameters : int
+        Numbers in its parameters.
+    bytes : int
+        Bytes of its parameters and buffers, in the dtype they have.
+    """
+
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What happened to one linear layer.
+
+    Attributes
+    ----------
+    name : str
+        Name of the module.
+    shape : tuple of int
+        Outputs m and inputs n.
+    rank : int
+        Rows and columns kept.
+    layout : str
+        How the factors are stored.
+    parameters_before, parameters_after : int
+        Numbers in the dense weight and in the factors.
+    certificate : mapping
+        The certificate of the factorization as JSON types: ``norm``, ``value``, ``relative``, ``kind`` and
+        the rest.
+    relative_error : float
+        ``||W - C U R||_F / ||W||_F``, of the factors in the precision of the factorization.
+    weighted_error : float
+        The same with every input feature weighted by its norm over the calibration tokens.
+    rows, columns : tuple of int
+        Indices of the rows and columns of W that were kept, in the order of the factors.
+    seconds : float
+        Time of the factorization.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    parameters_before: int
+    parameters_after: int
+    certificate: Mapping[str, Any]
+    relative_error: float
+    weighted_error: float
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport:
+    """What happened to a model.
+
+    Attributes
+    ----------
+    plan : Plan
+        The plan as carried out.
+    layers : tuple of LayerReport
+        One for each entry of the plan.
+    before, after : Size
+        Of the whole model.
+    seconds : mapping of str to float
+        Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``swap``.
+    perplexity : mapping of str to float
+        By state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
+    versions : mapping of str to str
+        Python and libraries.
+    """
+
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    before: Size
+    after: Size
+    seconds: Mapping[str, float]
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types; the plan under ``"plan"``."""
+        return {
+            "plan": self.plan.to_dict(),
+            "layers": [json.loads(json.dumps(asdict(layer))) for layer in self.layers],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "seconds": dict(self.seconds),
+            "perplexity": dict(self.perplexity),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a report from JSON types; a ValueError names what does not belong in one.
+
+        Unlike a plan a report steers nothing, so there is no version to it beyond that of its plan.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"the report has unknown fields: {', '.join(unknown)}")
+        try:
+            layers = tuple(
+                LayerReport(
+                    **{
+                        **layer,
+                        "shape": tuple(layer["shape"]),
+                        "rows": tuple(layer["rows"]),
+                        "columns": tuple(layer["columns"]),
+                    }
+                )
+                for layer in data["layers"]
+            )
+            return cls(
+                **{
+                    **data,
+                    "plan": Plan.from_dict(data["plan"]),
+                    "layers": layers,
+                    "before": Size(**data["before"]),
+                    "after": Size(**data["after"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the report is malformed: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report from a JSON file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def model_size(model: nn.Module) -> Size:
+    """Count the numbers and bytes of a model; what is tied counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return Size(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide the figures, as installed."""
+    found = {"python": platform.python_version()}
+    for name in ("cur-decomposition", "numpy", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # used from a source tree
+            continue
+    return found
