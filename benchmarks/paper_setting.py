@@ -1,0 +1,147 @@
+"""Measure the paper's setting, with DEIM done right, on a real model: perplexity without healing.
+
+SmolLM2-135M-Instruct; 10 layers by angular distance, ``q_proj k_proj gate_proj``, WANDA + DEIM, rank at most
+128. Calibration: 64 windows of 512 tokens of WikiText-2 ``valid.txt``. Perplexity over the first 40 windows of
+1024 tokens of WikiText-2 ``test.txt`` and of the CPython language reference, each window on its own, float32 on
+the CPU.
+
+    python benchmarks/paper_setting.py [--wikitext DIR]
+
+prints a table and writes ``benchmarks/results/paper_setting.json``. About 8 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+from cur.integrations import (
+    batches,
+    collect,
+    decoder_layers,
+    load_model,
+    perplexity,
+    read_text,
+    token_windows,
+)
+from cur.integrations.compress import CompressConfig, compress
+from cur.integrations.report import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "paper_setting.json"
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
+
+SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), rank=128, importance="wanda")
+VARIANTS = {
+    "WANDA + DEIM, U = C+ W R+": SETTING,
+    "WANDA + DEIM, activation-weighted U": replace(SETTING, link="activation"),
+}
+
+# Measured with the published CURing code at the same setting, on this protocol.
+PUBLISHED = {"WikiText-2": 102.7, "language reference": 76.3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
+    parser.add_argument("--windows", type=int, default=40, help="windows of 1024 tokens to score")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not options.wikitext.is_dir():
+        sys.exit(
+            f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt"
+        )
+
+    dense, tokenizer, source = load_model()
+    calibration = token_windows(
+        tokenizer, read_text(options.wikitext / "valid.txt"), length=512, count=64, name="valid.txt"
+    )
+    texts = {
+        "WikiText-2": read_text(options.wikitext / "test.txt"),
+        "language reference": "\n\n".join(topics.values()),
+    }
+    held_out = {
+        name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)
+        for name, text in texts.items()
+    }
+
+    start = time.perf_counter()
+    statistics = collect(
+        dense,
+        batches(calibration, batch_size=SETTING.batch_size),
+        modules=[name for name, _ in dense.named_modules() if name.endswith(SETTING.targets)],
+        layers=[name for name, _ in decoder_layers(dense)],
+        progress=_bar("calibrate"),
+    )
+    calibrate = time.perf_counter() - start
+
+    rows: dict[str, dict[str, Any]] = {"dense": {"perplexity": _measure(dense, held_out, "dense")}}
+    rows["published CURing code"] = {"perplexity": PUBLISHED, "measured": "elsewhere on this protocol"}
+    for name, config in VARIANTS.items():
+        model = copy.deepcopy(dense)
+        report = compress(model, statistics, config)
+        rows[name] = {
+            "perplexity": _measure(model, held_out, name),
+            "parameters": report.after.parameters,
+            "seconds": {**report.seconds, "calibrate": calibrate},
+            "layers": sorted({int(layer.name.split(".")[2]) for layer in report.layers}),
+            "ranks": sorted({layer.rank for layer in report.layers}),
+            "mean relative error": sum(layer.relative_error for layer in report.layers) / len(report.layers),
+            "mean weighted error": sum(layer.weighted_error for layer in report.layers) / len(report.layers),
+        }
+
+    _print(rows, list(held_out))
+    result = {
+        "question": __doc__.splitlines()[0],
+        "model": source,
+        "calibration": {"file": "valid.txt", "windows": 64, "length": 512, "sha256": statistics.text_hash},
+        "evaluation": {"windows": options.windows, "length": 1024},
+        "rows": rows,
+        "versions": versions(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {options.out}")
+
+
+def _measure(model: Any, held_out: dict[str, torch.Tensor], what: str) -> dict[str, float]:
+    return {
+        name: perplexity(model, windows, progress=_bar(f"{what}: {name}")).value
+        for name, windows in held_out.items()
+    }
+
+
+def _bar(what: str) -> Any:
+    return lambda done, total: print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
+
+
+def _print(rows: dict[str, dict[str, Any]], texts: list[str]) -> None:
+    print("\n\n| | " + " | ".join(texts) + " |")
+    print("|---|" + "---|" * len(texts))
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row['perplexity'][text]:.2f}" for text in texts) + " |")
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

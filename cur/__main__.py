@@ -1,0 +1,7 @@
+"""``python -m cur`` is the command ``cur``."""
+
+from __future__ import annotations
+
+from cur.cli import main
+
+main()

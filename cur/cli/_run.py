@@ -1,0 +1,120 @@
+"""How a command runs: its errors in one sentence, its progress bars, its signals."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cur._errors import CURError
+
+__all__ = ["Bars", "bars", "guarded", "note", "output"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+output = Console()
+"""Results."""
+
+note = Console(stderr=True, highlight=False)
+"""Everything else, so that standard output holds results alone."""
+
+_DESCRIPTIONS = {
+    "calibrate": "Measuring activations",
+    "decompose": "Factorizing weights",
+    "before": "Perplexity before",
+    "after": "Perplexity after",
+    "evaluate": "Perplexity",
+}
+
+
+class Bars:
+    """One progress bar for each stage, made when the stage first reports."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Show that `done` of `total` steps of a stage are done."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(_DESCRIPTIONS.get(stage, stage), total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def of(self, stage: str, total: int | None = None) -> Callable[[int, int | None], None]:
+        """Return a callback for one stage, whose bar appears at once."""
+        self(stage, 0, total)
+        return lambda done, known: self(stage, done, known)
+
+    @contextmanager
+    def busy(self, description: str) -> Iterator[None]:
+        """Show a bar without end while something of unknown length runs."""
+        self(description, 0, None)
+        yield
+        self(description, 1, 1)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Show progress bars on standard error while the block runs."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=note) as progress:
+        yield Bars(progress)
+
+
+def guarded(command: Callable[P, T]) -> Callable[P, T]:
+    """Make a command end a user's error with one sentence and code 2, and Ctrl-C with code 130.
+
+    With the environment variable ``CUR_DEBUG`` set the error keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            _quiet()
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            note.print("Interrupted; nothing was left half-written.")
+            raise typer.Exit(130) from None
+        except (CURError, ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+            if os.environ.get("CUR_DEBUG"):
+                raise
+            note.print(f"[bold red]Error:[/] {_sentence(error)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _sentence(error: BaseException) -> str:
+    from rich.markup import escape
+
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    return escape(text if text.endswith((".", "!", "?")) else f"{text}.")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that temporary directories go
+
+
+def _quiet() -> None:
+    # Set before transformers is imported. Its bars and warnings speak of stages that ours already show.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

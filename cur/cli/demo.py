@@ -1,0 +1,164 @@
+"""`cur demo`: compress a real model, measure it, and reload it in a new process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.panel import Panel
+from safetensors.torch import save_file
+
+from cur.bounds import Certificate
+from cur.cli import tables
+from cur.cli._run import bars, output
+from cur.decompose import deim_cur
+from cur.integrations.checkpoint import check_target, save
+from cur.integrations.compress import CompressConfig, compress
+from cur.integrations.evaluate import perplexity
+from cur.integrations.models import LoadedModel, load_model
+from cur.integrations.text import embedded_text, token_windows
+
+__all__ = ["run_demo"]
+
+# The paper's setting; 128 is its largest rank carried over to this model's width.
+SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), rank=128)
+CALIBRATION = {"count": 64, "length": 512}
+HELD_OUT = {"count": 12, "length": 1024}
+
+# The factorization shown as numerics: a tall matrix, of the middle of the model.
+MATRIX = "model.layers.15.mlp.gate_proj"
+
+PROMPT = "A Python function is"
+NEW_TOKENS = 24
+
+# Run as its own program, so that nothing of this process can help the reload.
+RELOAD = """
+import json, sys, torch
+import cur.integrations
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, expected, new_tokens = sys.argv[1], load_file(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(int(sys.argv[4]))
+model = AutoModelForCausalLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+with torch.no_grad():
+    logits = model(expected["tokens"]).logits
+    said = model.generate(expected["tokens"], max_new_tokens=new_tokens, do_sample=False,
+                          attention_mask=torch.ones_like(expected["tokens"]))
+print(json.dumps({"identical": torch.equal(logits, expected["logits"]),
+                  "sentence": tokenizer.decode(said[0], skip_special_tokens=True)}))
+"""
+
+
+def run_demo(out: Path | None, *, overwrite: bool, as_json: bool) -> None:
+    """Run `cur demo`."""
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+        _run(out, overwrite=overwrite, as_json=as_json)
+        return
+    with tempfile.TemporaryDirectory(prefix="cur-demo-") as scratch:
+        _run(Path(scratch) / "checkpoint", overwrite=False, as_json=as_json)
+
+
+def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
+    begin = time.perf_counter()
+    with bars() as bar:
+        with bar.busy("Loading the model"):
+            loaded = load_model()
+            tokenizer = loaded.tokenizer
+            calibration = token_windows(
+                tokenizer, embedded_text("calibrate"), **CALIBRATION, name="the calibration text"
+            )
+            held_out = token_windows(
+                tokenizer, embedded_text("evaluate"), **HELD_OUT, name="the held-out text"
+            )
+        certificate, error = _numerics(loaded)
+        before = perplexity(loaded.model, held_out, progress=bar.of("before", len(held_out)))
+        dense_sentence = _say(loaded)
+        report = compress(loaded.model, calibration, SETTING, progress=bar)
+        after = perplexity(loaded.model, held_out, progress=bar.of("after", len(held_out)))
+        with bar.busy("Saving"):
+            report = replace(
+                report, perplexity={"before, held-out": before.value, "after, held-out": after.value}
+            )
+            save(loaded.model, tokenizer, out, report=report, overwrite=overwrite)
+        with bar.busy("Reloading, new process"):
+            reloaded = _reload(loaded, out)
+    seconds = {**report.seconds, "in all": time.perf_counter() - begin}
+    if as_json:
+        data = {
+            **report.to_dict(),
+            "seconds": seconds,
+            "reload": reloaded,
+            "numerics": {"matrix": MATRIX, "error": error, "bound": certificate.projection},
+        }
+        print(json.dumps(data))
+    else:
+        output.print(tables.layers_table(report.layers), tables.size_table(report))
+        output.print(tables.seconds_line(seconds))
+        output.print(
+            f"Perplexity on held-out text ({after.tokens:,} tokens): {before.value:.2f} before, "
+            f"{after.value:.2f} after."
+        )
+        output.print(
+            f"DEIM-CUR of {MATRIX} (1536 x 576) at rank 128: error {error:.4f}, bound (B1) "
+            f"{certificate.projection:.4f}, in the Frobenius norm."
+        )
+        same = "identical" if reloaded["identical"] else "DIFFERENT"
+        output.print(
+            Panel(
+                f"Logits {same} to those of the model in memory.\n\nbefore: {dense_sentence}\n"
+                f"after:  {reloaded['sentence']}",
+                title="Reloaded in a new process with AutoModelForCausalLM.from_pretrained",
+                title_align="left",
+            )
+        )
+    if not reloaded["identical"]:
+        raise RuntimeError("the reloaded checkpoint does not compute what the compressed model computes")
+
+
+def _numerics(loaded: LoadedModel) -> tuple[Certificate, float]:
+    weight = loaded.model.get_submodule(MATRIX).weight.detach().double()
+    result = deim_cur(weight, rank=SETTING.rank)
+    C, U, R = result
+    return result.certificate, float(torch.linalg.norm(weight - C @ U @ R))
+
+
+def _tokens(loaded: LoadedModel) -> torch.Tensor:
+    ids: torch.Tensor = loaded.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    return ids
+
+
+@torch.no_grad()
+def _say(loaded: LoadedModel) -> str:
+    tokens = _tokens(loaded)
+    model: Any = loaded.model
+    said = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    text: str = loaded.tokenizer.decode(said[0], skip_special_tokens=True)
+    return text
+
+
+@torch.no_grad()
+def _reload(loaded: LoadedModel, directory: Path) -> dict[str, Any]:
+    tokens = _tokens(loaded)
+    with tempfile.TemporaryDirectory(prefix="cur-demo-") as scratch:
+        expected = Path(scratch) / "expected.safetensors"
+        save_file({"tokens": tokens, "logits": loaded.model(tokens).logits.contiguous()}, expected)
+        # One number of threads on both sides: the order of a sum, and with it the last bit, depends on it.
+        arguments = [str(directory), str(expected), str(NEW_TOKENS), str(torch.get_num_threads())]
+        done = subprocess.run(
+            [sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"the checkpoint could not be reloaded in a new process:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found

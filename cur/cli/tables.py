@@ -1,0 +1,101 @@
+"""Reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cur.integrations.inspect import CheckpointSummary
+    from cur.integrations.report import CompressionReport, LayerReport
+
+__all__ = ["checkpoint_table", "layers_table", "perplexity_table", "seconds_line", "size_table"]
+
+
+def layers_table(layers: Sequence[LayerReport]) -> Table:
+    """Return one line for each compressed layer."""
+    table = Table(title="Compressed layers", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("shape", "rank", "numbers kept", "error", "bound", "weighted"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            str(layer.rank),
+            f"{layer.parameters_after / layer.parameters_before:.1%}",
+            f"{layer.certificate['relative']:.3f}",
+            _bound(layer),
+            f"{layer.weighted_error:.3f}",
+        )
+    table.caption = (
+        "error: certified, ||W - C U R|| / ||W|| in the Frobenius norm; bound: (B1), what the choice of "
+        "rows and "
+        "columns guaranteed beforehand; weighted: the error with every input feature weighted by its norm "
+        "on the "
+        "calibration text"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _bound(layer: LayerReport) -> str:
+    bound, scale = layer.certificate.get("projection"), layer.certificate["scale"]
+    return "" if bound is None or not scale else f"{bound / scale:.3f}"
+
+
+def size_table(report: CompressionReport) -> Table:
+    """Return parameters and bytes of the whole model and of the compressed weights."""
+    table = Table(title="Size", title_justify="left")
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(heading, justify="left" if justify == "left" else "right", no_wrap=True)
+    rows = (
+        ("parameters", report.before.parameters, report.after.parameters),
+        ("bytes in memory", report.before.bytes, report.after.bytes),
+        ("numbers in the compressed weights", report.plan.dense_parameters, report.plan.parameters),
+    )
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    return table
+
+
+def seconds_line(seconds: Mapping[str, float]) -> str:
+    """Return the seconds of each stage in one line."""
+    return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+
+
+def perplexity_table(values: Mapping[str, float], title: str) -> Table:
+    """Return a table of perplexities by name."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("perplexity", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.2f}")
+    return table
+
+
+def checkpoint_table(summary: CheckpointSummary) -> Table:
+    """Return one line for each compressed layer of a checkpoint, and the totals."""
+    table = Table(title=f"Compressed layers of {summary.directory}", title_justify="left", show_footer=True)
+    dense = sum(layer.dense_parameters for layer in summary.layers)
+    kept = sum(layer.parameters for layer in summary.layers)
+    table.add_column("layer", "all", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("layout")
+    table.add_column("rank", justify="right")
+    table.add_column("numbers", f"{kept:,}", justify="right")
+    table.add_column("of dense", f"{kept / dense:.1%}", justify="right")
+    table.add_column("dtype")
+    for layer in summary.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            layer.layout,
+            str(layer.rank),
+            f"{layer.parameters:,}",
+            f"{layer.parameters / layer.dense_parameters:.1%}",
+            layer.dtype,
+        )
+    return table

@@ -1,0 +1,126 @@
+"""What a compressed checkpoint holds, read from its configuration and the headers of its weights alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cur import ranks
+from cur.integrations.checkpoint import CheckpointError, read_config
+from cur.integrations.nn import LAYOUTS
+
+__all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors."""
+
+    name: str
+    shape: tuple[int, int]
+    layout: str
+    rank: int
+    dtype: str
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the factors."""
+        return ranks.parameters(*self.shape, self.rank, layout=self.layout)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the weight they stand for."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSummary:
+    """A compressed checkpoint.
+
+    Attributes
+    ----------
+    directory : str
+        Where it lies.
+    format_version : int
+        Version of the format.
+    layers : tuple of LayerSummary
+        Its compressed layers; one that has several names appears once.
+    parameters : int
+        Numbers in all tensors, of floating dtype.
+    dense_parameters : int
+        The same if every compressed layer were dense.
+    file_bytes : int
+        Bytes of the weight files.
+    """
+
+    directory: str
+    format_version: int
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    dense_parameters: int
+    file_bytes: int
+
+    def in_layout(self, layout: str) -> int:
+        """Return the numbers that the factors of all layers would take in one layout at their ranks."""
+        return sum(ranks.parameters(*layer.shape, layer.rank, layout=layout) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON types."""
+        layers = [
+            {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters}
+            for layer in self.layers
+        ]
+        return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in LAYOUTS}}
+
+
+def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
+    """Read the summary of a compressed checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is no compressed checkpoint, or its files are corrupt or contradict each other.
+    """
+    config = read_config(directory)
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no weight files")
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as handle:
+                for name in list(handle.keys()):
+                    part = handle.get_slice(name)
+                    tensors[name] = tuple(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+    layers = tuple(
+        _layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec
+    )
+    parameters = sum(math.prod(shape) for shape, dtype in tensors.values() if dtype.startswith(("F", "BF")))
+    return CheckpointSummary(
+        directory=str(directory),
+        format_version=config.format_version,
+        layers=layers,
+        parameters=parameters,
+        dense_parameters=parameters + sum(layer.dense_parameters - layer.parameters for layer in layers),
+        file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
+    layout, rank = spec["layout"], spec["rank"]
+    left = {"cur": "C.weight", "folded": "CU.weight", "interpolative": "order"}[layout]
+    try:
+        (stored, n), dtype = tensors[f"{name}.R.weight"]
+        m = tensors[f"{name}.{left}"][0][0]
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
+    if stored != rank:
+        raise CheckpointError(f"`config.json` says {name} has rank {rank}, the stored weights have {stored}")
+    return LayerSummary(name=name, shape=(m, n), layout=layout, rank=rank, dtype=dtype)
