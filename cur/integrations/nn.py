@@ -105,9 +105,8 @@ class CompressedLinear(nn.Module):
     def to_layout(self, layout: str) -> CompressedLinear:
         """Return the same function in another layout, exact up to rounding.
 
-        A layer that has the layout already is returned itself.
-
-        A layer brought *to* the layout ``"cur"`` gets ``U = I``: what its core was is no longer known.
+        A layer that has the layout already is returned itself. One brought *to* the layout ``"cur"`` gets ``U = I``:
+        what its core was is no longer known.
 
         Raises
         ------
@@ -118,7 +117,7 @@ class CompressedLinear(nn.Module):
             return self
         left, right = self.two_factors()
         target = layer_class(layout)
-        layer = target.from_two_factors(
+        layer: CompressedLinear = target.from_two_factors(
             left.detach(), right.detach(), bias=_detached(self.bias_tensor()), transposed=self.transposed
         )
         return layer.train(self.training)
@@ -138,11 +137,9 @@ class CompressedLinear(nn.Module):
         if not self.transposed:
             return linear
         with torch.device("meta"):
-            conv: nn.Module = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
+            conv: nn.Module = Conv1D(self.out_features, self.in_features)
         conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
-        conv.bias = nn.Parameter(
-            linear.bias.detach() if self.has_bias else linear.weight.new_zeros(self.out_features)
-        )
+        conv.bias = nn.Parameter(linear.bias.detach() if self.has_bias else linear.weight.new_zeros(self.out_features))
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
@@ -204,9 +201,7 @@ class CURLinear(CompressedLinear):
                 f"{tuple(R.shape)}; pass the factors of one CUR factorization with as many rows as columns"
             )
         _check_bias(bias, C.shape[0])
-        layer = cls(
-            R.shape[1], C.shape[0], R.shape[0], bias=bias is not None, transposed=transposed, device="meta"
-        )
+        layer = cls(R.shape[1], C.shape[0], R.shape[0], bias=bias is not None, transposed=transposed, device="meta")
         _fill(layer.R, R)
         _fill(layer.U, U)
         _fill(layer.C, C, bias)
@@ -402,7 +397,7 @@ LAYOUTS: dict[str, type[Any]] = {cls.layout: cls for cls in (CURLinear, FoldedLi
 """Layer class of each layout name."""
 
 
-def layer_class(layout: str) -> Any:
+def layer_class(layout: str) -> type[Any]:
     """Return the layer class of a layout name; a ValueError names the known ones."""
     try:
         return LAYOUTS[layout]

@@ -72,10 +72,11 @@ class PlanEntry:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if len(self.shape) != 2 or not all(isinstance(side, int) and side > 0 for side in self.shape):
+        shape: tuple[Any, ...] = self.shape  # read from JSON, it may be anything
+        if len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
             raise PlanError(f"`shape` of {self.name} must be two positive integers, got {self.shape!r}")
         limit = min(self.shape)
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= limit:
+        if type(self.rank) is not int or not 1 <= self.rank <= limit:
             m, n = self.shape
             raise PlanError(
                 f"`rank` of {self.name} must be an integer between 1 and {limit}, the smaller side of "
@@ -83,9 +84,7 @@ class PlanEntry:
             )
         for key, known in (("layout", tuple(LAYOUTS)), ("importance", IMPORTANCES), ("link", LINKS)):
             if getattr(self, key) not in known:
-                raise PlanError(
-                    f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}"
-                )
+                raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
 
     @property
     def parameters(self) -> int:
@@ -154,9 +153,7 @@ class Plan:
         """Refuse a module that is named twice."""
         names = [entry.name for entry in self.entries]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise PlanError(
-                f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once"
-            )
+            raise PlanError(f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once")
 
     @property
     def parameters(self) -> int:
@@ -181,9 +178,7 @@ class Plan:
         modules = dict(model.named_modules(remove_duplicate=False))
         for entry in self.entries:
             if entry.name not in modules:
-                raise PlanError(
-                    f"the plan names {entry.name}, which this model does not have: it is for another model"
-                )
+                raise PlanError(f"the plan names {entry.name}, which this model does not have: it is for another model")
             shape = tuple(dense_weight(modules[entry.name], entry.name)[0].shape)
             if shape != entry.shape:
                 raise PlanError(
@@ -267,9 +262,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def _refuse_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:
     if unknown := sorted(set(data) - known):
-        raise PlanError(
-            f"{what} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
+        raise PlanError(f"{what} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
 def _require(data: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cur._errors import CURError
@@ -71,7 +72,7 @@ class CURConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has format version {format_version!r}, this package reads up to "
                 f"{FORMAT_VERSION}: "
@@ -155,9 +156,7 @@ class CURQuantizer(HfQuantizer):
         self.quantization_config.weights = None
         return model
 
-    def get_state_dict_and_metadata(
-        self, model: PreTrainedModel
-    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes: the state without second names, and the guards.
 
         Without this package transformers would load the checkpoint with a mere warning and every compressed
@@ -176,9 +175,7 @@ class CURQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        shared = {
-            name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec
-        }
+        shared = {name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec}
         tied: dict[str, str] = model.all_tied_weights_keys
         for name, first in shared.items():
             for key in model.get_submodule(name).state_dict():
@@ -293,9 +290,7 @@ def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int,
         # architecture.
         if any(key.endswith(".R.weight") for key in shapes) or not shapes:
             return
-        raise CheckpointError(
-            f"`config.json` lists the compressed module {name}, but no weights are stored for it"
-        )
+        raise CheckpointError(f"`config.json` lists the compressed module {name}, but no weights are stored for it")
     for key, shape in expected.items():
         if key not in shapes:
             raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
