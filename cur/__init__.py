@@ -1,0 +1,40 @@
+"""CUR matrix factorizations by DEIM, with bounds that hold.
+
+>>> import numpy as np
+>>> from cur import deim_cur
+>>> A = 1.0 / (np.arange(1, 101)[:, None] + np.arange(100))
+>>> C, U, R = deim_cur(A, rank=5)
+>>> C.shape, U.shape, R.shape
+((100, 5), (5, 5), (5, 100))
+"""
+
+from cur import bounds, importance, linking, ranks, selection, subspace
+from cur._errors import CURError, NumericalError, RankWarning
+from cur.bounds import Certificate
+from cur.decompose import cur, deim_cur
+from cur.factors import CUR, Folded, Interpolative
+from cur.interpolation import interpolative, select
+from cur.selection import deim
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CUR",
+    "CURError",
+    "Certificate",
+    "Folded",
+    "Interpolative",
+    "NumericalError",
+    "RankWarning",
+    "bounds",
+    "cur",
+    "deim",
+    "deim_cur",
+    "importance",
+    "interpolative",
+    "linking",
+    "ranks",
+    "select",
+    "selection",
+    "subspace",
+]

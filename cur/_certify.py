@@ -1,0 +1,255 @@
+"""Certificates: the error of the factors as they are returned, from one product with the matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from cur._array import Array, adjoint, convert, gaussian, is_operator, is_sparse, namespace, working_dtype
+from cur._problem import Choice, Problem, etas
+from cur._products import adjoint_product, frobenius, product, residual_norm
+from cur._validate import check_finite_norm
+from cur.bounds import (
+    Certificate,
+    cross_bound,
+    eta,
+    projection_bound,
+    sketch_factor,
+    sketch_size,
+    sorensen_embree,
+)
+from cur.linking import Orthogonal
+
+DIRECT_ENTRIES = 1 << 27
+"""Up to this many entries, zeros included, sparse matrices are subtracted in blocks where Pythagoras is too coarse."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A problem seen through the chosen columns and rows.
+
+    Attributes
+    ----------
+    C, R : Orthogonal
+        QR of the columns, and of the adjoint of the rows, in weighted coordinates.
+    Z : array
+        ``Q_C^H B``.
+    M : array
+        ``Z Q_R``.
+    """
+
+    C: Orthogonal
+    R: Orthogonal
+    Z: Array
+    M: Array
+
+
+def reduce(problem: Problem, Cw: Array, Rw: Array) -> Reduced:
+    """Project the matrix on the chosen columns and rows: the one product that core and certificate need."""
+    QC, QR = Orthogonal(Cw), Orthogonal(adjoint(Rw))
+    Z = adjoint(adjoint_product(problem.B, QC.Q))
+    if problem.total is None:
+        check_finite_norm(frobenius(Z), problem.A)
+    return Reduced(QC, QR, Z, Z @ QR.Q)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The Frobenius norm of a residual: its value, what of it is rounding, and how it was obtained."""
+
+    value: float
+    rounding: float
+    kind: Literal["exact", "bound", "probabilistic"] = "exact"
+    failure_probability: float = 0.0
+
+
+def residual(
+    problem: Problem,
+    left: Array,
+    right: Array,
+    *,
+    kept: float,
+    gap: float,
+    inner: float,
+    failure: float,
+    rng: np.random.Generator,
+) -> Residual:
+    """Return ``||B - left right||_F`` for an approximation whose columns lie in the range of the chosen ones.
+
+    Parameters
+    ----------
+    left, right : array
+        Thin factors of the approximation, in weighted coordinates.
+    kept : float
+        Norm of the orthogonal projection of `B` that the best coefficients would reproduce.
+    gap : float
+        Norm of the difference between that projection and the approximation.
+    inner : float
+        Rounding of the evaluation of ``left right``.
+    failure, rng
+        Of the sketch, where one is needed.
+
+    Notes
+    -----
+    The residual splits into orthogonal parts, ``||B||^2 - kept^2 + gap^2``, all known without another pass. Where the
+    rounding of that difference is more than a few percent of the result, the factors are subtracted from the matrix
+    itself, block by block. Operators, and sparse matrices too large for that, get a fresh sketch (B4).
+    """
+    u = problem.unit
+    m, n = problem.shape
+    if problem.total is not None:
+        squares = problem.total**2
+        missed = max(squares - kept**2, 0.0)
+        slack = 2 * max(m, n) * u * squares
+        if slack <= 0.05 * (missed + gap**2) or squares == 0.0:
+            value = math.sqrt(missed + slack + gap**2) + inner
+            return Residual(value, value - math.hypot(math.sqrt(missed), gap))
+        if not is_sparse(problem.B) or m * n <= DIRECT_ENTRIES:
+            plain = residual_norm(problem.B, left, right)
+            # of the subtraction, and of the sum of squares
+            rounding = inner + 2 * u * problem.total + (m * n) ** 0.25 * u * plain
+            return Residual(plain + rounding, rounding)
+    return _sketched(problem, left, right, inner, failure, rng)
+
+
+def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, Array]]) -> float:
+    """Return ``||B||^2 - kept^2``: by Pythagoras where that is accurate, else from the factors of the projection."""
+    if problem.total is None:
+        return 0.0  # an operator: the certificate of the final factors decides
+    left = problem.total**2 - kept**2
+    if left > 100 * max(problem.shape) * problem.unit * problem.total**2:
+        return left
+    return residual_norm(problem.B, *factors()) ** 2
+
+
+def evaluation_rounding(*factors: Array, u: float) -> float:
+    """Return the rounding with which a product of thin matrices is evaluated from the left.
+
+    For ``C U R``: ``2 (c^1/2 + r^1/2) u || |C| |U| ||_F ||R||_F``. The constant is that of the probabilistic analysis
+    of inner products (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the worst case has c and r in place of their
+    roots.
+    """
+    xp = namespace(*factors)
+    size = xp.abs(factors[0])
+    for f in factors[1:-1]:
+        size = size @ xp.abs(f)
+    lengths = sum(math.sqrt(f.shape[0]) for f in factors[1:])
+    return 2 * lengths * u * float(xp.linalg.matrix_norm(size)) * float(xp.linalg.matrix_norm(factors[-1]))
+
+
+def _sketched(
+    problem: Problem, left: Array, right: Array, rounding: float, failure: float, rng: np.random.Generator
+) -> Residual:
+    m = problem.shape[0]
+    count = sketch_size(failure)
+    if count >= m:  # fewer rows than a sketch would need: the residual itself
+        X = convert(np.eye(m), left, left.dtype)
+        plain = frobenius(adjoint(adjoint_product(problem.B, X)) - left @ right)
+        return Residual(plain + rounding, rounding)
+    X = gaussian((m, count), left, working_dtype(left), rng) / math.sqrt(count)
+    plain = frobenius(adjoint(adjoint_product(problem.B, X)) - (adjoint(X) @ left) @ right)
+    return Residual(plain * sketch_factor(count, failure) + rounding, rounding, "probabilistic", failure)
+
+
+def certify(
+    problem: Problem,
+    choice: Choice,
+    reduced: Reduced,
+    error: Residual,
+    *,
+    norm: Literal["fro", 2],
+    link: str,
+    spectral: float | None = None,
+) -> Certificate:
+    """Gather what is known of the error of a CUR factorization."""
+    eta_rows, eta_columns = etas(problem, choice)
+    optimal = link != "cross" and (link == "weighted" or not problem.weighted)
+    known: dict[str, Any] = {"eta_rows": eta_rows, "eta_columns": eta_columns}
+    spectrum = choice.subspace if problem.target is problem.B else None
+    rounding = max(problem.shape) * problem.unit * (problem.total or frobenius(reduced.Z))
+    if choice.V is not None and choice.W is not None and eta_rows is not None and eta_columns is not None:
+        kr, kc = choice.V.shape[1], choice.W.shape[1]
+        slack = (eta_rows + eta_columns) * rounding + error.rounding
+        if spectrum is not None:
+            known["sigma_next"] = spectrum.sigma_next(min(kr, kc))
+        if optimal:
+            if spectrum is not None and spectrum.is_exact:
+                after = (spectrum.sigma_next(kr) or 0.0, spectrum.sigma_next(kc) or 0.0)
+                # with as many rows as columns this is (eta_rows + eta_columns) sigma_{k+1}
+                pair = sorensen_embree(eta_rows, 0.0, after[0]) + sorensen_embree(0.0, eta_columns, after[1])
+                known["sorensen_embree"] = pair + slack
+            known["projection"] = _projection(problem, choice, eta_rows, eta_columns, norm, slack)
+    if link == "cross" and not problem.weighted:
+        gamma = eta(_rows_of_basis(reduced, choice))
+        known["gamma"] = gamma
+        if problem.total is not None:
+            missed = problem.total**2 - frobenius(reduced.Z) ** 2
+            slack = 2 * max(problem.shape) * problem.unit * problem.total**2
+            known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack)) + error.rounding
+    value, kind = error.value, error.kind
+    scale = problem.total if problem.total is not None else frobenius(reduced.Z)
+    if norm == 2:
+        scale = float(namespace(reduced.M).linalg.svdvals(reduced.M)[0])
+        if spectrum is not None and spectrum.is_exact:
+            scale = float(spectrum.s[0])
+        theorems = [known[name] for name in ("sorensen_embree", "projection") if known.get(name) is not None]
+        if spectral is not None:
+            value, kind = spectral + error.rounding, "exact"
+        elif theorems and min(theorems) < value:
+            value, kind = min(theorems), "bound"
+        elif kind == "exact":
+            kind = "bound"  # the Frobenius norm is an upper bound of the 2-norm
+    failure = error.failure_probability if kind == "probabilistic" else 0.0
+    return Certificate(norm, value, kind, failure, str(_dtype_name(reduced.M)), scale, error.rounding, **known)
+
+
+def _projection(
+    problem: Problem,
+    choice: Choice,
+    eta_rows: float,
+    eta_columns: float,
+    norm: Literal["fro", 2],
+    slack: float,
+) -> float | None:
+    """Return (B1) with the residuals of the bases, which cost products only where another matrix guided the choice."""
+    V, W, found = choice.V, choice.W, choice.subspace
+    if V is None or W is None or found is None:
+        return None
+    if problem.target is problem.B:
+        kr, kc = V.shape[1], W.shape[1]
+        if norm == 2 and found.is_exact:
+            lost: tuple[float | None, float | None] = (found.sigma_next(kc), found.sigma_next(kr))
+        else:
+            lost = (found.tail(kc), found.tail(kr))
+    elif problem.total is None:
+        return None
+    else:
+        squares = problem.total**2
+        rounding = 2 * max(problem.shape) * problem.unit * squares
+        kept = (frobenius(product(problem.B, W)) ** 2, frobenius(adjoint_product(problem.B, V)) ** 2)
+        lost = (
+            math.sqrt(max(squares - kept[0], 0.0) + rounding),
+            math.sqrt(max(squares - kept[1], 0.0) + rounding),
+        )
+    if lost[0] is None or lost[1] is None:
+        return None
+    return projection_bound(eta_rows, eta_columns, lost[0], lost[1]) + slack
+
+
+def _rows_of_basis(reduced: Reduced, choice: Choice) -> Array:
+    return namespace(reduced.C.Q).take(reduced.C.Q, choice.rows, axis=0)
+
+
+def _dtype_name(X: Array) -> str:
+    return str(X.dtype).rsplit(".", 1)[-1]
+
+
+def spectral_norm(problem: Problem, L: Array, Rw: Array) -> float | None:
+    """Return the 2-norm of the residual of a dense matrix by its singular values; None for other matrices."""
+    if is_sparse(problem.B) or is_operator(problem.B) or not isinstance(problem.B, type(L)):
+        return None
+    return float(namespace(L).linalg.svdvals(problem.B - L @ Rw)[0])

@@ -1,0 +1,240 @@
+"""What the drivers share: the checked and promoted matrix with its weights, and the choice of rows and columns."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cur import _array, selection
+from cur import subspace as subspaces
+from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
+from cur._errors import RankWarning
+from cur._products import columns_of, frobenius, rows_of, thin
+from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix
+from cur.bounds import eta
+from cur.importance import Weight, as_weight
+
+BASIS_SELECTORS: dict[str, Callable[..., Array]] = {
+    "deim": selection.deim,
+    "qdeim": selection.qdeim,
+    "arp": selection.arp,
+    "osinsky": selection.osinsky,
+    "ldeim": selection.ldeim,
+    "leverage": selection.leverage,
+}
+PLAIN_SELECTORS: dict[str, Callable[..., Array]] = {
+    "norm": selection.norm,
+    "cmd": selection.cmd,
+    "uniform": selection.uniform,
+}
+SELECTORS = (*BASIS_SELECTORS, "lupp", *PLAIN_SELECTORS)
+NESTED = ("deim", "lupp", *PLAIN_SELECTORS)
+"""Selectors whose first k indices are a choice for rank k."""
+
+SUBSPACES = ("auto", "exact", "randomised", "lanczos")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A matrix ready to be factored.
+
+    Attributes
+    ----------
+    A : matrix
+        The user's, detached and promoted to the working dtype.
+    B : matrix
+        `A` in weighted coordinates, ``F_H^H A F_G``; `A` itself without weights.
+    target : matrix
+        Whose leading singular subspaces guide the choice: `B`, or the importance given.
+    row_weight, column_weight : Weight or None
+    total : float or None
+        ``||B||_F``; None for an operator.
+    """
+
+    A: Array
+    B: Array
+    target: Array
+    row_weight: Weight | None
+    column_weight: Weight | None
+    total: float | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        m, n = self.A.shape
+        return int(m), int(n)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether there are weights."""
+        return self.row_weight is not None or self.column_weight is not None
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff of the working precision."""
+        return _array.unit_roundoff(_array.working_dtype(self.B), self.B)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Chosen rows and columns, in the order of choice, and the bases they were chosen for."""
+
+    rows: Array
+    columns: Array
+    V: Array | None = None
+    W: Array | None = None
+    subspace: subspaces.Subspace | None = None
+
+    def leading(self, k: int) -> Choice:
+        """Return the choice for rank k, for selectors that are nested."""
+        V = None if self.V is None else self.V[:, :k]
+        W = None if self.W is None else self.W[:, :k]
+        return replace(self, rows=self.rows[:k], columns=self.columns[:k], V=V, W=W)
+
+
+def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> Problem:
+    """Check and promote the arguments of a driver."""
+    check_matrix(A)
+    A = _array.detach(A)
+    dtype = _array.working_dtype(A)
+    if A.dtype != dtype:
+        A = A.astype(dtype) if is_sparse(A) or is_operator(A) else namespace(A).astype(A, dtype)
+    row_weight = as_weight(row_weights, A, 0, dtype)
+    column_weight = as_weight(column_weights, A, 1, dtype)
+    B = A
+    if row_weight is not None:
+        B = row_weight.apply(B, 0)
+    if column_weight is not None:
+        B = column_weight.apply(B, 1)
+    target = B
+    if importance is not None:
+        check_matrix(importance, "importance")
+        check_companion(importance, A, "importance")
+        if tuple(importance.shape) != tuple(A.shape):
+            raise ValueError(
+                f"`importance` must have the shape of `A`, {tuple(A.shape)}; got {tuple(importance.shape)}; "
+                "one score per entry is needed"
+            )
+        importance = _array.detach(importance)
+        target = namespace(importance).astype(importance, dtype) if is_dense(importance) else importance.astype(dtype)
+        if not is_operator(target):
+            check_finite_norm(frobenius(target), importance, "importance")
+    return Problem(A, B, target, row_weight, column_weight, None if is_operator(B) else frobenius(B))
+
+
+def find_subspace(
+    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int
+) -> subspaces.Subspace:
+    """Return the leading singular subspaces of the target by the method asked for, or the one that suits it."""
+    check_choice(method, SUBSPACES, "subspace")
+    S = problem.target
+    if method == "auto":
+        in_memory = not (is_sparse(S) or is_operator(S) or is_dask(S))
+        # a full SVD costs as much as some 5 min(m, n) products with single vectors: no sketch pays near full rank
+        method = "exact" if in_memory and 3 * rank >= min(S.shape) else "randomised"
+    if method == "exact":
+        return subspaces.exact(S, rank)
+    total = problem.total if S is problem.B else None
+    if method == "lanczos":
+        return subspaces.lanczos(S, rank, rng=rng, total=total)
+    return subspaces.randomised(S, rank, power_iterations=power_iterations, rng=rng, total=total)
+
+
+def choose(
+    problem: Problem,
+    counts: tuple[int, int],
+    select: str,
+    method: str,
+    rng: np.random.Generator,
+    power_iterations: int,
+) -> Choice:
+    """Choose rows and columns of the target."""
+    k_rows, k_columns = counts
+    if select in PLAIN_SELECTORS:
+        pick = PLAIN_SELECTORS[select]
+        S = problem.target
+        sides = ((S, k_rows), (adjoint(S), k_columns))
+        rows, columns = (pick(_placeholder(X), k, matrix=X, rng=rng) for X, k in sides)
+        return Choice(rows, columns)
+    if select == "lupp":
+        return _choose_from_sketch(problem, counts, rng)
+    found = find_subspace(problem, max(counts), method, rng, power_iterations)
+    numerical = found.numerical_rank()
+    if max(counts) > numerical:
+        warnings.warn(
+            f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
+            f"the factorization has rank {numerical}",
+            RankWarning,
+            stacklevel=4,
+        )
+        k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
+    pick = BASIS_SELECTORS[select]
+    V, W = found.V[:, :k_rows], found.W[:, :k_columns]
+    left = V if problem.row_weight is None else problem.row_weight.candidates(V)
+    right = W if problem.column_weight is None else problem.column_weight.candidates(W)
+    rows = pick(left, k_rows, matrix=problem.target, rng=rng)
+    columns = pick(right, k_columns, matrix=adjoint(problem.target), rng=rng)
+    return Choice(rows, columns, V, W, found)
+
+
+def _placeholder(S: Array) -> Array:
+    """Return a basis for selectors that look at the matrix only: its backend and number of rows are all they read."""
+    like = np.empty(0) if is_sparse(S) or is_dask(S) else S
+    return namespace(like).zeros((S.shape[0], 1), dtype=like.dtype, device=_array.take_device(like))
+
+
+def _choose_from_sketch(problem: Problem, counts: tuple[int, int], rng: np.random.Generator) -> Choice:
+    """Choose rows by LU of a sketch, then columns by LU of these rows: one product with the target."""
+    S = problem.target
+    Y = subspaces.sketch(S, max(counts), rng=rng)
+    left = Y if problem.row_weight is None else problem.row_weight.candidates(Y)
+    rows = selection.lupp(left, counts[0])
+    Z = thin(adjoint(rows_of(S, selection.lupp(left, max(counts)))))
+    right = Z if problem.column_weight is None else problem.column_weight.candidates(Z)
+    return Choice(rows, selection.lupp(right, counts[1]))
+
+
+def etas(problem: Problem, choice: Choice) -> tuple[float | None, float | None]:
+    """Return eta of rows and columns in weighted coordinates."""
+    values: list[float | None] = []
+    for basis, indices, weight in (
+        (choice.V, choice.rows, problem.row_weight),
+        (choice.W, choice.columns, problem.column_weight),
+    ):
+        if basis is None:
+            values.append(None)
+        else:
+            chosen = _array.take(basis, indices, axis=0) if weight is None else weight.interpolate(basis, indices)
+            values.append(eta(chosen))
+    return values[0], values[1]
+
+
+def slices(problem: Problem, choice: Choice) -> tuple[Array, Array, Array, Array]:
+    """Return C and R of the matrix, and both in weighted coordinates."""
+    C, R = columns_of(problem.A, choice.columns), rows_of(problem.A, choice.rows)
+    Cw = C if problem.row_weight is None else problem.row_weight.apply(C, 0)
+    Rw = R if problem.column_weight is None else problem.column_weight.apply(R, 1)
+    return C, R, thin(Cw), thin(Rw)
+
+
+def safe_scale(A: Array, total: float | None) -> float:
+    """Return a power of two to divide a dense matrix by where squares of its entries would leave the range; else 1."""
+    if total is None or not is_dense(A):
+        return 1.0
+    xp = namespace(A)
+    info = xp.finfo(A.dtype)
+    low, high = (
+        math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2),
+        math.sqrt(float(info.max)) / A.shape[1],
+    )
+    if low < total < high or math.isnan(total):
+        return 1.0
+    largest = float(xp.max(xp.abs(A)))
+    if largest == 0.0 or not math.isfinite(largest):
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1])

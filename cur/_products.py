@@ -1,0 +1,120 @@
+"""What the algorithms ask of a matrix, dense, sparse, lazy or known by its action only.
+
+Products with thin factors, slices, and norms. A Dask array is computed here and nowhere else, and only its products
+with thin factors, its slices and scalars ever are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+
+from cur._array import (
+    Array,
+    adjoint,
+    is_dask,
+    is_operator,
+    is_sparse,
+    namespace,
+    take,
+    to_numpy,
+)
+
+__all__ = ["adjoint_product", "columns_of", "frobenius", "product", "residual_norm", "rows_of", "thin"]
+
+BLOCK_ENTRIES = 1 << 23
+"""Entries of the residual held at once; larger blocks were not faster and cost memory."""
+
+
+def thin(X: Array) -> Array:
+    """Return a dense array in memory from a slice that may be sparse or lazy."""
+    if is_sparse(X):
+        return np.asarray(X.toarray())
+    if is_dask(X):
+        lazy: Any = X
+        return np.asarray(lazy.compute())
+    return X
+
+
+def product(A: Array, X: Array) -> Array:
+    """Return ``A @ X`` for a thin dense `X`."""
+    return thin(A @ X)
+
+
+def adjoint_product(A: Array, X: Array) -> Array:
+    """Return ``A^H @ X`` for a thin dense `X`."""
+    return thin(adjoint(A) @ X)
+
+
+def rows_of(A: Array, indices: Array) -> Array:
+    """Return the chosen rows of `A`, in the form of `A`."""
+    if is_operator(A):
+        return adjoint(adjoint_product(A, _unit_columns(A.shape[0], indices, A.dtype)))
+    return take(A, indices, axis=0)
+
+
+def columns_of(A: Array, indices: Array) -> Array:
+    """Return the chosen columns of `A`, in the form of `A`."""
+    if is_operator(A):
+        return product(A, _unit_columns(A.shape[1], indices, A.dtype))
+    return take(A, indices, axis=1)
+
+
+def _unit_columns(n: int, indices: Array, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    X = np.zeros((n, len(indices)), dtype=dtype)
+    X[indices, np.arange(len(indices))] = 1
+    return X
+
+
+def frobenius(A: Array) -> float:
+    """Return the Frobenius norm, summed row by row so that single precision does not wear off over many entries."""
+    if is_sparse(A):
+        return float(scipy.sparse.linalg.norm(A))
+    xp = namespace(A)
+    if is_dask(A):
+        return math.sqrt(float((abs(A) ** 2).sum(dtype=np.float64).compute()))
+    if isinstance(A, np.ndarray):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.sqrt(float(np.sum(np.vecdot(A, A).real, dtype=np.float64)))
+    return float(xp.linalg.vector_norm(xp.linalg.vector_norm(A, axis=1)))
+
+
+def residual_norm(A: Array, L: Array, R: Array) -> float:
+    """Return ``||A - L R||_F`` for thin dense `L` and `R`, block by block."""
+    if is_dask(A):
+        return frobenius(A - namespace(A).asarray(L, chunks=(A.chunks[0], -1)) @ thin(R))
+    m, n = A.shape
+    step = max(1, BLOCK_ENTRIES // n)
+    if is_sparse(A):
+        A = A.tocsr()
+        blocks = (float(np.linalg.norm(A[i : i + step].toarray() - L[i : i + step] @ R)) for i in range(0, m, step))
+    else:
+        blocks = (frobenius(A[i : i + step, :] - L[i : i + step, :] @ R) for i in range(0, m, step))
+    return math.hypot(*blocks)
+
+
+def scale(A: Array, weights: Array, axis: int) -> Array:
+    """Multiply the rows (axis 0) or columns (axis 1) of `A` by `weights`, keeping the form of `A`."""
+    if is_operator(A) or is_sparse(A):
+        D: Any = scipy.sparse.diags_array(to_numpy(weights))
+        if is_operator(A):
+            D = scipy.sparse.linalg.aslinearoperator(D)
+        return D @ A if axis == 0 else A @ D
+    if is_dask(A):
+        weights = to_numpy(weights)
+    return weights[:, None] * A if axis == 0 else A * weights[None, :]
+
+
+def transform(A: Array, F: Array, axis: int) -> Array:
+    """Return ``F^H A`` (axis 0) or ``A F`` (axis 1) for a square `F`, lazily where `A` is lazy."""
+    if is_operator(A) or is_sparse(A):
+        A, F = scipy.sparse.linalg.aslinearoperator(A), scipy.sparse.linalg.aslinearoperator(to_numpy(F))
+        return F.H @ A if axis == 0 else A @ F
+    if is_dask(A):
+        xp = namespace(A)
+        F = xp.asarray(to_numpy(F), chunks=(A.chunks[axis], A.chunks[axis]))
+    return adjoint(F) @ A if axis == 0 else A @ F

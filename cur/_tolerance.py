@@ -1,0 +1,120 @@
+"""The smallest rank whose certificate meets a tolerance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cur._errors import NumericalError, RankWarning
+from cur._problem import Choice
+
+FIRST_WIDTH = 32
+"""Rank at which the search begins; doubled until the error is met."""
+
+Result = TypeVar("Result", bound=Any)
+
+
+def smallest_rank(
+    choose_at: Callable[[int], Choice],
+    assemble: Callable[[Choice], Result],
+    curve: Callable[[Choice], np.ndarray[Any, Any]],
+    tol: float,
+    most: int,
+    *,
+    nested: bool,
+    norm: object,
+) -> Result:
+    """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
+
+    Parameters
+    ----------
+    choose_at : callable
+        Makes the choice for a rank.
+    assemble : callable
+        Makes the certified factorization of a choice.
+    curve : callable
+        Gives the relative Frobenius errors at ranks 1, 2, ... of a nested choice.
+    tol, most
+        The tolerance and the largest rank.
+    nested : bool
+        Whether the leading part of a choice is the choice for a smaller rank. Then one choice serves all ranks; else
+        every rank that is tried costs a choice.
+    norm : "fro" or 2
+        Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
+
+    Raises
+    ------
+    NumericalError
+        If no rank is certified: rounding is in the way.
+    """
+    width = min(FIRST_WIDTH, most)
+    below = 0
+    while True:
+        width = most if 2 * width > most else width  # near full width the search may as well see everything
+        choice = _quietly(choose_at, width)
+        found = min(choice.rows.shape[0], choice.columns.shape[0])
+        last = width >= most or found < width
+        if nested and norm == "fro":
+            fits = np.flatnonzero(curve(choice) <= tol)
+            k = int(fits[0]) + 1 if fits.size else found + 1
+            while k <= found:
+                result = assemble(choice.leading(k))
+                if result.certificate.relative <= tol:
+                    return result
+                k += max(1, k // 50)  # the rounding, or the sketch, asks for a little more
+        widest = assemble(choice)
+        if widest.certificate.relative <= tol:
+            at = choice.leading if nested else lambda k: _quietly(choose_at, k)
+            return _bisect(at, assemble, tol, below, found, widest)
+        if last:
+            raise _unreachable(tol, widest)
+        below, width = (0 if nested else width), min(2 * width, most)
+
+
+def _bisect(
+    choice_at: Callable[[int], Choice],
+    assemble: Callable[[Choice], Result],
+    tol: float,
+    low: int,
+    high: int,
+    best: Result,
+) -> Result:
+    """Narrow ``low < k <= high`` where `high` meets the tolerance and `low` does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        result = assemble(choice_at(middle))
+        if result.certificate.relative <= tol:
+            best, high = result, middle
+        else:
+            low = middle
+    return best
+
+
+def _quietly(choose_at: Callable[[int], Choice], width: int) -> Choice:
+    """Choose without the warning about ranks: here the width is ours, not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankWarning)
+        return choose_at(width)
+
+
+def _unreachable(tol: float, result: Any) -> NumericalError:
+    certificate = result.certificate
+    rounding = certificate.rounding / certificate.scale if certificate.scale > 0 else 0.0
+    return NumericalError(
+        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {result.rank} the relative error is "
+        f"at most {certificate.relative:.2g}, of which {rounding:.2g} is rounding; use a larger `tol`, a wider dtype, "
+        "or `interpolative`, whose coefficients lose fewer digits"
+    )
+
+
+def relative_curve(shells: np.ndarray[Any, Any], left: float) -> np.ndarray[Any, Any]:
+    """Return relative errors at ranks 1, 2, ... from what each rank adds, and what all of them leave, both squared.
+
+    Summed from the small end, so that no digits cancel.
+    """
+    outside = np.append(np.cumsum(shells[::-1])[::-1][1:], 0.0)
+    total = float(shells.sum()) + left
+    return np.sqrt((outside + left) / total) if total > 0 else np.zeros(len(shells))

@@ -1,0 +1,183 @@
+"""Argument checks: each bad input gets one sentence with the parameter, the rule, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from cur import _array
+
+__all__ = [
+    "as_generator",
+    "check_basis",
+    "check_choice",
+    "check_companion",
+    "check_count",
+    "check_finite_norm",
+    "check_matrix",
+    "check_rank",
+    "check_rank_or_tol",
+    "check_tol",
+]
+
+
+def check_matrix(A: Any, name: str = "A") -> None:
+    """Accept a non-empty two-dimensional numeric array of a known library, a sparse matrix or a linear operator."""
+    known = _array.is_sparse(A) or _array.is_operator(A) or _array.is_dense(A) or _array.is_dask(A)
+    if not known:
+        remedy = "convert it with numpy.asarray" if isinstance(A, (list, tuple)) else "convert it to one of these"
+        raise TypeError(
+            f"`{name}` must be an array (NumPy, torch, CuPy, JAX, Dask, ...), a scipy.sparse matrix or a "
+            f"LinearOperator; got {type(A).__name__}; {remedy}"
+        )
+    if A.ndim != 2:
+        raise ValueError(
+            f"`{name}` must have two dimensions, rows and columns; got shape {tuple(A.shape)}; "
+            "reshape it, for example to (1, n) or (n, 1)"
+        )
+    if 0 in A.shape:
+        raise ValueError(f"`{name}` must have at least one row and one column; got shape {tuple(A.shape)}")
+    if not _is_numeric(A):
+        raise TypeError(
+            f"`{name}` must hold real or complex numbers; got dtype {A.dtype}; convert it with astype(float)"
+        )
+
+
+def _is_numeric(A: Any) -> bool:
+    dtype = A.dtype
+    if _array.is_dense(A) or _array.is_dask(A):
+        xp = _array.namespace(A)
+        try:
+            return bool(xp.isdtype(dtype, ("numeric", "bool"))) or dtype in _half_precisions(xp)
+        except TypeError:  # dtypes outside the standard, such as NumPy's object
+            return dtype in _half_precisions(xp)
+    return np.dtype(dtype).kind in "biufc"
+
+
+def _half_precisions(xp: Any) -> tuple[Any, ...]:
+    return tuple(getattr(xp, name) for name in ("float16", "bfloat16") if hasattr(xp, name))
+
+
+def check_basis(basis: Any) -> None:
+    """Accept a dense two-dimensional floating array with at least one column."""
+    if not _array.is_dense(basis):
+        raise TypeError(f"`basis` must be a dense array; got {type(basis).__name__}")
+    if basis.ndim != 2 or 0 in basis.shape:
+        raise ValueError(f"`basis` must have two dimensions and no empty one; got shape {tuple(basis.shape)}")
+    xp = _array.namespace(basis)
+    if not xp.isdtype(basis.dtype, ("real floating", "complex floating")):
+        raise TypeError(f"`basis` must hold floating-point numbers; got dtype {basis.dtype}")
+    if not bool(xp.all(xp.isfinite(basis))):
+        raise ValueError("`basis` must be finite; it holds NaN or inf; look where it was computed")
+
+
+def _as_int(value: Any, name: str) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be an integer; got {value!r}")
+    try:
+        index: int = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer; got {value!r} of type {type(value).__name__}") from None
+    return index
+
+
+def check_count(count: Any, *, default: int, most: int, what: str, least: int = 1) -> int:
+    """Return the number of indices to choose, between `least` and `most`."""
+    if count is None:
+        return min(default, most)
+    count = _as_int(count, "count")
+    if not least <= count <= most:
+        raise ValueError(f"`count` must be between {least} and {most}, the number of {what}; got {count}")
+    return count
+
+
+def check_rank_or_tol(rank: Any, tol: Any) -> None:
+    """Require exactly one of `rank` and `tol`."""
+    if rank is None and tol is None:
+        raise TypeError(
+            "one of `rank` and `tol` must be given: `rank=k` for a size, `tol=1e-3` for an accuracy; got neither"
+        )
+    if rank is not None and tol is not None:
+        raise TypeError(f"only one of `rank` and `tol` may be given; got rank={rank!r} and tol={tol!r}; leave one out")
+
+
+def check_rank(rank: Any, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the numbers of rows and columns to choose."""
+    if isinstance(rank, (tuple, list)):
+        if len(rank) != 2:
+            raise ValueError(f"`rank` must be an integer or a pair (rows, columns); got {rank!r}")
+        pair = (_as_int(rank[0], "rank[0]"), _as_int(rank[1], "rank[1]"))
+    else:
+        pair = (_as_int(rank, "rank"),) * 2
+    most = min(shape)
+    if min(pair) < 1 or max(pair) > most:
+        raise ValueError(
+            f"`rank` must be between 1 and {most}, the smaller side of the {shape[0]} x {shape[1]} matrix; got {rank!r}"
+        )
+    return pair
+
+
+def check_tol(tol: Any) -> float:
+    """Return a relative tolerance in (0, 1)."""
+    if isinstance(tol, bool) or not isinstance(tol, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`tol` must be a number; got {tol!r} of type {type(tol).__name__}")
+    value = float(tol)
+    if not 0.0 < value < 1.0:
+        raise ValueError(
+            f"`tol` must be between 0 and 1, the error relative to the norm of `A`; got {tol!r}; "
+            "for the numerical rank choose a small one such as 1e-12"
+        )
+    return value
+
+
+def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
+    """Require one of the listed values."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_companion(B: Any, A: Any, name: str) -> None:
+    """Require that `B` lives in the library and on the device of `A`."""
+    if not (_array.is_dense(A) or _array.is_dask(A)) or _array.is_dask(B):
+        return
+    if not _array.is_dense(B) or (_array.is_dense(A) and _array.namespace(A) is not _array.namespace(B)):
+        raise TypeError(
+            f"`{name}` must be an array of the same library as `A`; got {type(B).__name__} beside {type(A).__name__}; "
+            "convert one of them"
+        )
+    if _array.is_dense(A) and _array.take_device(A) != _array.take_device(B):
+        raise ValueError(
+            f"`{name}` must live on the device of `A`; got {_array.take_device(B)} beside {_array.take_device(A)}; "
+            "move one of them"
+        )
+
+
+def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
+    """Turn a non-finite norm into the error that says why it is not finite."""
+    if math.isfinite(value):
+        return
+    where = ""
+    if _array.is_dense(A):
+        xp = _array.namespace(A)
+        bad = _array.to_numpy(xp.sum(xp.astype(~xp.isfinite(A), xp.int32), axis=1))
+        if not bad.any():
+            raise ValueError(
+                f"`{name}` has entries so large that its norm overflows {A.dtype}; divide it by its largest entry first"
+            )
+        where = f", {int(bad.sum())} of them, the first in row {int(np.argmax(bad > 0))}"
+    raise ValueError(f"`{name}` must be finite; it holds NaN or inf{where}; replace or drop these entries first")
+
+
+def as_generator(rng: Any) -> np.random.Generator:
+    """Return NumPy's generator for a seed, a generator, or None (fresh entropy)."""
+    if isinstance(rng, bool):
+        raise TypeError(f"`rng` must be a seed, a numpy.random.Generator or None; got {rng!r}")
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`rng` must be a non-negative integer seed, a numpy.random.Generator or None; got {rng!r}"
+        ) from None

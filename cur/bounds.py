@@ -1,0 +1,175 @@
+"""Bounds on the error of a CUR factorization, and the certificate that carries them.
+
+The theorems (letters as in the documentation's page on the mathematics):
+
+- (S) Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016): exact leading singular vectors, optimal core.
+- (B1) any orthonormal bases, optimal core, 2-norm and Frobenius norm.
+- (B2) cross core with rows chosen so that ``gamma`` is finite.
+- (B4) a Gaussian sketch drawn after the choice (Gratton and Titley-Peloquin, SIAM J. Matrix Anal. Appl. 39, 2018).
+- (B5) rounding of the evaluation itself, added to every value.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cur._array import Array, namespace
+
+__all__ = [
+    "Certificate",
+    "cross_bound",
+    "eta",
+    "projection_bound",
+    "sketch_factor",
+    "sketch_size",
+    "sorensen_embree",
+]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A statement about the error of a factorization.
+
+    Attributes
+    ----------
+    norm : "fro" or 2
+        The norm of the error that `value` bounds. With weights, the norm of the weighted error.
+    value : float
+        ``||A - C U R|| <= value``, rounding included.
+    kind : "exact", "bound" or "probabilistic"
+        ``"exact"``: the error itself, computed, plus a bound on the rounding of that computation. ``"bound"``: a
+        theorem.
+        ``"probabilistic"``: a theorem that fails with at most `failure_probability`.
+    failure_probability : float
+        0 unless `kind` is ``"probabilistic"``.
+    dtype : str
+        Arithmetic in which the factors and the value were computed.
+    scale : float
+        The norm of the (weighted) matrix in `norm`, or a lower bound on it, so that `relative` errs on the safe side.
+    rounding : float
+        The part of `value` that accounts for rounding (B5).
+    eta_rows, eta_columns : float or None
+        ``1 / smin(V[rows, :])`` and ``1 / smin(W[columns, :])``: what the choice of indices costs beyond the bases.
+    gamma : float or None
+        ``1 / smin(Q_C[rows, :])``, for the cross core.
+    sigma_next : float or None
+        The first singular value left out, where singular values were computed exactly.
+    sorensen_embree : float or None
+        (S), a bound in the 2-norm, where it applies.
+    projection : float or None
+        (B1), a bound in `norm`, where it applies.
+    cross : float or None
+        (B2), a bound in `norm`, where it applies.
+    """
+
+    norm: Literal["fro", 2]
+    value: float
+    kind: Literal["exact", "bound", "probabilistic"]
+    failure_probability: float
+    dtype: str
+    scale: float
+    rounding: float = 0.0
+    eta_rows: float | None = None
+    eta_columns: float | None = None
+    gamma: float | None = None
+    sigma_next: float | None = None
+    sorensen_embree: float | None = None
+    projection: float | None = None
+    cross: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """The value over the norm of the matrix; 0 for the zero matrix approximated exactly."""
+        if self.scale > 0:
+            return self.value / self.scale
+        return 0.0 if self.value == 0 else math.inf
+
+    def scaled(self, factor: float) -> Certificate:
+        """Return the certificate of the same factorization of the matrix times `factor`, a power of two."""
+        names = ("value", "scale", "rounding", "sigma_next", "sorensen_embree", "projection", "cross")
+        values: dict[str, Any] = {
+            name: None if getattr(self, name) is None else getattr(self, name) * factor for name in names
+        }
+        return replace(self, **values)
+
+    def __str__(self) -> str:
+        norm = "Frobenius norm" if self.norm == "fro" else "2-norm"
+        how = {
+            "exact": "computed from the factors, rounding included",
+            "bound": "by theorem, rounding included",
+            "probabilistic": f"except with probability {self.failure_probability:.1e}",
+        }[self.kind]
+        return (
+            f"The error in the {norm} is at most {self.value:.4g}, {self.relative:.3g} of the norm of the matrix "
+            f"({how}; {self.dtype})."
+        )
+
+
+def eta(chosen: Array, /) -> float:
+    """Return ``1 / smin(chosen)`` for the chosen rows of an orthonormal basis, shape (r, k) with r >= k.
+
+    The norm of the oblique projector that interpolates at these rows; infinite if they do not determine the basis.
+    """
+    if chosen.shape[0] < chosen.shape[1]:
+        return math.inf
+    s = namespace(chosen).linalg.svdvals(chosen)
+    smallest = float(s[-1])
+    return 1.0 / smallest if smallest > 0 else math.inf
+
+
+def sorensen_embree(eta_rows: float, eta_columns: float, sigma_next: float, /) -> float:
+    """Return (S), ``||A - CUR||_2 <= (eta_rows + eta_columns) sigma_{k+1}``.
+
+    Holds for DEIM or any other choice of rows and columns with finite eta from exact leading singular vectors, and the
+    optimal core.
+    """
+    return (eta_rows + eta_columns) * sigma_next if sigma_next > 0 else 0.0
+
+
+def projection_bound(eta_rows: float, eta_columns: float, row_residual: float, column_residual: float, /) -> float:
+    """Return (B1), ``sqrt(eta_columns^2 ||A - A W W^H||^2 + eta_rows^2 ||A - V V^H A||^2)``.
+
+    Holds for any orthonormal V and W and the optimal core, in the norm (2 or Frobenius) of the two residuals.
+
+    Parameters
+    ----------
+    eta_rows, eta_columns : float
+        ``1 / smin(V[rows, :])`` and ``1 / smin(W[columns, :])``.
+    row_residual : float
+        ``||A - A W W^H||``, or an upper bound on it: what the basis of the row space leaves.
+    column_residual : float
+        ``||A - V V^H A||``, or an upper bound on it: what the basis of the column space leaves.
+    """
+    first = eta_columns * row_residual if row_residual > 0 else 0.0
+    second = eta_rows * column_residual if column_residual > 0 else 0.0
+    return math.hypot(first, second)
+
+
+def cross_bound(gamma: float, column_error: float, /) -> float:
+    """Return (B2), ``||A - C U R|| <= gamma ||(I - C C^+) A||``, for the cross core and rows >= columns."""
+    return gamma * column_error if column_error > 0 else 0.0
+
+
+def sketch_size(failure_probability: float, inflation: float = 1.25, /) -> int:
+    """Return how many Gaussian rows make `sketch_factor` at most `inflation`."""
+    slack = 1.0 - 1.0 / inflation**2
+    return math.ceil(4.0 * -math.log(failure_probability) / slack**2)
+
+
+def sketch_factor(count: int, failure_probability: float, /) -> float:
+    """Return the f of (B4): ``||X||_F <= f ||G X||_F`` for `count` rows of iid N(0, 1/count) entries in G.
+
+    Raises
+    ------
+    ValueError
+        If there are too few rows for the probability, ``count <= -4 ln(failure_probability)``.
+    """
+    t = 2.0 * math.sqrt(-math.log(failure_probability) / count)
+    if t >= 1.0:
+        least = math.floor(-4.0 * math.log(failure_probability)) + 1
+        raise ValueError(
+            f"`count` must be at least {least} for a failure probability of {failure_probability:g}; got {count}"
+        )
+    return 1.0 / math.sqrt(1.0 - t)

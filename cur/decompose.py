@@ -1,0 +1,257 @@
+"""The two-sided drivers: `deim_cur` and `cur`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from cur import selection
+from cur._array import Array, adjoint, namespace, take, to_numpy
+from cur._certify import certify, evaluation_rounding, leftover, reduce, residual, spectral_norm
+from cur._problem import NESTED, SELECTORS, Choice, Problem, choose, prepare, safe_scale, slices
+from cur._products import columns_of, frobenius, thin
+from cur._tolerance import relative_curve, smallest_rank
+from cur._validate import (
+    as_generator,
+    check_choice,
+    check_count,
+    check_finite_norm,
+    check_rank,
+    check_rank_or_tol,
+    check_tol,
+)
+from cur.factors import CUR
+from cur.linking import Orthogonal, core
+from cur.linking import cross as cross_core
+
+__all__ = ["cur", "deim_cur"]
+
+LINKS = ("optimal", "weighted", "cross")
+
+
+def deim_cur(A: Array, /, *, rank: Any = None, tol: float | None = None, **options: Any) -> CUR:
+    """Factor a matrix into its own columns and rows chosen by DEIM, with the optimal core and a certificate.
+
+    ``cur(A, select="deim", ...)``; every other option of `cur` may be given.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a `LinearOperator`.
+    rank : int or (int, int), optional
+        Number of rows and columns.
+    tol : float, optional
+        Relative error to reach instead.
+
+    Returns
+    -------
+    CUR
+        Unpacks as ``C, U, R``; ``result.certificate`` bounds the error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import deim_cur
+    >>> i = np.arange(1.0, 201.0)
+    >>> A = np.minimum.outer(i, i) / np.maximum.outer(i, i)
+    >>> result = deim_cur(A, rank=20)
+    >>> C, U, R = result
+    >>> bool((C == A[:, result.columns]).all() and (R == A[result.rows, :]).all())
+    True
+    >>> error = np.linalg.norm(A - C @ U @ R)
+    >>> bool(error <= result.certificate.value)
+    True
+    """
+    if "select" in options:
+        raise TypeError("`select` is fixed to 'deim' in deim_cur; use cur.cur to choose another selector")
+    return cur(A, rank=rank, tol=tol, select="deim", **options)
+
+
+def cur(
+    A: Array,
+    /,
+    *,
+    rank: int | tuple[int, int] | None = None,
+    tol: float | None = None,
+    select: str = "deim",
+    link: str | None = None,
+    subspace: str = "auto",
+    importance: Array | None = None,
+    row_weights: Any = None,
+    column_weights: Any = None,
+    oversample: int = 0,
+    norm: Literal["fro", 2] = "fro",
+    power_iterations: int = 1,
+    failure_probability: float = 1e-6,
+    rng: np.random.Generator | int | None = 0,
+) -> CUR:
+    """Factor a matrix into its own columns and rows, ``A ~ C U R``, with a certificate.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a `LinearOperator`. Half
+        precisions are computed in single, integers in double precision. Inputs that require gradients are detached.
+    rank : int or (int, int)
+        Number of rows and columns, or (rows, columns). A rank above the numerical rank of the matrix is truncated to it
+        with a `RankWarning` (selectors that use singular vectors).
+    tol : float
+        In place of `rank`: the smallest rank of this selector with ``||A - CUR|| <= tol ||A||`` in `norm`, certified
+        before it is returned. With weights, both sides are weighted.
+    select : str, default "deim"
+        One of ``deim, qdeim, lupp, leverage, norm, uniform, arp, osinsky, ldeim, cmd``; see `cur.selection`. `lupp`
+        is the fastest.
+    link : {"optimal", "weighted", "cross"}, optional
+        How U is made: see `cur.linking`. By default ``"weighted"`` where weights are given, else ``"optimal"``.
+        ``"cross"`` chooses the rows from C, so that the core cannot blow up.
+    subspace : {"auto", "exact", "randomised", "lanczos"}, default "auto"
+        Where singular vectors come from; see `cur.subspace`. ``"auto"``: exact where `rank` is at least a third of the
+        smaller side of a dense matrix, else randomised.
+    importance : array, shape (m, n), optional
+        Scores whose leading singular subspaces choose rows and columns in place of those of `A`.
+    row_weights, column_weights : array or Weight, optional
+        Positive semidefinite ``H`` and ``G``, as vectors (diagonals), matrices or `cur.importance.factor`: selection,
+        core and certificate are those of ``||H^(1/2) (A - CUR) G^(1/2)||``.
+    oversample : int, default 0
+        Rows beyond the number of columns, added where the cross core is weakest (Park and Nakatsukasa).
+    norm : {"fro", 2}, default "fro"
+        Norm of the certificate and of `tol`. With ``tol`` and ``norm=2`` the residual of a dense matrix is checked by
+        its singular values, which costs an SVD per check.
+    power_iterations : int, default 1
+        Of the randomised subspace.
+    failure_probability : float, default 1e-6
+        Of certificates by sketches, which only operators and very large sparse matrices get.
+    rng : Generator, int or None, default 0
+        Seed; the same seed chooses the same indices in every library, up to rounding. None draws fresh entropy.
+
+    Returns
+    -------
+    CUR
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad arguments; the text says what, the rule, the value and the remedy.
+    NumericalError
+        If `tol` cannot be certified in the working precision.
+
+    Notes
+    -----
+    For a dense matrix at rank k the cost is that of a few products of `A` with k vectors: the sketch, its power
+    iteration and projection (``2 + 2 power_iterations``), and one for the core and the exact error together.
+    """
+    check_rank_or_tol(rank, tol)
+    check_choice(select, SELECTORS, "select")
+    check_choice(norm, ("fro", 2), "norm")
+    if link is not None:
+        check_choice(link, LINKS, "link")
+    problem = prepare(A, importance, row_weights, column_weights)
+    scale = safe_scale(problem.A, problem.total)
+    if scale != 1.0:
+        problem = prepare(problem.A / scale, importance, row_weights, column_weights)
+    if problem.total is not None:
+        check_finite_norm(problem.total, problem.A)
+    link = link or ("weighted" if problem.weighted else "optimal")
+    generator = as_generator(rng)
+    check_count(oversample, default=0, most=problem.shape[0], what="the rows", least=0)
+
+    def choice_for(k: int) -> Choice:
+        return choose(problem, (k, k), select, subspace, generator, power_iterations)
+
+    def assemble(choice: Choice) -> CUR:
+        return _assemble(problem, choice, link, oversample, norm, failure_probability, generator, tol is not None)
+
+    if rank is not None:
+        counts = check_rank(rank, problem.shape)
+        result = assemble(choose(problem, counts, select, subspace, generator, power_iterations))
+    else:
+        result = smallest_rank(
+            choice_for,
+            assemble,
+            lambda choice: _error_curve(problem, choice),
+            check_tol(tol),
+            min(problem.shape),
+            nested=select in NESTED,
+            norm=norm,
+        )
+    return result if scale == 1.0 else _rescaled(result, scale)
+
+
+def _rescaled(result: CUR, scale: float) -> CUR:
+    """Undo the division of the matrix by a power of two."""
+    certificate = None if result.certificate is None else result.certificate.scaled(scale)
+    return CUR(result.C * scale, result.U / scale, result.R * scale, result.rows, result.columns, certificate)
+
+
+def _assemble(
+    problem: Problem,
+    choice: Choice,
+    link: str,
+    oversample: int,
+    norm: Literal["fro", 2],
+    failure: float,
+    rng: np.random.Generator,
+    spectral: bool,
+) -> CUR:
+    """Make U for a choice, and the certificate."""
+    if link == "cross":
+        choice = _rows_from_columns(problem, choice, oversample)
+    elif oversample:
+        if choice.V is None:
+            raise ValueError(
+                "`oversample` with this selector needs `link='cross'`: there is no basis to oversample from"
+            )
+        room = min(oversample, problem.shape[0] - choice.rows.shape[0])
+        choice = replace(choice, rows=selection.oversample(choice.V, choice.rows, room))
+    C, R, Cw, Rw = slices(problem, choice)
+    reduced = reduce(problem, Cw, Rw)
+    if link == "cross":
+        U = cross_core(take(thin(C), choice.rows, axis=0))
+    elif link == "optimal" and problem.weighted:
+        plain = reduce(replace(problem, B=problem.A, total=None), thin(C), thin(R))
+        U = core(plain.C, plain.R, plain.M)
+    else:
+        U = core(reduced.C, reduced.R, reduced.M)
+    T, S = reduced.C.T, adjoint(reduced.R.T)
+    error = residual(
+        problem,
+        Cw @ U,
+        Rw,
+        kept=frobenius(reduced.M),
+        gap=frobenius(reduced.M - T @ U @ S),
+        inner=evaluation_rounding(T, U, S, u=problem.unit),
+        failure=failure,
+        rng=rng,
+    )
+    two = spectral_norm(problem, Cw @ U, Rw) if spectral and norm == 2 else None
+    certificate = certify(problem, choice, reduced, error, norm=norm, link=link, spectral=two)
+    return CUR(C, U, R, choice.rows, choice.columns, certificate)
+
+
+def _rows_from_columns(problem: Problem, choice: Choice, oversample: int) -> Choice:
+    """Choose the rows of a cross from an orthonormal basis of its columns, which bounds gamma."""
+    columns = choice.columns
+    k, wanted = columns.shape[0], max(choice.rows.shape[0], columns.shape[0])
+    Q = Orthogonal(thin(columns_of(problem.A, columns))).Q
+    rows = selection.deim(Q)
+    extra = min(wanted - k + oversample, problem.shape[0] - k)
+    if extra > 0:
+        rows = selection.oversample(Q, rows, extra)
+    return replace(choice, rows=rows)
+
+
+def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
+    """Return the relative error of the optimal core at every rank of a nested choice, from one product.
+
+    QR is nested too: at rank k the error is what the full choice leaves, and the part of ``M`` outside its leading
+    k x k block, all sums of squares without cancellation.
+    """
+    _, _, Cw, Rw = slices(problem, choice)
+    k = min(Cw.shape[1], Rw.shape[0])
+    reduced = reduce(problem, Cw[:, :k], Rw[:k, :])
+    squares = to_numpy(namespace(reduced.M).abs(reduced.M)).astype(np.float64) ** 2
+    shells = np.tril(squares).sum(axis=1) + np.triu(squares, 1).sum(axis=0)
+    left = leftover(problem, frobenius(reduced.M), lambda: (reduced.C.Q @ reduced.M, adjoint(reduced.R.Q)))
+    return relative_curve(shells, left)

@@ -1,0 +1,365 @@
+"""The result types: CUR, folded and interpolative factorizations.
+
+All are immutable, live in the library and on the device of the matrix they came from, multiply from both sides,
+transpose, slice without forming the product, and convert into each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+
+from cur import _array
+from cur._array import Array, adjoint, convert, is_dask, is_sparse, lu_pivots, namespace, qr, take, to_numpy
+from cur._atomic import replace_file
+from cur._products import thin
+from cur.bounds import Certificate
+from cur.linking import Orthogonal
+
+__all__ = ["CUR", "Folded", "Interpolative"]
+
+
+class _Factorization:
+    """What all factorizations share: a chain of thin matrices whose product approximates a matrix."""
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        """The matrices whose product is the approximation, left to right."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the approximation."""
+        return (int(self.factors[0].shape[0]), int(self.factors[-1].shape[1]))
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the factors."""
+        return self.factors[0].dtype
+
+    @property
+    def T(self) -> _Factorization:
+        """The transposed factorization."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are stored."""
+        return sum(f.nnz if is_sparse(f) else int(np.prod(f.shape)) for f in self._stored())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these numbers; for sparse factors, of their non-zero entries."""
+        return sum(
+            f.nnz * f.dtype.itemsize if is_sparse(f) else int(np.prod(f.shape)) * _itemsize(f) for f in self._stored()
+        )
+
+    def _stored(self) -> tuple[Array, ...]:
+        return self.factors
+
+    def __matmul__(self, x: Array) -> Array:
+        """Return ``approximation @ x`` for a vector or matrix, by products with thin matrices only."""
+        for f in reversed(self.factors):
+            x = f @ x
+        return x
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """Return ``x @ approximation``."""
+        for f in self.factors:
+            x = x @ f
+        return x
+
+    # NumPy must leave `array @ factorization` to us
+    __array_ufunc__ = None
+
+    def toarray(self) -> Array:
+        """Return the m x n approximation as one array."""
+        first, *rest = self.factors
+        for f in rest:
+            first = first @ f
+        return first.toarray() if is_sparse(first) else first
+
+    def __getitem__(self, key: Any) -> Array:
+        """Return entries, rows, columns or a block, ``result[i, j]``, computed from the factors."""
+        if not isinstance(key, tuple):
+            key = (key, slice(None))
+        if len(key) != 2:
+            raise IndexError(f"a factorization has two dimensions; got {len(key)} indices")
+        (i, drop_row), (j, drop_column) = (_positions(k, n) for k, n in zip(key, self.shape, strict=True))
+        first, *middle, last = self.factors
+        x = thin(take(first, convert(i, first), axis=0))
+        for f in middle:
+            x = x @ f
+        x = x @ thin(take(last, convert(j, last), axis=1))
+        if drop_row:
+            x = x[0, ...]
+        return x[..., 0] if drop_column else x
+
+    def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
+        """Return SciPy's operator for the approximation, for its iterative solvers. NumPy and SciPy factors only."""
+        if not all(isinstance(f, np.ndarray) or is_sparse(f) for f in self.factors):
+            raise TypeError("a LinearOperator needs NumPy or SciPy factors; move the factors to the host first")
+        chain = [scipy.sparse.linalg.aslinearoperator(f) for f in self.factors]
+        product: scipy.sparse.linalg.LinearOperator = chain[0]
+        for operator in chain[1:]:
+            product = product @ operator
+        return product
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the factorization as ``.npz``; beside the target first, then renamed."""
+        arrays: dict[str, Any] = {name: to_numpy(value) for name, value in vars(self).items() if _is_array(value)}
+        with replace_file(path) as stream:
+            np.savez(stream, kind=np.asarray(type(self).__name__), **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Any:
+        """Read a factorization written by `save`, as NumPy arrays; nothing is unpickled.
+
+        The certificate is not stored: it speaks of a matrix that is not in the file.
+        """
+        with np.load(path, allow_pickle=False) as data:
+            kind = str(data["kind"]) if "kind" in data else None
+            types = {t.__name__: t for t in (CUR, Folded, Interpolative)}
+            if kind not in types:
+                raise ValueError(f"`path` must be a file written by `save`; {os.fspath(path)!r} is not")
+            if not issubclass(types[kind], cls):
+                raise ValueError(f"`path` holds a factorization of kind {kind}; load it with {kind}.load")
+            return types[kind](**{name: data[name] for name in data.files if name != "kind"})
+
+
+def _is_array(value: Any) -> bool:
+    return is_sparse(value) or is_dask(value) or _array.is_dense(value)
+
+
+def _itemsize(x: Array) -> int:
+    return int(getattr(x.dtype, "itemsize", 0)) or to_numpy(x[:1, :1]).dtype.itemsize
+
+
+def _positions(key: Any, n: int) -> tuple[np.ndarray[Any, Any], bool]:
+    positions = np.arange(n)[to_numpy(key) if _array.is_dense(key) else key]
+    return np.atleast_1d(positions), positions.ndim == 0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CUR(_Factorization):
+    """A matrix by its own columns and rows, ``A ~ C U R``.
+
+    Unpacks as ``C, U, R``.
+
+    Attributes
+    ----------
+    C : array, shape (m, c)
+        Columns of A, exactly.
+    U : array, shape (c, r)
+        The linking matrix.
+    R : array, shape (r, n)
+        Rows of A, exactly.
+    rows : array of int, shape (r,)
+        Positions of the rows, in the order of choice.
+    columns : array of int, shape (c,)
+        Positions of the columns, in the order of choice.
+    certificate : Certificate or None
+        What is known of the error; None for one that was loaded or converted.
+    """
+
+    C: Array
+    U: Array
+    R: Array
+    rows: Array
+    columns: Array
+    certificate: Certificate | None = None
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        """The matrices whose product is the approximation, left to right."""
+        return (self.C, self.U, self.R)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of U, in which the factorization was computed."""
+        return self.U.dtype
+
+    @property
+    def rank(self) -> int:
+        """The number of columns or rows, whichever is smaller: no larger rank is possible."""
+        return int(min(self.U.shape))
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.C, self.U, self.R))
+
+    def __len__(self) -> int:
+        return 3
+
+    @property
+    def T(self) -> CUR:
+        """The transposed factorization."""
+        return CUR(self.R.T, self.U.T, self.C.T, self.columns, self.rows, self.certificate)
+
+    def folded(self) -> Folded:
+        """Return the same matrix in two factors, ``(C U) R``: fewer numbers, and the R kept."""
+        C = thin(self.C)
+        return Folded(C @ self.U, thin(self.R))
+
+    def interpolative(self) -> Interpolative:
+        """Return the same matrix as some of its rows and the coefficients of all others: the fewest numbers.
+
+        The kept rows are those of the approximation, not of A.
+        """
+        return self.folded().interpolative()
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        text = f"CUR of a {m} x {n} matrix: {self.C.shape[1]} columns, {self.R.shape[0]} rows, {self.dtype}"
+        return text if self.certificate is None else f"{text}\n{self.certificate}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Folded(_Factorization):
+    """A matrix as the product of two thin ones.
+
+    Attributes
+    ----------
+    left : array, shape (m, k)
+    right : array, shape (k, n)
+    """
+
+    left: Array
+    right: Array
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        """The matrices whose product is the approximation, left to right."""
+        return (self.left, self.right)
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return int(self.left.shape[1])
+
+    @property
+    def T(self) -> Folded:
+        """The transposed factorization."""
+        return Folded(self.right.T, self.left.T)
+
+    def interpolative(self) -> Interpolative:
+        """Return the same matrix as k of its rows and the coefficients of the others.
+
+        The rows are chosen by DEIM on a basis of the range, which keeps the coefficients moderate.
+        """
+        if self.rank > self.shape[0]:
+            raise ValueError(
+                f"a factorization of rank {self.rank} cannot be stored as {self.shape[0]} rows; transpose it first"
+            )
+        Q, T = qr(self.left)
+        rows = lu_pivots(Q)
+        skeleton = take(Q, rows, axis=0)
+        others = _others(rows, self.shape[0])
+        coefficients = adjoint(_divide(adjoint(skeleton), adjoint(take(Q, others, axis=0))))
+        return Interpolative(skeleton @ (T @ self.right), coefficients, rows, others)
+
+    def cur(self) -> CUR:
+        """Return the same matrix as its own columns and rows, which are those of the approximation."""
+        return self.interpolative().cur()
+
+    def __repr__(self) -> str:
+        return f"Folded {self.shape[0]} x {self.shape[1]} factorization of rank {self.rank}, {self.dtype}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interpolative(_Factorization):
+    """A matrix by some of its rows (or columns) and the coefficients that give all the others.
+
+    Attributes
+    ----------
+    skeleton : array, shape (k, n), or (m, k) for ``side="columns"``
+        The chosen rows or columns.
+    coefficients : array, shape (m - k, k), or (k, n - k)
+        Coefficients of the rows or columns that were not chosen, in the order of `others`.
+    chosen : array of int, shape (k,)
+        Positions of the chosen ones; their coefficients are the identity.
+    others : array of int
+        Positions of all the others, ascending.
+    side : "rows" or "columns"
+    certificate : Certificate or None
+    """
+
+    skeleton: Array
+    coefficients: Array
+    chosen: Array
+    others: Array
+    side: str = "rows"
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", str(self.side))  # an array of one string when read from a file
+
+    @property
+    def rank(self) -> int:
+        """Number of chosen rows or columns."""
+        return int(self.chosen.shape[0])
+
+    @property
+    def projection(self) -> Array:
+        """All coefficients, shape (m, k) or (k, n), the identity at the chosen positions."""
+        xp = namespace(self.coefficients)
+        axis = 0 if self.side == "rows" else 1
+        eye = xp.eye(self.rank, dtype=self.coefficients.dtype, device=_array.take_device(self.coefficients))
+        order = xp.argsort(xp.concat([self.chosen, self.others]))
+        return take(xp.concat([eye, self.coefficients], axis=axis), order, axis=axis)
+
+    @property
+    def factors(self) -> tuple[Array, ...]:
+        """The matrices whose product is the approximation, left to right."""
+        return (self.projection, self.skeleton) if self.side == "rows" else (self.skeleton, self.projection)
+
+    def _stored(self) -> tuple[Array, ...]:
+        return (self.skeleton, self.coefficients)
+
+    @property
+    def T(self) -> Interpolative:
+        """The transposed factorization."""
+        side = "columns" if self.side == "rows" else "rows"
+        return Interpolative(self.skeleton.T, self.coefficients.T, self.chosen, self.others, side, self.certificate)
+
+    def folded(self) -> Folded:
+        """Return the same matrix as two full factors."""
+        left, right = (thin(f) for f in self.factors)
+        return Folded(left, right)
+
+    def cur(self) -> CUR:
+        """Return the same matrix as its own columns and rows."""
+        if self.side == "columns":
+            return self.T.cur().T
+        R = thin(self.skeleton)
+        Q, _ = qr(adjoint(R))
+        columns = lu_pivots(Q)
+        block = Orthogonal(take(R, columns, axis=1))
+        projection = self.projection
+        C = projection @ take(R, columns, axis=1)
+        return CUR(C, block.left_divide(adjoint(block.Q)), R, self.chosen, columns)
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        text = f"Interpolative factorization of a {m} x {n} matrix by {self.rank} of its {self.side}, {self.dtype}"
+        return text if self.certificate is None else f"{text}\n{self.certificate}"
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the coefficients."""
+        return self.coefficients.dtype
+
+
+def _divide(T: Array, B: Array) -> Array:
+    """Solve the square system ``T X = B`` by QR."""
+    Q, R = qr(T)
+    return _array.solve_triangular(R, adjoint(Q) @ B)
+
+
+def _others(chosen: Array, m: int) -> Array:
+    """Return the positions that were not chosen, ascending."""
+    return convert(np.setdiff1d(np.arange(m), to_numpy(chosen)), chosen)

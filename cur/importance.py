@@ -1,0 +1,243 @@
+"""Weights that turn "close to A" into "close where it matters".
+
+A weight of the rows `H` and of the columns `G` are positive semidefinite matrices; the weighted error of an
+approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands for a diagonal matrix. With
+``G = E[x x^T]`` of the inputs `x` of a linear layer, the weighted error is the root mean square change of its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cur import _array
+from cur._array import Array, adjoint, namespace
+from cur._products import scale, transform
+from cur._validate import check_companion
+
+__all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A positive semidefinite weight, ready to be applied.
+
+    Attributes
+    ----------
+    size : int
+        Number of rows or columns that it weighs.
+    root : array or None
+        Diagonal weights: the square roots of the entries, shape (size,). None otherwise.
+    vectors : array or None
+        Matrix weights: orthonormal eigenvectors, shape (size, size). None otherwise.
+    roots : array or None
+        Matrix weights: square roots of the eigenvalues after damping, all positive, shape (size,).
+    """
+
+    size: int
+    root: Array | None = None
+    vectors: Array = None
+    roots: Array = None
+
+    def apply(self, A: Array, axis: int) -> Array:
+        """Return ``F^H A`` (axis 0) or ``A F`` (axis 1), where ``F F^H`` is the weight."""
+        if self.root is not None:
+            return scale(A, self.root, axis)
+        return transform(A, self.vectors * self.roots[None, :], axis)
+
+    def candidates(self, basis: Array) -> Array:
+        """Carry an orthonormal basis in weighted coordinates over to the rows or columns one can choose.
+
+        The bound (B1) of the weighted problem has ``eta = ||L (basis^H L)^-1||`` with ``L = F^-1[:, indices]``. It is
+        small when the rows of ``F^-H basis``, each divided by the norm of its column of ``F^-1``, are well conditioned;
+        those are returned. For a diagonal weight they are the rows of the basis itself.
+        """
+        if self.root is not None:
+            return basis
+        xp = namespace(basis)
+        inverse = self.vectors / self.roots[None, :]
+        lengths = xp.sqrt(xp.sum(xp.abs(inverse) ** 2, axis=1))
+        return inverse @ basis / lengths[:, None]
+
+    def interpolate(self, basis: Array, indices: Array) -> Array:
+        """Return the matrix whose smallest singular value is ``1 / eta`` of the weighted problem."""
+        if self.root is not None:
+            return _array.take(basis, indices, axis=0)
+        inverse = _array.take(self.vectors, indices, axis=0) / self.roots[None, :]
+        Q, _ = _array.qr(adjoint(inverse))
+        return adjoint(Q) @ basis
+
+
+def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
+    """Make a weight from the diagonal of `H` or `G`.
+
+    Parameters
+    ----------
+    weights : array, shape (n,)
+        Non-negative and finite. WANDA's weight is the squared norm of each input feature.
+
+    Raises
+    ------
+    ValueError
+        If an entry is negative or not finite, or the array is not one-dimensional.
+    """
+    xp = namespace(weights)
+    if weights.ndim != 1:
+        raise ValueError(
+            f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `importance.matrix` for a matrix"
+        )
+    if not bool(xp.all(xp.isfinite(weights))):
+        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
+    smallest = float(xp.min(weights))
+    if smallest < 0:
+        raise ValueError(
+            f"`{name}` must be non-negative; its smallest entry is {smallest:.3g}; pass squares or magnitudes"
+        )
+    return Weight(size=weights.shape[0], root=xp.sqrt(weights))
+
+
+def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") -> Weight:
+    """Make a weight from a positive semidefinite matrix, singular ones included.
+
+    Parameters
+    ----------
+    weights : array, shape (n, n)
+        Real symmetric or complex Hermitian.
+    damping : float, default 0
+        Multiple of the mean eigenvalue that is added to all eigenvalues. At least the rounding level ``n u`` of the
+        largest eigenvalue is always added, which makes the weight invertible; the weighted norm only grows by that, and
+        with it the certificate.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not square, not finite, not Hermitian, or has an eigenvalue that is negative beyond rounding.
+    """
+    xp = namespace(weights)
+    if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
+        raise ValueError(
+            f"`{name}` must be a square matrix; got shape {tuple(weights.shape)}; "
+            "use `importance.factor` for a factor of one"
+        )
+    if not bool(xp.all(xp.isfinite(weights))):
+        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
+    u = _array.unit_roundoff(weights.dtype, weights)
+    n = weights.shape[0]
+    asymmetry = float(xp.linalg.matrix_norm(weights - adjoint(weights)))
+    if asymmetry > 100 * n * u * float(xp.linalg.matrix_norm(weights)):
+        raise ValueError(
+            f"`{name}` must be symmetric (Hermitian); it differs from its transpose by {asymmetry:.3g}; "
+            "symmetrise it first"
+        )
+    values, vectors = xp.linalg.eigh((weights + adjoint(weights)) / 2)
+    smallest, largest = float(values[0]), float(values[-1])
+    if smallest < -100 * n * u * max(largest, 0.0) or largest < 0:
+        raise ValueError(
+            f"`{name}` must have no negative eigenvalue; its smallest is {smallest:.3g} beside {largest:.3g}; "
+            "pass a matrix of second moments or another positive semidefinite one"
+        )
+    return _damped(xp.where(values > 0, values, xp.zeros_like(values)), vectors, damping)
+
+
+def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") -> Weight:
+    """Make a weight ``F F^H`` from its factor, more accurately than from the product.
+
+    Parameters
+    ----------
+    weights : array, shape (n, p)
+        The factor `F`; for second moments, the inputs as columns divided by the square root of their number.
+    damping : float, default 0
+        As for `matrix`.
+    """
+    xp = namespace(weights)
+    if weights.ndim != 2:
+        raise ValueError(f"`{name}` must be a matrix with one row per weighted index; got shape {tuple(weights.shape)}")
+    if not bool(xp.all(xp.isfinite(weights))):
+        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
+    n = weights.shape[0]
+    if weights.shape[1] > n:  # only the range matters
+        weights = adjoint(_array.qr(adjoint(weights))[1])
+    vectors, s, _ = xp.linalg.svd(weights, full_matrices=True)
+    values = xp.concat([s**2, xp.zeros((n - s.shape[0],), dtype=s.dtype, device=_array.take_device(s))])
+    return _damped(values, vectors, damping)
+
+
+def _damped(values: Array, vectors: Array, damping: float) -> Weight:
+    xp = namespace(values)
+    if not damping >= 0:
+        raise ValueError(f"`damping` must be non-negative; got {damping!r}")
+    n = values.shape[0]
+    u = _array.unit_roundoff(values.dtype, values)
+    largest = float(xp.max(values))
+    added = damping * float(xp.mean(values)) + n * u * largest
+    if largest == 0.0:
+        added = 1.0  # the zero weight: every choice is as good, and any invertible matrix stands for it
+    return Weight(size=n, vectors=vectors, roots=xp.sqrt(values + added))
+
+
+def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
+    """Turn the `row_weights` or `column_weights` of a driver into a `Weight`."""
+    name = ("row_weights", "column_weights")[axis]
+    if weights is None:
+        return None
+    if isinstance(weights, Weight):
+        weight = weights
+    else:
+        if not _array.is_dense(weights):
+            raise TypeError(
+                f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
+                f"got {type(weights).__name__}"
+            )
+        check_companion(weights, A, name)
+        real = _array.real_dtype(dtype, A)
+        xp = namespace(weights)
+        if not xp.isdtype(weights.dtype, "complex floating"):
+            weights = xp.astype(weights, real)
+        if weights.ndim not in (1, 2):
+            raise ValueError(f"`{name}` must be a vector or a square matrix; got shape {tuple(weights.shape)}")
+        weight = diagonal(weights, name=name) if weights.ndim == 1 else matrix(weights, name=name)
+    if weight.size != A.shape[axis]:
+        raise ValueError(
+            f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
+            f"got {weight.size}"
+        )
+    return weight
+
+
+def wanda(W: Array, x_norm: Array, /) -> Array:
+    """Score the weights of a linear layer by magnitude times the norm of what they multiply.
+
+    Parameters
+    ----------
+    W : array, shape (m, n)
+        Weight of the layer, output by input features.
+    x_norm : array, shape (n,)
+        Euclidean norm of each input feature over the calibration tokens, non-negative.
+
+    Returns
+    -------
+    array, shape (m, n)
+        ``|W| * x_norm``, to be passed as `importance` to `cur.deim_cur`: it guides the choice of rows and columns,
+        which are taken from `W` itself.
+
+    References
+    ----------
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024; used for CUR in
+    "CURing Large Models", arXiv 2501.04211.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> wanda(np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([1.0, 10.0])).tolist()
+    [[1.0, 20.0], [3.0, 5.0]]
+    """
+    xp = namespace(W, x_norm)
+    if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
+        raise ValueError(
+            f"`x_norm` must have one entry per column of `W`, shape ({W.shape[-1]},); got shape {tuple(x_norm.shape)}"
+        )
+    if not bool(xp.all(xp.isfinite(x_norm))) or float(xp.min(x_norm)) < 0:
+        raise ValueError(
+            "`x_norm` must be finite and non-negative; it holds NaN, inf or negative entries; check the calibration"
+        )
+    return xp.abs(W) * x_norm[None, :]

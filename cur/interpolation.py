@@ -1,0 +1,234 @@
+"""The one-sided driver: a matrix by some of its columns, or rows, and coefficients; and indices alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from cur import _array
+from cur._array import Array, adjoint, convert, namespace, take, to_numpy
+from cur._certify import evaluation_rounding, leftover, residual
+from cur._problem import NESTED, SELECTORS, Choice, Problem, choose, etas, prepare, safe_scale
+from cur._products import adjoint_product, columns_of, frobenius, thin
+from cur._tolerance import relative_curve, smallest_rank
+from cur._validate import (
+    as_generator,
+    check_choice,
+    check_finite_norm,
+    check_rank,
+    check_rank_or_tol,
+    check_tol,
+)
+from cur.bounds import Certificate
+from cur.factors import Interpolative
+from cur.linking import Orthogonal
+
+__all__ = ["interpolative", "select"]
+
+
+def interpolative(
+    A: Array,
+    /,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    side: Literal["rows", "columns"] = "columns",
+    select: str = "deim",
+    subspace: str = "auto",
+    importance: Array | None = None,
+    row_weights: Any = None,
+    column_weights: Any = None,
+    power_iterations: int = 1,
+    failure_probability: float = 1e-6,
+    rng: np.random.Generator | int | None = 0,
+) -> Interpolative:
+    """Write a matrix by some of its columns (or rows) and the coefficients that give all the others.
+
+    ``A ~ A[:, chosen] @ projection`` with the least-squares coefficients, the identity at the chosen columns.
+    One-sided, so that no linking matrix loses digits: tolerances near the unit roundoff can be certified.
+
+    Parameters
+    ----------
+    A, tol, select, subspace, importance, row_weights, column_weights, power_iterations, failure_probability, rng
+        As for `cur.cur`.
+    rank : int
+        Number of columns (or rows).
+    side : {"columns", "rows"}, default "columns"
+        What is kept.
+
+    Returns
+    -------
+    Interpolative
+        With a certificate in the Frobenius norm.
+
+    Raises
+    ------
+    TypeError, ValueError, NumericalError
+        As for `cur.cur`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import interpolative
+    >>> A = 1.0 / (np.arange(1, 51)[:, None] + np.arange(50))
+    >>> result = interpolative(A, tol=1e-10)
+    >>> bool(np.linalg.norm(A - result.toarray()) <= 1e-10 * np.linalg.norm(A))
+    True
+    """
+    check_choice(side, ("rows", "columns"), "side")
+    check_rank_or_tol(rank, tol)
+    check_choice(select, SELECTORS, "select")
+    weights = (row_weights, column_weights)
+    if side == "rows":
+        problem = prepare(A, None, None, None)  # checks; a transpose of a wrong type would fail without a word of help
+        A, weights = problem.A.T, weights[::-1]
+        importance = None if importance is None else importance.T
+    problem = prepare(A, importance, *weights)
+    scale = safe_scale(problem.A, problem.total)
+    if scale != 1.0:
+        problem = prepare(problem.A / scale, importance, *weights)
+    if problem.total is not None:
+        check_finite_norm(problem.total, problem.A)
+    generator = as_generator(rng)
+    most = min(problem.shape)
+
+    def choose_at(k: int) -> Choice:
+        return choose(problem, (k, k), select, subspace, generator, power_iterations)
+
+    def assemble(choice: Choice) -> Interpolative:
+        return _assemble(problem, choice, failure_probability, generator)
+
+    if rank is not None:
+        k_rows, k = check_rank(rank, problem.shape)
+        if k_rows != k:
+            raise ValueError(f"`rank` must be one number for a one-sided factorization; got {rank!r}")
+        result = assemble(choose_at(k))
+    else:
+        result = smallest_rank(
+            choose_at,
+            assemble,
+            lambda choice: _error_curve(problem, choice),
+            check_tol(tol),
+            most,
+            nested=select in NESTED,
+            norm="fro",
+        )
+    if scale != 1.0 and result.certificate is not None:
+        result = replace(result, skeleton=result.skeleton * scale, certificate=result.certificate.scaled(scale))
+    return result.T if side == "rows" else result
+
+
+def _project(problem: Problem, columns: Array) -> tuple[Array, Orthogonal, Array]:
+    """Return the columns, their QR in row-weighted coordinates, and the coordinates of all columns in it."""
+    C = columns_of(problem.A, columns)
+    A_rows = problem.A if problem.row_weight is None else problem.row_weight.apply(problem.A, 0)
+    Cw = thin(C if problem.row_weight is None else problem.row_weight.apply(C, 0))
+    Q = Orthogonal(Cw, cutoff=Cw.shape[1] * problem.unit)
+    Z = adjoint(adjoint_product(A_rows, Q.Q))
+    return C, Q, Z
+
+
+def _column_weighted(problem: Problem, X: Array) -> Array:
+    return X if problem.column_weight is None else problem.column_weight.apply(X, 1)
+
+
+def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.Generator) -> Interpolative:
+    chosen = choice.columns
+    C, Q, Z = _project(problem, chosen)
+    xp = namespace(Z)
+    n = problem.shape[1]
+    taken = to_numpy(chosen)
+    others = np.setdiff1d(np.arange(n), taken)
+    coefficients = Q.left_divide(take(Z, convert(others, Z), axis=1))
+    order = convert(np.argsort(np.concatenate([taken, others])), Z)
+    eye = xp.eye(len(taken), dtype=Z.dtype, device=_array.take_device(Z))
+    projection = _column_weighted(problem, take(xp.concat([eye, coefficients], axis=1), order, axis=1))
+    Zw = _column_weighted(problem, Z)
+    if problem.total is None:
+        check_finite_norm(frobenius(Z), problem.A)
+    error = residual(
+        problem,
+        Q.Q @ Q.T,
+        projection,
+        kept=frobenius(Zw),
+        gap=frobenius(Zw - Q.T @ projection),
+        inner=evaluation_rounding(Q.T, projection, u=problem.unit),
+        failure=failure,
+        rng=rng,
+    )
+    _, eta_columns = etas(problem, choice)
+    found = choice.subspace if problem.target is problem.B else None
+    projected = sigma_next = None
+    if found is not None and choice.W is not None and eta_columns is not None:
+        k = choice.W.shape[1]
+        tail, sigma_next = found.tail(k), found.sigma_next(k)
+        # the half of (B1) that speaks of columns
+        projected = None if tail is None else eta_columns * tail + error.rounding
+    certificate = Certificate(
+        "fro",
+        error.value,
+        error.kind,
+        error.failure_probability,
+        str(Z.dtype).rsplit(".", 1)[-1],
+        problem.total if problem.total is not None else frobenius(Zw),
+        error.rounding,
+        eta_columns=eta_columns,
+        sigma_next=sigma_next,
+        projection=projected,
+    )
+    return Interpolative(C, coefficients, chosen, convert(others, chosen), "columns", certificate)
+
+
+def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
+    """Return the relative error at every rank of a nested choice."""
+    _, Q, Z = _project(problem, choice.columns)
+    Zw = _column_weighted(problem, Z)
+    xp = namespace(Zw)
+    shells = to_numpy(xp.sum(xp.abs(Zw) ** 2, axis=1)).astype(np.float64)
+    return relative_curve(shells, leftover(problem, frobenius(Zw), lambda: (Q.Q, Zw)))
+
+
+def select(
+    A: Array,
+    /,
+    *,
+    rank: int | tuple[int, int],
+    method: str = "lupp",
+    subspace: str = "auto",
+    importance: Array | None = None,
+    row_weights: Any = None,
+    column_weights: Any = None,
+    power_iterations: int = 1,
+    rng: np.random.Generator | int | None = 0,
+) -> tuple[Array, Array]:
+    """Choose rows and columns of a matrix without factoring it.
+
+    Parameters
+    ----------
+    A, rank, subspace, importance, row_weights, column_weights, power_iterations, rng
+        As for `cur.cur`.
+    method : str, default "lupp"
+        Its `select`. The default reads the matrix once.
+
+    Returns
+    -------
+    rows, columns : array of int
+        In the order of choice.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import select
+    >>> rows, columns = select(np.diag([1.0, 5.0, 3.0, 0.0]), rank=2)
+    >>> sorted(rows.tolist()), sorted(columns.tolist())
+    ([1, 2], [1, 2])
+    """
+    check_choice(method, SELECTORS, "method")
+    problem = prepare(A, importance, row_weights, column_weights)
+    if problem.total is not None:
+        check_finite_norm(problem.total, problem.A)
+    counts = check_rank(rank, problem.shape)
+    choice = choose(problem, counts, method, subspace, as_generator(rng), power_iterations)
+    return choice.rows, choice.columns

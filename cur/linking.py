@@ -1,0 +1,128 @@
+"""The linking matrix U between chosen columns C and chosen rows R."""
+
+from __future__ import annotations
+
+import math
+
+from cur._array import Array, adjoint, namespace, qr, solve_triangular, take_device, unit_roundoff
+from cur._products import adjoint_product, thin
+
+__all__ = ["Orthogonal", "cross", "optimal", "orthogonalise", "weighted"]
+
+
+class Orthogonal:
+    """A thin matrix as ``X = Q T``, with the pseudo-inverse of `T` that rounding allows.
+
+    `T` is inverted by triangular solves while its condition number stays below ``1 / cutoff``. Beyond, its SVD is cut
+    there.
+
+    Parameters
+    ----------
+    X : array, shape (m, k)
+    cutoff : float, optional
+        By default the root of the unit roundoff, which is right between columns and rows: a kept singular value ``s``
+        contributes rounding of order ``u / s`` to the product C U R, a dropped one an error of order ``s``, and the
+        sum of both is smallest there. Coefficients of one side alone lose nothing down to the unit roundoff.
+    """
+
+    def __init__(self, X: Array, cutoff: float | None = None) -> None:
+        self.Q, self.T = qr(X)
+        cutoff = math.sqrt(unit_roundoff(self.T.dtype, self.T)) if cutoff is None else cutoff
+        self.pseudo_inverse = None if _condition(self.T) * cutoff < 1 else _truncated_inverse(self.T, cutoff)
+
+    def left_divide(self, M: Array) -> Array:
+        """Return ``T^+ M``."""
+        if self.pseudo_inverse is None:
+            return solve_triangular(self.T, M)
+        return self.pseudo_inverse @ M
+
+
+def _condition(T: Array) -> float:
+    """Return the condition number of a triangular matrix in the Frobenius norm, divided by its least value."""
+    xp = namespace(T)
+    k = T.shape[0]
+    if k != T.shape[1] or float(xp.min(xp.abs(xp.linalg.diagonal(T)))) == 0.0:
+        return math.inf
+    inverse = solve_triangular(T, xp.eye(k, dtype=T.dtype, device=take_device(T)))
+    condition = float(xp.linalg.matrix_norm(T)) * float(xp.linalg.matrix_norm(inverse)) / k
+    return condition if math.isfinite(condition) else math.inf
+
+
+def _truncated_inverse(T: Array, cutoff: float) -> Array:
+    xp = namespace(T)
+    X, s, Yh = xp.linalg.svd(T, full_matrices=False)
+    kept = s > cutoff * xp.max(s)
+    reciprocal = xp.where(kept, 1 / xp.where(kept, s, xp.ones_like(s)), xp.zeros_like(s))
+    return (adjoint(Yh) * reciprocal[None, :]) @ adjoint(X)
+
+
+def orthogonalise(X: Array) -> Orthogonal:
+    """Return the QR form of a thin matrix that may be sparse or lazy."""
+    return Orthogonal(thin(X))
+
+
+def core(QC: Orthogonal, QR: Orthogonal, M: Array) -> Array:
+    """Return ``T_C^+ M T_R^{+H}`` for ``M = Q_C^H A Q_R``."""
+    return adjoint(QR.left_divide(adjoint(QC.left_divide(M))))
+
+
+def optimal(A: Array, C: Array, R: Array, /) -> Array:
+    """Return ``U = C^+ A R^+``, which minimises ``||A - C U R||_F``.
+
+    By QR of C and of the adjoint of R, one product with A, and triangular solves; rank-revealing where C or R has
+    nearly dependent columns or rows.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+    C : matrix, shape (m, c)
+    R : matrix, shape (r, n)
+
+    Returns
+    -------
+    array, shape (c, r)
+
+    References
+    ----------
+    Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
+    """
+    QC, QR = orthogonalise(C), orthogonalise(adjoint(R))
+    return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
+
+
+def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: object, /) -> Array:
+    """Return the U that minimises ``||H^(1/2) (A - C U R) G^(1/2)||_F``.
+
+    The weights are given as for `cur.cur`; the optimal core of the transformed matrices, ``F_H^H A F_G`` with
+    ``H = F_H F_H^H``, is ``(C^H H C)^+ C^H H A G R^H (R G R^H)^+``.
+    """
+    from cur.importance import as_weight
+
+    for axis, given in enumerate((row_weights, column_weights)):
+        weight = as_weight(given, A, axis, A.dtype)
+        if weight is not None:
+            A = weight.apply(A, axis)
+            C, R = (weight.apply(C, 0), R) if axis == 0 else (C, weight.apply(R, 1))
+    return optimal(A, C, R)
+
+
+def cross(block: Array, /) -> Array:
+    """Return ``U = A[rows, columns]^+``, which reads no more of the matrix; interpolates A on the cross.
+
+    With rows and columns chosen independently it can fail totally. `cur.cur` therefore chooses the rows from C, and
+    reports ``gamma``.
+
+    Parameters
+    ----------
+    block : matrix, shape (r, c)
+        The entries of A where the chosen rows and columns meet.
+
+    Returns
+    -------
+    array, shape (c, r)
+    """
+    block = thin(block)
+    if block.shape[0] >= block.shape[1]:
+        Q = Orthogonal(block)
+        return Q.left_divide(adjoint(Q.Q))
+    return adjoint(cross(adjoint(block)))

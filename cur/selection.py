@@ -1,0 +1,332 @@
+"""Choosing indices: which rows of a matrix represent it.
+
+Every selector has the signature ``select(basis, count=None, /, *, matrix=None, rng=0)`` and returns `count` distinct
+positions of rows, an integer array on the backend of `basis`. `basis` (m x p) has one row per candidate; its columns
+span the space to be represented: leading singular vectors, or a sketch. `matrix` (m x n) is the matrix itself, which
+only some selectors look at. To choose columns, hand over the basis of the row space and the adjoint of the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from cur._array import (
+    Array,
+    adjoint,
+    convert,
+    is_sparse,
+    lu_pivots,
+    namespace,
+    solve_triangular,
+    take,
+    to_numpy,
+)
+from cur._validate import as_generator, check_basis, check_count
+
+__all__ = [
+    "arp",
+    "cmd",
+    "deim",
+    "ldeim",
+    "leverage",
+    "lupp",
+    "norm",
+    "osinsky",
+    "oversample",
+    "qdeim",
+    "uniform",
+]
+
+Generator = np.random.Generator | int | None
+
+
+def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose rows by the discrete empirical interpolation method.
+
+    The j-th index is where the residual of the j-th basis vector, interpolated at the indices so far, is largest. That
+    residual is the Schur complement column of Gaussian elimination, so DEIM is the first `count` row pivots of LU with
+    partial pivoting on the basis: one LU of an m x count matrix, ``m count**2`` operations.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Orthonormal columns, the most important first.
+    count : int, optional
+        Number of indices, at most p; p by default.
+    matrix, rng
+        Not used; here so that all selectors can be called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions in the order of choice. The first j of them are the choice for the first j columns.
+
+    References
+    ----------
+    Chaturantabut and Sorensen, SIAM J. Sci. Comput. 32 (2010); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import deim
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 6), 3))[0]
+    >>> deim(V).tolist()
+    [5, 2, 0]
+    """
+    check_basis(basis)
+    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    return lu_pivots(basis[:, :count])
+
+
+def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose rows by LU with partial pivoting on a sketch of the matrix: the fastest choice.
+
+    The same elimination as `deim`, meant for a sketch ``matrix @ Gaussian`` that was never made orthonormal, so that no
+    QR and no SVD is paid. In `cur.cur` the columns are then pivots of LU on the chosen rows, and the matrix is read
+    once.
+
+    References
+    ----------
+    Dong and Martinsson, "Simpler is better: a comparative study of randomized algorithms for computing the CUR
+    decomposition", Adv. Comput. Math. 49 (2023).
+    """
+    return deim(basis, count)
+
+
+def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose rows by QR with column pivoting on the adjoint of the basis; ``m count**2`` operations.
+
+    The next row is the one farthest from the span of the rows so far. Unlike `deim`, the choice does not depend on
+    which orthonormal basis of the space is given.
+
+    References
+    ----------
+    Drmac and Gugercin, SIAM J. Sci. Comput. 38 (2016).
+    """
+    check_basis(basis)
+    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
+
+
+def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose rows by adaptive randomised pivoting.
+
+    The steps of `qdeim`, with the next row drawn with probability proportional to its squared distance from the span of
+    the rows so far. In expectation the squared error of interpolation is at most ``count + 1`` times that of the basis.
+
+    References
+    ----------
+    Cortinovis and Kressner, "Adaptive randomized pivoting for column subset selection, DEIM, and low-rank
+    approximation" (2024), Theorem 2.1.
+    """
+    check_basis(basis)
+    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    generator = as_generator(rng)
+    return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
+
+
+def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose rows so that the squared error is certainly at most ``count + 1`` times the best.
+
+    `arp` without chance: each step takes the row with the smallest ratio of its squared residual in `matrix` to its
+    squared distance from the span of the rows so far, which is never worse than the expectation. Dense matrices only;
+    ``m n count`` operations and one copy of `matrix`.
+
+    References
+    ----------
+    Osinsky, "Close to optimal column approximation using a single SVD", Linear Algebra Appl. 725 (2025).
+    """
+    check_basis(basis)
+    matrix = _required(matrix, "osinsky")
+    if is_sparse(matrix):
+        raise TypeError(
+            "`matrix` must be a dense array for `osinsky`, which updates all of it; use `arp` for sparse ones"
+        )
+    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    xp = namespace(basis)
+    V = basis[:, :count]
+    E = matrix - V @ (adjoint(V) @ matrix)
+    chosen: list[int] = []
+    for _ in range(count):
+        distance = to_numpy(xp.sum(xp.abs(V) ** 2, axis=1))
+        residual = to_numpy(xp.sum(xp.abs(E) ** 2, axis=1))
+        distance[chosen] = 0.0
+        # a row within the span of the chosen ones, up to rounding, cannot serve as a pivot
+        usable = distance > np.finfo(distance.dtype).eps * distance.max(initial=0.0)
+        if not usable.any():
+            return convert(_fill(chosen, count, basis.shape[0]), basis)
+        ratio = np.full(distance.shape, np.inf)
+        np.divide(residual, distance, out=ratio, where=usable)
+        i = int(np.argmin(ratio))
+        chosen.append(i)
+        v = V[i : i + 1, :]
+        c = V @ adjoint(v) / float(distance[i])
+        E = E - c @ E[i : i + 1, :]
+        V = V - c @ v
+    return convert(np.asarray(chosen), basis)
+
+
+def ldeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Choose more rows than there are basis vectors: DEIM first, then the largest leverage of what it leaves.
+
+    After the p steps of `deim`, the remaining ``count - p`` indices are those with the largest row norms of the
+    interpolation residuals of the p basis vectors.
+
+    References
+    ----------
+    Gidisu and Hochstenbach, "A hybrid DEIM and leverage scores based method for CUR index selection" (2022).
+    """
+    check_basis(basis)
+    m, p = basis.shape
+    count = check_count(count, default=p, most=m, what="the rows")
+    first = deim(basis, min(count, p))
+    if count <= p:
+        return first
+    xp = namespace(basis)
+    # rows in pivot order make LU without exchanges: basis = L U, and column j of the residual is L[:, j] U[j, j]
+    upper = convert(scipy.linalg.lu(to_numpy(take(basis, first, axis=0)))[2], basis, basis.dtype)
+    diagonal = xp.linalg.diagonal(upper)
+    scale = xp.where(diagonal == 0, xp.ones_like(diagonal), diagonal)
+    eye = xp.eye(p, dtype=basis.dtype, device=basis.device)
+    upper = upper + xp.where(diagonal == 0, xp.ones_like(diagonal), xp.zeros_like(diagonal))[:, None] * eye
+    residual = basis @ (solve_triangular(upper, eye) * scale[None, :])
+    scores = to_numpy(xp.sum(xp.abs(residual) ** 2, axis=1))
+    taken = to_numpy(first)
+    scores[taken] = -1.0
+    rest = np.argsort(-scores, kind="stable")[: count - p]
+    return convert(np.concatenate([taken, rest]), basis)
+
+
+def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Draw rows, without duplicates, with probability proportional to their leverage ``||basis[i, :]||**2``.
+
+    References
+    ----------
+    Mahoney and Drineas, "CUR matrix decompositions for improved data analysis", PNAS 106 (2009).
+    """
+    check_basis(basis)
+    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
+    return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
+
+
+def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
+    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
+    norms = _row_norms(_required(matrix, "norm"))
+    return convert(np.argsort(-norms, kind="stable")[:count], basis)
+
+
+def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Draw rows with probability proportional to their squared norms in `matrix`, keeping each drawn row once.
+
+    The compact matrix decomposition for large sparse matrices: one pass for the norms, no basis. Rows drawn again would
+    be copies, which the optimal core does not need; drawing goes on until `count` different ones are there.
+
+    References
+    ----------
+    Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
+    """
+    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
+    return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
+
+
+def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
+    """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
+    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
+    return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
+
+
+def oversample(basis: Array, indices: Array, count: int, /) -> Array:
+    """Add `count` rows to `indices` where the chosen rows of the basis are weakest.
+
+    The trailing right singular vectors of ``basis[indices, :]`` are the directions in which a cross core would blow up;
+    the rows added are pivots of LU on the remaining rows of the basis in those directions, so that
+    ``gamma = 1 / smin(basis[indices, :])`` falls.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Orthonormal columns.
+    indices : array of int, shape (k,), k >= p
+        Rows chosen so far.
+    count : int
+        Rows to add, at most ``m - k``.
+
+    References
+    ----------
+    Park and Nakatsukasa, "Accuracy and stability of CUR decompositions with oversampling", SIAM J. Matrix Anal. Appl.
+    46 (2025).
+    """
+    check_basis(basis)
+    m, p = basis.shape
+    chosen = [int(i) for i in to_numpy(indices)]
+    count = check_count(count, default=0, most=m - len(chosen), what="the rows that are left", least=0)
+    xp = namespace(basis)
+    while count > 0:
+        rest = np.setdiff1d(np.arange(m), chosen)
+        step = min(count, p)
+        Y = xp.linalg.svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
+        weakest = adjoint(Y)[:, p - step :]
+        # the weakest direction first, since pivots for it matter most
+        added = lu_pivots(xp.flip(take(basis, convert(rest, basis), axis=0) @ weakest, axis=1)[:, : len(rest)])
+        chosen.extend(int(i) for i in rest[to_numpy(added)])
+        count -= step
+    return convert(np.asarray(chosen), basis)
+
+
+def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], int]) -> Array:
+    """Pivoted Gram-Schmidt on the rows of `V`; `choose` picks from the squared distances."""
+    xp = namespace(V)
+    distance = to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)).astype(np.float64)
+    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * distance.max(initial=0.0)
+    chosen: list[int] = []
+    Q = V[:0, :]
+    for _ in range(count):
+        distance[chosen] = 0.0
+        distance[distance <= floor] = 0.0
+        if not distance.any():
+            return convert(_fill(chosen, count, V.shape[0]), V)
+        i = choose(distance)
+        chosen.append(i)
+        q = V[i : i + 1, :]
+        for _ in range(2):  # once more is enough for orthogonality to working precision
+            q = q - (q @ adjoint(Q)) @ Q
+        q = q / xp.linalg.vector_norm(q)
+        Q = xp.concat([Q, q], axis=0)
+        distance -= to_numpy(xp.abs((V @ adjoint(q))[:, 0]) ** 2)
+    return convert(np.asarray(chosen), V)
+
+
+def _draw(weights: np.ndarray[Any, Any], count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Draw distinct positions in proportion to `weights`; those of weight zero only when nothing else is left."""
+    total = weights.sum()
+    possible = int(np.count_nonzero(weights))
+    if not possible:
+        return _fill([], count, len(weights))
+    drawn = rng.choice(len(weights), min(count, possible), replace=False, p=weights / total)
+    return _fill(drawn.tolist(), count, len(weights))
+
+
+def _fill(chosen: list[int], count: int, m: int) -> np.ndarray[Any, Any]:
+    """Complete a choice by the lowest free positions: what is left of the basis is zero, and any row serves."""
+    free = np.setdiff1d(np.arange(m), chosen)
+    return np.concatenate([np.asarray(chosen, dtype=np.int64), free[: count - len(chosen)]])
+
+
+def _row_norms(matrix: Array) -> np.ndarray[Any, Any]:
+    if is_sparse(matrix):
+        from scipy.sparse.linalg import norm as sparse_norm
+
+        return np.asarray(sparse_norm(matrix, axis=1), dtype=np.float64)
+    xp = namespace(matrix)
+    return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
+
+
+def _required(matrix: Array | None, name: str) -> Array:
+    if matrix is None:
+        raise TypeError(f"`matrix` must be given for `{name}`, which looks at the rows themselves; pass `matrix=A`")
+    return matrix

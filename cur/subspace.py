@@ -1,0 +1,259 @@
+"""Leading singular subspaces: exact, randomised, Lanczos, and in one pass over a stream of row blocks.
+
+Each returns a `Subspace`: orthonormal `V` and `W`, singular values, and enough of the norm of the matrix to bound what
+the bases leave out, ``||A - V V^H A||_F`` and ``||A - A W W^H||_F``, without another pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+
+from cur._array import (
+    Array,
+    adjoint,
+    gaussian,
+    is_dask,
+    is_operator,
+    is_sparse,
+    lu_pivots,
+    namespace,
+    qr,
+    to_numpy,
+    unit_roundoff,
+    working_dtype,
+)
+from cur._errors import NumericalError
+from cur._products import adjoint_product, frobenius, product
+from cur._stream import read_blocks
+from cur._validate import as_generator
+
+__all__ = ["RowSpace", "Subspace", "exact", "lanczos", "randomised", "sketch", "stream"]
+
+OVERSAMPLING = 10
+"""Extra sketch columns of the randomised methods; 5 to 10 suffice (Halko, Martinsson and Tropp, SIAM Review 2011)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Bases of a leading left and right singular subspace.
+
+    Attributes
+    ----------
+    V : array, shape (m, k)
+        Orthonormal columns.
+    W : array, shape (n, k)
+        Orthonormal columns.
+    s : ndarray of float64
+        Singular values, on the host: of the matrix (all of them) if `is_exact`, else of ``V^H A``, lower estimates.
+    total : float or None
+        ``||A||_F``; None where it cannot be had.
+    is_exact : bool
+        Whether V, s, W are singular vectors and values up to rounding.
+    """
+
+    V: Array
+    W: Array
+    s: np.ndarray[tuple[int], np.dtype[np.float64]]
+    total: float | None
+    is_exact: bool
+
+    def tail(self, k: int) -> float | None:
+        """Return an upper bound on what the first `k` vectors of either basis leave out, in the Frobenius norm.
+
+        Exact bases: the root of the sum of the remaining squares. Else by Pythagoras, ``||A||^2 - sum of s_i^2``,
+        with the rounding of that difference added (it floors near the root of the unit roundoff).
+        """
+        u = unit_roundoff(self.V.dtype, self.V)
+        if self.is_exact:
+            return math.sqrt(float(np.sum(self.s[k:] ** 2))) + len(self.s) * u * float(self.s[0])
+        if self.total is None:
+            return None
+        left = self.total**2 - float(np.sum(self.s[:k] ** 2))
+        return math.sqrt(max(left, 0.0) + 2 * max(self.V.shape[0], self.W.shape[0]) * u * self.total**2)
+
+    def sigma_next(self, k: int) -> float | None:
+        """Return the (k+1)-th singular value where the subspace is exact."""
+        if not self.is_exact:
+            return None
+        return float(self.s[k]) if k < len(self.s) else 0.0
+
+    def numerical_rank(self) -> int:
+        """Return how many singular values stand above rounding, ``max(m, n) eps s_1``; at least 1."""
+        cut = 2 * unit_roundoff(self.V.dtype, self.V) * max(self.V.shape[0], self.W.shape[0])
+        return max(1, int(np.count_nonzero(self.s > cut * self.s[0])))
+
+
+def exact(A: Array, rank: int, /) -> Subspace:
+    """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations."""
+    if is_sparse(A) or is_operator(A) or is_dask(A):
+        raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
+    V, s, Wh = namespace(A).linalg.svd(A, full_matrices=False)
+    s = to_numpy(s).astype(np.float64)
+    return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True)
+
+
+def sketch(A: Array, count: int, /, *, rng: np.random.Generator | int | None = 0) -> Array:
+    """Return ``A @ Gaussian`` with `count` columns: one product."""
+    return product(A, gaussian((A.shape[1], count), A, working_dtype(A), as_generator(rng)))
+
+
+def randomised(
+    A: Array,
+    rank: int,
+    /,
+    *,
+    power_iterations: int = 1,
+    rng: np.random.Generator | int | None = 0,
+    total: float | None = None,
+) -> Subspace:
+    """Return approximate leading singular vectors by a Gaussian sketch with power iterations.
+
+    ``2 + 2 power_iterations`` products of `A` with ``rank + 10`` vectors; `A` may be dense, sparse, lazy or an
+    operator.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+    rank : int
+        Number of vectors wanted.
+    power_iterations : int, default 1
+        Each one costs two products and damps what lies beyond the wanted vectors by the square of the ratio of the
+        singular values.
+    rng : Generator, int or None
+        Source of the sketch.
+    total : float, optional
+        ``||A||_F`` if known.
+
+    References
+    ----------
+    Halko, Martinsson and Tropp, SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
+    """
+    width = min(rank + OVERSAMPLING, *A.shape)
+    Q, _ = qr(sketch(A, width, rng=rng))
+    for _ in range(power_iterations):
+        Q, _ = qr(adjoint_product(A, Q))
+        Q, _ = qr(product(A, Q))
+    return _project(A, Q, rank, total)
+
+
+def lanczos(
+    A: Array, rank: int, /, *, rng: np.random.Generator | int | None = 0, total: float | None = None
+) -> Subspace:
+    """Return leading singular vectors of a sparse matrix or operator by implicitly restarted Lanczos (ARPACK).
+
+    As accurate as `exact` for the vectors wanted; the number of products depends on the gaps between singular values.
+    """
+    if not (is_sparse(A) or is_operator(A)):
+        raise TypeError(
+            "`subspace='lanczos'` is for scipy.sparse matrices and LinearOperator; use 'exact' or 'randomised'"
+        )
+    if rank >= min(A.shape):
+        return randomised(A, rank, rng=rng, total=total)
+    try:
+        V, _, _ = scipy.sparse.linalg.svds(A, k=rank, rng=as_generator(rng))
+    except scipy.sparse.linalg.ArpackError as error:
+        # equal or vanishing singular values leave Lanczos without a direction to go
+        raise NumericalError(
+            f"Lanczos did not converge for `rank` {rank}: {error}; use subspace='randomised'"
+        ) from error
+    Q, _ = qr(np.ascontiguousarray(V[:, ::-1]))
+    return _project(A, Q, rank, total)
+
+
+def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
+    """Rotate an orthonormal `Q` so that ``V^H A = diag(s) W^H`` holds for its leading columns."""
+    # the SVD of Q^H A through the QR of its adjoint: only a small square matrix is left
+    P, T = qr(adjoint_product(A, Q))
+    X, s, Yh = namespace(T).linalg.svd(T, full_matrices=False)
+    if total is None and not is_operator(A):
+        total = frobenius(A)
+    return Subspace(Q @ adjoint(Yh[:rank, :]), P @ X[:, :rank], to_numpy(s).astype(np.float64), total, False)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSpace:
+    """What one pass over the rows of a matrix leaves.
+
+    Attributes
+    ----------
+    W : ndarray, shape (n, k)
+        Orthonormal basis of the leading row space.
+    s : ndarray, shape (k,)
+        Singular values of the retained part.
+    tail : float
+        Proven upper bound on ``||A - A W W^H||_F``: what was dropped on the way, and the end of the last basis.
+    total : float
+        ``||A||_F``.
+    rows : ndarray of int, shape (j,)
+        Positions of the rows kept by successive elimination, in the order of importance.
+    R : ndarray, shape (j, n)
+        These rows.
+    shape : tuple of int
+        Rows seen, columns.
+    """
+
+    W: np.ndarray[Any, Any]
+    s: np.ndarray[Any, Any]
+    tail: float
+    total: float
+    rows: np.ndarray[Any, Any]
+    R: np.ndarray[Any, Any]
+    shape: tuple[int, int]
+
+
+def stream(blocks: Iterable[Array], rank: int, /, *, oversampling: int = OVERSAMPLING) -> RowSpace:
+    """Return the leading row space of a matrix that comes as blocks of rows, and its best rows, in one pass.
+
+    Memory is that of one block and of ``2 (rank + oversampling)`` rows, however many rows there are. The row space is
+    kept as ``k`` rows ``B`` with ``A^H A = B^H B + D`` where ``D`` is positive semidefinite and collects the squares of
+    what is dropped; its trace is known, so that the bound of the result is a theorem, not an estimate. The rows are
+    chosen in a tournament: those kept so far against those of the new block, by pivoted elimination (as in CALU).
+
+    Parameters
+    ----------
+    blocks : iterable of array, each of shape (rows, n)
+        Dense or sparse blocks of rows, in order.
+    rank : int
+        Number of vectors and rows to keep.
+
+    Raises
+    ------
+    ValueError
+        If there is no block, or the widths of two blocks differ, or a block holds NaN or inf.
+
+    References
+    ----------
+    Baker, Gallivan and Van Dooren, Linear Algebra Appl. 436 (2012), for the incremental SVD; Grigori, Demmel and Xiang,
+    SIAM J. Matrix Anal. Appl. 32 (2011), for tournament pivoting.
+    """
+    B = R = np.zeros((0, 0))
+    rows = np.zeros(0, dtype=np.int64)
+    seen, squares, dropped = 0, 0.0, 0.0
+    for block in read_blocks(blocks):
+        keep = min(rank + oversampling, block.shape[1])
+        squares += frobenius(block) ** 2
+        stacked = np.concatenate([B, block]) if seen else block
+        # R of the QR has the same Gram matrix as the rows themselves
+        T = qr(stacked)[1] if stacked.shape[0] > stacked.shape[1] else stacked
+        _, s, Wh = np.linalg.svd(T, full_matrices=False)
+        dropped += float(np.sum(s[keep:].astype(np.float64) ** 2))
+        B = s[:keep, None] * Wh[:keep]
+        candidates = np.concatenate([R, block]) if seen else block
+        positions = np.concatenate([rows, np.arange(seen, seen + block.shape[0])])
+        count = min(rank, keep, len(s), candidates.shape[0])
+        best = lu_pivots(candidates @ adjoint(Wh[:count]))
+        R, rows = candidates[best], positions[best]
+        seen += block.shape[0]
+    k = min(rank, B.shape[0])
+    left = float(np.sum(np.linalg.norm(B[k:], axis=1).astype(np.float64) ** 2)) + dropped
+    u = unit_roundoff(B.dtype, B)
+    tail = math.sqrt(left + 2 * B.shape[1] * u * squares)
+    s = np.linalg.norm(B, axis=1)
+    W = adjoint(B[:k] / np.where(s[:k, None] > 0, s[:k, None], 1.0))
+    return RowSpace(W, s[:k], tail, math.sqrt(squares), rows, R, (seen, B.shape[1]))
