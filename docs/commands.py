@@ -46,7 +46,7 @@ def _default(option: Any) -> str:
         return "required"
     if isinstance(option.show_default, str):
         return option.show_default
-    if option.is_flag or option.default in (None, "", False):
+    if option.is_flag or option.default is None or option.default == "":
         return ""
     return f"`{option.default}`"
 
