@@ -28,9 +28,7 @@ def on_page_content(content: str, *, page: Any, **_: object) -> str:
         try:
             mathml = convert(formula, display=display)
         except Exception as error:
-            raise PluginError(
-                f"{page.file.src_uri}: cannot render the formula {formula!r}: {error}"
-            ) from error
+            raise PluginError(f"{page.file.src_uri}: cannot render the formula {formula!r}: {error}") from error
         return f'<{tag} class="formula">{mathml}</{tag}>'
 
     return FORMULA.sub(render, content)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import io
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +43,7 @@ def blocks(page: str) -> list[Block]:
     """Python blocks of a page, each with the ``text`` block that follows it without prose between."""
     found = list(FENCE.finditer(page))
     result = []
-    for here, following in zip(found, [*found[1:], None], strict=True):
+    for here, following in itertools.zip_longest(found, found[1:]):
         if here["info"].strip() != "python":
             continue
         output = None
@@ -53,9 +56,7 @@ def blocks(page: str) -> list[Block]:
 
 def assert_same_output(shown: str, printed: str) -> None:
     """Words must agree exactly, numbers to the precision of a page."""
-    assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), (
-        f"page:\n{shown}\nprinted:\n{printed}"
-    )
+    assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), f"page:\n{shown}\nprinted:\n{printed}"
     expected = [float(text) for text in NUMBER.findall(shown)]
     actual = [float(text) for text in NUMBER.findall(printed)]
     assert actual == pytest.approx(expected, rel=RELATIVE_TOLERANCE), f"page:\n{shown}\nprinted:\n{printed}"
@@ -79,6 +80,16 @@ def test_page_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PAGES[2:])
 def test_numerical_pages_show_code_with_its_output(name):
     assert any(block.output for block in blocks((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
+def test_names_of_this_package_on_a_page_exist(name):
+    for block in blocks((ROOT / name).read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cur":
+                module = importlib.import_module(str(node.module))
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{name}, line {block.line + node.lineno - 1}"
 
 
 def test_other_words_are_noticed():
