@@ -1,75 +1,49 @@
 """Compression of transformer models: measure, plan, swap, save.
 
-Importing this package needs the ``transformers`` extra. It also registers the checkpoint format, so that
-after ``import cur.integrations`` a compressed directory loads with ``AutoModelForCausalLM.from_pretrained``.
-The modules themselves are imported when one of their names is first used.
+Importing this package needs the ``transformers`` extra. It also registers the checkpoint format: after
+``import cur.integrations`` a compressed directory loads with ``AutoModelForCausalLM.from_pretrained``.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-
-_missing = [name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None]
-if _missing:
-    raise ImportError(
-        f"`cur.integrations` needs {', '.join(_missing)}, not installed here; "
-        'type: pip install "cur-decomposition[transformers]"'
-    )
-
-if TYPE_CHECKING:
-    from cur.integrations.calibration import Statistics, collect
-    from cur.integrations.evaluate import Perplexity, perplexity
-    from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
-    from cur.integrations.models import DEFAULT_MODEL, LoadedModel, load_model
-    from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
-
-_HOME = {
-    "DEFAULT_MODEL": "models",
-    "LoadedModel": "models",
-    "Perplexity": "evaluate",
-    "Statistics": "calibration",
-    "batches": "text",
-    "choose_layers": "layers",
-    "collect": "calibration",
-    "dataset_texts": "text",
-    "decoder_layers": "layers",
-    "embedded_text": "text",
-    "linear_modules": "layers",
-    "load_model": "models",
-    "perplexity": "evaluate",
-    "read_text": "text",
-    "token_windows": "text",
-}
+from cur.integrations import _requirements  # noqa: F401  (first: it explains what is missing)
+from cur.integrations.calibration import collect
+from cur.integrations.checkpoint import dense_export, save
+from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
+from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
+from cur.integrations.models import DEFAULT_MODEL, LoadedModel, load_model
+from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
+from cur.integrations.plan import Plan, PlanEntry
+from cur.integrations.report import CompressionReport, LayerReport
+from cur.integrations.statistics import Statistics
+from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
 
 __all__ = [
+    "CURLinear",
+    "CompressConfig",
+    "CompressionReport",
     "DEFAULT_MODEL",
+    "FoldedLinear",
+    "InterpolativeLinear",
+    "LayerReport",
     "LoadedModel",
     "Perplexity",
+    "Plan",
+    "PlanEntry",
     "Statistics",
+    "apply_plan_",
     "batches",
     "choose_layers",
     "collect",
+    "compress",
     "dataset_texts",
     "decoder_layers",
+    "dense_export",
     "embedded_text",
     "linear_modules",
     "load_model",
+    "make_plan",
     "perplexity",
     "read_text",
+    "save",
     "token_windows",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))

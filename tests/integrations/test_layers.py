@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from cur.integrations import choose_layers, decoder_layers, linear_modules
+
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+        )
+    )
+
+
+def test_blocks_are_found_in_every_architecture(any_model: PreTrainedModel) -> None:
+    blocks = decoder_layers(any_model)
+    assert len(blocks) == any_model.config.num_hidden_layers
+    assert all(any_model.get_submodule(name) is block for name, block in blocks)
+    inside = {id(part) for _, block in blocks for part in block.modules()}
+    heads = {"lm_head", "embed_out", "predictions.transform.dense", "predictions.decoder", "decoder"}
+    outside = [
+        name
+        for name, part in any_model.named_modules()
+        if isinstance(part, nn.Linear) and id(part) not in inside
+    ]
+    assert all(any(name.endswith(head) for head in heads) for name in outside)
+
+
+def test_blocks_of_a_model_without_config() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.ModuleList([nn.Linear(2, 2)])
+            self.norms = nn.ModuleList([nn.LayerNorm(2) for _ in range(5)])
+            self.blocks = nn.ModuleList(
+                [nn.ModuleList([nn.Linear(2, 2) for _ in range(7)]) for _ in range(3)]
+            )
+
+    assert [name for name, _ in decoder_layers(Net())] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_two_stacks_are_refused() -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    with pytest.raises(
+        ValueError, match=r"more than one stack of 2 blocks .*'encoder.block' \(2\), 'decoder.block' \(2\)"
+    ):
+        decoder_layers(T5ForConditionalGeneration(config))
+
+
+def test_no_stack_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no stack of equal blocks \(lists found: none\)"):
+        decoder_layers(nn.Linear(2, 2))
+
+
+def test_all_linear_leaves_the_head_alone(causal_model: PreTrainedModel) -> None:
+    found = linear_modules(causal_model, "all-linear")
+    head = causal_model.get_output_embeddings()
+    assert found
+    assert all(causal_model.get_submodule(name) is not head for name in found)
+    blocks = decoder_layers(causal_model)
+    per_block = {sum(name.startswith(block + ".") for name in found) for block, _ in blocks}
+    assert len(per_block) == 1
+    assert len(found) == len(blocks) * per_block.pop()
+
+
+def test_conv1d_counts_as_linear(make_model: Callable[..., PreTrainedModel]) -> None:
+    found = linear_modules(make_model("gpt2"), ["c_attn"])
+    assert found == [f"transformer.h.{index}.attn.c_attn" for index in range(5)]
+
+
+def test_names_are_exact_or_dotted_ends_in_model_order(llama: PreTrainedModel) -> None:
+    expected = [
+        f"model.layers.{i}.{part}" for i in range(5) for part in ("self_attn.q_proj", "mlp.gate_proj")
+    ]
+    assert linear_modules(llama, ["gate_proj", "self_attn.q_proj"]) == expected
+    assert linear_modules(llama, [expected[3], expected[3]]) == [expected[3]]
+    with pytest.raises(ValueError, match="'ate_proj' matches no module; did you mean 'gate_proj'"):
+        linear_modules(llama, ["ate_proj"])
+
+
+def test_a_string_is_a_regular_expression_for_the_full_name(llama: PreTrainedModel) -> None:
+    assert linear_modules(llama, r".*\.[02]\..*\.q_proj") == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)
+    ]
+    with pytest.raises(ValueError, match="'q_proj' matches no module"):
+        linear_modules(llama, "q_proj")
+
+
+def test_layers_and_exclude_narrow(llama: PreTrainedModel) -> None:
+    found = linear_modules(llama, "all-linear", layers=[3, 1], exclude=["mlp.up_proj", "o_proj"])
+    parts = [part for part in PARTS if part not in ("up_proj", "o_proj")]
+    assert [name.rpartition(".")[2] for name in found] == parts * 2
+    assert {name.split(".")[2] for name in found} == {"1", "3"}
+    assert linear_modules(llama, "all-linear", exclude=r".*(self_attn|down|up).*") == [
+        f"model.layers.{i}.mlp.gate_proj" for i in range(5)
+    ]
+
+
+def test_the_head_is_taken_when_listed(llama: PreTrainedModel) -> None:
+    assert linear_modules(llama, ["lm_head"]) == ["lm_head"]
+    with pytest.raises(ValueError, match="matches only the output head lm_head"):
+        linear_modules(llama, "lm_.*")
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ([], {}, "must name at least one module"),
+        ([""], {}, "no empty name"),
+        ("", {}, "no empty name"),
+        (["q_proj", "qq"], {}, "'qq' matches no module; .*linear modules here end in down_proj, gate_proj"),
+        (
+            ["embed_tokens"],
+            {},
+            r"names 1 module\(s\), 'model.embed_tokens' first, none of them linear: they are Embedding",
+        ),
+        (["mlp"], {}, r"names 5 module\(s\), .* they are LlamaMLP"),
+        (["q_proj"], {"exclude": ["self_attn", "q_proj"]}, "`exclude` .* leaves none of the 5 modules"),
+        (
+            ["layers.0.self_attn.q_proj"],
+            {"layers": [1, 2]},
+            r"selects no linear module inside `layers` \[1, 2\]",
+        ),
+        (["q_proj"], {"layers": [5]}, r"`layers` must be between 0 and 4 for this model, got \[5\]"),
+        ("q_proj[", {}, "`targets` .* is not a regular expression"),
+        (["q_proj"], {"exclude": "(("}, "`exclude` .* is not a regular expression"),
+    ],
+)
+def test_what_selects_nothing_says_why(
+    llama: PreTrainedModel, targets: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_modules(llama, targets, **options)
+
+
+def test_no_linear_module_at_all() -> None:
+    with pytest.raises(ValueError, match="the model has no linear module"):
+        linear_modules(nn.Sequential(nn.ReLU()), ["fc"])
+
+
+def test_experts_in_one_parameter_are_refused_by_name(mixtral: MixtralForCausalLM) -> None:
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.mlp.experts.\w+ holds 3 experts .* put 'experts' into `exclude`"
+    ):
+        linear_modules(mixtral, "all-linear")
+    with pytest.raises(ValueError, match="holds 3 experts"):
+        linear_modules(mixtral, ["q_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"'w1' matches no module; .* experts stored as one parameter"):
+        linear_modules(mixtral, ["w1"])
+    found = linear_modules(mixtral, "all-linear", exclude=["experts", "gate"])
+    assert len(found) == 8
+    assert all(".self_attn." in name for name in found)
+
+
+def test_three_dimensions_alone_do_not_make_experts() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv1d(3, 4, 5)
+            self.position = nn.Parameter(torch.zeros(1, 4, 6))
+            self.inner = nn.Sequential(nn.Linear(3, 3))
+
+    assert linear_modules(Net(), "all-linear") == ["inner.0"]
+
+
+def test_choose_layers_takes_the_smallest_inside() -> None:
+    distances = {0: 0.0, 1: 0.4, 2: 0.1, 3: 0.3, 4: 0.1, 5: 0.0}
+    assert choose_layers(distances, 1) == [2]
+    assert choose_layers(distances, 3) == [2, 3, 4]
+    assert choose_layers(distances, 4) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("distances", "count", "message"),
+    [
+        ({0: 0.1, 1: 0.1, 2: 0.1}, 2, "`count` must be between 1 and 1 for a model of 3 layers"),
+        ({0: 0.1, 1: 0.1, 2: 0.1}, 0, "got 0"),
+        ({0: 0.1}, 1, "between 1 and 0"),
+        ({1: 0.1, 2: 0.1, 3: 0.1}, 1, "one entry per block"),
+        ({0: 0.1, 1: float("nan"), 2: 0.1}, 1, r"not for layer\(s\) \[1\]"),
+    ],
+)
+def test_choose_layers_refuses(distances: dict[int, float], count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_layers(distances, count)
