@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 
-__all__ = ["Progress", "body", "check_finite_weights", "evaluating", "find_nonfinite", "model_inputs", "run"]
+__all__ = [
+    "Progress",
+    "Seen",
+    "body",
+    "check_finite_weights",
+    "evaluating",
+    "find_modules",
+    "find_nonfinite",
+    "model_inputs",
+    "padding_mask",
+    "run",
+    "token_rows",
+    "total_samples",
+]
 
 Progress: TypeAlias = Callable[[int, "int | None"], object]
 """Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None where unknown."""
@@ -46,9 +60,7 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a batch must be a mapping of tensors or one tensor of token ids, got {type(batch).__name__}"
-        )
+        raise TypeError(f"a batch must be a mapping of tensors or one tensor of token ids, got {type(batch).__name__}")
     place = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     inputs = {
         key: value.to(place) if isinstance(value, torch.Tensor) else value
@@ -61,12 +73,7 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     mask = inputs.get("attention_mask")
     # RoBERTa and its kin number positions from an offset of their own, and pass over padding by themselves.
     numbers_itself = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
-    if (
-        "position_ids" in accepted
-        and "position_ids" not in inputs
-        and not numbers_itself
-        and _left_padded(mask)
-    ):
+    if "position_ids" in accepted and "position_ids" not in inputs and not numbers_itself and _left_padded(mask):
         inputs["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_(min=0)
     return inputs
 
@@ -84,8 +91,7 @@ def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         unknown = [key for key in inputs if key not in accepted]
         if unknown and "unexpected keyword" in str(error):
             raise TypeError(
-                f"{type(module).__name__} does not take {', '.join(map(repr, unknown))}; it takes "
-                f"{', '.join(accepted)}"
+                f"{type(module).__name__} does not take {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
             ) from error
         raise
 
@@ -100,9 +106,9 @@ def check_finite_weights(model: nn.Module, names: Mapping[str, nn.Module] | None
     return None
 
 
-def find_nonfinite(module: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """Say where NaN or infinity first appears, by one more forward pass; a sentence for an error message."""
-    weight = check_finite_weights(module)
+def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Say where NaN or infinity first appears, by one more forward pass of `module`, a part of `model`."""
+    weight = check_finite_weights(model)
     if weight is not None:
         return f"the weight {weight!r} holds NaN or infinity"
     culprit: list[str] = []
@@ -115,11 +121,8 @@ def find_nonfinite(module: nn.Module, inputs: Mapping[str, Any]) -> str:
 
         return watch
 
-    handles = [
-        part.register_forward_hook(hook(name))
-        for name, part in module.named_modules()
-        if not any(True for _ in part.children())
-    ]
+    leaves = ((name, part) for name, part in model.named_modules() if next(part.children(), None) is None)
+    handles = [part.register_forward_hook(hook(name)) for name, part in leaves]
     try:
         run(module, inputs)
     finally:
@@ -128,3 +131,79 @@ def find_nonfinite(module: nn.Module, inputs: Mapping[str, Any]) -> str:
     if culprit:
         return f"the output of {culprit[0]!r} is the first to overflow or lose its value"
     return "no single module is the source"
+
+
+def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, nn.Module]:
+    """Look up modules by full name; all names of a shared module are known."""
+    if isinstance(names, str):
+        raise TypeError(f"`{parameter}` must be a sequence of names, got the string {names!r}; write [{names!r}]")
+    known = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"`{parameter}` names what {type(model).__name__} does not have: {', '.join(missing[:5])}")
+    return {name: known[name] for name in names}
+
+
+def total_samples(batches: Iterable[Any]) -> int | None:
+    """Return the number of samples in all batches, None where only a pass could tell."""
+    if not isinstance(batches, Sequence):
+        return None
+    sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]
+    return sum(len(size) for size in sizes)
+
+
+def padding_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the padding mask as booleans, None where every position counts."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ValueError(f"`attention_mask` must have shape (batch, length), got {tuple(mask.shape)}")
+    kept: torch.Tensor = mask.bool()
+    empty = ~kept.any(dim=1)
+    if bool(empty.any()):
+        raise ValueError(f"sample {int(empty.nonzero()[0])} of a batch is all padding; leave it out")
+    return None if bool(kept.all()) else kept
+
+
+def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return flat
+    if x.shape[:-1] == mask.shape or len(flat) == mask.numel():
+        return flat[mask.reshape(-1).to(x.device)]
+    raise ValueError(
+        f"{name} has shape {tuple(x.shape)}, which has not one row per token of a batch of "
+        "shape "
+        f"{tuple(mask.shape)}, so padding cannot be told apart; calibrate with unpadded text"
+    )
+
+
+class Seen:
+    """What a pass has seen: numbers of samples and tokens, and a hash of the token ids without padding."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.tokens = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, inputs: Mapping[str, Any], mask: torch.Tensor | None) -> None:
+        """Count and hash one batch."""
+        ids = inputs.get("input_ids")
+        if ids is None:
+            ids = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+        before = self.tokens
+        for index, row in enumerate(ids.cpu()):
+            kept = row if mask is None or mask.shape != ids.shape else row[mask[index].cpu()]
+            self._digest.update(len(kept).to_bytes(8, "little"))
+            kind = "<f8" if kept.is_floating_point() else "<i8"
+            self._digest.update(kept.contiguous().numpy().astype(kind).tobytes())
+            self.tokens += len(kept)
+        self.samples += len(ids)
+        if self.tokens == before:
+            raise ValueError("a batch holds no token")
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of all token ids so far, each sample with its length before it."""
+        return self._digest.hexdigest()

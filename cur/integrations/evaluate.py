@@ -95,9 +95,7 @@ def perplexity(
         raise ValueError("`windows` must have at least 2 tokens each, one to see and one to predict")
     vocabulary = head.weight.shape[0]
     if not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
-        raise ValueError(
-            f"`windows` holds token {int(windows.max())}, outside the model's vocabulary of {vocabulary}"
-        )
+        raise ValueError(f"`windows` holds token {int(windows.max())}, outside the model's vocabulary of {vocabulary}")
     begin = time.perf_counter()
     nll, done = 0.0, 0
     with evaluating(model):
@@ -108,7 +106,7 @@ def perplexity(
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the likelihood of window {done} is not finite; "
-                    f"{find_nonfinite(model, model_inputs(model, batch))}"
+                    f"{find_nonfinite(model, model, model_inputs(model, batch))}"
                 )
             nll += loss
             done += len(ids)
@@ -155,8 +153,7 @@ def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any]) -> 
     targets = inputs["input_ids"][:, 1:].flatten().to(states.device)
     step = max(_CHUNK // head.weight.shape[0], 1)
     return sum(
-        _sum_nll(head(part), target)
-        for part, target in zip(states.split(step), targets.split(step), strict=True)
+        _sum_nll(head(part), target) for part, target in zip(states.split(step), targets.split(step), strict=True)
     )
 
 

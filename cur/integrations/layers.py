@@ -140,16 +140,12 @@ def linear_modules(
                 "patterns leave alone; list it by name to compress it"
             )
     if not chosen - excluded:
-        raise ValueError(
-            f"`exclude` {exclude!r} leaves none of the {len(chosen)} modules that `targets` selects"
-        )
+        raise ValueError(f"`exclude` {exclude!r} leaves none of the {len(chosen)} modules that `targets` selects")
     chosen -= excluded
     if layers is not None:
         chosen &= _inside(model, layers, modules)
         if not chosen:
-            raise ValueError(
-                f"`targets` {targets!r} selects no linear module inside `layers` {sorted(layers)}"
-            )
+            raise ValueError(f"`targets` {targets!r} selects no linear module inside `layers` {sorted(layers)}")
     return [name for name in modules if name in chosen]
 
 
@@ -176,9 +172,7 @@ def _experts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def _refuse_experts(
-    modules: Mapping[str, nn.Module], targets: str | Sequence[str], excluded: Collection[str]
-) -> None:
+def _refuse_experts(modules: Mapping[str, nn.Module], targets: str | Sequence[str], excluded: Collection[str]) -> None:
     for full, value in _experts(modules).items():
         name = full.rpartition(".")[0]
         if name in excluded:
@@ -191,9 +185,7 @@ def _refuse_experts(
             )
 
 
-def _nothing(
-    pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]
-) -> str:
+def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]) -> str:
     if named:
         kinds = sorted({type(modules[name]).__name__ for name in named})
         return (
@@ -206,12 +198,8 @@ def _nothing(
     close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     experts = next(iter(_experts(modules)), None)
-    note = (
-        "" if experts is None else f"; experts stored as one parameter, as in {experts}, are not compressed"
-    )
-    return (
-        f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}{note}"
-    )
+    note = "" if experts is None else f"; experts stored as one parameter, as in {experts}, are not compressed"
+    return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}{note}"
 
 
 def _output_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
@@ -258,9 +246,7 @@ def choose_layers(distances: Mapping[int, float], count: int, /) -> list[int]:
     """
     indices = sorted(distances)
     if indices != list(range(len(indices))):
-        raise ValueError(
-            f"`distances` must have one entry per block, 0 to {len(indices) - 1}, got keys {indices}"
-        )
+        raise ValueError(f"`distances` must have one entry per block, 0 to {len(indices) - 1}, got keys {indices}")
     bad = [index for index in indices if not math.isfinite(distances[index])]
     if bad:
         raise ValueError(f"`distances` must be finite, they are not for layer(s) {bad}")

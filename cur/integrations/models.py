@@ -87,15 +87,12 @@ def load_model(
             return _load(path, str(model), dtype, device_map)
         if len(files) > 1:
             raise ValueError(
-                f"`model` {str(model)!r} holds {len(files)} GGUF files; name one: "
-                f"{', '.join(f.name for f in files)}"
+                f"`model` {str(model)!r} holds {len(files)} GGUF files; name one: {', '.join(f.name for f in files)}"
             )
         path = files[0]
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(
-                f"`model` {str(model)!r} is a file, but not a .gguf file; pass the directory it lies in"
-            )
+            raise ValueError(f"`model` {str(model)!r} is a file, but not a .gguf file; pass the directory it lies in")
         return _load(path.parent, str(model), dtype, device_map, gguf=path.name)
     if not _may_be_hub_id(str(model)):
         raise ValueError(f"`model` {str(model)!r} does not exist; {_REMEDY}")
@@ -128,13 +125,10 @@ def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
                 f"`model` {name!r} is gated; ask for access on its page of the hub, then type: hf auth login"
             ) from None
         except RepositoryNotFoundError:
-            raise ValueError(
-                f"`model` {name!r} is neither a path here nor a model on the hub; {_REMEDY}"
-            ) from None
+            raise ValueError(f"`model` {name!r} is neither a path here nor a model on the hub; {_REMEDY}") from None
         except _connection_errors() as error:
             raise ValueError(
-                f"`model` {name!r} is not a path here, and the hub cannot be reached "
-                f"({_first_line(error)}); {_REMEDY}"
+                f"`model` {name!r} is not a path here, and the hub cannot be reached ({_first_line(error)}); {_REMEDY}"
             ) from None
     return _load(name, name, dtype, device_map)
 
@@ -156,9 +150,7 @@ def _load(
     with _quiet() if Path(place).exists() else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(place), dtype=dtype, device_map=device_map, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"`model` {source!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:

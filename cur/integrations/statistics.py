@@ -110,9 +110,7 @@ class Statistics:
         try:
             return where[name]
         except KeyError:
-            raise KeyError(
-                f"these statistics hold {lacking} of {name!r}; they cover {len(where)} modules"
-            ) from None
+            raise KeyError(f"these statistics hold {lacking} of {name!r}; they cover {len(where)} modules") from None
 
     def save(self, path: str | Path, /) -> None:
         """Write the statistics to one safetensors file, whole or not at all.
@@ -184,8 +182,7 @@ class Statistics:
             raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}") from error
         shared: dict[str, dict[str, str]] = facts["shared"]
         parts: dict[str, dict[str, torch.Tensor]] = {
-            kind: {name: tensors[f"{kind}/{owner}"] for name, owner in shared[kind].items()}
-            for kind in _KINDS
+            kind: {name: tensors[f"{kind}/{owner}"] for name, owner in shared[kind].items()} for kind in _KINDS
         }
         return cls(
             tokens=facts["tokens"],

@@ -158,15 +158,11 @@ def dataset_texts(
     return _take(stream, dataset=dataset, column=column, count=count, min_characters=min_characters)
 
 
-def _take(
-    stream: Iterable[Any], *, dataset: str, column: str, count: int | None, min_characters: int
-) -> Iterator[str]:
+def _take(stream: Iterable[Any], *, dataset: str, column: str, count: int | None, min_characters: int) -> Iterator[str]:
     found = 0
     for row in stream:
         if column not in row:
-            raise ValueError(
-                f"data set {dataset!r} has no column {column!r}; it has {', '.join(map(repr, row))}"
-            )
+            raise ValueError(f"data set {dataset!r} has no column {column!r}; it has {', '.join(map(repr, row))}")
         if len(row[column]) >= min_characters:
             yield row[column]
             found += 1
@@ -270,9 +266,7 @@ def batches(windows: torch.Tensor, /, *, batch_size: int) -> list[dict[str, torc
         If there is no window, or `batch_size` is below 1.
     """
     if windows.ndim != 2 or windows.is_floating_point():
-        raise TypeError(
-            "`windows` must be an integer tensor of shape (count, length), as `token_windows` returns"
-        )
+        raise TypeError("`windows` must be an integer tensor of shape (count, length), as `token_windows` returns")
     if windows.numel() == 0:
         raise ValueError(f"`windows` must hold at least one token, got shape {tuple(windows.shape)}")
     if batch_size < 1:

@@ -40,9 +40,7 @@ _TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**_LLAMA_LIKE, **_TOKENS, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, **_TOKENS),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=5, n_head=4, n_positions=64, **_TOKENS
-    ),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=5, n_head=4, n_positions=64, **_TOKENS),
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

@@ -196,9 +196,7 @@ def test_a_module_called_twice_counts_twice() -> None:
 def test_angles_are_those_of_the_last_token(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     _, layers = names_of(llama)
     outputs: list[torch.Tensor] = []
-    handles = [
-        llama.get_submodule(n).register_forward_hook(lambda _, __, y: outputs.append(y)) for n in layers
-    ]
+    handles = [llama.get_submodule(n).register_forward_hook(lambda _, __, y: outputs.append(y)) for n in layers]
     with torch.no_grad():
         first = llama.get_input_embeddings()(windows)
         llama(input_ids=windows)
@@ -297,7 +295,7 @@ def test_broken_weights_are_named(llama: PreTrainedModel, windows: torch.Tensor)
         collect(llama, [windows], modules=[name])
     # One that is not measured is found from where its harm shows.
     with pytest.raises(
-        NumericalError, match=r"the input of 'model.layers.3.mlp.down_proj' .*'layers.3.mlp.up_proj.weight'"
+        NumericalError, match=r"the input of 'model.layers.3.mlp.down_proj' .*'model.layers.3.mlp.up_proj.weight'"
     ):
         collect(llama, [windows], modules=["model.layers.2.mlp.up_proj", "model.layers.3.mlp.down_proj"])
 
@@ -308,16 +306,14 @@ def test_overflowing_activations_are_named(llama: PreTrainedModel, windows: torc
     with torch.no_grad():
         llama.model.layers[2].mlp.down_proj.weight.fill_(60000.0)
     with pytest.raises(
-        NumericalError, match=r"the output of 'model.layers.2' .* 'layers.2.mlp.down_proj' is the first"
+        NumericalError, match=r"the output of 'model.layers.2' .* 'model.layers.2.mlp.down_proj' is the first"
     ):
         collect(llama, [windows], modules=[], layers=layers)
     with pytest.raises(NumericalError, match=r"the input of 'model.layers.3.self_attn.q_proj' is not finite"):
         collect(llama, [windows], modules=["model.layers.3.self_attn.q_proj"])
 
 
-def test_half_precision_inputs_do_not_overflow_in_the_sums(
-    llama: PreTrainedModel, windows: torch.Tensor
-) -> None:
+def test_half_precision_inputs_do_not_overflow_in_the_sums(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     name = "model.layers.1.self_attn.q_proj"
     llama.to(torch.float16)
     with torch.no_grad():
@@ -369,9 +365,7 @@ def test_bad_batches(llama: PreTrainedModel, windows: torch.Tensor) -> None:
 
 def test_padding_without_one_row_per_token_is_refused(windows: torch.Tensor) -> None:
     class Pooled(Wrapped):
-        def forward(
-            self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-        ) -> torch.Tensor:
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
             return self.layer(input_ids.float()[:, :8])
 
     model = Pooled(nn.Linear(8, 2))

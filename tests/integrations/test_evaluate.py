@@ -34,9 +34,7 @@ def test_it_is_the_definition(causal_model: PreTrainedModel, windows: torch.Tens
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 6])
-def test_batch_size_does_not_matter(
-    causal_model: PreTrainedModel, windows: torch.Tensor, batch_size: int
-) -> None:
+def test_batch_size_does_not_matter(causal_model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> None:
     one = perplexity(causal_model, windows)
     assert perplexity(causal_model, windows, batch_size=batch_size).nll == pytest.approx(one.nll, rel=1e-6)
 
@@ -96,9 +94,7 @@ def test_dropout_is_off(make_model: Callable[..., PreTrainedModel], windows: tor
     assert perplexity(model.train(), windows).nll == quiet
 
 
-def test_only_causal_language_models(
-    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
-) -> None:
+def test_only_causal_language_models(make_model: Callable[..., PreTrainedModel], windows: torch.Tensor) -> None:
     with pytest.raises(TypeError, match="BertForMaskedLM is not one"):
         perplexity(make_model("bert"), windows)
     with pytest.raises(TypeError, match="LlamaModel is not one"):
@@ -122,9 +118,7 @@ def test_broken_models_are_named(llama: PreTrainedModel, windows: torch.Tensor) 
     name = "model.layers.3.mlp.up_proj"
     with torch.no_grad():
         llama.get_submodule(name).weight[0, 0] = torch.inf
-    with pytest.raises(
-        NumericalError, match=rf"window 0 is not finite; the weight '{name}.weight' holds NaN"
-    ):
+    with pytest.raises(NumericalError, match=rf"window 0 is not finite; the weight '{name}.weight' holds NaN"):
         perplexity(llama, windows)
 
 

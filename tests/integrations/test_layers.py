@@ -41,9 +41,7 @@ def test_blocks_are_found_in_every_architecture(any_model: PreTrainedModel) -> N
     inside = {id(part) for _, block in blocks for part in block.modules()}
     heads = {"lm_head", "embed_out", "predictions.transform.dense", "predictions.decoder", "decoder"}
     outside = [
-        name
-        for name, part in any_model.named_modules()
-        if isinstance(part, nn.Linear) and id(part) not in inside
+        name for name, part in any_model.named_modules() if isinstance(part, nn.Linear) and id(part) not in inside
     ]
     assert all(any(name.endswith(head) for head in heads) for name in outside)
 
@@ -54,9 +52,7 @@ def test_blocks_of_a_model_without_config() -> None:
             super().__init__()
             self.stem = nn.ModuleList([nn.Linear(2, 2)])
             self.norms = nn.ModuleList([nn.LayerNorm(2) for _ in range(5)])
-            self.blocks = nn.ModuleList(
-                [nn.ModuleList([nn.Linear(2, 2) for _ in range(7)]) for _ in range(3)]
-            )
+            self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2) for _ in range(7)]) for _ in range(3)])
 
     assert [name for name, _ in decoder_layers(Net())] == ["blocks.0", "blocks.1", "blocks.2"]
 
@@ -91,9 +87,7 @@ def test_conv1d_counts_as_linear(make_model: Callable[..., PreTrainedModel]) -> 
 
 
 def test_names_are_exact_or_dotted_ends_in_model_order(llama: PreTrainedModel) -> None:
-    expected = [
-        f"model.layers.{i}.{part}" for i in range(5) for part in ("self_attn.q_proj", "mlp.gate_proj")
-    ]
+    expected = [f"model.layers.{i}.{part}" for i in range(5) for part in ("self_attn.q_proj", "mlp.gate_proj")]
     assert linear_modules(llama, ["gate_proj", "self_attn.q_proj"]) == expected
     assert linear_modules(llama, [expected[3], expected[3]]) == [expected[3]]
     with pytest.raises(ValueError, match="'ate_proj' matches no module; did you mean 'gate_proj'"):
@@ -101,9 +95,7 @@ def test_names_are_exact_or_dotted_ends_in_model_order(llama: PreTrainedModel) -
 
 
 def test_a_string_is_a_regular_expression_for_the_full_name(llama: PreTrainedModel) -> None:
-    assert linear_modules(llama, r".*\.[02]\..*\.q_proj") == [
-        f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)
-    ]
+    assert linear_modules(llama, r".*\.[02]\..*\.q_proj") == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)]
     with pytest.raises(ValueError, match="'q_proj' matches no module"):
         linear_modules(llama, "q_proj")
 

@@ -117,9 +117,7 @@ def hub_error(kind: str) -> Exception:
         (hub_error("GatedRepoError"), "is gated; .* hf auth login"),
     ],
 )
-def test_hub_errors_say_what_to_type(
-    monkeypatch: pytest.MonkeyPatch, answer: Exception, message: str
-) -> None:
+def test_hub_errors_say_what_to_type(monkeypatch: pytest.MonkeyPatch, answer: Exception, message: str) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", Hub(answer))
     with pytest.raises(ValueError, match=message):
         load_model("nobody/nothing-of-this-name")

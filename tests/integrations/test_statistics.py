@@ -76,15 +76,11 @@ def test_moments_are_means(measured: Statistics) -> None:
 def test_it_is_frozen_and_says_what_it_is(measured: Statistics) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         measured.tokens = 11  # type: ignore[misc]
-    assert repr(measured) == (
-        "Statistics(model='tiny', tokens=10, samples=2, modules=3, moments='full', layers=2)"
-    )
+    assert repr(measured) == ("Statistics(model='tiny', tokens=10, samples=2, modules=3, moments='full', layers=2)")
 
 
 def test_without_blocks_there_are_no_angles(tmp_path: Path) -> None:
-    plain = Statistics(
-        tokens=1, samples=1, square_sums={"a": torch.ones(2, dtype=torch.float64)}, counts={"a": 1}
-    )
+    plain = Statistics(tokens=1, samples=1, square_sums={"a": torch.ones(2, dtype=torch.float64)}, counts={"a": 1})
     assert plain.angular == {}
     plain.save(tmp_path / "stats.safetensors")
     assert Statistics.load(tmp_path / "stats.safetensors").angles is None

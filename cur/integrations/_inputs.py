@@ -1,0 +1,128 @@
+"""Sums of products over the inputs of modules, gathered by hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cur.integrations._forward import token_rows
+
+__all__ = ["InputSums", "add_gram_", "mirror_"]
+
+# Blocks of features per second moment: (p + 1) / (2 p) of the products that a full matrix takes, 0.6 for p = 5.
+_TRIANGLE_BLOCKS = 5
+
+
+class InputSums:
+    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], *, full: bool) -> None:
+        self.full = full
+        self.names: dict[int, list[str]] = {}
+        self.modules: dict[int, nn.Module] = {}
+        for name, module in modules.items():
+            # One module under two names (shared weights) is one module, with one hook.
+            self.names.setdefault(id(module), []).append(name)
+            self.modules[id(module)] = module
+        self.leader: dict[int, int] = {}
+        self.sums: dict[int, torch.Tensor] = {}
+        self.products: dict[int, torch.Tensor] = {}
+        self.counts: dict[int, int] = {}
+        self.mask: torch.Tensor | None = None
+        self.seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(self._hook(key), with_kwargs=True) for key, module in self.modules.items()
+        ]
+
+    def start(self, mask: torch.Tensor | None) -> None:
+        self.mask = mask
+        self.seen.clear()
+
+    def finish(self) -> str | None:
+        """Name the first module, in the order of the calls, whose inputs are not finite."""
+        for key, total in self.sums.items():
+            if not bool(torch.isfinite(total).all()):
+                return f"the input of {self.names[key][0]!r}"
+        return None
+
+    def _hook(self, key: int) -> Callable[..., None]:
+        def gather(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{self.names[key][0]!r} is not called with a tensor; its input cannot be measured")
+            leader = self._leader(key, x)
+            known = self.leader.setdefault(key, leader)
+            if known != leader:
+                raise ValueError(
+                    f"{self.names[key][0]!r} first had the input of {self.names[known][0]!r} and then that "
+                    "of "
+                    f"{self.names[leader][0]!r}; measure these modules in separate calls"
+                )
+            if leader == key:
+                self._add(key, x)
+
+        return gather
+
+    def _leader(self, key: int, x: torch.Tensor) -> int:
+        # Weak references: holding the tensors would keep every activation of the forward pass alive. The
+        # version counter tells a tensor that was changed in place between two calls.
+        found = self.seen.get(id(x))
+        if found is not None and found[0]() is x and found[1] == x._version:
+            return key if self.leader.get(key) == key else found[2]
+        self.seen[id(x)] = (weakref.ref(x), x._version, key)
+        return key
+
+    def _add(self, key: int, x: torch.Tensor) -> None:
+        rows = token_rows(x, self.mask, f"the input of {self.names[key][0]!r}")
+        if key not in self.sums:
+            n = rows.shape[1]
+            self.counts[key] = 0
+            self.sums[key] = torch.zeros(n, dtype=torch.float64, device=x.device)
+            if self.full:
+                self.products[key] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+        wide = rows.to(torch.float64)
+        self.counts[key] += len(rows)
+        if self.full:
+            add_gram_(self.products[key], wide)
+            self.sums[key] = self.products[key].diagonal()
+        else:
+            self.sums[key] += wide.square().sum(0)
+
+    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
+        silent = [names[0] for key, names in self.names.items() if key not in self.leader]
+        if silent:
+            raise ValueError(f"no input reached {', '.join(silent[:5])}; leave out modules that the text does not use")
+        for product in self.products.values():
+            mirror_(product)
+        sums: dict[str, torch.Tensor] = {}
+        products: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+        final = {key: total.clone().cpu() for key, total in self.sums.items()}
+        full = {key: product.cpu() for key, product in self.products.items()}
+        for key, names in self.names.items():
+            leader = self.leader[key]
+            for name in names:
+                sums[name], counts[name] = final[leader], self.counts[leader]
+                if self.full:
+                    products[name] = full[leader]
+        return sums, products, counts
+
+
+def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add ``x^T x`` to the upper block triangle of `total`; :func:`mirror_` fills in the rest at the end."""
+    n = total.shape[0]
+    step = max(-(-n // _TRIANGLE_BLOCKS), 64)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def mirror_(total: torch.Tensor) -> None:
+    """Copy the upper triangle onto the lower one."""
+    total.copy_(total.triu() + total.triu(1).T)
