@@ -59,9 +59,7 @@ def test_star_import_binds_exactly_all():
     assert set(namespace) - {"__builtins__"} == set(cur.__all__)
 
 
-@pytest.mark.parametrize(
-    "name", ["CUR", "Certificate", "cur", "deim", "deim_cur", "importance", "interpolative"]
-)
+@pytest.mark.parametrize("name", ["CUR", "Certificate", "cur", "deim", "deim_cur", "importance", "interpolative"])
 def test_documented_names_are_exported(name):
     assert name in cur.__all__
 
