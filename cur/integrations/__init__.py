@@ -9,6 +9,7 @@ from cur.integrations.calibration import collect
 from cur.integrations.checkpoint import dense_export, save
 from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
 from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
 from cur.integrations.models import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
@@ -34,6 +35,7 @@ __all__ = [
     "batches",
     "choose_layers",
     "collect",
+    "collect_gradients",
     "compress",
     "dataset_texts",
     "decoder_layers",

@@ -13,8 +13,9 @@ from cur.integrations._forward import token_rows
 
 __all__ = ["InputSums", "add_gram_", "mirror_"]
 
-# Blocks of features per second moment: (p + 1) / (2 p) of the products that a full matrix takes, 0.6 for p = 5.
-_TRIANGLE_BLOCKS = 5
+# Blocks of features per second moment: (p + 1) / (2 p) of the products of a full matrix. Of 1, 2, 3, 5, 8 and 12 the
+# fastest for 576 and 1,536 features on a CPU.
+_TRIANGLE_BLOCKS = 8
 
 
 class InputSums:

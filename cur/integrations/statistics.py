@@ -52,6 +52,8 @@ class Statistics:
     output_products : mapping of str to torch.Tensor
         Sum of ``g g^T`` over the gradients ``g`` of the loss with respect to each module's outputs, float64,
         shape (out, out); empty unless gradients were collected.
+    output_counts : mapping of str to int
+        Gradients summed, per module.
     angles : torch.Tensor or None
         Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for L blocks; row and
         column 0 stand for the input of the first block, i + 1 for the output of block i. None if no blocks
@@ -72,6 +74,7 @@ class Statistics:
     counts: Mapping[str, int]
     products: Mapping[str, torch.Tensor] = field(default_factory=dict)
     output_products: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    output_counts: Mapping[str, int] = field(default_factory=dict)
     angles: torch.Tensor | None = None
     layers: tuple[str, ...] = ()
     text_hash: str = ""
@@ -103,8 +106,8 @@ class Statistics:
 
     def output_moment(self, name: str, /) -> torch.Tensor:
         """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
-        total = self._get(self.output_products, name, "no gradients")
-        return total / self.counts[name]
+        total = self._get(self.output_products, name, "no gradients (add them with `collect_gradients`)")
+        return total / self.output_counts[name]
 
     def _get(self, where: Mapping[str, torch.Tensor], name: str, lacking: str) -> torch.Tensor:
         try:
@@ -135,6 +138,7 @@ class Statistics:
             "tokens": self.tokens,
             "samples": self.samples,
             "counts": dict(self.counts),
+            "output_counts": dict(self.output_counts),
             "layers": list(self.layers),
             "text_hash": self.text_hash,
             "model": self.model,
@@ -188,6 +192,7 @@ class Statistics:
             tokens=facts["tokens"],
             samples=facts["samples"],
             counts=facts["counts"],
+            output_counts=facts["output_counts"],
             angles=tensors.get("angles"),
             layers=tuple(facts["layers"]),
             text_hash=facts["text_hash"],
