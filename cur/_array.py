@@ -56,7 +56,7 @@ def detach(A: Array) -> Array:
 
 
 def working_dtype(A: Any) -> Any:
-    """Return the dtype to compute in: half precisions become single, integers and booleans double."""
+    """Return the dtype to compute in: half precisions become single, all that is not floating point or wider double."""
     xp = namespace(A)
     dtype = A.dtype
     if is_dense(A) or is_dask(A):
@@ -65,8 +65,13 @@ def working_dtype(A: Any) -> Any:
             real = xp.__array_namespace_info__().default_dtypes(device=_device_or_none(A))["real floating"]
             doubles = "float64" in xp.__array_namespace_info__().dtypes(device=_device_or_none(A))
             return xp.float64 if doubles else real
-        return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
+        bits = xp.finfo(dtype).bits
+        if bits > 64:  # NumPy's long doubles: LAPACK has none, and would round them in silence
+            return xp.complex128 if xp.isdtype(dtype, "complex floating") else xp.float64
+        return xp.float32 if bits < 32 else dtype
     dtype = np.dtype(dtype)
+    if dtype.kind in "fc" and np.finfo(dtype).bits > 64:
+        return np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
     if dtype.kind in "iub":
         return np.dtype(np.float64)
     return np.dtype(np.float32) if dtype == np.float16 else dtype

@@ -79,6 +79,14 @@ class Problem:
         """Unit roundoff of the working precision."""
         return _array.unit_roundoff(_array.working_dtype(self.B), self.B)
 
+    @property
+    def pythagorean_rounding(self) -> float:
+        """Rounding of ``||B||^2 - ||Q^H B||^2``, of the products and of the QR that made Q.
+
+        The constant 20 is for very small matrices, where that of the QR outweighs the dimensions.
+        """
+        return 2 * (max(self.shape) + 20) * self.unit * (self.total or 0.0) ** 2
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -155,6 +163,11 @@ def choose(
 ) -> Choice:
     """Choose rows and columns of the target."""
     k_rows, k_columns = counts
+    if is_operator(problem.target) and select in ("norm", "cmd", "osinsky"):
+        raise TypeError(
+            f"`select={select!r}` looks at the entries of the matrix, and a LinearOperator (or a sparse matrix with a "
+            "matrix weight) gives products only; use 'deim', 'lupp' or 'arp'"
+        )
     if select in PLAIN_SELECTORS:
         pick = PLAIN_SELECTORS[select]
         S = problem.target
@@ -184,7 +197,7 @@ def choose(
 
 def _placeholder(S: Array) -> Array:
     """Return a basis for selectors that look at the matrix only: its backend and number of rows are all they read."""
-    like = np.empty(0) if is_sparse(S) or is_dask(S) else S
+    like = S if is_dense(S) else np.empty(0)
     return namespace(like).zeros((S.shape[0], 1), dtype=like.dtype, device=_array.take_device(like))
 
 
@@ -217,14 +230,14 @@ def etas(problem: Problem, choice: Choice) -> tuple[float | None, float | None]:
 def slices(problem: Problem, choice: Choice) -> tuple[Array, Array, Array, Array]:
     """Return C and R of the matrix, and both in weighted coordinates."""
     C, R = columns_of(problem.A, choice.columns), rows_of(problem.A, choice.rows)
-    Cw = C if problem.row_weight is None else problem.row_weight.apply(C, 0)
-    Rw = R if problem.column_weight is None else problem.column_weight.apply(R, 1)
-    return C, R, thin(Cw), thin(Rw)
+    Cw = thin(C) if problem.row_weight is None else problem.row_weight.apply(thin(C), 0)
+    Rw = thin(R) if problem.column_weight is None else problem.column_weight.apply(thin(R), 1)
+    return C, R, Cw, Rw
 
 
 def safe_scale(A: Array, total: float | None) -> float:
-    """Return a power of two to divide a dense matrix by where squares of its entries would leave the range; else 1."""
-    if total is None or not is_dense(A):
+    """Return a power of two to divide a matrix by where squares of its entries would leave the range; else 1."""
+    if total is None or not (is_dense(A) or is_sparse(A)):
         return 1.0
     xp = namespace(A)
     info = xp.finfo(A.dtype)
@@ -234,7 +247,7 @@ def safe_scale(A: Array, total: float | None) -> float:
     )
     if low < total < high or math.isnan(total):
         return 1.0
-    largest = float(xp.max(xp.abs(A)))
+    largest = float(abs(A).max()) if is_sparse(A) else float(xp.max(xp.abs(A)))
     if largest == 0.0 or not math.isfinite(largest):
         return 1.0
     return math.ldexp(1.0, math.frexp(largest)[1])

@@ -42,12 +42,22 @@ def thin(X: Array) -> Array:
 
 def product(A: Array, X: Array) -> Array:
     """Return ``A @ X`` for a thin dense `X`."""
-    return thin(A @ X)
+    return _checked(thin(A @ X), A)
 
 
 def adjoint_product(A: Array, X: Array) -> Array:
     """Return ``A^H @ X`` for a thin dense `X`."""
-    return thin(adjoint(A) @ X)
+    return _checked(thin(adjoint(A) @ X), A)
+
+
+def _checked(Y: Array, A: Array) -> Array:
+    """Require a finite product with an operator, whose entries nobody has seen."""
+    if is_operator(A) and not np.isfinite(Y).all():
+        raise ValueError(
+            "`A` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
+            "or scale it if its entries are so large that products overflow"
+        )
+    return Y
 
 
 def rows_of(A: Array, indices: Array) -> Array:
@@ -73,7 +83,8 @@ def _unit_columns(n: int, indices: Array, dtype: np.dtype[Any]) -> np.ndarray[An
 def frobenius(A: Array) -> float:
     """Return the Frobenius norm, summed row by row so that single precision does not wear off over many entries."""
     if is_sparse(A):
-        return float(scipy.sparse.linalg.norm(A))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(scipy.sparse.linalg.norm(A))
     xp = namespace(A)
     if is_dask(A):
         return math.sqrt(float((abs(A) ** 2).sum(dtype=np.float64).compute()))

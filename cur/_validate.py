@@ -18,6 +18,8 @@ __all__ = [
     "check_count",
     "check_finite_norm",
     "check_matrix",
+    "check_power_iterations",
+    "check_probability",
     "check_rank",
     "check_rank_or_tol",
     "check_tol",
@@ -33,6 +35,11 @@ def check_matrix(A: Any, name: str = "A") -> None:
             f"`{name}` must be an array (NumPy, torch, CuPy, JAX, Dask, ...), a scipy.sparse matrix or a "
             f"LinearOperator; got {type(A).__name__}; {remedy}"
         )
+    if isinstance(A, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(
+            f"`{name}` must be a plain array; got {type(A).__name__}, whose products mean something else; convert it "
+            "with numpy.asarray (or its filled() where it is masked)"
+        )
     if A.ndim != 2:
         raise ValueError(
             f"`{name}` must have two dimensions, rows and columns; got shape {tuple(A.shape)}; "
@@ -40,6 +47,10 @@ def check_matrix(A: Any, name: str = "A") -> None:
         )
     if 0 in A.shape:
         raise ValueError(f"`{name}` must have at least one row and one column; got shape {tuple(A.shape)}")
+    if any(math.isnan(side) for side in A.shape):
+        raise ValueError(
+            f"`{name}` must have a known shape; got {tuple(A.shape)}; call its compute_chunk_sizes() first"
+        )
     if not _is_numeric(A):
         raise TypeError(
             f"`{name}` must hold real or complex numbers; got dtype {A.dtype}; convert it with astype(float)"
@@ -81,17 +92,32 @@ def _as_int(value: Any, name: str) -> int:
         index: int = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an integer; got {value!r} of type {type(value).__name__}") from None
-    return index
+    return int(index)
 
 
-def check_count(count: Any, *, default: int, most: int, what: str, least: int = 1) -> int:
+def check_count(count: Any, *, default: int, most: int, what: str, least: int = 1, name: str = "count") -> int:
     """Return the number of indices to choose, between `least` and `most`."""
     if count is None:
         return min(default, most)
-    count = _as_int(count, "count")
+    count = _as_int(count, name)
     if not least <= count <= most:
-        raise ValueError(f"`count` must be between {least} and {most}, the number of {what}; got {count}")
-    return count
+        raise ValueError(f"`{name}` must be between {least} and {most}, the number of {what}; got {count}")
+    return int(count)
+
+
+def check_power_iterations(value: Any) -> None:
+    """Require a non-negative integer."""
+    if _as_int(value, "power_iterations") < 0:
+        raise ValueError(f"`power_iterations` must not be negative; got {value!r}; 0, 1 or 2 are usual")
+
+
+def check_probability(value: Any) -> None:
+    """Require a chance of failure that a sketch can have."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not 0.0 < value < 1.0:
+        raise ValueError(
+            f"`failure_probability` must be a number between 0 and 1, both excluded; got {value!r}; 1e-6 is usual"
+        )
 
 
 def check_rank_or_tol(rank: Any, tol: Any) -> None:
@@ -141,9 +167,10 @@ def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
 
 def check_companion(B: Any, A: Any, name: str) -> None:
     """Require that `B` lives in the library and on the device of `A`."""
-    if not (_array.is_dense(A) or _array.is_dask(A)) or _array.is_dask(B):
+    if not _array.is_dense(B) and not _array.is_dense(A):
         return
-    if not _array.is_dense(B) or (_array.is_dense(A) and _array.namespace(A) is not _array.namespace(B)):
+    # sparse, lazy and abstract matrices keep their thin factors in NumPy
+    if not _array.is_dense(B) or _array.namespace(A if _array.is_dense(A) else np.empty(0)) is not _array.namespace(B):
         raise TypeError(
             f"`{name}` must be an array of the same library as `A`; got {type(B).__name__} beside {type(A).__name__}; "
             "convert one of them"
@@ -159,7 +186,7 @@ def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
     """Turn a non-finite norm into the error that says why it is not finite."""
     if math.isfinite(value):
         return
-    where = ""
+    where = ", or entries so large that its norm overflows"
     if _array.is_dense(A):
         xp = _array.namespace(A)
         bad = _array.to_numpy(xp.sum(xp.astype(~xp.isfinite(A), xp.int32), axis=1))

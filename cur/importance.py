@@ -86,6 +86,8 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
         raise ValueError(
             f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `importance.matrix` for a matrix"
         )
+    if xp.isdtype(weights.dtype, "complex floating"):
+        raise TypeError(f"`{name}` must be real, as a diagonal; got dtype {weights.dtype}; pass squares or magnitudes")
     if not bool(xp.all(xp.isfinite(weights))):
         raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
     smallest = float(xp.min(weights))

@@ -10,19 +10,22 @@ import numpy as np
 from cur import _array
 from cur._array import Array, adjoint, convert, namespace, take, to_numpy
 from cur._certify import evaluation_rounding, leftover, residual
-from cur._problem import NESTED, SELECTORS, Choice, Problem, choose, etas, prepare, safe_scale
+from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare, safe_scale
 from cur._products import adjoint_product, columns_of, frobenius, thin
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
     as_generator,
     check_choice,
     check_finite_norm,
+    check_power_iterations,
+    check_probability,
     check_rank,
     check_rank_or_tol,
     check_tol,
 )
 from cur.bounds import Certificate
 from cur.factors import Interpolative
+from cur.importance import as_weight
 from cur.linking import Orthogonal
 
 __all__ = ["interpolative", "select"]
@@ -80,11 +83,16 @@ def interpolative(
     check_choice(side, ("rows", "columns"), "side")
     check_rank_or_tol(rank, tol)
     check_choice(select, SELECTORS, "select")
+    check_choice(subspace, SUBSPACES, "subspace")
+    check_power_iterations(power_iterations)
+    check_probability(failure_probability)
     weights = (row_weights, column_weights)
     if side == "rows":
-        problem = prepare(A, None, None, None)  # checks; a transpose of a wrong type would fail without a word of help
-        A, weights = problem.A.T, weights[::-1]
-        importance = None if importance is None else importance.T
+        # checked as they were given, so that errors name what the user passed; columns of the adjoint are its rows
+        problem = prepare(A, importance, None, None)
+        row_weight, column_weight = (as_weight(w, problem.A, i, problem.A.dtype) for i, w in enumerate(weights))
+        A, weights = adjoint(problem.A), (column_weight, row_weight)
+        importance = None if importance is None else adjoint(problem.target)
     problem = prepare(A, importance, *weights)
     scale = safe_scale(problem.A, problem.total)
     if scale != 1.0:
@@ -117,14 +125,17 @@ def interpolative(
         )
     if scale != 1.0 and result.certificate is not None:
         result = replace(result, skeleton=result.skeleton * scale, certificate=result.certificate.scaled(scale))
-    return result.T if side == "rows" else result
+    if side == "rows":
+        skeleton, coefficients = adjoint(result.skeleton), adjoint(result.coefficients)
+        return replace(result, skeleton=skeleton, coefficients=coefficients, side="rows")
+    return result
 
 
 def _project(problem: Problem, columns: Array) -> tuple[Array, Orthogonal, Array]:
     """Return the columns, their QR in row-weighted coordinates, and the coordinates of all columns in it."""
     C = columns_of(problem.A, columns)
     A_rows = problem.A if problem.row_weight is None else problem.row_weight.apply(problem.A, 0)
-    Cw = thin(C if problem.row_weight is None else problem.row_weight.apply(C, 0))
+    Cw = thin(C) if problem.row_weight is None else problem.row_weight.apply(thin(C), 0)
     Q = Orthogonal(Cw, cutoff=Cw.shape[1] * problem.unit)
     Z = adjoint(adjoint_product(A_rows, Q.Q))
     return C, Q, Z
@@ -226,6 +237,8 @@ def select(
     ([1, 2], [1, 2])
     """
     check_choice(method, SELECTORS, "method")
+    check_choice(subspace, SUBSPACES, "subspace")
+    check_power_iterations(power_iterations)
     problem = prepare(A, importance, row_weights, column_weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)

@@ -304,10 +304,10 @@ def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], i
 def _draw(weights: np.ndarray[Any, Any], count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """Draw distinct positions in proportion to `weights`; those of weight zero only when nothing else is left."""
     total = weights.sum()
-    possible = int(np.count_nonzero(weights))
-    if not possible:
+    if not total > 0:
         return _fill([], count, len(weights))
-    drawn = rng.choice(len(weights), min(count, possible), replace=False, p=weights / total)
+    p = weights / total  # may underflow to zero where the weight does not
+    drawn = rng.choice(len(weights), min(count, int(np.count_nonzero(p))), replace=False, p=p)
     return _fill(drawn.tolist(), count, len(weights))
 
 
