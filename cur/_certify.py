@@ -104,7 +104,7 @@ def residual(
     if problem.total is not None:
         squares = problem.total**2
         missed = max(squares - kept**2, 0.0)
-        slack = 2 * max(m, n) * u * squares
+        slack = problem.pythagorean_rounding
         if slack <= 0.05 * (missed + gap**2) or squares == 0.0:
             value = math.sqrt(missed + slack + gap**2) + inner
             return Residual(value, value - math.hypot(math.sqrt(missed), gap))
@@ -163,9 +163,16 @@ def certify(
     *,
     norm: Literal["fro", 2],
     link: str,
+    gap: float,
     spectral: float | None = None,
+    U: Array,
 ) -> Certificate:
-    """Gather what is known of the error of a CUR factorization."""
+    """Gather what is known of the error of a CUR factorization.
+
+    `gap` is the Frobenius norm by which the core `U`, cut at the rounding level, misses the optimal one. The theorems
+    speak of the core in exact arithmetic, so the cut is added to them; without it they fail where C or R is nearly
+    rank-deficient.
+    """
     eta_rows, eta_columns = etas(problem, choice)
     optimal = link != "cross" and (link == "weighted" or not problem.weighted)
     known: dict[str, Any] = {"eta_rows": eta_rows, "eta_columns": eta_columns}
@@ -173,7 +180,7 @@ def certify(
     rounding = max(problem.shape) * problem.unit * (problem.total or frobenius(reduced.Z))
     if choice.V is not None and choice.W is not None and eta_rows is not None and eta_columns is not None:
         kr, kc = choice.V.shape[1], choice.W.shape[1]
-        slack = (eta_rows + eta_columns) * rounding + error.rounding
+        slack = (eta_rows + eta_columns) * rounding + error.rounding + gap
         if spectrum is not None:
             known["sigma_next"] = spectrum.sigma_next(min(kr, kc))
         if optimal:
@@ -184,12 +191,16 @@ def certify(
                 known["sorensen_embree"] = pair + slack
             known["projection"] = _projection(problem, choice, eta_rows, eta_columns, norm, slack)
     if link == "cross" and not problem.weighted:
-        gamma = eta(_rows_of_basis(reduced, choice))
+        block = namespace(reduced.C.Q).take(reduced.C.Q, choice.rows, axis=0)
+        gamma = eta(block)
         known["gamma"] = gamma
         if problem.total is not None:
             missed = problem.total**2 - frobenius(reduced.Z) ** 2
-            slack = 2 * max(problem.shape) * problem.unit * problem.total**2
-            known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack)) + error.rounding
+            slack = problem.pythagorean_rounding
+            ideal = Orthogonal(block, cutoff=block.shape[1] * problem.unit)
+            S = adjoint(reduced.R.T)
+            cut = frobenius(reduced.C.T @ (U @ S) - ideal.left_divide(adjoint(ideal.Q) @ S))
+            known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.rounding
     value, kind = error.value, error.kind
     scale = problem.total if problem.total is not None else frobenius(reduced.Z)
     if norm == 2:
@@ -229,7 +240,7 @@ def _projection(
         return None
     else:
         squares = problem.total**2
-        rounding = 2 * max(problem.shape) * problem.unit * squares
+        rounding = problem.pythagorean_rounding
         kept = (frobenius(product(problem.B, W)) ** 2, frobenius(adjoint_product(problem.B, V)) ** 2)
         lost = (
             math.sqrt(max(squares - kept[0], 0.0) + rounding),
@@ -238,10 +249,6 @@ def _projection(
     if lost[0] is None or lost[1] is None:
         return None
     return projection_bound(eta_rows, eta_columns, lost[0], lost[1]) + slack
-
-
-def _rows_of_basis(reduced: Reduced, choice: Choice) -> Array:
-    return namespace(reduced.C.Q).take(reduced.C.Q, choice.rows, axis=0)
 
 
 def _dtype_name(X: Array) -> str:

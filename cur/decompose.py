@@ -10,7 +10,7 @@ import numpy as np
 from cur import selection
 from cur._array import Array, adjoint, namespace, take, to_numpy
 from cur._certify import certify, evaluation_rounding, leftover, reduce, residual, spectral_norm
-from cur._problem import NESTED, SELECTORS, Choice, Problem, choose, prepare, safe_scale, slices
+from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, prepare, safe_scale, slices
 from cur._products import columns_of, frobenius, thin
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
@@ -18,6 +18,8 @@ from cur._validate import (
     check_choice,
     check_count,
     check_finite_norm,
+    check_power_iterations,
+    check_probability,
     check_rank,
     check_rank_or_tol,
     check_tol,
@@ -155,7 +157,10 @@ def cur(
         check_finite_norm(problem.total, problem.A)
     link = link or ("weighted" if problem.weighted else "optimal")
     generator = as_generator(rng)
-    check_count(oversample, default=0, most=problem.shape[0], what="the rows", least=0)
+    check_count(oversample, default=0, most=problem.shape[0], what="the rows", least=0, name="oversample")
+    check_power_iterations(power_iterations)
+    check_probability(failure_probability)
+    check_choice(subspace, SUBSPACES, "subspace")
 
     def choice_for(k: int) -> Choice:
         return choose(problem, (k, k), select, subspace, generator, power_iterations)
@@ -165,6 +170,11 @@ def cur(
 
     if rank is not None:
         counts = check_rank(rank, problem.shape)
+        if link == "cross" and counts[0] < counts[1]:
+            raise ValueError(
+                f"`rank` must ask for at least as many rows as columns with link='cross'; got {rank!r}; "
+                "factor the transpose instead"
+            )
         result = assemble(choose(problem, counts, select, subspace, generator, power_iterations))
     else:
         result = smallest_rank(
@@ -215,18 +225,19 @@ def _assemble(
     else:
         U = core(reduced.C, reduced.R, reduced.M)
     T, S = reduced.C.T, adjoint(reduced.R.T)
+    gap = frobenius(reduced.M - T @ U @ S)
     error = residual(
         problem,
         Cw @ U,
         Rw,
         kept=frobenius(reduced.M),
-        gap=frobenius(reduced.M - T @ U @ S),
+        gap=gap,
         inner=evaluation_rounding(T, U, S, u=problem.unit),
         failure=failure,
         rng=rng,
     )
     two = spectral_norm(problem, Cw @ U, Rw) if spectral and norm == 2 else None
-    certificate = certify(problem, choice, reduced, error, norm=norm, link=link, spectral=two)
+    certificate = certify(problem, choice, reduced, error, norm=norm, link=link, gap=gap, spectral=two, U=U)
     return CUR(C, U, R, choice.rows, choice.columns, certificate)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from cur._array import Array, adjoint, namespace, qr, solve_triangular, take_device, unit_roundoff
 from cur._products import adjoint_product, thin
 
@@ -43,8 +45,9 @@ def _condition(T: Array) -> float:
     k = T.shape[0]
     if k != T.shape[1] or float(xp.min(xp.abs(xp.linalg.diagonal(T)))) == 0.0:
         return math.inf
-    inverse = solve_triangular(T, xp.eye(k, dtype=T.dtype, device=take_device(T)))
-    condition = float(xp.linalg.matrix_norm(T)) * float(xp.linalg.matrix_norm(inverse)) / k
+    with np.errstate(over="ignore", invalid="ignore"):
+        inverse = solve_triangular(T, xp.eye(k, dtype=T.dtype, device=take_device(T)))
+        condition = float(xp.linalg.matrix_norm(T)) * float(xp.linalg.matrix_norm(inverse)) / k
     return condition if math.isfinite(condition) else math.inf
 
 
@@ -98,6 +101,7 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     """
     from cur.importance import as_weight
 
+    C, R = thin(C), thin(R)
     for axis, given in enumerate((row_weights, column_weights)):
         weight = as_weight(given, A, axis, A.dtype)
         if weight is not None:

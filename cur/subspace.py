@@ -75,7 +75,7 @@ class Subspace:
         if self.total is None:
             return None
         left = self.total**2 - float(np.sum(self.s[:k] ** 2))
-        return math.sqrt(max(left, 0.0) + 2 * max(self.V.shape[0], self.W.shape[0]) * u * self.total**2)
+        return math.sqrt(max(left, 0.0) + 2 * (max(self.V.shape[0], self.W.shape[0]) + 20) * u * self.total**2)
 
     def sigma_next(self, k: int) -> float | None:
         """Return the (k+1)-th singular value where the subspace is exact."""
