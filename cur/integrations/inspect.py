@@ -72,8 +72,7 @@ class CheckpointSummary:
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON types."""
         layers = [
-            {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters}
-            for layer in self.layers
+            {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters} for layer in self.layers
         ]
         return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in LAYOUTS}}
 
@@ -99,9 +98,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
                     tensors[name] = tuple(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
             raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
-    layers = tuple(
-        _layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec
-    )
+    layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
     parameters = sum(math.prod(shape) for shape, dtype in tensors.values() if dtype.startswith(("F", "BF")))
     return CheckpointSummary(
         directory=str(directory),

@@ -133,13 +133,22 @@ class CURQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         layers: dict[str, CompressedLinear] = {}
         places: dict[str, CompressedLinear] = {}
-        for name, spec in self.quantization_config.modules.items():
+        specs = self.quantization_config.modules
+        # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
+        # translates while it loads, and compares with the shapes of the skeletons.
+        comparable = any(f"{name}.R.weight" in shapes for name in specs)
+        for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
+                if spec["shared_with"] not in layers:
+                    raise CheckpointError(
+                        f"`config.json` shares {name} with {spec['shared_with']}, not listed before it"
+                    )
                 layers[name] = layers[spec["shared_with"]]
             else:
                 layers[name] = _skeleton(modules[place], name, spec)
-                _compare(name, layers[name], shapes)
+                if comparable:
+                    _compare(name, layers[name], shapes)
             places[place] = layers[name]
         swap_(model, places)
         _retie_(model)
@@ -167,8 +176,11 @@ class CURQuantizer(HfQuantizer):
         state: dict[str, torch.Tensor] = model.state_dict()
         for name, spec in describe(model).items():
             if "shared_with" in spec:
-                for key in model.get_submodule(name).state_dict():
+                for key, _ in model.get_submodule(name).named_parameters():
                     del state[f"{name}.{key}"]
+                # transformers ties parameters only; an index buffer is small enough to be stored again.
+                for key, buffer in model.get_submodule(name).named_buffers():
+                    state[f"{name}.{key}"] = buffer.clone()
         for name in compressed_modules(model):
             state[f"{name}.weight"] = torch.empty(0)
         state[_ADVICE] = torch.empty(0)
@@ -178,7 +190,7 @@ class CURQuantizer(HfQuantizer):
         shared = {name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec}
         tied: dict[str, str] = model.all_tied_weights_keys
         for name, first in shared.items():
-            for key in model.get_submodule(name).state_dict():
+            for key, _ in model.get_submodule(name).named_parameters():
                 tied.pop(f"{name}.{key}", None)
             tied[f"{name}.weight"] = f"{first}.weight"
         layers = compressed_modules(model)
@@ -285,19 +297,12 @@ def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {f"{name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
-    if not any(key in shapes for key in expected):
-        # Either nothing is stored for this layer, or transformers renames keys while it loads this
-        # architecture.
-        if any(key.endswith(".R.weight") for key in shapes) or not shapes:
-            return
-        raise CheckpointError(f"`config.json` lists the compressed module {name}, but no weights are stored for it")
     for key, shape in expected.items():
         if key not in shapes:
             raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
         if shapes[key] != shape:
             raise CheckpointError(
-                f"`config.json` says {name} has rank {layer.rank} in layout {layer.layout!r}, so {key} "
-                "would be "
+                f"`config.json` says {name} has rank {layer.rank} in layout {layer.layout!r}, so {key} would be "
                 f"{shape}, but the stored weights are {shapes[key]}"
             )
 
@@ -316,5 +321,5 @@ def _retie_(model: PreTrainedModel) -> None:
         tied.pop(f"{name}.weight", None)
         tied.pop(f"{name}.bias", None)
         if "shared_with" in spec:
-            for key in model.get_submodule(name).state_dict():
+            for key, _ in model.get_submodule(name).named_parameters():
                 tied[f"{name}.{key}"] = f"{spec['shared_with']}.{key}"

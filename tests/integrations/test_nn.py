@@ -193,7 +193,7 @@ def test_dense_weight_refuses_other_modules_by_name() -> None:
     class Quantized(nn.Linear):
         pass
 
-    with pytest.raises(TypeError, match="block.q_proj is a Quantized"):
+    with pytest.raises(TypeError, match=r"block\.q_proj is a Quantized"):
         dense_weight(Quantized(2, 2), "block.q_proj")
 
 

@@ -59,7 +59,7 @@ def test_check_accepts_its_own_model_in_any_dtype(plan: Plan, llama: PreTrainedM
 
 
 def test_a_plan_for_another_model(plan: Plan, make_model: Any) -> None:
-    with pytest.raises(PlanError, match="the plan names .* for another model"):
+    with pytest.raises(PlanError, match=r"the plan names .* for another model"):
         plan.check(make_model("gpt2"))
     wide = replace(plan, entries=(entry(shape=(64, 32)),))
     with pytest.raises(PlanError, match=r"expects model\.layers\.1.* of shape \(64, 32\), this model has"):
