@@ -66,7 +66,9 @@ format: $(VENV)/.development
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/.development
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/render.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -92,6 +92,15 @@ def test_names_of_this_package_on_a_page_exist(name):
                 assert not missing, f"{name}, line {block.line + node.lineno - 1}"
 
 
+def test_benchmarks_page_shows_the_stored_results():
+    render = importlib.import_module("benchmarks.render")
+    page = render.PAGE.read_text(encoding="utf-8")
+    assert {match["name"] for match in render.BLOCK.finditer(page)} == {
+        file.stem for file in render.RESULTS.glob("*.json")
+    }
+    assert render.rendered(page) == page
+
+
 def test_other_words_are_noticed():
     with pytest.raises(AssertionError):
         assert_same_output("rank 3", "order 3")

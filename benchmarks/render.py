@@ -1,0 +1,98 @@
+"""Put the figures of ``benchmarks/results/*.json`` into ``docs/benchmarks.md``, between its markers.
+
+    python benchmarks/render.py           # rewrite the page
+    python benchmarks/render.py --check   # fail if that would change it
+
+A block of the page that starts with ``<!-- results: NAME -->`` and ends with ``<!-- end -->`` belongs to
+``results/NAME.json``. No figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table; the first column is text, the others are figures."""
+    rule = "|---|" + "--:|" * (len(head) - 1)
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def provenance(data: dict[str, Any]) -> str:
+    """Say on which machine and with which versions a result was measured."""
+    machine, versions = data["machine"], data["versions"]
+    software = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"*{machine['processor']}, {machine['cores']} cores; {software}.*"
+
+
+def paper_setting(data: dict[str, Any]) -> str:
+    """Return perplexities, sizes and seconds of the paper's setting."""
+    texts = list(next(iter(data["rows"].values()))["perplexity"])
+    rows = []
+    for name, row in data["rows"].items():
+        seconds = row.get("seconds", {})
+        rows.append(
+            [
+                name,
+                *(f"{row['perplexity'][text]:.2f}" for text in texts),
+                f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "",
+                f"{seconds['decompose']:.1f}" if "decompose" in seconds else "",
+            ]
+        )
+    head = ["Perplexity, lower is better", *texts, "Parameters", "Seconds to factor"]
+    return f"{table(head, rows)}\n\n{provenance(data)}"
+
+
+def bounds(data: dict[str, Any]) -> str:
+    """Return violations and tightness of every bound."""
+    rows = [
+        [
+            name,
+            f"{row['cases']:,}",
+            f"{row['violations']:,}",
+            f"{row['median bound / error']:.2f}",
+            f"{row['maximum bound / error']:.3g}",
+        ]
+        for name, row in data["bounds"].items()
+    ]
+    head = ["Bound", "Cases", "Violations", "Median of bound / error", "Largest"]
+    seconds, numpy, machine = data["seconds"], data["numpy"], data["machine"]
+    note = f"*{data['cases']:,} random cases, seed {data['seed']}; {seconds:.0f} s on {machine}, NumPy {numpy}.*"
+    return f"{table(head, rows)}\n\n{note}"
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"bounds": bounds, "paper_setting": paper_setting}
+
+
+def rendered(page: str) -> str:
+    """Return the page with every block written anew from its results."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}\n{RENDERERS[name](data)}\n\n{match[3]}"
+
+    return BLOCK.sub(fill, page)
+
+
+def main() -> None:
+    """Rewrite the page, or check that it is up to date."""
+    page = PAGE.read_text(encoding="utf-8")
+    new = rendered(page)
+    if "--check" in sys.argv[1:]:
+        sys.exit("docs/benchmarks.md is out of date; run python benchmarks/render.py" if new != page else 0)
+    PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
