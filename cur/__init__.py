@@ -15,6 +15,7 @@ from cur.decompose import cur, deim_cur
 from cur.factors import CUR, Folded, Interpolative
 from cur.interpolation import interpolative, select
 from cur.selection import deim
+from cur.streaming import stream_cur
 
 __version__ = "0.1.0"
 
@@ -36,5 +37,6 @@ __all__ = [
     "ranks",
     "select",
     "selection",
+    "stream_cur",
     "subspace",
 ]

@@ -63,9 +63,10 @@ def _parts(source: Any) -> Iterable[Any]:
 
 
 def _cut(A: Any) -> Iterator[Any]:
-    check_matrix(A, "blocks")
     if _array.is_operator(A):
         raise TypeError("`blocks` must give its rows; a LinearOperator does not; use subspace.randomised for it")
+    if len(A.shape) != 2 or 0 in A.shape:
+        raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {tuple(A.shape)}")
     m, n = A.shape
     step = max(1, BLOCK_BYTES // (8 * n))
     if _array.is_sparse(A):

@@ -7,7 +7,6 @@ the bases leave out, ``||A - V V^H A||_F`` and ``||A - A W W^H||_F``, without an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +107,7 @@ def randomised(
     rank: int,
     /,
     *,
-    power_iterations: int = 1,
+    power_iterations: int = 0,
     rng: np.random.Generator | int | None = 0,
     total: float | None = None,
 ) -> Subspace:
@@ -122,7 +121,7 @@ def randomised(
     A : matrix, shape (m, n)
     rank : int
         Number of vectors wanted.
-    power_iterations : int, default 1
+    power_iterations : int, default 0
         Each one costs two products and damps what lies beyond the wanted vectors by the square of the ratio of the
         singular values.
     rng : Generator, int or None
@@ -180,19 +179,22 @@ def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
 class RowSpace:
     """What one pass over the rows of a matrix leaves.
 
+    The rows ``B = diag(s) W^H`` stand for the matrix: ``A^H A = B^H B + D`` with a positive semidefinite `D` whose
+    trace, the squares of all that was dropped, is known.
+
     Attributes
     ----------
-    W : ndarray, shape (n, k)
-        Orthonormal basis of the leading row space.
-    s : ndarray, shape (k,)
-        Singular values of the retained part.
-    tail : float
-        Proven upper bound on ``||A - A W W^H||_F``: what was dropped on the way, and the end of the last basis.
+    W : ndarray, shape (n, l)
+        Orthonormal basis of the leading row space, the most important direction first.
+    s : ndarray, shape (l,)
+        Singular values of what was kept.
+    dropped : float
+        Trace of `D`.
     total : float
         ``||A||_F``.
-    rows : ndarray of int, shape (j,)
-        Positions of the rows kept by successive elimination, in the order of importance.
-    R : ndarray, shape (j, n)
+    rows : ndarray of int, shape (k,)
+        Positions of the rows that won the elimination, in the order of importance.
+    R : ndarray, shape (k, n)
         These rows.
     shape : tuple of int
         Rows seen, columns.
@@ -200,27 +202,41 @@ class RowSpace:
 
     W: np.ndarray[Any, Any]
     s: np.ndarray[Any, Any]
-    tail: float
+    dropped: float
     total: float
     rows: np.ndarray[Any, Any]
     R: np.ndarray[Any, Any]
     shape: tuple[int, int]
 
+    def left_by(self, Q: np.ndarray[Any, Any]) -> float:
+        """Return a proven upper bound on ``||A - A Q Q^H||_F`` for any orthonormal `Q`, without the matrix."""
+        B = self.s[:, None] * adjoint(self.W)
+        missed = frobenius(B - (B @ Q) @ adjoint(Q)) ** 2
+        slack = 2 * self.shape[1] * unit_roundoff(self.W.dtype, self.W) * self.total**2
+        return math.sqrt(missed + self.dropped + slack)
 
-def stream(blocks: Iterable[Array], rank: int, /, *, oversampling: int = OVERSAMPLING) -> RowSpace:
+    def numerical_rank(self) -> int:
+        """Return how many singular values stand above rounding; at least 1."""
+        cut = 2 * unit_roundoff(self.W.dtype, self.W) * max(self.shape)
+        return max(1, int(np.count_nonzero(self.s > cut * self.s[0])))
+
+
+def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> RowSpace:
     """Return the leading row space of a matrix that comes as blocks of rows, and its best rows, in one pass.
 
     Memory is that of one block and of ``2 (rank + oversampling)`` rows, however many rows there are. The row space is
-    kept as ``k`` rows ``B`` with ``A^H A = B^H B + D`` where ``D`` is positive semidefinite and collects the squares of
-    what is dropped; its trace is known, so that the bound of the result is a theorem, not an estimate. The rows are
-    chosen in a tournament: those kept so far against those of the new block, by pivoted elimination (as in CALU).
+    an incremental SVD without left vectors; the rows are chosen in a tournament: those kept so far against those of the
+    new block, by pivoted elimination of their coordinates.
 
     Parameters
     ----------
-    blocks : iterable of array, each of shape (rows, n)
-        Dense or sparse blocks of rows, in order.
+    blocks : array, callable or iterable
+        Blocks of rows in order, dense or sparse; a callable that returns an iterator over them; or a whole matrix that
+        need not fit into memory, which is cut into blocks.
     rank : int
-        Number of vectors and rows to keep.
+        Number of rows to keep, and of vectors but for the oversampling.
+    oversampling : int, default 10
+        Vectors carried along beyond `rank`, so that what counts at the end is not dropped on the way.
 
     Raises
     ------
@@ -232,28 +248,22 @@ def stream(blocks: Iterable[Array], rank: int, /, *, oversampling: int = OVERSAM
     Baker, Gallivan and Van Dooren, Linear Algebra Appl. 436 (2012), for the incremental SVD; Grigori, Demmel and Xiang,
     SIAM J. Matrix Anal. Appl. 32 (2011), for tournament pivoting.
     """
-    B = R = np.zeros((0, 0))
+    W = R = np.zeros((0, 0))
+    s = np.zeros(0)
     rows = np.zeros(0, dtype=np.int64)
     seen, squares, dropped = 0, 0.0, 0.0
     for block in read_blocks(blocks):
-        keep = min(rank + oversampling, block.shape[1])
         squares += frobenius(block) ** 2
-        stacked = np.concatenate([B, block]) if seen else block
-        # R of the QR has the same Gram matrix as the rows themselves
+        stacked = np.concatenate([s[:, None] * adjoint(W), block]) if seen else block
+        # the triangular factor has the same Gram matrix as the rows themselves
         T = qr(stacked)[1] if stacked.shape[0] > stacked.shape[1] else stacked
         _, s, Wh = np.linalg.svd(T, full_matrices=False)
+        keep = min(rank + oversampling, len(s))
         dropped += float(np.sum(s[keep:].astype(np.float64) ** 2))
-        B = s[:keep, None] * Wh[:keep]
+        s, W = s[:keep], adjoint(Wh[:keep])
         candidates = np.concatenate([R, block]) if seen else block
         positions = np.concatenate([rows, np.arange(seen, seen + block.shape[0])])
-        count = min(rank, keep, len(s), candidates.shape[0])
-        best = lu_pivots(candidates @ adjoint(Wh[:count]))
+        best = lu_pivots(candidates @ W[:, : min(rank, keep, candidates.shape[0])])
         R, rows = candidates[best], positions[best]
         seen += block.shape[0]
-    k = min(rank, B.shape[0])
-    left = float(np.sum(np.linalg.norm(B[k:], axis=1).astype(np.float64) ** 2)) + dropped
-    u = unit_roundoff(B.dtype, B)
-    tail = math.sqrt(left + 2 * B.shape[1] * u * squares)
-    s = np.linalg.norm(B, axis=1)
-    W = adjoint(B[:k] / np.where(s[:k, None] > 0, s[:k, None], 1.0))
-    return RowSpace(W, s[:k], tail, math.sqrt(squares), rows, R, (seen, B.shape[1]))
+    return RowSpace(W, s, dropped, math.sqrt(squares), rows, R, (seen, W.shape[0]))
