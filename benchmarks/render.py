@@ -71,7 +71,107 @@ def bounds(data: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"bounds": bounds, "paper_setting": paper_setting}
+def cell(value: Any) -> str:
+    """Return a figure as it is read: four digits at most, nothing for what was not measured."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def columns(*names: str) -> Callable[[dict[str, Any]], str]:
+    """Return the renderer of a table with these columns, which are the keys of its rows."""
+
+    def render(data: dict[str, Any]) -> str:
+        rows = [[cell(row.get(name)) for name in names] for row in data["rows"]]
+        head = [names[0].capitalize(), *names[1:]]
+        return f"{table(head, rows)}\n\n{provenance(data)}"
+
+    return render
+
+
+def core_tolerance(data: dict[str, Any]) -> str:
+    """Return misses of the tolerance, the largest error found, and the ranks."""
+    methods = list(data["rows"][0]["misses"])
+    totals = [
+        [
+            method,
+            f"{sum(row['cases'][method] for row in data['rows']):,}",
+            f"{sum(row['misses'][method] for row in data['rows']):,}",
+            str(sum(row["misses"][method] > 0 for row in data["rows"])) + f" of {len(data['rows'])}",
+            cell(max(row["worst error / tol"][method] for row in data["rows"])),
+        ]
+        for method in methods
+    ]
+    head = ["Method", "Cases", "Misses", "Matrix and tolerance pairs missed", "Worst error / tol"]
+    names = ("matrix", "tol", "rank", "rank of the truncated SVD", "indices that could go")
+    return f"{table(head, totals)}\n\n{columns(*names)(data)}"
+
+
+def core_growth(data: dict[str, Any]) -> str:
+    """Return the exponents of time, and the memory of streams."""
+    times = [
+        [row["against"], ", ".join(map(str, row["sizes"])), ", ".join(map(cell, row["seconds"])), cell(row["exponent"])]
+        for row in data["rows"]
+        if "against" in row
+    ]
+    streams = [
+        [f"{row['stream of rows']:,}", cell(row["peak memory above start, MiB"])]
+        for row in data["rows"]
+        if "stream of rows" in row
+    ]
+    return "\n\n".join(
+        [
+            table(["Against", "Sizes", "Seconds", "Exponent"], times),
+            table(["Rows in the stream", "Peak memory above start, MiB"], streams),
+            provenance(data),
+        ]
+    )
+
+
+CORE = {
+    "speed": "Speed against SciPy",
+    "floor": "Time over the products that cannot be avoided",
+    "paper": "The 30 matrices that the paper compresses in Llama-3.1-8B",
+    "accuracy": "Accuracy against the truncated singular value decomposition",
+    "power": "What power iterations bring",
+    "selectors": "Ways of choosing",
+    "tolerance": "Are tolerances kept?",
+    "growth": "Growth of time and memory",
+}
+
+
+def core(data: dict[str, Any]) -> str:
+    """Return one table for each question that was asked of the core."""
+    parts = []
+    for name, title in CORE.items():
+        if name in data:
+            rows = data[name]["rows"]
+            head = list(dict.fromkeys(key for row in rows for key in row))
+            body = [[cell(row.get(key)) for key in head] for row in rows]
+            parts += [f"### {title}", table(head, body), provenance(data[name])]
+    return "\n\n".join(parts)
+
+
+def cell(value: Any) -> str:
+    """Return a value as the text of a table's cell."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return "<br>".join(f"{key}: {cell(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(cell, value))
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).replace("|", "\\|")
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bounds": bounds,
+    "core": core,
+    "paper_setting": paper_setting,
+}
 
 
 def rendered(page: str) -> str:
@@ -79,7 +179,10 @@ def rendered(page: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            return f"{match[1]}\n*Not measured yet: `python benchmarks/{name}.py`.*\n\n{match[3]}"
+        data = json.loads(file.read_text(encoding="utf-8"))
         return f"{match[1]}\n{RENDERERS[name](data)}\n\n{match[3]}"
 
     return BLOCK.sub(fill, page)
