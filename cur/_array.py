@@ -27,6 +27,11 @@ def is_sparse(A: Any) -> bool:
     return bool(scipy.sparse.issparse(A))
 
 
+def is_sparse_tensor(A: Any) -> bool:
+    """Tell whether `A` is one of torch's sparse tensors, which lack most of linear algebra."""
+    return bool(compat.is_torch_array(A)) and str(A.layout) != "torch.strided"
+
+
 def is_operator(A: Any) -> bool:
     """Tell whether `A` is known by its action only."""
     return isinstance(A, scipy.sparse.linalg.LinearOperator)
@@ -109,10 +114,11 @@ def to_numpy(A: Array) -> np.ndarray[Any, Any]:
 
 
 def gaussian(shape: tuple[int, ...], like: Array, dtype: Any, rng: np.random.Generator) -> Array:
-    """Draw real standard normal numbers on the host, so that a seed means the same on every library."""
-    draws = rng.standard_normal(shape)
-    dtype = real_dtype(dtype, like)
-    return convert(draws, like, dtype)
+    """Draw real standard normal numbers on the host, so that a seed means the same on every library.
+
+    In `dtype`, complex ones included: torch multiplies matrices of one dtype only.
+    """
+    return convert(rng.standard_normal(shape), like, dtype)
 
 
 def real_dtype(dtype: Any, like: Array) -> Any:

@@ -237,17 +237,25 @@ def slices(problem: Problem, choice: Choice) -> tuple[Array, Array, Array, Array
 
 def safe_scale(A: Array, total: float | None) -> float:
     """Return a power of two to divide a matrix by where squares of its entries would leave the range; else 1."""
-    if total is None or not (is_dense(A) or is_sparse(A)):
-        return 1.0
+    if total is None:  # an operator shows its size in a product
+        x = np.random.default_rng(0).standard_normal((A.shape[1], 1)).astype(A.dtype)
+        total = largest = float(np.max(np.abs(A @ x)))
+    else:
+        largest = None
     xp = namespace(A)
     info = xp.finfo(A.dtype)
-    low, high = (
-        math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2),
-        math.sqrt(float(info.max)) / A.shape[1],
-    )
+    low = math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2)
+    high = math.sqrt(float(info.max)) / A.shape[1]
     if low < total < high or math.isnan(total):
         return 1.0
-    largest = float(abs(A).max()) if is_sparse(A) else float(xp.max(xp.abs(A)))
+    if largest is None:
+        largest = float(abs(A).max()) if is_sparse(A) or is_dask(A) else float(xp.max(xp.abs(A)))
     if largest == 0.0 or not math.isfinite(largest):
         return 1.0
-    return math.ldexp(1.0, math.frexp(largest)[1])
+    # its reciprocal must not overflow, which that of a subnormal number would
+    return max(math.ldexp(1.0, math.frexp(largest)[1]), float(info.smallest_normal))
+
+
+def scaled(A: Array, factor: float) -> Array:
+    """Return `A` times a power of two; in its dtype, which the product of an operator with a plain number may leave."""
+    return A * A.dtype.type(factor) if is_operator(A) else A * factor

@@ -87,11 +87,17 @@ def frobenius(A: Array) -> float:
             return float(scipy.sparse.linalg.norm(A))
     xp = namespace(A)
     if is_dask(A):
-        return math.sqrt(float((abs(A) ** 2).sum(dtype=np.float64).compute()))
+        lazy: Any = A
+        return math.hypot(*lazy.map_blocks(_block_norm, chunks=(1, 1), dtype=np.float64).compute().ravel())
     if isinstance(A, np.ndarray):
         with np.errstate(over="ignore", invalid="ignore"):
             return math.sqrt(float(np.sum(np.vecdot(A, A).real, dtype=np.float64)))
-    return float(xp.linalg.vector_norm(xp.linalg.vector_norm(A, axis=1)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(xp.linalg.vector_norm(xp.linalg.vector_norm(A, axis=1)))
+
+
+def _block_norm(block: Array) -> np.ndarray[Any, Any]:
+    return np.full((1, 1), frobenius(block))
 
 
 def residual_norm(A: Array, L: Array, R: Array) -> float:
@@ -104,7 +110,9 @@ def residual_norm(A: Array, L: Array, R: Array) -> float:
         A = A.tocsr()
         blocks = (float(np.linalg.norm(A[i : i + step].toarray() - L[i : i + step] @ R)) for i in range(0, m, step))
     else:
-        blocks = (frobenius(A[i : i + step, :] - L[i : i + step, :] @ R) for i in range(0, m, step))
+        # the standard leaves slices that end beyond the array undefined
+        ends = ((i, min(i + step, m)) for i in range(0, m, step))
+        blocks = (frobenius(A[i:j, :] - L[i:j, :] @ R) for i, j in ends)
     return math.hypot(*blocks)
 
 

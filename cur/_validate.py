@@ -35,6 +35,8 @@ def check_matrix(A: Any, name: str = "A") -> None:
             f"`{name}` must be an array (NumPy, torch, CuPy, JAX, Dask, ...), a scipy.sparse matrix or a "
             f"LinearOperator; got {type(A).__name__}; {remedy}"
         )
+    if _array.is_sparse_tensor(A):
+        raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
     if isinstance(A, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(
             f"`{name}` must be a plain array; got {type(A).__name__}, whose products mean something else; convert it "

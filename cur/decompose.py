@@ -10,7 +10,8 @@ import numpy as np
 from cur import selection
 from cur._array import Array, adjoint, namespace, take, to_numpy
 from cur._certify import certify, evaluation_rounding, leftover, reduce, residual, spectral_norm
-from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, prepare, safe_scale, slices
+from cur._errors import NumericalError
+from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, prepare, safe_scale, scaled, slices
 from cur._products import columns_of, frobenius, thin
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
@@ -153,7 +154,7 @@ def cur(
     problem = prepare(A, importance, row_weights, column_weights)
     scale = safe_scale(problem.A, problem.total)
     if scale != 1.0:
-        problem = prepare(problem.A / scale, importance, row_weights, column_weights)
+        problem = prepare(scaled(problem.A, 1 / scale), importance, row_weights, column_weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     link = link or ("weighted" if problem.weighted else "optimal")
@@ -193,7 +194,11 @@ def cur(
 def _rescaled(result: CUR, scale: float) -> CUR:
     """Undo the division of the matrix by a power of two."""
     certificate = None if result.certificate is None else result.certificate.scaled(scale)
-    return CUR(result.C * scale, result.U / scale, result.R * scale, result.rows, result.columns, certificate)
+    with np.errstate(over="ignore"):
+        U = result.U / scale
+    if not bool(namespace(U).all(namespace(U).isfinite(U))):
+        raise NumericalError("`A` has entries so small that U, of the size of their reciprocals, overflows; scale it")
+    return CUR(result.C * scale, U, result.R * scale, result.rows, result.columns, certificate)
 
 
 def _assemble(

@@ -62,6 +62,9 @@ class _Factorization:
     def _stored(self) -> tuple[Array, ...]:
         return self.factors
 
+    def _labels(self) -> dict[str, Any]:
+        return {}
+
     def __matmul__(self, x: Array) -> Array:
         """Return ``approximation @ x`` for a vector or matrix, by products with thin matrices only."""
         for f in reversed(self.factors):
@@ -114,7 +117,7 @@ class _Factorization:
         """Write the factorization as ``.npz``; beside the target first, then renamed."""
         arrays: dict[str, Any] = {name: to_numpy(value) for name, value in vars(self).items() if _is_array(value)}
         with replace_file(path) as stream:
-            np.savez(stream, kind=np.asarray(type(self).__name__), **arrays)
+            np.savez(stream, kind=np.asarray(type(self).__name__), **arrays, **self._labels())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Any:
@@ -319,6 +322,9 @@ class Interpolative(_Factorization):
 
     def _stored(self) -> tuple[Array, ...]:
         return (self.skeleton, self.coefficients)
+
+    def _labels(self) -> dict[str, Any]:
+        return {"side": np.asarray(self.side)}
 
     @property
     def T(self) -> Interpolative:

@@ -7,7 +7,7 @@ approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cur import _array
@@ -81,6 +81,7 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     ValueError
         If an entry is negative or not finite, or the array is not one-dimensional.
     """
+    weights = _array.detach(weights)
     xp = namespace(weights)
     if weights.ndim != 1:
         raise ValueError(
@@ -115,6 +116,7 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     ValueError
         If the matrix is not square, not finite, not Hermitian, or has an eigenvalue that is negative beyond rounding.
     """
+    weights = _array.detach(weights)
     xp = namespace(weights)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(
@@ -151,6 +153,7 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     damping : float, default 0
         As for `matrix`.
     """
+    weights = _array.detach(weights)
     xp = namespace(weights)
     if weights.ndim != 2:
         raise ValueError(f"`{name}` must be a matrix with one row per weighted index; got shape {tuple(weights.shape)}")
@@ -184,6 +187,9 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
         return None
     if isinstance(weights, Weight):
         weight = weights
+        if weight.vectors is not None:
+            check_companion(weight.vectors, A, name)
+            weight = replace(weight, vectors=_in_dtype(weight.vectors, dtype, name))
     else:
         if not _array.is_dense(weights):
             raise TypeError(
@@ -193,7 +199,9 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
         check_companion(weights, A, name)
         real = _array.real_dtype(dtype, A)
         xp = namespace(weights)
-        if not xp.isdtype(weights.dtype, "complex floating"):
+        if weights.ndim == 2:
+            weights = _in_dtype(weights, dtype, name)
+        elif not xp.isdtype(weights.dtype, "complex floating"):
             weights = xp.astype(weights, real)
         if weights.ndim not in (1, 2):
             raise ValueError(f"`{name}` must be a vector or a square matrix; got shape {tuple(weights.shape)}")
@@ -204,6 +212,13 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
             f"got {weight.size}"
         )
     return weight
+
+
+def _in_dtype(X: Array, dtype: Any, name: str) -> Array:
+    xp = namespace(X)
+    if xp.isdtype(X.dtype, "complex floating") and not xp.isdtype(dtype, "complex floating"):
+        raise TypeError(f"`{name}` must be real for a real `A`; got dtype {X.dtype}; convert `A` to complex")
+    return xp.astype(X, dtype)
 
 
 def wanda(W: Array, x_norm: Array, /) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from cur import _array
 from cur._array import Array, adjoint, convert, namespace, take, to_numpy
 from cur._certify import evaluation_rounding, leftover, residual
-from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare, safe_scale
+from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare, safe_scale, scaled
 from cur._products import adjoint_product, columns_of, frobenius, thin
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
@@ -96,7 +96,7 @@ def interpolative(
     problem = prepare(A, importance, *weights)
     scale = safe_scale(problem.A, problem.total)
     if scale != 1.0:
-        problem = prepare(problem.A / scale, importance, *weights)
+        problem = prepare(scaled(problem.A, 1 / scale), importance, *weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     generator = as_generator(rng)

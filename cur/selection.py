@@ -152,7 +152,7 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     E = matrix - V @ (adjoint(V) @ matrix)
     chosen: list[int] = []
     for _ in range(count):
-        distance = to_numpy(xp.sum(xp.abs(V) ** 2, axis=1))
+        distance = np.array(to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)))
         residual = to_numpy(xp.sum(xp.abs(E) ** 2, axis=1))
         distance[chosen] = 0.0
         # a row within the span of the chosen ones, up to rounding, cannot serve as a pivot
@@ -194,7 +194,7 @@ def ldeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     eye = xp.eye(p, dtype=basis.dtype, device=basis.device)
     upper = upper + xp.where(diagonal == 0, xp.ones_like(diagonal), xp.zeros_like(diagonal))[:, None] * eye
     residual = basis @ (solve_triangular(upper, eye) * scale[None, :])
-    scores = to_numpy(xp.sum(xp.abs(residual) ** 2, axis=1))
+    scores = np.array(to_numpy(xp.sum(xp.abs(residual) ** 2, axis=1)))
     taken = to_numpy(first)
     scores[taken] = -1.0
     rest = np.argsort(-scores, kind="stable")[: count - p]
@@ -272,7 +272,8 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
         Y = xp.linalg.svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
         weakest = adjoint(Y)[:, p - step :]
         # the weakest direction first, since pivots for it matter most
-        added = lu_pivots(xp.flip(take(basis, convert(rest, basis), axis=0) @ weakest, axis=1)[:, : len(rest)])
+        candidates = xp.flip(take(basis, convert(rest, basis), axis=0) @ weakest, axis=1)
+        added = lu_pivots(candidates[:, : min(step, len(rest))])
         chosen.extend(int(i) for i in rest[to_numpy(added)])
         count -= step
     return convert(np.asarray(chosen), basis)
