@@ -130,48 +130,7 @@ def core_growth(data: dict[str, Any]) -> str:
     )
 
 
-CORE = {
-    "speed": "Speed against SciPy",
-    "floor": "Time over the products that cannot be avoided",
-    "paper": "The 30 matrices that the paper compresses in Llama-3.1-8B",
-    "accuracy": "Accuracy against the truncated singular value decomposition",
-    "power": "What power iterations bring",
-    "selectors": "Ways of choosing",
-    "tolerance": "Are tolerances kept?",
-    "growth": "Growth of time and memory",
-}
-
-
-def core(data: dict[str, Any]) -> str:
-    """Return one table for each question that was asked of the core."""
-    parts = []
-    for name, title in CORE.items():
-        if name in data:
-            rows = data[name]["rows"]
-            head = list(dict.fromkeys(key for row in rows for key in row))
-            body = [[cell(row.get(key)) for key in head] for row in rows]
-            parts += [f"### {title}", table(head, body), provenance(data[name])]
-    return "\n\n".join(parts)
-
-
-def cell(value: Any) -> str:
-    """Return a value as the text of a table's cell."""
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return "<br>".join(f"{key}: {cell(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(cell, value))
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return str(value).replace("|", "\\|")
-
-
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "bounds": bounds,
-    "core": core,
-    "paper_setting": paper_setting,
-}
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"bounds": bounds, "paper_setting": paper_setting}
 
 
 def rendered(page: str) -> str:
