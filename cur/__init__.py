@@ -8,7 +8,7 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, importance, linking, ranks, selection, subspace
+from cur import bounds, importance, linking, ranks, selection, subspace, truncation
 from cur._errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
 from cur.decompose import cur, deim_cur
@@ -39,4 +39,5 @@ __all__ = [
     "selection",
     "stream_cur",
     "subspace",
+    "truncation",
 ]

@@ -2,19 +2,20 @@
 
 At rank r an m x n matrix stored as C, U, R takes ``r (m + n) + r**2`` numbers; folded into two factors ``r (m + n)``;
 as r of its rows and the coefficients of the others ``r (m + n - r)``, which is below ``m n`` for every ``r < min(m,
-n)``.
+n)``. `allocate` shares a budget among many matrices.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cur._validate import check_choice
 
-__all__ = ["LAYOUTS", "break_even", "effective_rank", "energy", "parameters", "rank_for"]
+__all__ = ["LAYOUTS", "allocate", "break_even", "effective_rank", "energy", "parameters", "rank_for"]
 
 LAYOUTS = ("cur", "folded", "interpolative")
 
@@ -101,3 +102,121 @@ def effective_rank(singular_values: np.ndarray[Any, Any], /) -> float:
         return 0.0
     p = s / s.sum()
     return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def allocate(
+    errors: Sequence[np.ndarray[Any, Any]], costs: Sequence[np.ndarray[Any, Any]], budget: float, /
+) -> tuple[int, ...]:
+    r"""Choose one option for each matrix so that the sum of errors is small and the sum of costs within the budget.
+
+    An option may be a rank, or to keep the matrix whole. For a multiplier t every matrix takes the option that
+    minimises ``error + t * cost``; such a choice is the best of all choices that cost no more than it does (Everett).
+    Costs need be neither convex nor monotonic, since all options are compared. The smallest t within the budget is
+    found by bisection, and what is left over is spent on the exchanges that save most error for their cost.
+
+    Parameters
+    ----------
+    errors : sequence of arrays
+        For each matrix the error of each of its options, in one unit for all matrices, one that may be added up
+        (squares of norms, not norms).
+    costs : sequence of arrays
+        The costs of the same options.
+    budget : float
+        Largest sum of costs.
+
+    Returns
+    -------
+    tuple of int
+        The option of each matrix.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, a value is not finite, or even the cheapest options exceed the budget.
+
+    References
+    ----------
+    Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation of resources",
+    Operations Research 11 (1963).
+
+    Examples
+    --------
+    >>> squares = [np.array([4.0, 1.0, 0.0]), np.array([9.0, 8.0, 0.0])]
+    >>> allocate(squares, [np.array([0, 1, 2]), np.array([0, 1, 2])], 3)
+    (1, 2)
+    """
+    E, K = _padded(errors, costs)
+    everyone = np.arange(len(E))
+
+    # in units of the largest values, so that multipliers neither overflow nor vanish
+    unit_error, unit_cost = (float(np.abs(X[np.isfinite(X)]).max()) or 1.0 for X in (E, K))
+
+    def at(multiplier: float) -> np.ndarray[Any, Any]:
+        value = E / unit_error + multiplier * (K / unit_cost)
+        # of equal values the cheapest: the multiplier 0 must not spend on nothing
+        choice: np.ndarray[Any, Any] = np.where(value == value.min(axis=1, keepdims=True), K, np.inf).argmin(axis=1)
+        return choice
+
+    def spent(choice: np.ndarray[Any, Any]) -> float:
+        return float(K[everyone, choice].sum())
+
+    least = sum(float(np.min(cost)) for cost in costs)
+    if least > budget:
+        raise ValueError(
+            f"`budget` must be at least {least:g}, the sum of the smallest costs; got {budget:g}; "
+            "raise it, or offer cheaper options"
+        )
+    choice = at(0.0)
+    if spent(choice) > budget:
+        high = 1.0
+        while spent(at(high)) > budget:
+            high *= 4.0
+        low = high / 4.0
+        while spent(at(low)) <= budget:
+            low, high = low / 4.0, low
+        while high - low > 1e-12 * high:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if spent(at(middle)) > budget else (low, middle)
+        choice = at(high)
+    return tuple(int(option) for option in _fill(E, K, choice, budget - spent(choice)))
+
+
+def _fill(
+    E: np.ndarray[Any, Any], K: np.ndarray[Any, Any], choice: np.ndarray[Any, Any], left: float
+) -> np.ndarray[Any, Any]:
+    """Spend what is left of a budget: again and again the exchange that saves most error for its cost."""
+    everyone = np.arange(len(E))
+    choice = choice.copy()
+    while True:
+        saved = E[everyone, choice][:, None] - E
+        added = K - K[everyone, choice][:, None]
+        useful = (saved > 0) & (added <= left)
+        rate = np.where(useful, np.inf, 0.0)  # what saves error at no cost comes first
+        np.divide(saved, added, out=rate, where=useful & (added > 0))
+        item, option = np.unravel_index(int(rate.argmax()), rate.shape)
+        if rate[item, option] <= 0.0:
+            return choice
+        left -= float(added[item, option])
+        choice[item] = option
+
+
+def _padded(
+    errors: Sequence[np.ndarray[Any, Any]], costs: Sequence[np.ndarray[Any, Any]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return errors and costs as two arrays with one row per matrix; options that are not there have infinite error."""
+    if len(errors) == 0 or len(errors) != len(costs):
+        raise ValueError(
+            f"`errors` and `costs` must have one array per matrix, at least one; got {len(errors)} and {len(costs)}"
+        )
+    width = max(len(one) for one in errors)
+    E, K = np.full((len(errors), width), np.inf), np.zeros((len(errors), width))
+    for index, (error, cost) in enumerate(zip(errors, costs, strict=True)):
+        if np.ndim(error) != 1 or np.shape(error) != np.shape(cost) or len(error) == 0:
+            raise ValueError(
+                "`errors` and `costs` of a matrix must be vectors of one length, at least 1; "
+                f"got shapes {np.shape(error)} and {np.shape(cost)} at position {index}"
+            )
+        E[index, : len(error)], K[index, : len(cost)] = error, cost
+        if not (np.isfinite(error).all() and np.isfinite(cost).all()):
+            raise ValueError(f"`errors` and `costs` must be finite; they are not at position {index}")
+    return E, K

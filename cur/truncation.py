@@ -1,0 +1,177 @@
+"""The nearest matrix of every rank under weights: what no choice of rows and columns can beat.
+
+Its factors hold no rows or columns of the matrix. It serves where the size of the error is all that counts, and to
+measure what it costs to keep to the matrix's own rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cur import _array
+from cur._array import Array, adjoint, namespace, to_numpy
+from cur._products import frobenius
+from cur._validate import check_companion, check_finite_norm, check_matrix, check_rank
+from cur.factors import Folded
+from cur.importance import Weight, as_weight
+
+__all__ = ["WeightedSVD", "weighted_svd"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightedSVD:
+    """The best approximations of a matrix under weights, all ranks at once.
+
+    Attributes
+    ----------
+    left : array, shape (m, k)
+    right : array, shape (k, n)
+        The first r columns of `left` times the first r rows of `right` are the best approximation of rank r.
+    singular_values : array, shape (k,)
+        Of the matrix in weighted coordinates, ``H^(1/2) A G^(1/2)``, non-increasing.
+    """
+
+    left: Array
+    right: Array
+    singular_values: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the matrix."""
+        return int(self.left.shape[0]), int(self.right.shape[1])
+
+    @property
+    def square_errors(self) -> np.ndarray[Any, Any]:
+        """Squares of the weighted error at the ranks 0 to k, float64, non-increasing; the last is 0."""
+        squares = to_numpy(self.singular_values).astype(np.float64) ** 2
+        # summed from the small end, which keeps the tails accurate
+        return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+
+    def truncate(self, rank: int) -> Folded:
+        """Return the best approximation of a rank.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the rank is not an integer between 1 and ``min(m, n)``.
+        """
+        rank, _ = check_rank(rank, self.shape)
+        return Folded(self.left[:, :rank], self.right[:rank, :])
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return f"Weighted SVD of a {m} x {n} matrix, {self.left.dtype}"
+
+
+def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> WeightedSVD:
+    r"""Compute the minimisers of ``||H^(1/2) (A - B) G^(1/2)||_F`` over matrices `B` of rank r, for every r.
+
+    By the eigenvalues of a matrix of the shorter side, which needs a factor of that side's weight only; the weight of
+    the longer side is multiplied with, whatever its condition. Squares of singular values come out with an error of
+    the unit roundoff times the largest, and so does the squared error of the truncations: differences below the root
+    of the unit roundoff are not resolved.
+
+    Parameters
+    ----------
+    A : array, shape (m, n)
+        Dense; half precisions are computed in single, integers in double precision.
+    row_weights, column_weights : array or `importance.Weight`, optional
+        `H` and `G` as for `cur.cur`: positive semidefinite matrices, or vectors for diagonal ones. Directions of weight
+        zero cost nothing: there the approximation is zero.
+
+    Returns
+    -------
+    WeightedSVD
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `cur.cur`; sparse matrices and operators are not taken.
+
+    References
+    ----------
+    Eckart and Young, Psychometrika 1 (1936), in weighted coordinates. With `G` the second moments of a linear layer's
+    inputs this is the truncation of SVD-LLM (arXiv 2403.07378).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.array([[3.0, 0.0], [0.0, 2.0]])
+    >>> weighted_svd(A, column_weights=np.array([1.0, 4.0])).truncate(1).toarray().round(12).tolist()
+    [[0.0, 0.0], [0.0, 2.0]]
+    """
+    check_matrix(A)
+    if not _array.is_dense(A):
+        raise TypeError(f"`A` must be a dense array; got {type(A).__name__}; use `cur.cur`, which reads slices only")
+    A = _array.detach(A)
+    A = namespace(A).astype(A, _array.working_dtype(A))
+    check_finite_norm(frobenius(A), A)
+    if A.shape[0] < A.shape[1]:
+        flipped = _svd(adjoint(A), column_weights, row_weights, axes=(1, 0))
+        return WeightedSVD(adjoint(flipped.right), adjoint(flipped.left), flipped.singular_values)
+    return _svd(A, row_weights, column_weights, axes=(0, 1))
+
+
+def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedSVD:
+    """Decompose a matrix with no fewer rows than columns; `axes` are its own in the matrix that the user passed."""
+    xp = namespace(A)
+    original = A if axes[0] == 0 else adjoint(A)
+    weight = as_weight(short, original, axes[1], A.dtype)
+    B = A if weight is None else weight.apply(A, 1)
+    gram = adjoint(B) @ _weighed(B, long, original, axes[0])
+    values, Q = xp.linalg.eigh((gram + adjoint(gram)) / 2)
+    values, Q = xp.flip(values), xp.flip(Q, axis=1)
+    rounding = 100 * A.shape[0] * _array.unit_roundoff(A.dtype, A) * float(values[0])
+    if float(values[-1]) < -rounding:
+        name = ("row_weights", "column_weights")[axes[0]]
+        raise ValueError(
+            f"`{name}` must have no negative eigenvalue; a direction of `A` has the weight {float(values[-1]):.3g}; "
+            "pass a matrix of second moments or another positive semidefinite one"
+        )
+    singular_values = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
+    return WeightedSVD(B @ Q, adjoint(Q if weight is None else _undone(weight, Q)), singular_values)
+
+
+def _weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
+    """Multiply the rows of `B` by a weight, which is not factored if it is a matrix."""
+    if weights is None:
+        return B
+    if isinstance(weights, Weight) or not _array.is_dense(weights) or weights.ndim != 2:
+        checked: Any = as_weight(weights, original, axis, B.dtype)
+        if checked.root is not None:
+            return B * (checked.root**2)[:, None]
+        F = checked.vectors * checked.roots[None, :]
+        return F @ (adjoint(F) @ B)
+    name = ("row_weights", "column_weights")[axis]
+    check_companion(weights, original, name)
+    m = B.shape[0]
+    if tuple(weights.shape) != (m, m):
+        raise ValueError(
+            f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, shape ({m}, {m}); "
+            f"got shape {tuple(weights.shape)}"
+        )
+    xp = namespace(B)
+    weights = xp.astype(_array.detach(weights), B.dtype)
+    size, asymmetry = frobenius(weights), frobenius(weights - adjoint(weights))
+    if not math.isfinite(size):
+        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
+    if asymmetry > 100 * m * _array.unit_roundoff(B.dtype, B) * size:
+        raise ValueError(
+            f"`{name}` must be symmetric (Hermitian); it differs from its transpose by {asymmetry:.3g}; "
+            "symmetrise it first"
+        )
+    return weights @ B
+
+
+def _undone(weight: Weight, Q: Array) -> Array:
+    """Return ``F^-H Q`` for the factor `F` of a weight, zero where the weight is zero."""
+    if weight.root is None:
+        return weight.vectors @ (Q / weight.roots[:, None])
+    xp = namespace(Q)
+    live = weight.root > 0
+    reciprocal = xp.where(live, 1 / xp.where(live, weight.root, xp.ones_like(weight.root)), xp.zeros_like(weight.root))
+    return Q * reciprocal[:, None]
