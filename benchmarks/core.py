@@ -2,7 +2,7 @@
 
     python benchmarks/core.py [--only NAME ...] [--seeds 200]
 
-prints a table per question and writes ``benchmarks/results/core.json``. All times are medians and are reported as
+prints a table per question and writes ``benchmarks/results/core_NAME.json``. All times are medians and are reported as
 ratios within one run. About 20 minutes on 2 cores.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from environment import environment
 
 import cur
 
-RESULTS = Path(__file__).parent / "results" / "core.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def median_time(f: Callable[[], object], repeats: int = 5) -> float:
@@ -356,18 +355,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="questions to answer")
     parser.add_argument("--seeds", type=int, default=200, help="seeds per matrix and tolerance")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         rows = QUESTIONS[name](options)
         show(name, rows, (QUESTIONS[name].__doc__ or "").splitlines()[0])
-        results[name] = {"rows": rows, **environment()}
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(
-        f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB; written to {options.out}"
-    )
+        text = json.dumps({"rows": rows, **environment()}, indent=1)
+        (options.out / f"core_{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

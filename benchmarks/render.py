@@ -130,7 +130,22 @@ def core_growth(data: dict[str, Any]) -> str:
     )
 
 
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {"bounds": bounds, "paper_setting": paper_setting}
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bounds": bounds,
+    "core_accuracy": columns(
+        "matrix", "k", "rank", "error", "certified", "truncated SVD", "over SVD", "error, randomised subspace", "target"
+    ),
+    "core_floor": columns("shape", "products, s", "cur, s", "ratio", "target"),
+    "core_growth": core_growth,
+    "core_paper": columns("shape", "seconds", "target"),
+    "core_power": columns(
+        "spectrum", "exact", "0 power iterations", "1 power iterations", "2 power iterations", "lupp"
+    ),
+    "core_selectors": columns("matrix", "select", "error over SVD", "worst of 5", "seconds"),
+    "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
+    "core_tolerance": core_tolerance,
+    "paper_setting": paper_setting,
+}
 
 
 def rendered(page: str) -> str:
