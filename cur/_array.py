@@ -199,7 +199,8 @@ def lu_pivots(X: Array) -> Array:
         if compat.is_torch_array(X) and X.device.type in ("cpu", "cuda"):
             import torch
 
-            exchanges = torch.linalg.lu_factor(X)[1].to(torch.int64) - 1
+            # lu_factor refuses singular matrices
+            exchanges = torch.linalg.lu_factor_ex(X)[1].to(torch.int64) - 1
             return convert(_exchange(to_numpy(exchanges), m, k), X)
         if compat.is_jax_array(X):
             import jax.lax.linalg
