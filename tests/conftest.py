@@ -1,0 +1,40 @@
+"""Fixtures of all tests of the core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+
+from tests.backends import BACKENDS, Backend, use
+
+hypothesis.settings.register_profile("local", deadline=None)
+# in continuous integration a failure must be the fault of the change, not of the draw
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def _marked(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.gpu) if name == "cupy" else name
+
+
+@pytest.fixture(params=[_marked(name) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every kind of matrix."""
+    with use(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=[_marked(name) for name, b in BACKENDS.items() if b.is_dense])
+def dense(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every library of dense arrays in memory."""
+    with use(request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20250101)
