@@ -1,0 +1,190 @@
+"""The theorems, and that the tests of them can fail."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.bounds import search
+from cur import bounds, cur, deim
+from cur.linking import cross, optimal
+from tests.families import orthonormal, with_spectrum
+
+
+def test_no_bound_fails_in_a_random_search():
+    """`benchmarks/bounds.py` tries 20,000 cases; these are the first few of another seed."""
+    tallies = search(800, 7)
+    for name, tally in tallies.items():
+        assert tally.cases > 50, name
+        assert tally.violations == [], name
+    assert np.median(tallies["projection (B1)"].ratios) <= 10
+    assert np.median(tallies["certificate"].ratios) <= 1.05
+
+
+def any_basis(seed: int, shrink: float) -> tuple[np.ndarray, ...]:
+    """A matrix, bases that need not be singular vectors, and more indices than basis vectors."""
+    rng = np.random.default_rng(seed)
+    m, n = rng.integers(4, 30, 2)
+    k = int(rng.integers(1, min(m, n)))
+    A = with_spectrum(m, n, np.exp(-shrink * np.arange(min(m, n))), rng, is_complex=seed % 2 == 0)
+    V, W = orthonormal(m, k, rng), orthonormal(n, k, rng)
+    rows = rng.permutation(m)[: rng.integers(k, m + 1)]
+    columns = rng.permutation(n)[: rng.integers(k, n + 1)]
+    return A, V, W, rows, columns
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 2))
+def test_projection_bound_holds_for_any_bases_and_indices(seed, shrink):
+    A, V, W, rows, columns = any_basis(seed, shrink)
+    C, R = A[:, columns], A[rows]
+    E = A - C @ np.linalg.pinv(C) @ A @ np.linalg.pinv(R) @ R
+    row_part, column_part = A - A @ W @ W.conj().T, A - V @ (V.conj().T @ A)
+    for order in (None, 2):
+        found = bounds.projection_bound(
+            bounds.eta(V[rows]),
+            bounds.eta(W[columns]),
+            np.linalg.norm(row_part, order),
+            np.linalg.norm(column_part, order),
+        )
+        assert np.linalg.norm(E, order) <= found * (1 + 1e-9) + 1e-12
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_sorensen_embree_holds_for_singular_vectors(seed, k):
+    rng = np.random.default_rng(seed)
+    A = with_spectrum(20, 15, np.sort(rng.uniform(size=15))[::-1] ** 3, rng)
+    X, s, Yh = np.linalg.svd(A)
+    rows, columns = deim(X[:, :k]), deim(Yh[:k].T)
+    C, R = A[:, columns], A[rows]
+    E = A - C @ optimal(A, C, R) @ R
+    eta = bounds.eta(X[rows, :k]), bounds.eta(Yh[:k, columns].T)
+    assert np.linalg.norm(E, 2) <= bounds.sorensen_embree(*eta, s[k]) * (1 + 1e-10)
+    sharper = bounds.projection_bound(*eta, s[k], s[k])
+    assert np.linalg.norm(E, 2) <= sharper * (1 + 1e-10)
+    assert sharper <= bounds.sorensen_embree(*eta, s[k])
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 5))
+def test_cross_bound_holds_for_any_rows_and_columns(seed, k, more):
+    rng = np.random.default_rng(seed)
+    A = with_spectrum(20, 15, np.exp(-rng.uniform(0, 1) * np.arange(15)), rng)
+    columns, rows = rng.permutation(15)[:k], rng.permutation(20)[: k + more]
+    C = A[:, columns]
+    Q = np.linalg.qr(C)[0]
+    E = A - C @ cross(A[np.ix_(rows, columns)]) @ A[rows]
+    gamma = bounds.eta(Q[rows])
+    for order in (None, 2):
+        found = bounds.cross_bound(gamma, np.linalg.norm(A - Q @ (Q.T @ A), order))
+        assert np.linalg.norm(E, order) <= found * (1 + 1e-7)
+
+
+def adversarial(t: float) -> tuple[np.ndarray, ...]:
+    """Theorem (B1) is nearly an equality here: one basis vector all but vanishes at its index, and the residual hides
+    where the oblique projector amplifies it.
+    """
+    v = np.array([t, np.sqrt(1 - t**2)])
+    u = np.array([-np.sqrt(1 - t**2), t])
+    # the row space is exact (one column chosen of two parallel ones), all the error is that of the rows
+    A = np.outer(v, [1.0, 0.0]) + 1e-3 * np.outer(u, [0.0, 1.0])
+    return A, v[:, None], np.array([[1.0], [0.0]]), np.array([0]), np.array([0])
+
+
+@pytest.mark.parametrize("t", [1e-1, 1e-2, 1e-3])
+def test_a_family_breaks_false_bounds_and_not_the_true_one(t):
+    """The mutations are kept: each drops what a hurried reader might drop, and each must be caught."""
+    A, V, W, rows, columns = adversarial(t)
+    C, R = A[:, columns], A[rows]
+    error = np.linalg.norm(A - C @ optimal(A, C, R) @ R)
+    row_part = np.linalg.norm(A - A @ W @ W.T)
+    column_part = np.linalg.norm(A - V @ (V.T @ A))
+    eta = bounds.eta(V[rows]), bounds.eta(W[columns])
+    assert eta[0] == pytest.approx(1 / t)
+    assert error <= bounds.projection_bound(*eta, row_part, column_part) * (1 + 1e-12)
+    without_eta = bounds.projection_bound(1.0, 1.0, row_part, column_part)
+    smaller_eta = bounds.projection_bound(min(eta), min(eta), row_part, column_part)
+    only_columns = eta[1] * row_part
+    best_rank = np.linalg.svd(A, compute_uv=False)[1]
+    if t <= 1e-2:
+        assert error > without_eta
+        assert error > smaller_eta
+    assert error > only_columns or t > 1e-2
+    assert bounds.sorensen_embree(*eta, best_rank) >= error
+
+
+def test_eta(dense, rng):
+    V = orthonormal(20, 4, rng)
+    rows = np.array([3, 8, 1, 19, 7])
+    assert bounds.eta(dense.asarray(V[rows])) == pytest.approx(1 / np.linalg.svd(V[rows])[1][-1], rel=1e-4)
+    assert bounds.eta(V[:3]) == math.inf
+    assert bounds.eta(np.zeros((4, 2))) == math.inf
+    assert bounds.projection_bound(math.inf, 2.0, 1.0, 0.0) == 2.0
+
+
+def test_the_sketch_fails_no_more_often_than_it_says(rng):
+    """(B4) at a failure chance that can be counted; a factor of 1 would fail half of the time."""
+    chance, count, trials = 0.05, 40, 2000
+    X = with_spectrum(30, 20, 0.3 ** np.arange(20), rng)
+    sketched = np.linalg.norm(rng.standard_normal((trials, count, 30)) / math.sqrt(count) @ X, axis=(1, 2))
+    true = np.linalg.norm(X)
+    failures = np.mean(true > bounds.sketch_factor(count, chance) * sketched)
+    assert failures <= chance
+    assert np.mean(true > sketched) > 0.4
+
+
+def test_sketch_size_and_factor_agree():
+    for chance in (1e-2, 1e-6, 1e-12):
+        for inflation in (1.1, 1.25, 2.0):
+            count = bounds.sketch_size(chance, inflation)
+            assert bounds.sketch_factor(count, chance) <= inflation
+            assert bounds.sketch_factor(count - 2, chance) > inflation
+    with pytest.raises(ValueError, match="`count` must be at least 56 for a failure probability of 1e-06; got 55"):
+        bounds.sketch_factor(55, 1e-6)
+
+
+def test_reusing_the_sketch_would_estimate_low(rng):
+    """Why the sketch is drawn after the choice: the same Gaussian sees none of what it did not choose."""
+    from scipy.sparse.linalg import aslinearoperator
+
+    A = with_spectrum(600, 120, 1.0 / np.arange(1, 121), rng)
+    result = cur(aslinearoperator(A), rank=20, failure_probability=1e-3)
+    assert result.certificate.kind == "probabilistic"
+    assert result.certificate.failure_probability == 1e-3
+    error = np.linalg.norm(A - result.toarray())
+    assert error <= result.certificate.value <= 1.5 * error
+
+
+def test_certificate_says_what_it_means(rng):
+    A = with_spectrum(20, 15, 0.5 ** np.arange(15), rng)
+    certificate = cur(A, rank=5).certificate
+    assert str(certificate) == (
+        f"The error in the Frobenius norm is at most {certificate.value:.4g}, {certificate.relative:.3g} of the norm of "
+        "the matrix (computed from the factors, rounding included; float64)."
+    )
+    assert "except with probability 1.0e-06" in str(
+        bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)
+    )
+    assert bounds.Certificate("fro", 0.0, "exact", 0.0, "float64", 0.0).relative == 0.0
+    assert bounds.Certificate("fro", 1.0, "exact", 0.0, "float64", 0.0).relative == math.inf
+    twice = certificate.scaled(2.0)
+    assert (twice.value, twice.relative) == (2 * certificate.value, certificate.relative)
+    assert twice.eta_rows == certificate.eta_rows
+
+
+def test_certificate_includes_the_rounding_of_the_factors():
+    """Without (B5) the value would fall below the error of exactly reproduced matrices."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(50):
+        A = rng.standard_normal((12, 4)).astype(np.float32)
+        result = cur(A, rank=4)
+        error = np.linalg.norm(A.astype(float) - result.C.astype(float) @ result.U.astype(float) @ result.R)
+        assert error <= result.certificate.value
+        missed += error > result.certificate.value - result.certificate.rounding
+    assert missed > 0
