@@ -104,16 +104,22 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     >>> weighted_svd(A, column_weights=np.array([1.0, 4.0])).truncate(1).toarray().round(12).tolist()
     [[0.0, 0.0], [0.0, 2.0]]
     """
+    A = prepared(A)
+    if A.shape[0] < A.shape[1]:
+        flipped = _svd(adjoint(A), column_weights, row_weights, axes=(1, 0))
+        return WeightedSVD(adjoint(flipped.right), adjoint(flipped.left), flipped.singular_values)
+    return _svd(A, row_weights, column_weights, axes=(0, 1))
+
+
+def prepared(A: Any) -> Array:
+    """Check that a matrix is dense and finite, and bring it to the dtype to compute in."""
     check_matrix(A)
     if not _array.is_dense(A):
         raise TypeError(f"`A` must be a dense array; got {type(A).__name__}; use `cur.cur`, which reads slices only")
     A = _array.detach(A)
     A = namespace(A).astype(A, _array.working_dtype(A))
     check_finite_norm(frobenius(A), A)
-    if A.shape[0] < A.shape[1]:
-        flipped = _svd(adjoint(A), column_weights, row_weights, axes=(1, 0))
-        return WeightedSVD(adjoint(flipped.right), adjoint(flipped.left), flipped.singular_values)
-    return _svd(A, row_weights, column_weights, axes=(0, 1))
+    return A
 
 
 def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedSVD:
@@ -122,7 +128,7 @@ def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedS
     original = A if axes[0] == 0 else adjoint(A)
     weight = as_weight(short, original, axes[1], A.dtype)
     B = A if weight is None else weight.apply(A, 1)
-    gram = adjoint(B) @ _weighed(B, long, original, axes[0])
+    gram = adjoint(B) @ weighed(B, long, original, axes[0])
     values, Q = xp.linalg.eigh((gram + adjoint(gram)) / 2)
     values, Q = xp.flip(values), xp.flip(Q, axis=1)
     rounding = 100 * A.shape[0] * _array.unit_roundoff(A.dtype, A) * float(values[0])
@@ -136,8 +142,11 @@ def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedS
     return WeightedSVD(B @ Q, adjoint(Q if weight is None else _undone(weight, Q)), singular_values)
 
 
-def _weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
-    """Multiply the rows of `B` by a weight, which is not factored if it is a matrix."""
+def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
+    """Multiply `B` from the left by a weight, which is not factored if it is a matrix.
+
+    `axis` is the side of the matrix that the user passed, `original`, whose indices are the rows of `B`.
+    """
     if weights is None:
         return B
     if isinstance(weights, Weight) or not _array.is_dense(weights) or weights.ndim != 2:

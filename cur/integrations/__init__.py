@@ -5,6 +5,7 @@ Importing this package needs the ``transformers`` extra. It also registers the c
 """
 
 from cur.integrations import _requirements  # noqa: F401  (first: it explains what is missing)
+from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import collect
 from cur.integrations.checkpoint import dense_export, save
 from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
@@ -19,6 +20,7 @@ from cur.integrations.statistics import Statistics
 from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
 
 __all__ = [
+    "BudgetConfig",
     "CURLinear",
     "CompressConfig",
     "CompressionReport",

@@ -6,34 +6,36 @@ plan lies between. The model is changed only when every factorization has succee
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cur import importance as scores
 from cur import ranks
-from cur._errors import NumericalError, RankWarning
-from cur.bounds import Certificate
-from cur.decompose import deim_cur
+from cur.integrations.budget import BudgetConfig, plan_budget
 from cur.integrations.calibration import Statistics, collect
+from cur.integrations.factorize import factorize
+from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
-from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, dense_weight, swap_
-from cur.integrations.plan import IMPORTANCES, LINKS, Plan, PlanEntry, fingerprint
+from cur.integrations.moments import Moments, x_norm
+from cur.integrations.nn import LAYOUTS, CompressedLinear, dense_weight, swap_
+from cur.integrations.plan import IMPORTANCES, LINKS, SUBSPACES, Plan, PlanEntry, fingerprint
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
 from cur.integrations.text import batches
 
-__all__ = ["CompressConfig", "StageProgress", "apply_plan_", "compress", "make_plan"]
+__all__ = ["BudgetConfig", "CompressConfig", "StageProgress", "apply_plan_", "compress", "make_plan"]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
-"""Called as ``progress(stage, done, total)``: ``calibrate`` in samples, ``decompose`` in layers."""
+"""Called as ``progress(stage, done, total)``: ``calibrate`` and ``gradients`` in samples, ``plan`` and ``decompose`` in
+layers."""
+
+# Smaller side up to which the full SVD of a layer is a matter of seconds.
+_EXACT_UP_TO = 2048
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
@@ -61,6 +63,9 @@ class CompressConfig:
     link : {"optimal", "activation"}, default "optimal"
         Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
         norm ``||x||``. Weighted, the certificate is in the weighted norm too.
+    subspace : {"auto", "exact", "randomised"}, default "auto"
+        Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
+        random sketch for larger ones, whose SVD takes minutes.
     precision : {"float32", "float64"}, default "float32"
         Of the factorizations; the factors are stored in the dtype of the weight.
     batch_size : int, default 4
@@ -81,6 +86,7 @@ class CompressConfig:
     layout: str = "cur"
     importance: str = "wanda"
     link: str = "optimal"
+    subspace: str = "auto"
     precision: str = "float32"
     batch_size: int = 4
     seed: int = 0
@@ -95,6 +101,7 @@ class CompressConfig:
             "layout": tuple(LAYOUTS),
             "importance": IMPORTANCES,
             "link": LINKS,
+            "subspace": ("auto", *SUBSPACES),
             "precision": tuple(PRECISIONS),
         }
         for name, known in choices.items():
@@ -105,7 +112,7 @@ class CompressConfig:
 def compress(
     model: PreTrainedModel,
     calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
-    config: CompressConfig | None = None,
+    config: CompressConfig | BudgetConfig | None = None,
     *,
     progress: StageProgress | None = None,
 ) -> CompressionReport:
@@ -118,8 +125,8 @@ def compress(
     calibration : Tensor, iterable of mapping, or Statistics
         Token windows (count, length), batches of ``input_ids`` and ``attention_mask``, or statistics of an
         earlier run, which must cover the targets.
-    config : CompressConfig, optional
-        Default: the paper's setting.
+    config : CompressConfig or BudgetConfig, optional
+        Blocks and a rank, or a budget of parameters. Default: the paper's setting.
     progress : callable, optional
         See :data:`StageProgress`.
 
@@ -156,24 +163,16 @@ def compress(
     if isinstance(calibration, Statistics):
         statistics = calibration
     else:
-        given: Iterable[Any] = (
-            batches(calibration, batch_size=config.batch_size) if isinstance(calibration, Tensor) else calibration
-        )
-        statistics = collect(
-            model,
-            given,
-            modules=candidates,
-            layers=[name for name, _ in decoder_layers(model)],
-            progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
-        )
+        statistics = _measure(model, calibration, config, candidates, progress)
     seconds["calibrate"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    plan = make_plan(model, statistics, config)
+    plan = make_plan(model, statistics, config, progress=progress)
     seconds["plan"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    layers, reports = _decompose(model, plan, statistics, config.precision, progress)
+    precision = config.precision if isinstance(config, CompressConfig) else "float64"
+    layers, reports = _decompose(model, plan, statistics, precision, progress)
     seconds["decompose"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -190,11 +189,49 @@ def compress(
     )
 
 
-def make_plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig | None = None) -> Plan:
+def _measure(
+    model: PreTrainedModel,
+    calibration: Tensor | Iterable[Mapping[str, Tensor]],
+    config: CompressConfig | BudgetConfig,
+    modules: list[str],
+    progress: StageProgress | None,
+) -> Statistics:
+    """Collect what the configuration needs."""
+
+    def stage(name: str) -> Callable[[int, int | None], object] | None:
+        return None if progress is None else lambda done, total: progress(name, done, total)
+
+    given: Iterable[Any] = (
+        batches(calibration, batch_size=config.batch_size) if isinstance(calibration, Tensor) else list(calibration)
+    )
+    budget = isinstance(config, BudgetConfig)
+    statistics = collect(
+        model,
+        given,
+        modules=modules,
+        moments="full" if budget else "diagonal",
+        layers=[name for name, _ in decoder_layers(model)],
+        progress=stage("calibrate"),
+    )
+    if isinstance(config, BudgetConfig) and config.gradients:
+        return collect_gradients(
+            model, given, statistics, modules=modules, seed=config.seed, progress=stage("gradients")
+        )
+    return statistics
+
+
+def make_plan(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: CompressConfig | BudgetConfig | None = None,
+    *,
+    progress: StageProgress | None = None,
+) -> Plan:
     """Decide which layers are replaced, and at which rank.
 
-    The rank of a layer is ``min(config.rank, break-even, live input features)``: a feature that was zero on
-    every calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
+    For a :class:`BudgetConfig` see :func:`~cur.integrations.budget.plan_budget`. For a :class:`CompressConfig` the
+    rank of a layer is ``min(config.rank, break-even, live input features)``: a feature that was zero on every
+    calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
 
     Raises
     ------
@@ -202,7 +239,10 @@ def make_plan(model: PreTrainedModel, statistics: Statistics, config: CompressCo
         As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
     """
     config = config or CompressConfig()
-    candidates = set(_candidates(model, config))
+    candidates = _candidates(model, config)
+    if isinstance(config, BudgetConfig):
+        watch = None if progress is None else lambda done, total: progress("plan", done, total)
+        return plan_budget(model, statistics, config, candidates, progress=watch)
     if not statistics.angular:
         raise ValueError(
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
@@ -214,7 +254,7 @@ def make_plan(model: PreTrainedModel, statistics: Statistics, config: CompressCo
         if name not in candidates:
             continue
         m, n = dense_weight(model.get_submodule(name), name)[0].shape
-        live = int((_x_norm(statistics, name) > 0).sum())
+        live = int((x_norm(statistics, name) > 0).sum())
         if live == 0:
             raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
         rank = min(config.rank, ranks.break_even(m, n, layout=config.layout), live)
@@ -228,6 +268,7 @@ def make_plan(model: PreTrainedModel, statistics: Statistics, config: CompressCo
                 layout=config.layout,
                 importance=config.importance,
                 link=config.link,
+                subspace=_subspace(config.subspace, min(m, n)),
             )
         )
     return Plan(
@@ -265,16 +306,17 @@ def apply_plan_(
     return reports
 
 
-def _candidates(model: PreTrainedModel, config: CompressConfig) -> list[str]:
+def _candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig) -> list[str]:
     """Name the layers that could be chosen, refusing before any forward pass what could not be compressed."""
     blocks = decoder_layers(model)
-    if config.layers > len(blocks) - 2:
+    ends = 0 if isinstance(config, BudgetConfig) else 1
+    if isinstance(config, CompressConfig) and config.layers > len(blocks) - 2:
         raise ValueError(
-            f"`layers` must be between 1 and {max(len(blocks) - 2, 0)} for a model of {len(blocks)} blocks, "
-            "whose "
+            f"`layers` must be between 1 and {max(len(blocks) - 2, 0)} for a model of {len(blocks)} blocks, whose "
             f"first and last are never chosen, got {config.layers}"
         )
-    names = linear_modules(model, config.targets, exclude=config.exclude, layers=range(1, len(blocks) - 1))
+    inside = range(ends, len(blocks) - ends)
+    names = linear_modules(model, config.targets, exclude=config.exclude, layers=inside)
     tied = _tied_weights(model)
     limit, widest = 0, ""
     for name in names:
@@ -283,17 +325,22 @@ def _candidates(model: PreTrainedModel, config: CompressConfig) -> list[str]:
             raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
         if other := tied.get(weight.data_ptr(), {name}) - {name}:
             raise ValueError(
-                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave "
-                "the "
+                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave the "
                 "other dense, so exclude it"
             )
         if min(weight.shape) > limit:
             limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
-    if config.rank > limit:
+    if isinstance(config, CompressConfig) and config.rank > limit:
         raise ValueError(
             f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
         )
     return names
+
+
+def _subspace(asked: str, side: int) -> str:
+    if asked != "auto":
+        return asked
+    return "exact" if side <= _EXACT_UP_TO else "randomised"
 
 
 def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
@@ -306,13 +353,6 @@ def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
     return holders
 
 
-def _x_norm(statistics: Statistics, name: str) -> Tensor:
-    try:
-        return statistics.x_norm(name)
-    except KeyError as error:
-        raise ValueError(str(error.args[0])) from error
-
-
 def _decompose(
     model: PreTrainedModel,
     plan: Plan,
@@ -321,96 +361,18 @@ def _decompose(
     progress: StageProgress | None,
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
     plan.check(model)
+    moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
     reports: list[LayerReport] = []
     for done, entry in enumerate(plan.entries):
         if progress is not None:
             progress("decompose", done, len(plan.entries))
         module = model.get_submodule(entry.name)
-        layers[entry.name], report = _decompose_one(
-            module, entry, _x_norm(statistics, entry.name), PRECISIONS[precision], plan.seed
-        )
+        layers[entry.name], report = factorize(module, entry, moments, dtype=PRECISIONS[precision], seed=plan.seed)
         reports.append(report)
     if progress is not None:
         progress("decompose", len(plan.entries), len(plan.entries))
     return layers, reports
-
-
-@torch.no_grad()
-def _decompose_one(
-    module: nn.Module, entry: PlanEntry, x_norm: Tensor, dtype: torch.dtype, seed: int
-) -> tuple[CompressedLinear, LayerReport]:
-    start = time.perf_counter()
-    weight, bias, transposed = dense_weight(module, entry.name)
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(f"the weight of {entry.name} holds NaN or infinity; it cannot be factorized")
-    W = weight.detach().to(dtype)
-    x_norm = x_norm.to(W)
-    with warnings.catch_warnings():
-        # A weight of lower rank than planned is represented exactly; the report says at which rank.
-        warnings.simplefilter("ignore", RankWarning)
-        factors = deim_cur(
-            W,
-            rank=entry.rank,
-            importance=_guide(W, x_norm, entry.importance),
-            column_weights=x_norm**2 if entry.link == "activation" else None,
-            rng=seed,
-        )
-    residual = W - factors.toarray()
-    layer: CompressedLinear = CURLinear.from_factors(
-        *(factor.to(weight.dtype) for factor in (factors.C, factors.U, factors.R)),
-        bias=bias,
-        transposed=transposed,
-    )
-    if entry.layout != "cur":
-        layer = LAYOUTS[entry.layout].from_two_factors(
-            (factors.C @ factors.U).to(weight.dtype),
-            factors.R.to(weight.dtype),
-            bias=bias,
-            transposed=transposed,
-        )
-    layer.train(module.training)
-    layer.requires_grad_(weight.requires_grad)
-    done = replace(entry, rank=int(factors.rank))
-    return layer, LayerReport(
-        name=entry.name,
-        shape=entry.shape,
-        rank=done.rank,
-        layout=entry.layout,
-        parameters_before=entry.dense_parameters,
-        parameters_after=done.parameters,
-        certificate=_plain(factors.certificate),
-        relative_error=_ratio(residual, W),
-        weighted_error=_ratio(residual * x_norm, W * x_norm),
-        rows=tuple(int(i) for i in factors.rows),
-        columns=tuple(int(j) for j in factors.columns),
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _guide(W: Tensor, x_norm: Tensor, importance: str) -> Tensor | None:
-    """Return the matrix whose singular subspaces select; None for the weight itself."""
-    if importance == "wanda":
-        score: Tensor = scores.wanda(W, x_norm)
-        return score
-    return W.abs() if importance == "magnitude" else None
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = float(torch.linalg.norm(whole))
-    return float(torch.linalg.norm(part)) / norm if norm > 0 else 0.0
-
-
-def _plain(certificate: Certificate | None) -> dict[str, Any]:
-    """Return the fields of a certificate as JSON types; what is not finite becomes null."""
-    if certificate is None:  # only for matrices that are never held, which a weight is not
-        return {}
-    data = {**asdict(certificate), "relative": certificate.relative}
-    return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
-
-
-def _finite(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _as_done(plan: Plan, reports: list[LayerReport]) -> Plan:

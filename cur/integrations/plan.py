@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,16 +23,34 @@ from cur.integrations.nn import LAYOUTS, dense_weight
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT_VERSION", "IMPORTANCES", "LINKS", "Plan", "PlanEntry", "PlanError", "fingerprint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "IMPORTANCES",
+    "LINKS",
+    "METHODS",
+    "SUBSPACES",
+    "Plan",
+    "PlanEntry",
+    "PlanError",
+    "fingerprint",
+]
 
 FORMAT_VERSION = 1
 """Version of the JSON written; a reader refuses newer ones."""
+
+METHODS = ("cur", "weighted", "rows")
+"""What stands for the weight: chosen columns and rows of it with a core between them; the nearest matrix of the rank
+under second moments; chosen rows of it and the best coefficients of the others under second moments."""
 
 IMPORTANCES = ("wanda", "magnitude", "weights")
 """Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself."""
 
 LINKS = ("optimal", "activation")
 """What the core U minimises: ``||W - C U R||_F``, or ``||(W - C U R) diag(||x||)||_F``."""
+
+
+SUBSPACES = ("exact", "randomised")
+"""Where the singular subspaces come from: an SVD, or a seeded random sketch, for layers too large for one."""
 
 
 class PlanError(CURError, ValueError):
@@ -52,10 +71,21 @@ class PlanEntry:
         Rows and columns kept.
     layout : str
         ``"cur"``, ``"folded"`` or ``"interpolative"``.
+    method : str
+        One of :data:`METHODS`.
     importance : str
-        One of :data:`IMPORTANCES`.
+        One of :data:`IMPORTANCES`. For the method ``"cur"``.
     link : str
-        One of :data:`LINKS`.
+        One of :data:`LINKS`. For the method ``"cur"``.
+    subspace : str
+        One of :data:`SUBSPACES`. For the method ``"cur"``.
+    gradients : bool
+        Whether outputs are weighted by the second moments of their gradients. For the other methods.
+    damping : float
+        Multiple of the mean eigenvalue that is added to second moments. For the other methods.
+    predicted : float or None
+        What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
+        order; without, the squared relative error of its outputs. For the reader.
 
     Raises
     ------
@@ -67,8 +97,13 @@ class PlanEntry:
     shape: tuple[int, int]
     rank: int
     layout: str = "cur"
+    method: str = "cur"
     importance: str = "wanda"
     link: str = "optimal"
+    subspace: str = "exact"
+    gradients: bool = False
+    damping: float = 0.0
+    predicted: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -82,9 +117,25 @@ class PlanEntry:
                 f"`rank` of {self.name} must be an integer between 1 and {limit}, the smaller side of "
                 f"{m} x {n}, got {self.rank!r}"
             )
-        for key, known in (("layout", tuple(LAYOUTS)), ("importance", IMPORTANCES), ("link", LINKS)):
+        choices = {
+            "layout": tuple(LAYOUTS),
+            "method": METHODS,
+            "importance": IMPORTANCES,
+            "link": LINKS,
+            "subspace": SUBSPACES,
+        }
+        for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+        if self.method == "rows" and self.layout != "interpolative":
+            raise PlanError(
+                f"`layout` of {self.name} must be 'interpolative' for the method 'rows', got {self.layout!r}"
+            )
+        damping: Any = self.damping
+        if not isinstance(damping, (int, float)) or not 0.0 <= damping < math.inf:
+            raise PlanError(f"`damping` of {self.name} must be a number that is at least 0, got {damping!r}")
+        if not isinstance(self.gradients, bool):
+            raise PlanError(f"`gradients` of {self.name} must be true or false, got {self.gradients!r}")
 
     @property
     def parameters(self) -> int:
@@ -138,6 +189,11 @@ class Plan:
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
         Versions of the libraries that made the plan.
+    targeted_parameters : int or None
+        Numbers in the dense weights of all layers that share a budget, those included that stay dense; None for a plan
+        without a budget.
+    model_parameters : int or None
+        Numbers in the whole dense model, likewise.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -148,6 +204,8 @@ class Plan:
     calibration_tokens: int = 0
     angular: Mapping[int, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    targeted_parameters: int | None = None
+    model_parameters: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a module that is named twice."""
@@ -164,6 +222,19 @@ class Plan:
     def dense_parameters(self) -> int:
         """Numbers in the dense weights of all entries."""
         return sum(entry.dense_parameters for entry in self.entries)
+
+    @property
+    def kept(self) -> float | None:
+        """Share of parameters left in the layers that the budget is for; None for a plan without a budget."""
+        return self._share(self.targeted_parameters)
+
+    @property
+    def model_kept(self) -> float | None:
+        """Share of parameters left in the whole model; None for a plan without a budget."""
+        return self._share(self.model_parameters)
+
+    def _share(self, whole: int | None) -> float | None:
+        return None if not whole else 1.0 - (self.dense_parameters - self.parameters) / whole
 
     def check(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this architecture and these shapes.
@@ -204,6 +275,10 @@ class Plan:
             "calibration_tokens": self.calibration_tokens,
             "angular": {str(layer): distance for layer, distance in self.angular.items()},
             "versions": dict(self.versions),
+            "targeted_parameters": self.targeted_parameters,
+            "model_parameters": self.model_parameters,
+            "kept": self.kept,
+            "model_kept": self.model_kept,
             "entries": [entry.to_dict() for entry in self.entries],
         }
 
@@ -228,7 +303,7 @@ class Plan:
                 "cur-decomposition"
             )
         known = {f.name for f in fields(cls)}
-        _refuse_unknown(data, known | {"format_version"}, "the plan")
+        _refuse_unknown(data, known | {"format_version", "kept", "model_kept"}, "the plan")  # both follow from the rest
         _require(data, ("entries", "fingerprint"), "the plan")
         values = {key: value for key, value in data.items() if key in known}
         values["entries"] = tuple(PlanEntry.from_dict(entry) for entry in data["entries"])

@@ -1,0 +1,211 @@
+"""One budget of parameters for many layers: which rank each gets, and which stay dense.
+
+Every layer offers its error at each rank, in one unit for all layers; :func:`cur.ranks.allocate` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cur import ranks
+from cur.integrations.factorize import finite_weight
+from cur.integrations.layers import ALL_LINEAR
+from cur.integrations.moments import Moments
+from cur.integrations.plan import Plan, PlanEntry, fingerprint
+from cur.integrations.report import model_size, versions
+from cur.integrations.statistics import Statistics
+from cur.own_rows import own_rows
+from cur.truncation import weighted_svd
+
+__all__ = ["BudgetConfig", "plan_budget"]
+
+METHODS = {"best": "weighted", "rows": "rows"}
+"""What the methods of a budget do to a layer, by :data:`cur.integrations.plan.METHODS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """How to compress to a budget.
+
+    Parameters
+    ----------
+    keep : float, optional
+        Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this and
+        `parameters` is given. The budget is never exceeded.
+    parameters : int, optional
+        Parameters to keep in the whole model, embeddings and all.
+    method : {"best", "rows"}, default "best"
+        ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
+        the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
+        rows and coefficients, in ``r (m + n - r)`` numbers.
+    gradients : bool, default True
+        Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
+        error, and calibration needs no backward pass.
+    targets, exclude : str or tuple of str
+        Linear layers, by the rules of :func:`~cur.integrations.linear_modules`. By default all in all blocks.
+    damping : float, default 1e-4
+        Multiple of the mean eigenvalue that is added to all eigenvalues of second moments, for what the calibration
+        text did not show.
+    batch_size : int, default 4
+        Windows per pass of the calibration; changes the statistics by rounding only.
+    seed : int, default 0
+        Of every random choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If not one of `keep` and `parameters` is given, or a value is out of range.
+    """
+
+    keep: float | None = None
+    parameters: int | None = None
+    method: str = "best"
+    gradients: bool = True
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    damping: float = 1e-4
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if (self.keep is None) == (self.parameters is None):
+            raise TypeError(
+                "one of `keep` and `parameters` must be given, "
+                f"got keep={self.keep!r} and parameters={self.parameters!r}"
+            )
+        keep: Any = self.keep
+        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+        if keep is not None and not (number and 0.0 < keep < 1.0):
+            raise ValueError(
+                "`keep` must be between 0 and 1, both excluded: the share of parameters to keep in the targeted "
+                f"layers; got {keep!r}"
+            )
+        for name in ("parameters", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not self.damping >= 0:
+            raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")
+
+
+def plan_budget(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: BudgetConfig,
+    names: list[str],
+    *,
+    progress: Callable[[int, int], object] | None = None,
+) -> Plan:
+    """Share the budget among layers; those that are worth their numbers stay dense and have no entry.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not changed.
+    statistics : Statistics
+        With full second moments, and gradients if the configuration asks for them.
+    config : BudgetConfig
+        The budget.
+    names : list of str
+        The targeted layers.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every layer.
+
+    Returns
+    -------
+    Plan
+        With what each layer is predicted to cost. With gradients the sum is an estimate of the increase of the loss in
+        nats per token while that is small; otherwise of no meaning beyond this allocation.
+
+    Raises
+    ------
+    ValueError
+        If the budget cannot be met, or needs no compression, or the statistics lack what is needed.
+    NumericalError
+        If a weight is NaN or infinite.
+    """
+    moments = Moments(statistics)
+    shapes: list[tuple[int, int]] = []
+    errors: list[np.ndarray[Any, Any]] = []
+    costs: list[np.ndarray[Any, Any]] = []
+    for done, name in enumerate(names, start=1):
+        W = finite_weight(model.get_submodule(name), name).to(torch.float64)
+        m, n = W.shape
+        curve = _errors(W, name, moments, config)
+        # the last option is to stay dense; ranks from the break-even on would cost as much and lose something
+        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(curve) - 1) + 1)
+        shapes.append((m, n))
+        errors.append(np.append(curve[rank], 0.0))
+        costs.append(np.append(rank * (m + n - rank), m * n))
+        if progress is not None:
+            progress(done, len(names))
+    targeted = sum(m * n for m, n in shapes)
+    whole = model_size(model).parameters
+    budget = _budget(config, targeted, whole, least=int(sum(cost.min() for cost in costs)))
+    chosen = ranks.allocate(errors, costs, budget)
+    entries = tuple(
+        PlanEntry(
+            name=name,
+            shape=shape,
+            rank=option + 1,
+            layout="interpolative",
+            method=METHODS[config.method],
+            gradients=config.gradients,
+            damping=config.damping,
+            predicted=float(error[option]),
+        )
+        for name, shape, error, option in zip(names, shapes, errors, chosen, strict=True)
+        if option < len(error) - 1
+    )
+    return Plan(
+        entries=entries,
+        fingerprint=fingerprint(model),
+        model=str(getattr(model.config, "_name_or_path", "") or ""),
+        seed=config.seed,
+        calibration=statistics.text_hash or None,
+        calibration_tokens=statistics.tokens,
+        angular=statistics.angular,
+        versions=versions(),
+        targeted_parameters=targeted,
+        model_parameters=whole,
+    )
+
+
+def _errors(W: Tensor, name: str, moments: Moments, config: BudgetConfig) -> np.ndarray[Any, Any]:
+    """Return the error at the ranks 0, 1, ...: loss per token with gradients, relative squared error without."""
+    H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
+    approximate = own_rows if config.method == "rows" else weighted_svd
+    squares = approximate(W, row_weights=H, column_weights=G).square_errors
+    if config.gradients:
+        return squares / 2
+    return squares / squares[0] if squares[0] > 0 else squares
+
+
+def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:
+    """Return the numbers that the targeted layers may keep."""
+    if config.keep is not None:
+        budget, given = int(config.keep * targeted), f"`keep` must be at least {least / targeted:.4f}"
+        got = f"{config.keep}"
+    else:
+        asked = config.parameters or 0
+        budget = asked - (whole - targeted)
+        given, got = f"`parameters` must be at least {whole - targeted + least:,}", f"{asked:,}"
+        if asked >= whole:
+            raise ValueError(
+                f"`parameters` must be below {whole:,}, what the model has now; got {got}: there is nothing to do"
+            )
+    if budget < least:
+        raise ValueError(
+            f"{given}, the least that the targeted layers can be brought to (rank 1 everywhere); got {got}"
+        )
+    return budget

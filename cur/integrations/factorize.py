@@ -1,0 +1,178 @@
+"""One linear layer and its entry of the plan -> the compressed layer, and what was lost."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur import importance as scores
+from cur import ranks
+from cur._array import unit_roundoff
+from cur._certify import evaluation_rounding
+from cur._errors import NumericalError, RankWarning
+from cur.bounds import Certificate
+from cur.decompose import deim_cur
+from cur.factors import CUR, Interpolative
+from cur.integrations.moments import Moments, x_norm
+from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
+from cur.integrations.plan import PlanEntry
+from cur.integrations.report import LayerReport
+from cur.own_rows import own_rows
+from cur.truncation import weighted_svd
+
+__all__ = ["factorize", "finite_weight"]
+
+
+def finite_weight(module: nn.Module, name: str) -> Tensor:
+    """Return the weight of a dense layer (out x in, a view), if it is finite; a NumericalError names it otherwise."""
+    weight = dense_weight(module, name)[0].detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(f"the weight of {name} holds NaN or infinity; it cannot be factorized")
+    return weight
+
+
+@torch.no_grad()
+def factorize(
+    module: nn.Module, entry: PlanEntry, moments: Moments, *, dtype: torch.dtype, seed: int
+) -> tuple[CompressedLinear, LayerReport]:
+    """Factor the weight of a layer as its entry says.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer; it is not changed.
+    entry : PlanEntry
+        What to do.
+    moments : Moments
+        Statistics of the layer.
+    dtype : torch.dtype
+        Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
+    seed : int
+        Of every random choice.
+
+    Returns
+    -------
+    CompressedLinear
+        In the dtype and on the device of the layer.
+    LayerReport
+        What was lost.
+
+    Raises
+    ------
+    NumericalError
+        If the weight is NaN or infinite.
+    ValueError
+        If the statistics do not cover the layer.
+    """
+    start = time.perf_counter()
+    weight = finite_weight(module, entry.name)
+    _, bias, transposed = dense_weight(module, entry.name)
+    W = weight.to(dtype if entry.method == "cur" else torch.float64)
+    norm = x_norm(moments.statistics, entry.name).to(W)
+    done = _columns_and_rows(W, entry, norm, seed) if entry.method == "cur" else _under_moments(W, entry, moments)
+    layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
+    layer.train(module.training)
+    layer.requires_grad_(next(module.parameters()).requires_grad)
+    residual = W - done.factors.toarray()
+    return layer, LayerReport(
+        name=entry.name,
+        shape=entry.shape,
+        rank=layer.rank,
+        layout=entry.layout,
+        parameters_before=entry.dense_parameters,
+        parameters_after=ranks.parameters(*entry.shape, layer.rank, layout=entry.layout),
+        certificate=_plain(done.certificate),
+        relative_error=_ratio(residual, W),
+        weighted_error=_ratio(residual * norm, W * norm),
+        rows=_indices(done.rows),
+        columns=_indices(done.columns),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds."""
+
+    factors: CUR | Interpolative
+    certificate: Certificate | None
+    rows: Any = ()
+    columns: Any = ()
+
+    def layer(self, layout: str, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool) -> CompressedLinear:
+        factors = self.factors
+        if isinstance(factors, CUR) and layout == "cur":
+            three = (factor.to(dtype) for factor in factors)
+            return CURLinear.from_factors(*three, bias=bias, transposed=transposed)
+        if isinstance(factors, Interpolative) and layout == "interpolative":
+            order = torch.argsort(torch.cat([factors.chosen, factors.others]))
+            kept, rest = factors.skeleton.to(dtype), factors.coefficients.to(dtype)
+            return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
+        left, right = (factor.to(dtype) for factor in factors.folded().factors)
+        layer: CompressedLinear = LAYOUTS[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
+        return layer
+
+
+def _columns_and_rows(W: Tensor, entry: PlanEntry, x_norm: Tensor, seed: int) -> _Done:
+    with warnings.catch_warnings():
+        # A weight of lower rank than planned is represented exactly; the report says at which rank.
+        warnings.simplefilter("ignore", RankWarning)
+        factors = deim_cur(
+            W,
+            rank=entry.rank,
+            importance=_guide(W, x_norm, entry.importance),
+            column_weights=x_norm**2 if entry.link == "activation" else None,
+            subspace=entry.subspace,
+            rng=seed,
+        )
+    return _Done(factors, factors.certificate, factors.rows, factors.columns)
+
+
+def _under_moments(W: Tensor, entry: PlanEntry, moments: Moments) -> _Done:
+    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    if entry.method == "weighted":
+        factors = weighted_svd(W, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
+    else:
+        factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
+    # In the plain norm, like that of the default method: the weighted error is what the plan predicts.
+    left, right = factors.factors
+    rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
+    error, scale = (float(torch.linalg.norm(X)) for X in (W - left @ right, W))
+    dtype = str(W.dtype).removeprefix("torch.")
+    certificate = Certificate("fro", error + rounding, "exact", 0.0, dtype, scale, rounding=rounding)
+    return _Done(factors, certificate, factors.chosen if entry.method == "rows" else ())
+
+
+def _guide(W: Tensor, x_norm: Tensor, importance: str) -> Tensor | None:
+    """Return the matrix whose singular subspaces select; None for the weight itself."""
+    if importance == "wanda":
+        score: Tensor = scores.wanda(W, x_norm)
+        return score
+    return W.abs() if importance == "magnitude" else None
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = float(torch.linalg.norm(whole))
+    return float(torch.linalg.norm(part)) / norm if norm > 0 else 0.0
+
+
+def _indices(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _plain(certificate: Certificate | None) -> dict[str, Any]:
+    """Return the fields of a certificate as JSON types; what is not finite becomes null."""
+    if certificate is None:  # only for matrices that are never held, which a weight is not
+        return {}
+    data = {**asdict(certificate), "relative": certificate.relative}
+    return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
