@@ -4,7 +4,7 @@
     python benchmarks/render.py --check   # fail if that would change it
 
 A block of the page that starts with ``<!-- results: NAME -->`` and ends with ``<!-- end -->`` belongs to
-``results/NAME.json``. No figure is typed by hand.
+``results/NAME.json``, and ``core_PART`` to a part of ``results/core.json``. No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -148,16 +148,22 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def stored(name: str) -> dict[str, Any] | None:
+    """Return the results of a block: a file of its own, or the part of ``core.json`` that ``core_PART`` names."""
+    stem, _, part = name.partition("_") if name.startswith("core_") else (name, "", "")
+    file = RESULTS / f"{stem}.json"
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return (data.get(part) if part else data) or None
+
+
 def rendered(page: str) -> str:
     """Return the page with every block written anew from its results."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        file = RESULTS / f"{name}.json"
-        if not file.exists():
-            return f"{match[1]}\n*Not measured yet: `python benchmarks/{name}.py`.*\n\n{match[3]}"
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return f"{match[1]}\n{RENDERERS[name](data)}\n\n{match[3]}"
+        data = stored(name)
+        text = "*Not measured yet.*" if data is None else RENDERERS[name](data)
+        return f"{match[1]}\n{text}\n\n{match[3]}"
 
     return BLOCK.sub(fill, page)
 
