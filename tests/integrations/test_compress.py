@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -79,7 +80,7 @@ def test_it_is_wanda_and_deim(llama: PreTrainedModel, windows: torch.Tensor) -> 
     for layer in report.layers:
         weight = dense.get_parameter(f"{layer.name}.weight").detach()
         score = importance.wanda(weight, statistics.x_norm(layer.name).float())
-        expected = deim_cur(weight, rank=layer.rank, importance=score)
+        expected = deim_cur(weight, rank=layer.rank, importance=score, subspace="exact")
         assert layer.rows == tuple(int(i) for i in expected.rows)
         assert layer.columns == tuple(int(j) for j in expected.columns)
 
@@ -142,7 +143,7 @@ def test_importances_choose_differently(kind: str, llama: PreTrainedModel, windo
         "magnitude": weight.abs(),
         "weights": None,
     }[kind]
-    assert layer.rows == tuple(int(i) for i in deim_cur(weight, rank=6, importance=score).rows)
+    assert layer.rows == tuple(int(i) for i in deim_cur(weight, rank=6, importance=score, subspace="exact").rows)
 
 
 def test_activation_link_lowers_the_weighted_error(
@@ -158,6 +159,29 @@ def test_activation_link_lowers_the_weighted_error(
         assert other.weighted_error <= one.weighted_error * (1 + 1e-5)
         assert one.relative_error <= other.relative_error * (1 + 1e-5)
         assert other.certificate["relative"] == pytest.approx(other.weighted_error, rel=1e-3)
+
+
+def test_subspaces_are_decided_in_the_plan(
+    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    statistics = measure(model, windows)
+    assert {entry.subspace for entry in make_plan(model, statistics, SMALL).entries} == {"exact"}
+    # The package has the function `compress` under the name of its module.
+    monkeypatch.setattr(sys.modules[compress.__module__], "_EXACT_UP_TO", 16)
+    plan = make_plan(model, statistics, SMALL)
+    assert {entry.shape[0]: entry.subspace for entry in plan.entries} == {
+        32: "randomised",
+        16: "exact",
+        48: "randomised",
+    }
+    exact, sketched = (
+        compress(make_model("llama"), statistics, replace(SMALL, subspace=subspace))
+        for subspace in ("exact", "randomised")
+    )
+    for one, other in zip(exact.layers, sketched.layers, strict=True):
+        assert one.certificate["sorensen_embree"] is None or one.certificate["sigma_next"] is not None
+        assert other.relative_error <= 2 * one.relative_error
 
 
 def test_dtype_of_the_model_is_kept(llama: PreTrainedModel, windows: torch.Tensor) -> None:

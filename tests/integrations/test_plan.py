@@ -85,6 +85,7 @@ def test_fingerprint_sees_shapes_only(make_model: Any) -> None:
         ({"layout": "lu"}, "`layout` of .* must be one of cur, folded, interpolative, got 'lu'"),
         ({"importance": "luck"}, "`importance`"),
         ({"link": "luck"}, "`link`"),
+        ({"subspace": "luck"}, "`subspace`"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
