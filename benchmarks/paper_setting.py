@@ -59,9 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not options.wikitext.is_dir():
-        sys.exit(
-            f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt"
-        )
+        sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
 
     dense, tokenizer, source = load_model()
     calibration = token_windows(
@@ -117,10 +115,11 @@ def main() -> None:
 
 
 def _measure(model: Any, held_out: dict[str, torch.Tensor], what: str) -> dict[str, float]:
-    return {
-        name: perplexity(model, windows, progress=_bar(f"{what}: {name}")).value
-        for name, windows in held_out.items()
-    }
+    values = {}
+    for name, windows in held_out.items():
+        values[name] = perplexity(model, windows, progress=_bar(f"{what}: {name}")).value
+        print(f"-> {values[name]:.2f}", file=sys.stderr, flush=True)
+    return values
 
 
 def _bar(what: str) -> Any:
