@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +23,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from environment import environment
 
 from cur.integrations import (
     batches,
@@ -36,7 +35,6 @@ from cur.integrations import (
     token_windows,
 )
 from cur.integrations.compress import CompressConfig, compress
-from cur.integrations.report import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper_setting.json"
@@ -106,8 +104,7 @@ def main() -> None:
         "calibration": {"file": "valid.txt", "windows": 64, "length": 512, "sha256": statistics.text_hash},
         "evaluation": {"windows": options.windows, "length": 1024},
         "rows": rows,
-        "versions": versions(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        **environment(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -131,15 +128,6 @@ def _print(rows: dict[str, dict[str, Any]], texts: list[str]) -> None:
     print("|---|" + "---|" * len(texts))
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row['perplexity'][text]:.2f}" for text in texts) + " |")
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
