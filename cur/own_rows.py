@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, take, to_numpy, unit_roundoff
+from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, real_dtype, take, to_numpy, unit_roundoff
 from cur._validate import check_rank
 from cur.factors import Interpolative
-from cur.importance import as_weight
+from cur.importance import Weight, as_weight
 from cur.linking import Orthogonal
 from cur.truncation import prepared, weighed, weighted_svd
 
@@ -67,10 +67,10 @@ class OwnRows:
 def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> OwnRows:
     r"""Order the rows of a matrix so that the first r give the others well, for every r.
 
-    The rows are chosen by DEIM on the range of the best approximation under the weights, and the error is
-    ``||H^(1/2) (A - X A[rows]) G^(1/2)||_F`` with the best coefficients `X`. They do not depend on `H`, which only
-    decides which rows to choose. Compared with `cur.interpolative` the choice for all ranks costs one factorization,
-    and `H` is never factored if it belongs to the longer side.
+    The rows are chosen by DEIM on the range of the best approximation under the weights, each row multiplied by the
+    root of its own weight in `H`. The error is ``||H^(1/2) (A - X A[rows]) G^(1/2)||_F`` with the best coefficients
+    `X`, which do not depend on `H`: it only decides which rows to choose. Compared with `cur.interpolative`, the choice
+    for all ranks costs one factorization, and `H` is never factored if it belongs to the longer side.
 
     Parameters
     ----------
@@ -99,11 +99,26 @@ def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None
     best = weighted_svd(A, row_weights=row_weights, column_weights=column_weights)
     A = prepared(A)
     xp = namespace(A)
-    order = lu_pivots(qr(best.left)[0])
+    basis = qr(best.left)[0]
+    if row_weights is not None:
+        basis = basis * xp.sqrt(_diagonal(row_weights, A))[:, None]
+    order = lu_pivots(basis)
     weight = as_weight(column_weights, A, 1, A.dtype)
     B = A if weight is None else weight.apply(A, 1)
     Q, T = qr(adjoint(take(B, order, axis=0)))
     Z = B @ Q
-    shells = to_numpy(xp.real(xp.sum(xp.conj(Z) * weighed(Z, row_weights, A, 0), axis=0)))
-    squares = np.append(np.cumsum(np.maximum(shells.astype(np.float64), 0.0)[::-1])[::-1], 0.0)
+    # squares of norms: real and not negative, but for rounding
+    shells = to_numpy(xp.abs(xp.sum(adjoint(Z) * weighed(Z, row_weights, A, 0).T, axis=1)))
+    squares = np.append(np.cumsum(shells.astype(np.float64)[::-1])[::-1], 0.0)
     return OwnRows(A, order, Z, adjoint(T), squares)
+
+
+def _diagonal(weights: Any, A: Array) -> Array:
+    """Return the diagonal of a row weight, in the dtype of the singular values of `A`."""
+    xp = namespace(A)
+    real = real_dtype(A.dtype, A)
+    if isinstance(weights, Weight):
+        if weights.root is not None:
+            return xp.astype(weights.root, real) ** 2
+        return xp.astype(xp.sum(xp.abs(weights.vectors * weights.roots[None, :]) ** 2, axis=1), real)
+    return xp.astype(xp.abs(xp.linalg.diagonal(weights) if weights.ndim == 2 else weights), real)

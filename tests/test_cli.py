@@ -321,3 +321,25 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = data["numerics"]
     assert numbers["error"] <= numbers["certified"] * (1 + 1e-12)
     assert numbers["certified"] <= numbers["projection_bound"]
+
+
+def test_compress_to_a_budget(model: Path, text: Path, tmp_path: Path) -> None:
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16"]
+    done = cur("compress", model, *calibration, "--keep", "0.7", "--out", tmp_path / "small", "--json")
+    assert done.exit_code == 0, done.stderr
+    plan = json.loads(done.stdout)["plan"]
+    assert 0.69 <= plan["kept"] <= 0.7
+    assert plan["kept"] < plan["model_kept"] < 1
+    assert {entry["method"] for entry in plan["entries"]} == {"weighted"}
+    shown = cur("compress", model, *calibration, "--keep", "0.7", "--method", "rows", "--out", tmp_path / "rows")
+    assert shown.exit_code == 0, shown.stderr
+    words = " ".join(shown.stdout.split())
+    assert "Kept: 70.00% of the parameters of the targeted layers" in words or "Kept: 69.9" in words
+    assert "layers factored" in words
+
+
+def test_a_budget_out_of_range_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    for keep in ("0", "1", "1.5", "-0.2"):
+        done = cur("compress", "no-such-model", f"--keep={keep}", "--out", tmp_path / "small")
+        assert done.exit_code == 2
+        assert "`keep` must be between 0 and 1" in done.stderr

@@ -29,6 +29,8 @@ note = Console(stderr=True, highlight=False)
 
 _DESCRIPTIONS = {
     "calibrate": "Measuring activations",
+    "gradients": "Measuring gradients",
+    "plan": "Sharing the budget",
     "decompose": "Factorizing weights",
     "before": "Perplexity before",
     "after": "Perplexity after",

@@ -68,7 +68,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the direct
 Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
 
 
-@app.command(epilog="Example: `cur compress --out small` or `cur compress my-model --text notes.txt --out small`")
+@app.command(
+    epilog="Example: `cur compress --out small` or `cur compress my-model --keep 0.8 --text notes.txt --out small`"
+)
 @guarded
 def compress(
     model: Model = None,
@@ -83,31 +85,74 @@ def compress(
         typer.Option(help="Windows of calibration text.", show_default="64, or 128 with --dataset"),
     ] = None,
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the parameters of the targeted layers to keep, between 0 and 1; ranks are chosen to lose "
+            "least.",
+            show_default=False,
+        ),
+    ] = None,
+    target_parameters: Annotated[
+        int | None,
+        typer.Option(help="The same as a number of parameters of the whole model.", show_default=False),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="best (least loss for the budget), rows (keeps rows of the weights themselves), or paper (fixed rank "
+            "in a few blocks).",
+            show_default="best with a budget, paper without",
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(help="Whether gradients say how much each output matters; costs memory and time. For a budget."),
+    ] = True,
     layers: Annotated[
-        int,
-        typer.Option(help="Blocks to compress: those that turn the hidden state least, never the first or last."),
-    ] = 10,
+        int | None,
+        typer.Option(
+            help="Blocks to compress: those that turn the hidden state least, never the first or last. For paper.",
+            show_default="10",
+        ),
+    ] = None,
     targets: Annotated[
-        str,
-        typer.Option(help="Linear layers in each block, separated by commas; or all-linear."),
-    ] = "q_proj,k_proj,gate_proj",
+        str | None,
+        typer.Option(
+            help="Linear layers in each block, separated by commas; or all-linear.",
+            show_default="all-linear with a budget, else q_proj,k_proj,gate_proj",
+        ),
+    ] = None,
     exclude: Annotated[str, typer.Option(help="Linear layers to leave alone, separated by commas.")] = "",
     rank: Annotated[
-        int,
-        typer.Option(help="Largest rank. A layer never gets one at which its factors would be larger than its weight."),
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Largest rank. A layer never gets one at which its factors would be larger than its weight. For "
+            "paper.",
+            show_default="128",
+        ),
+    ] = None,
     layout: Annotated[
-        str,
-        typer.Option(help="How factors are stored: cur (C, U, R; to train U), folded or interpolative (smallest)."),
-    ] = "cur",
+        str | None,
+        typer.Option(
+            help="How factors are stored: cur (C, U, R; to train U), folded or interpolative (smallest). For paper.",
+            show_default="cur",
+        ),
+    ] = None,
     importance: Annotated[
-        str,
-        typer.Option(help="What rows and columns are chosen by: wanda (|W| times activation), magnitude or weights."),
-    ] = "wanda",
+        str | None,
+        typer.Option(
+            help="What rows and columns are chosen by: wanda (|W| times activation), magnitude or weights. For paper.",
+            show_default="wanda",
+        ),
+    ] = None,
     link: Annotated[
-        str,
-        typer.Option(help="What U minimises: the error of the weight (optimal), or of it weighted (activation)."),
-    ] = "optimal",
+        str | None,
+        typer.Option(
+            help="What U minimises: the error of the weight (optimal), or of it weighted (activation). For paper.",
+            show_default="optimal",
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     overwrite: Overwrite = False,
@@ -116,20 +161,22 @@ def compress(
     """Compress a model and save it as a checkpoint that transformers loads.
 
     Calibrates on text, chooses layers, ranks, rows and columns, and writes the model, its plan and a report
-    to `--out`. The defaults are the setting of the paper "CURing Large Models".
+    to `--out`. With `--keep 0.8` all linear layers share a budget. The defaults are the setting of the paper
+    "CURing Large Models".
     """
     from cur.cli.commands import run_compress
-    from cur.integrations.compress import CompressConfig
+    from cur.cli.settings import compress_config
 
-    config = CompressConfig(
-        layers=layers,
-        targets=_names(targets),
-        exclude=_names(exclude),
-        rank=rank,
-        layout=layout,
-        importance=importance,
-        link=link,
-        seed=seed,
+    config = compress_config(
+        method=method,
+        budget={"keep": keep, "parameters": target_parameters},
+        gradients=gradients,
+        fixed={"layers": layers, "rank": rank, "layout": layout, "importance": importance, "link": link},
+        common={
+            "targets": None if targets is None else _names(targets),
+            "exclude": _names(exclude),
+            "seed": seed,
+        },
     )
     run_compress(
         _one(model, model_option),

@@ -12,6 +12,7 @@ import torch
 
 from cur.cli import tables
 from cur.cli._run import bars, note, output
+from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import PLAN, REPORT, check_target, dense_export, save
 from cur.integrations.compress import CompressConfig, compress
 from cur.integrations.evaluate import perplexity
@@ -29,7 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run_compress(
     model: str | None,
     out: Path,
-    config: CompressConfig,
+    config: CompressConfig | BudgetConfig,
     *,
     text: Path | None,
     dataset: str | None,
@@ -63,6 +64,8 @@ def run_compress(
         print(json.dumps({"directory": str(target), **report.to_dict()}))
         return
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
+    if report.plan.kept is not None:
+        output.print(tables.budget_line(report.plan))
     output.print(f"Saved to {out}. Next: cur evaluate {out}, or load it in Python as its README.md says.")
 
 

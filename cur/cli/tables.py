@@ -9,9 +9,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from cur.integrations.inspect import CheckpointSummary
+    from cur.integrations.plan import Plan
     from cur.integrations.report import CompressionReport, LayerReport
 
-__all__ = ["checkpoint_table", "layers_table", "perplexity_table", "seconds_line", "size_table"]
+__all__ = ["budget_line", "checkpoint_table", "layers_table", "perplexity_table", "seconds_line", "size_table"]
 
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
@@ -64,6 +65,15 @@ def size_table(report: CompressionReport) -> Table:
 def seconds_line(seconds: Mapping[str, float]) -> str:
     """Return the seconds of each stage in one line."""
     return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+
+
+def budget_line(plan: Plan) -> str:
+    """Return in one sentence what a plan with a budget keeps."""
+    return (
+        f"Kept: {plan.kept or 0:.2%} of the parameters of the targeted layers, {plan.model_kept or 0:.2%} of the "
+        "model; "
+        f"{len(plan.entries)} layers factored, the other targets stay dense."
+    )
 
 
 def perplexity_table(values: Mapping[str, float], title: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cur.integrations.nn import compressed_modules
+from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, Size, model_size
 
 __all__ = ["model_card"]
@@ -69,7 +70,6 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
 
 def _figures(report: CompressionReport) -> list[str]:
     plan = report.plan
-    importance = ", ".join(sorted({entry.importance for entry in plan.entries}))
     lines = [
         "| | before | after |",
         "|---|---|---|",
@@ -84,11 +84,32 @@ def _figures(report: CompressionReport) -> list[str]:
     return [
         *lines,
         "",
-        f"Rows and columns were chosen by DEIM on the importance `{importance}`, from "
-        f"{plan.calibration_tokens:,} "
-        f"tokens of calibration text (SHA-256 of the tokens: `{plan.calibration}`), seed {plan.seed}.",
+        *_how(plan),
+        f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "
+        f"seed {plan.seed}.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
     ]
+
+
+def _how(plan: Plan) -> list[str]:
+    lines = []
+    if plan.kept is not None and plan.model_kept is not None:
+        lines.append(
+            f"Ranks share a budget: {plan.kept:.2%} of the parameters of the targeted layers are left, "
+            f"{plan.model_kept:.2%} of the model."
+        )
+    for method in sorted({entry.method for entry in plan.entries}):
+        entries = [entry for entry in plan.entries if entry.method == method]
+        moments = "second moments of inputs" + (" and output gradients" if entries[0].gradients else "")
+        importance = ", ".join(sorted({entry.importance for entry in entries}))
+        lines.append(
+            {
+                "cur": f"Rows and columns were chosen by DEIM on the importance `{importance}`.",
+                "weighted": f"Weights are the nearest of their rank under {moments}.",
+                "rows": f"The rows kept are the original weights' own, chosen by DEIM under {moments}.",
+            }[method]
+        )
+    return lines
 
 
 def _size(size: Size) -> str:

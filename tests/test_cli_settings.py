@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cur.cli.settings import compress_config
+from cur.integrations import BudgetConfig, CompressConfig
+
+FIXED = ("layers", "rank", "layout", "importance", "link")
+
+
+def config(**given: Any) -> CompressConfig | BudgetConfig:
+    return compress_config(
+        method=given.pop("method", None),
+        budget={name: given.pop(name, None) for name in ("keep", "parameters")},
+        gradients=given.pop("gradients", True),
+        fixed={name: given.pop(name, None) for name in FIXED},
+        common={"targets": given.pop("targets", None), "exclude": (), "seed": 0},
+    )
+
+
+def test_without_options_it_is_the_setting_of_the_paper() -> None:
+    assert config() == CompressConfig()
+    assert config(method="paper", rank=6, targets=("q_proj",)) == CompressConfig(rank=6, targets=("q_proj",))
+
+
+def test_a_budget_means_the_best_method_on_all_layers() -> None:
+    assert config(keep=0.8) == BudgetConfig(keep=0.8, method="best", targets="all-linear")
+    assert config(parameters=10**6) == BudgetConfig(parameters=10**6)
+    assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "luck"}, "--method must be one of best, rows, paper, got 'luck'"),
+        ({"keep": 0.5, "parameters": 7}, "--keep and --target-parameters exclude each other"),
+        ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
+        ({"method": "best"}, "--method best needs a budget: give --keep"),
+        ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),
+        ({"keep": 1.5}, "`keep` must be between 0 and 1"),
+    ],
+)
+def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**given)
