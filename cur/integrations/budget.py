@@ -5,7 +5,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["BudgetConfig", "plan_budget"]
+__all__ = ["METHODS", "BudgetConfig", "LayerCurve", "error_curves", "plan_budget"]
 
 METHODS = {"best": "weighted", "rows": "rows"}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.METHODS`."""
@@ -98,13 +98,68 @@ class BudgetConfig:
             raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class LayerCurve:
+    """What one layer offers to a budget.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer.
+    shape : tuple of int
+        Outputs m and inputs n.
+    errors : array
+        Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
+    costs : array
+        Numbers stored at the same.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    errors: np.ndarray[Any, Any]
+    costs: np.ndarray[Any, Any]
+
+
+def error_curves(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: BudgetConfig,
+    names: Sequence[str],
+    *,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[LayerCurve]:
+    """Compute the error of every layer at every rank: with gradients in loss per token, else relative and squared.
+
+    All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients` and `damping`
+    alone, and not on the budget.
+
+    Raises
+    ------
+    ValueError
+        If the statistics lack what is needed.
+    NumericalError
+        If a weight is NaN or infinite.
+    """
+    moments = Moments(statistics)
+    curves = []
+    for done, name in enumerate(names, start=1):
+        W = finite_weight(model.get_submodule(name), name).to(torch.float64)
+        m, n = W.shape
+        errors = _errors(W, name, moments, config)
+        # Ranks from the break-even on would cost as much as the dense layer and lose something.
+        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(errors) - 1) + 1)
+        costs = np.append(rank * (m + n - rank), m * n)
+        curves.append(LayerCurve(name, (m, n), np.append(errors[rank], 0.0), costs))
+        if progress is not None:
+            progress(done, len(names))
+    return curves
+
+
 def plan_budget(
     model: PreTrainedModel,
     statistics: Statistics,
     config: BudgetConfig,
-    names: list[str],
-    *,
-    progress: Callable[[int, int], object] | None = None,
+    curves: Sequence[LayerCurve],
 ) -> Plan:
     """Share the budget among layers; those that are worth their numbers stay dense and have no entry.
 
@@ -113,59 +168,41 @@ def plan_budget(
     model : PreTrainedModel
         Not changed.
     statistics : Statistics
-        With full second moments, and gradients if the configuration asks for them.
+        What the curves come from.
     config : BudgetConfig
         The budget.
-    names : list of str
-        The targeted layers.
-    progress : callable, optional
-        Called as ``progress(done, total)`` after every layer.
+    curves : sequence of LayerCurve
+        Of :func:`error_curves`, for the targeted layers.
 
     Returns
     -------
     Plan
         With what each layer is predicted to cost. With gradients the sum is an estimate of the increase of the loss in
-        nats per token while that is small; otherwise of no meaning beyond this allocation.
+        nats per token while that is small; otherwise it has no meaning beyond this allocation.
 
     Raises
     ------
     ValueError
-        If the budget cannot be met, or needs no compression, or the statistics lack what is needed.
-    NumericalError
-        If a weight is NaN or infinite.
+        If the budget cannot be met, or needs no compression.
     """
-    moments = Moments(statistics)
-    shapes: list[tuple[int, int]] = []
-    errors: list[np.ndarray[Any, Any]] = []
-    costs: list[np.ndarray[Any, Any]] = []
-    for done, name in enumerate(names, start=1):
-        W = finite_weight(model.get_submodule(name), name).to(torch.float64)
-        m, n = W.shape
-        curve = _errors(W, name, moments, config)
-        # the last option is to stay dense; ranks from the break-even on would cost as much and lose something
-        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(curve) - 1) + 1)
-        shapes.append((m, n))
-        errors.append(np.append(curve[rank], 0.0))
-        costs.append(np.append(rank * (m + n - rank), m * n))
-        if progress is not None:
-            progress(done, len(names))
-    targeted = sum(m * n for m, n in shapes)
+    targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    budget = _budget(config, targeted, whole, least=int(sum(cost.min() for cost in costs)))
-    chosen = ranks.allocate(errors, costs, budget)
+    least = int(sum(curve.costs.min() for curve in curves))
+    budget = _budget(config, targeted, whole, least=least)
+    chosen = ranks.allocate([curve.errors for curve in curves], [curve.costs for curve in curves], budget)
     entries = tuple(
         PlanEntry(
-            name=name,
-            shape=shape,
+            name=curve.name,
+            shape=curve.shape,
             rank=option + 1,
             layout="interpolative",
             method=METHODS[config.method],
             gradients=config.gradients,
             damping=config.damping,
-            predicted=float(error[option]),
+            predicted=float(curve.errors[option]),
         )
-        for name, shape, error, option in zip(names, shapes, errors, chosen, strict=True)
-        if option < len(error) - 1
+        for curve, option in zip(curves, chosen, strict=True)
+        if option < len(curve.errors) - 1
     )
     return Plan(
         entries=entries,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cur import ranks
-from cur.integrations.budget import BudgetConfig, plan_budget
+from cur.integrations.budget import BudgetConfig, error_curves, plan_budget
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
@@ -242,7 +242,8 @@ def make_plan(
     candidates = _candidates(model, config)
     if isinstance(config, BudgetConfig):
         watch = None if progress is None else lambda done, total: progress("plan", done, total)
-        return plan_budget(model, statistics, config, candidates, progress=watch)
+        curves = error_curves(model, statistics, config, candidates, progress=watch)
+        return plan_budget(model, statistics, config, curves)
     if not statistics.angular:
         raise ValueError(
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
