@@ -319,8 +319,11 @@ def _candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig) -
     inside = range(ends, len(blocks) - ends)
     names = linear_modules(model, config.targets, exclude=config.exclude, layers=inside)
     tied = _tied_weights(model)
+    factored = tuple(f"{name}." for name in compressed_modules(model))
     limit, widest = 0, ""
     for name in names:
+        if name.startswith(factored):
+            raise ValueError(f"{name} is a factor of a layer that is compressed already; exclude it")
         weight, _, _ = dense_weight(model.get_submodule(name), name)
         if weight.is_meta:
             raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")

@@ -297,6 +297,14 @@ def test_a_target_that_matches_nothing(llama: PreTrainedModel, windows: torch.Te
         compress(llama, windows, replace(SMALL, targets=("nonesuch",)))
 
 
+def test_a_model_can_be_compressed_in_steps_but_not_its_factors(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    compress(llama, windows, replace(SMALL, layers=3, targets=("q_proj",)))
+    compress(llama, windows, replace(SMALL, layers=3, targets=("gate_proj",)))
+    assert len(compressed_modules(llama)) == 6
+    with pytest.raises(ValueError, match=r"q_proj\.\w is a factor of a layer that is compressed already"):
+        compress(llama, windows, replace(SMALL, targets="all-linear"))
+
+
 def test_statistics_that_do_not_serve(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     statistics = measure(llama, windows)
     with pytest.raises(ValueError, match="no angular distances"):
