@@ -22,7 +22,7 @@ from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.nn import LAYOUTS, CompressedLinear, dense_weight, swap_
+from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, dense_weight, swap_
 from cur.integrations.plan import IMPORTANCES, LINKS, SUBSPACES, Plan, PlanEntry, fingerprint
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
