@@ -130,8 +130,35 @@ def core_growth(data: dict[str, Any]) -> str:
     )
 
 
+def budget(data: dict[str, Any]) -> str:
+    """Return perplexities at the same number of parameters, one table for each text, and the seconds."""
+    keeps = sorted({row["keep"] for row in data["rows"]}, reverse=True)
+    methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
+    found = {(row["method"], row["keep"]): row for row in data["rows"]}
+    parts = []
+    for text, dense in data["dense"].items():
+        rows = [["dense", *[f"{dense:.2f}"] * len(keeps)]]
+        for method in methods:
+            values = [found[method, keep]["perplexity"][text] if (method, keep) in found else None for keep in keeps]
+            rows.append([method, *("" if value is None else f"{value:.2f}" for value in values)])
+        parts.append(table([f"Perplexity, {text}; kept:", *(f"{keep:g}" for keep in keeps)], rows))
+    seconds = [
+        [method, *(f"{sum(row['seconds'][key] for row in rows) / len(rows):.0f}" for key in ("plan", "decompose"))]
+        for method in methods
+        if (rows := [row for row in data["rows"] if row["method"] == method])
+    ]
+    parts.append(table(["Seconds", "for error curves", "to factor"], seconds))
+    calibration, evaluation = data["calibration"], data["evaluation"]
+    parts.append(
+        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens; evaluation: the first "
+        f"{evaluation['windows']} windows of {evaluation['length']} tokens of each text.*"
+    )
+    return "\n\n".join([*parts, provenance(data)])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
+    "budget": budget,
     "core_accuracy": columns(
         "matrix", "k", "rank", "error", "certified", "truncated SVD", "over SVD", "error, randomised subspace", "target"
     ),
