@@ -14,7 +14,7 @@ from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import RankWarning
-from cur._products import columns_of, frobenius, rows_of, thin
+from cur._products import columns_of, frobenius, product, rows_of, thin
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix
 from cur.bounds import eta
 from cur.importance import Weight, as_weight
@@ -160,8 +160,14 @@ def choose(
     method: str,
     rng: np.random.Generator,
     power_iterations: int,
+    *,
+    truncate: bool = True,
 ) -> Choice:
-    """Choose rows and columns of the target."""
+    """Choose rows and columns of the target.
+
+    `truncate` stops at the numerical rank, with a warning. A search for a tolerance goes on: on Kahan's matrix the
+    rank is one short of full, and only all rows and columns reach a small tolerance.
+    """
     k_rows, k_columns = counts
     if is_operator(problem.target) and select in ("norm", "cmd", "osinsky"):
         raise TypeError(
@@ -178,7 +184,7 @@ def choose(
         return _choose_from_sketch(problem, counts, rng)
     found = find_subspace(problem, max(counts), method, rng, power_iterations)
     numerical = found.numerical_rank()
-    if max(counts) > numerical:
+    if truncate and max(counts) > numerical:
         warnings.warn(
             f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
             f"the factorization has rank {numerical}",
@@ -239,7 +245,7 @@ def safe_scale(A: Array, total: float | None) -> float:
     """Return a power of two to divide a matrix by where squares of its entries would leave the range; else 1."""
     if total is None:  # an operator shows its size in a product
         x = np.random.default_rng(0).standard_normal((A.shape[1], 1)).astype(A.dtype)
-        total = largest = float(np.max(np.abs(A @ x)))
+        total = largest = float(np.max(np.abs(product(A, x))))
     else:
         largest = None
     xp = namespace(A)

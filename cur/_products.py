@@ -42,17 +42,21 @@ def thin(X: Array) -> Array:
 
 def product(A: Array, X: Array) -> Array:
     """Return ``A @ X`` for a thin dense `X`."""
-    return _checked(thin(A @ X), A)
+    return _finite_product(A, X)
 
 
 def adjoint_product(A: Array, X: Array) -> Array:
     """Return ``A^H @ X`` for a thin dense `X`."""
-    return _checked(thin(adjoint(A) @ X), A)
+    return _finite_product(adjoint(A), X)
 
 
-def _checked(Y: Array, A: Array) -> Array:
-    """Require a finite product with an operator, whose entries nobody has seen."""
-    if is_operator(A) and not np.isfinite(Y).all():
+def _finite_product(A: Array, X: Array) -> Array:
+    """Return ``A @ X``, required to be finite for an operator, whose entries nobody has seen."""
+    if not is_operator(A):
+        return thin(A @ X)
+    with np.errstate(over="ignore", invalid="ignore"):
+        Y = A @ X
+    if not np.isfinite(Y).all():
         raise ValueError(
             "`A` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
             "or scale it if its entries are so large that products overflow"

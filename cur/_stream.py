@@ -47,7 +47,7 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _parts(source: Any) -> Iterable[Any]:
-    if callable(source):
+    if callable(source) and not _array.is_operator(source):  # SciPy's operators can be called
         parts: Iterable[Any] = source()
         return parts
     if hasattr(source, "shape") and hasattr(source, "dtype"):

@@ -165,7 +165,7 @@ def cur(
     check_choice(subspace, SUBSPACES, "subspace")
 
     def choice_for(k: int) -> Choice:
-        return choose(problem, (k, k), select, subspace, generator, power_iterations)
+        return choose(problem, (k, k), select, subspace, generator, power_iterations, truncate=False)
 
     def assemble(choice: Choice) -> CUR:
         return _assemble(problem, choice, link, oversample, norm, failure_probability, generator, tol is not None)

@@ -103,7 +103,7 @@ def interpolative(
     most = min(problem.shape)
 
     def choose_at(k: int) -> Choice:
-        return choose(problem, (k, k), select, subspace, generator, power_iterations)
+        return choose(problem, (k, k), select, subspace, generator, power_iterations, truncate=tol is None)
 
     def assemble(choice: Choice) -> Interpolative:
         return _assemble(problem, choice, failure_probability, generator)
