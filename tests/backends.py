@@ -62,6 +62,8 @@ def _torch(A: np.ndarray) -> Any:
 
 def _jax(A: np.ndarray) -> Any:
     jax = importlib.import_module("jax")
+    # small matrices: compiling takes all the time
+    jax.config.update("jax_disable_most_optimizations", True)
     if not jax.config.jax_enable_x64:  # asking for doubles without x64 warns
         A = A.astype({"d": "f", "D": "F", "l": "i"}.get(A.dtype.char, A.dtype))
     return jax.numpy.asarray(A)

@@ -21,9 +21,16 @@ def _marked(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.gpu) if name == "cupy" else name
 
 
-@pytest.fixture(params=[_marked(name) for name in BACKENDS])
+@pytest.fixture(params=[_marked(name) for name in BACKENDS if name != "jax"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every kind of matrix."""
+    """Every kind of matrix, JAX with doubles: in single precision it compiles everything a second time."""
+    with use(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=[_marked(name) for name in BACKENDS])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every kind of matrix, JAX in single precision included."""
     with use(request.param) as found:
         yield found
 

@@ -164,8 +164,8 @@ def test_certificate_says_what_it_means(rng):
     A = with_spectrum(20, 15, 0.5 ** np.arange(15), rng)
     certificate = cur(A, rank=5).certificate
     assert str(certificate) == (
-        f"The error in the Frobenius norm is at most {certificate.value:.4g}, {certificate.relative:.3g} of the norm of "
-        "the matrix (computed from the factors, rounding included; float64)."
+        f"The error in the Frobenius norm is at most {certificate.value:.4g}, {certificate.relative:.3g} of the norm "
+        "of the matrix (computed from the factors, rounding included; float64)."
     )
     assert "except with probability 1.0e-06" in str(
         bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)

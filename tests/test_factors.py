@@ -1,0 +1,226 @@
+"""The result types."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+
+from cur import CUR, Folded, Interpolative, cur, interpolative
+from cur.ranks import parameters
+from tests.backends import to_numpy
+from tests.families import geometric, random
+
+FORMS = {
+    "CUR": lambda A: cur(A, rank=5),
+    "oversampled": lambda A: cur(A, rank=5, oversample=3),
+    "Folded": lambda A: cur(A, rank=5).folded(),
+    "Interpolative of columns": lambda A: interpolative(A, rank=5),
+    "Interpolative of rows": lambda A: interpolative(A, rank=5, side="rows"),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+@pytest.fixture(params=["real", "complex"])
+def A(request, rng):
+    A = geometric(24, 16, rng)
+    return A if request.param == "real" else A + 0.1j * geometric(24, 16, rng)
+
+
+def test_products_from_both_sides(form, backend, A, rng):
+    A = A.astype(backend.dtype(A.dtype.name))
+    F = form(backend.asarray(A))
+    B = to_numpy(F.toarray())
+    assert F.shape == B.shape == (24, 16)
+    tolerance = 1e-12 if backend.precise else 1e-5
+    for shape in ((16,), (16, 3)):
+        x = rng.standard_normal(shape).astype(A.dtype)
+        np.testing.assert_allclose(to_numpy(F @ backend.companion(x)), B @ x, atol=tolerance * 10)
+    if backend.name == "array-api-strict":
+        return  # its `@` raises for operands it does not know, where others leave the product to them
+    for shape in ((24,), (3, 24)):
+        y = rng.standard_normal(shape).astype(A.dtype)
+        np.testing.assert_allclose(to_numpy(backend.companion(y) @ F), y @ B, atol=tolerance * 10)
+
+
+def test_transpose(form, backend, A):
+    F = form(backend.asarray(A.astype(backend.dtype(A.dtype.name))))
+    np.testing.assert_allclose(
+        to_numpy(F.T.toarray()), to_numpy(F.toarray()).T, atol=1e-12 if backend.precise else 1e-5
+    )
+    assert F.T.shape == (16, 24)
+    np.testing.assert_array_equal(to_numpy(F.T.T.toarray()), to_numpy(F.toarray()))
+
+
+KEYS = (
+    (3, 4),
+    (-1, -2),
+    (slice(2, 9, 3), slice(None)),
+    (5, slice(1, 4)),
+    (slice(None), 7),
+    ([4, 0, 4], [1, 15]),
+    (np.arange(24) % 2 == 0, 3),
+    7,
+    slice(3, 5),
+    (slice(0, 0), slice(None)),
+)
+
+
+def test_slices_are_those_of_the_product(form, backend, A):
+    F = form(backend.asarray(A.astype(backend.dtype(A.dtype.name))))
+    B = to_numpy(F.toarray())
+    for key in KEYS if backend.name != "dask" else KEYS[1:3]:
+        full = key if isinstance(key, tuple) else (key, slice(None))
+        rows, columns = (np.arange(n)[k] for k, n in zip(full, B.shape, strict=True))
+        expected = B[np.ix_(np.atleast_1d(rows), np.atleast_1d(columns))]
+        if np.ndim(rows) == 0:
+            expected = expected[0]
+        if np.ndim(columns) == 0:
+            expected = expected[..., 0]
+        found = to_numpy(F[key])
+        assert found.shape == expected.shape, key
+        np.testing.assert_allclose(found, expected, atol=1e-12 if backend.precise else 1e-5)
+
+
+def test_bad_indices(form, A):
+    F = form(A)
+    with pytest.raises(IndexError):
+        F[24, 0]
+    with pytest.raises(IndexError, match="two dimensions; got 3 indices"):
+        F[0, 0, 0]
+
+
+def test_counts(form, A):
+    F = form(A)
+    stored = (F.skeleton, F.coefficients) if isinstance(F, Interpolative) else F.factors
+    assert F.parameters == sum(f.size for f in stored)
+    assert F.nbytes == sum(f.nbytes for f in stored)
+    assert F.dtype == A.dtype
+    if isinstance(F, CUR) and F.U.shape == (5, 5):
+        assert F.parameters == parameters(24, 16, 5, layout="cur")
+    if isinstance(F, Folded):
+        assert F.parameters == parameters(24, 16, 5, layout="folded")
+    if isinstance(F, Interpolative):
+        assert F.parameters == parameters(24, 16, 5, layout="interpolative")
+
+
+def test_sparse_factors_count_their_entries(rng):
+    A = scipy.sparse.random_array((200, 100), density=0.05, rng=rng, format="csr")
+    F = cur(A, rank=5)
+    assert F.parameters == F.C.nnz + 25 + F.R.nnz < 5 * 300
+    assert F.nbytes == 8 * F.parameters
+
+
+def test_conversions_keep_the_matrix(form, dense, A):
+    F = form(dense.asarray(A.astype(dense.dtype(A.dtype.name))))
+    B = to_numpy(F.toarray())
+    # U of the size 1 / sigma_k magnifies rounding: geometric to the fifth power
+    tolerance = (1e-9 if dense.precise else 2e-2) * np.linalg.norm(B)
+    others = []
+    if isinstance(F, CUR):
+        others = [F.folded(), F.interpolative(), F.folded().cur(), F.interpolative().cur(), F.interpolative().folded()]
+    elif isinstance(F, Folded):
+        others = [F.interpolative(), F.cur(), F.T.interpolative().T, F.interpolative().cur().folded()]
+    else:
+        others = [F.folded(), F.cur(), F.cur().interpolative(), F.T.T]
+    for other in others:
+        assert other.rank == 5 or F.rank != 5 or other.rank == min(8, F.factors[-1].shape[0])
+        assert np.linalg.norm(to_numpy(other.toarray()) - B) <= tolerance
+
+
+def test_a_converted_cur_has_its_own_rows_and_columns(rng):
+    F = cur(geometric(24, 16, rng), rank=5).folded().cur()
+    B = F.toarray()
+    np.testing.assert_allclose(F.C, B[:, F.columns], atol=1e-12)
+    np.testing.assert_allclose(F.R, B[F.rows], atol=1e-12)
+    assert F.certificate is None
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16])
+def test_conversions_near_full_rank(rank, rng):
+    F = cur(random(16, 16, rng), rank=rank)
+    B = F.toarray()
+    for other in (F.interpolative(), F.interpolative().cur(), F.T.interpolative().T):
+        np.testing.assert_allclose(other.toarray(), B, atol=1e-7 * np.linalg.norm(B))
+    assert F.interpolative().coefficients.shape == (16 - rank, rank)
+
+
+def test_conversion_that_cannot_be():
+    with pytest.raises(ValueError, match="rank 4 cannot be stored as 3 rows; transpose it first"):
+        Folded(np.ones((3, 4)), np.ones((4, 9))).interpolative()
+
+
+def test_interpolative_keeps_the_identity_at_the_chosen_ones(backend, A):
+    F = interpolative(backend.asarray(A), rank=5)
+    chosen, others = to_numpy(F.chosen), to_numpy(F.others)
+    np.testing.assert_array_equal(to_numpy(F.projection)[:, chosen], np.eye(5))
+    assert sorted([*chosen.tolist(), *others.tolist()]) == list(range(16))
+    np.testing.assert_array_equal(to_numpy(F.skeleton), A.astype(to_numpy(F.projection).dtype)[:, chosen])
+
+
+def test_save_and_load(form, backend, A, tmp_path):
+    F = form(backend.asarray(A.astype(backend.dtype(A.dtype.name))))
+    F.save(tmp_path / "factors.npz")
+    G = type(F).load(tmp_path / "factors.npz")
+    assert type(G) is type(F)
+    assert all(isinstance(value, np.ndarray) for value in G.factors)
+    np.testing.assert_allclose(G.toarray(), to_numpy(F.toarray()), rtol=1e-12 if backend.precise else 1e-3, atol=1e-6)
+    assert list(tmp_path.iterdir()) == [tmp_path / "factors.npz"]
+    for name in ("rows", "columns", "chosen", "others", "side"):
+        if hasattr(F, name) and name != "side":
+            np.testing.assert_array_equal(getattr(G, name), to_numpy(getattr(F, name)))
+        elif hasattr(F, name):
+            assert G.side == F.side
+
+
+def test_loading_the_wrong_thing(tmp_path, rng):
+    path = tmp_path / "x.npz"
+    cur(random(8, 6, rng), rank=2).save(path)
+    with pytest.raises(ValueError, match=r"kind CUR; load it with CUR\.load"):
+        Folded.load(path)
+    np.savez(path, a=1)
+    with pytest.raises(ValueError, match="`path` must be a file written by `save`"):
+        CUR.load(path)
+    np.savez(path, kind=np.array("CUR"), C=np.array([object()], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        CUR.load(path)
+
+
+def test_linear_operator(form, A, rng):
+    F = form(A)
+    operator = F.aslinearoperator()
+    B = F.toarray()
+    x, y = rng.standard_normal(16), rng.standard_normal(24)
+    np.testing.assert_allclose(operator @ x, B @ x, atol=1e-12)
+    np.testing.assert_allclose(operator.H @ y, B.conj().T @ y, atol=1e-12)
+    s = scipy.sparse.linalg.svds(operator, k=2, return_singular_vectors=False, rng=rng)
+    np.testing.assert_allclose(np.sort(s), np.sort(np.linalg.svd(B)[1][:2]), rtol=1e-8)
+
+
+def test_linear_operator_of_other_libraries(dense, rng):
+    if dense.name == "numpy":
+        pytest.skip("NumPy has one")
+    with pytest.raises(TypeError, match="needs NumPy or SciPy factors; move the factors to the host"):
+        cur(dense.asarray(random(8, 6, rng)), rank=2).aslinearoperator()
+
+
+def test_results_are_frozen_and_readable(form, A):
+    F = form(A)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        F.shape_of_things = 1
+    assert "24 x 16" in repr(F)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(F)).toarray(), F.toarray())
+
+
+def test_cur_unpacks(A):
+    F = cur(A, rank=5)
+    C, U, R = F
+    assert (C is F.C, U is F.U, R is F.R, len(F)) == (True, True, True, 3)

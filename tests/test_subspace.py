@@ -1,0 +1,157 @@
+"""Leading singular subspaces, and what is certified about them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cur import NumericalError, subspace
+from tests.backends import to_numpy
+from tests.families import FAMILIES, geometric, with_spectrum
+
+
+def lost(A, basis):
+    return np.linalg.norm(A - basis @ (basis.conj().T @ A))
+
+
+@pytest.mark.parametrize("family", ["geometric", "complex_geometric", "rank_deficient", "zero"])
+def test_exact_and_randomised_in_every_library(backend, family, rng):
+    A = FAMILIES[family](30, 20, rng)
+    A = A.astype(backend.dtype(A.dtype.name))
+    matrix = backend.asarray(A)
+    methods = [subspace.randomised] + ([subspace.exact] if backend.is_dense else [])
+    eps = np.finfo(A.dtype).eps
+    for method in methods:
+        found = method(matrix, 6)
+        V, W = to_numpy(found.V), to_numpy(found.W)
+        assert V.shape == (30, 6)
+        assert W.shape == (20, 6)
+        np.testing.assert_allclose(V.conj().T @ V, np.eye(6), atol=50 * eps)
+        np.testing.assert_allclose(W.conj().T @ W, np.eye(6), atol=50 * eps)
+        np.testing.assert_allclose(V.conj().T @ A, found.s[:6, None] * W.conj().T, atol=50 * eps)
+        tail = found.tail(6)
+        if backend.name == "operator":
+            assert tail is None
+        else:
+            assert max(lost(A, V), lost(A.conj().T, W)) <= tail
+        assert found.is_exact == (method is subspace.exact)
+        assert (found.sigma_next(6) is None) == (not found.is_exact)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FAMILIES)), st.integers(1, 6), st.integers(0, 2))
+def test_tail_is_an_upper_bound(seed, family, rank, power_iterations):
+    A = FAMILIES[family](24, 17, np.random.default_rng(seed))
+    for found in (
+        subspace.exact(A, rank),
+        subspace.randomised(A, rank, power_iterations=power_iterations, rng=seed),
+    ):
+        for k in (1, rank):
+            assert lost(A, found.V[:, :k]) <= found.tail(k) * (1 + 1e-12)
+            assert lost(A.conj().T, found.W[:, :k]) <= found.tail(k) * (1 + 1e-12)
+
+
+def test_power_iterations_help(rng):
+    A = FAMILIES["slow_decay"](200, 150, rng)
+    errors = [lost(A, subspace.randomised(A, 10, power_iterations=q, rng=1).V) for q in (0, 1, 3)]
+    assert errors[0] > errors[1] > errors[2] >= np.linalg.norm(1 / np.arange(11, 151)) * (1 - 1e-12)
+
+
+def test_lanczos_finds_the_singular_vectors(rng):
+    S = scipy.sparse.random_array((120, 80), density=0.1, rng=rng, format="csr")
+    s = np.linalg.svd(S.toarray())[1]
+    for matrix in (S, scipy.sparse.linalg.aslinearoperator(S)):
+        found = subspace.lanczos(matrix, 6)
+        np.testing.assert_allclose(found.s[:6], s[:6], rtol=1e-8)
+        assert lost(S.toarray(), found.V) == pytest.approx(np.linalg.norm(s[6:]), rel=1e-6)
+    assert subspace.lanczos(S, 80).V.shape == (120, 80)  # beyond what ARPACK can do
+    with pytest.raises(TypeError, match=r"'lanczos'` is for scipy.sparse matrices and LinearOperator"):
+        subspace.lanczos(S.toarray(), 3)
+
+
+def test_lanczos_on_a_matrix_without_directions():
+    with pytest.raises(NumericalError, match=r"use subspace='randomised'"):
+        subspace.lanczos(scipy.sparse.csr_array((30, 20)), 3)
+
+
+def test_numerical_rank(rng):
+    assert subspace.exact(FAMILIES["rank_deficient"](30, 20, rng), 20).numerical_rank() == 10
+    assert subspace.exact(np.zeros((5, 4)), 4).numerical_rank() == 1
+    assert subspace.exact(np.eye(7), 2).numerical_rank() == 7
+
+
+@pytest.mark.parametrize("kind", ["sparse", "operator", "dask"])
+def test_exact_needs_a_dense_matrix(kind):
+    from tests.backends import BACKENDS
+
+    with pytest.raises(TypeError, match=r"needs a dense matrix in memory; use 'lanczos' or 'randomised'"):
+        subspace.exact(BACKENDS[kind].asarray(np.eye(4)), 2)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([name for name in sorted(FAMILIES) if not name.startswith("complex")]),
+    st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    st.integers(1, 8),
+)
+def test_one_pass_over_any_cut_is_certified(seed, family, heights, rank):
+    A = FAMILIES[family](sum(heights), 12, np.random.default_rng(seed))
+    ends = list(itertools.accumulate(heights, initial=0))
+    blocks = [A[i:j] for i, j in itertools.pairwise(ends)]
+    found = subspace.stream(blocks, rank)
+    assert found.shape == A.shape
+    for k in (1, rank):
+        Q = found.W[:, :k]
+        assert lost(A.T, Q) <= found.left_by(Q) * (1 + 1e-9)
+    np.testing.assert_array_equal(found.R, A[found.rows])
+    assert len(set(found.rows.tolist())) == len(found.rows) <= rank
+    assert found.total == pytest.approx(np.linalg.norm(A))
+
+
+def test_one_pass_is_nearly_as_good_as_the_whole(rng):
+    A = with_spectrum(600, 80, 0.7 ** np.arange(80), rng)
+    found = subspace.stream((A[i : i + 50] for i in range(0, 600, 50)), 12)
+    best = np.linalg.norm(0.7 ** np.arange(12, 80))
+    Q = found.W[:, :12]
+    assert lost(A.T, Q) <= found.left_by(Q) <= 1.05 * best
+    R = A[found.rows]
+    assert np.linalg.norm(A - A @ np.linalg.pinv(R) @ R) <= 10 * best
+
+
+def test_sources_of_a_stream_agree(tmp_path, rng):
+    da = pytest.importorskip("dask.array")
+    A = geometric(60, 12, rng)
+    path = tmp_path / "A.bin"
+    A.tofile(path)
+    mapped = np.memmap(path, dtype=A.dtype, shape=A.shape, mode="r")
+    expected = subspace.stream(A, 5)
+    for source in (mapped, da.from_array(A, chunks=(20, 5)), scipy.sparse.coo_array(A), lambda: iter([A])):
+        assert subspace.stream(source, 5).rows.tolist() == expected.rows.tolist()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "text"),
+    [
+        ([], ValueError, "must yield at least one block of rows; it ended at once"),
+        (
+            [np.ones((2, 3)), np.ones((2, 4))],
+            ValueError,
+            r"`blocks\[1\]` must have as many columns as the blocks before, 3",
+        ),
+        ([np.ones((2, 3)), np.full((2, 3), np.nan)], ValueError, r"`blocks\[1\]` must be finite"),
+        ([np.ones((2, 3)), np.ones(3)], ValueError, r"`blocks\[1\]` must have two dimensions"),
+        ([[1.0, 2.0]], TypeError, r"`blocks\[0\]` must be an array.*got list"),
+        (3, TypeError, "`blocks` must be a matrix, an iterable of blocks of rows, or a callable"),
+        (scipy.sparse.linalg.aslinearoperator(np.eye(3)), TypeError, "a LinearOperator does not"),
+    ],
+)
+def test_bad_streams(blocks, error, text):
+    with pytest.raises(error, match=text):
+        subspace.stream(blocks, 2)
