@@ -11,7 +11,6 @@ from typing import Any
 
 import array_api_compat as compat
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 import scipy.sparse.linalg
 
@@ -155,20 +154,39 @@ def take(A: Array, indices: Array, axis: int) -> Array:
 
 
 def qr(X: Array) -> tuple[Array, Array]:
-    """Return the thin QR factorization of a tall matrix."""
-    xp = namespace(X)
-    if compat.is_numpy_array(X):
-        # LAPACK called on the matrix itself; the NumPy wrapper copies more and took 2.6 times as long at 14336 x 266
-        Q, R = scipy.linalg.qr(X, mode="economic", check_finite=False)
-        return Q, R
-    Q, R = xp.linalg.qr(X, mode="reduced")
+    """Return the thin QR factorization of a tall matrix.
+
+    NumPy: by Cholesky factorization of the Gram matrix, twice, which is orthogonal to rounding and all matrix products;
+    by Householder reflections where the matrix is not well conditioned. SciPy's LAPACK would be as fast alone, but its
+    threads and NumPy's wait for each other: calls that alternate between the two took up to six times as long.
+    """
+    if compat.is_numpy_array(X) and X.shape[0] >= X.shape[1]:
+        try:
+            Q, R, condition = _cholesky_qr(X)
+            if condition < CHOLESKY_CONDITION:
+                Q, R_again, _ = _cholesky_qr(Q)
+                return Q, R_again @ R
+        except np.linalg.LinAlgError:
+            pass  # numerically dependent columns
+    Q, R = namespace(X).linalg.qr(X, mode="reduced")
     return Q, R
+
+
+CHOLESKY_CONDITION = 100.0
+"""Condition number, in the Frobenius norm over its least value, up to which Cholesky loses at most two digits in ``Q
+R``."""
+
+
+def _cholesky_qr(X: Any) -> tuple[Any, Any, float]:
+    L = np.linalg.cholesky(X.conj().T @ X)
+    R = L.conj().T
+    inverse = np.linalg.inv(L).conj().T
+    condition = float(np.linalg.norm(L)) * float(np.linalg.norm(inverse)) / L.shape[0]
+    return X @ inverse, R, condition
 
 
 def solve_triangular(T: Array, B: Array) -> Array:
     """Solve `T X = B` for an upper triangular `T`."""
-    if compat.is_numpy_array(T):
-        return scipy.linalg.solve_triangular(T, B, check_finite=False)
     if compat.is_torch_array(T):
         import torch
 
@@ -187,15 +205,14 @@ def solve_triangular(T: Array, B: Array) -> Array:
 def lu_pivots(X: Array) -> Array:
     """Return the original positions of the first `k` row pivots of LU on an `m x k` matrix.
 
-    The pivot is the entry of largest modulus. LAPACK compares `|Re| + |Im|` for complex numbers, so those take the
-    generic elimination. Ties go to the lowest row in the order that the exchanges so far have made.
+    The pivot is the entry of largest modulus, and ties go to the lowest row. LAPACK compares ``|Re| + |Im|`` for
+    complex numbers, so those take our own elimination; so does NumPy, which has no LU, since SciPy's threads would
+    get in the way of NumPy's (see `qr`).
     """
-    xp = namespace(X)
+    from cur._elimination import eliminate
+
     m, k = X.shape
-    if not xp.isdtype(X.dtype, "complex floating"):
-        if compat.is_numpy_array(X):
-            getrf: Any = scipy.linalg.get_lapack_funcs("getrf", (X,))
-            return _exchange(np.asarray(getrf(X)[1]), m, k)
+    if not namespace(X).isdtype(X.dtype, "complex floating"):
         if compat.is_torch_array(X) and X.device.type in ("cpu", "cuda"):
             import torch
 
@@ -210,7 +227,7 @@ def lu_pivots(X: Array) -> Array:
             import cupyx.scipy.linalg
 
             return convert(_exchange(to_numpy(cupyx.scipy.linalg.lu_factor(X)[1]), m, k), X)
-    return _eliminate(X)
+    return eliminate(X)
 
 
 def _exchange(exchanges: np.ndarray[Any, Any], m: int, k: int) -> np.ndarray[Any, Any]:
@@ -219,26 +236,3 @@ def _exchange(exchanges: np.ndarray[Any, Any], m: int, k: int) -> np.ndarray[Any
     for i, j in enumerate(exchanges[:k]):
         order[i], order[j] = order[j], order[i]
     return order[:k]
-
-
-def _eliminate(X: Array) -> Array:
-    """Eliminate column by column with partial pivoting, in the operations of the standard alone."""
-    xp = namespace(X)
-    m, k = X.shape
-    device = take_device(X)
-    free = xp.ones((m,), dtype=xp.bool, device=device)
-    positions = xp.arange(m, device=device)
-    zero = xp.zeros((), dtype=X.dtype, device=device)
-    pivots = []
-    for j in range(k):
-        column = X[:, j]
-        p = xp.argmax(xp.where(free, xp.abs(column), -1.0))
-        pivots.append(p)
-        chosen = positions == p
-        free = free & ~chosen
-        row = xp.take(X, xp.reshape(p, (1,)), axis=0)
-        pivot = row[0, j]
-        safe = xp.where(pivot == 0, zero + 1, pivot)
-        multiplier = xp.where(free & (pivot != 0), column / safe, zero)
-        X = X - multiplier[:, None] * row
-    return xp.stack(pivots) if pivots else xp.zeros((0,), dtype=positions.dtype, device=device)
