@@ -212,10 +212,10 @@ def _choose_from_sketch(problem: Problem, counts: tuple[int, int], rng: np.rando
     S = problem.target
     Y = subspaces.sketch(S, max(counts), rng=rng)
     left = Y if problem.row_weight is None else problem.row_weight.candidates(Y)
-    rows = selection.lupp(left, counts[0])
-    Z = thin(adjoint(rows_of(S, selection.lupp(left, max(counts)))))
+    rows = selection.lupp(left)
+    Z = thin(adjoint(rows_of(S, rows)))
     right = Z if problem.column_weight is None else problem.column_weight.candidates(Z)
-    return Choice(rows, selection.lupp(right, counts[1]))
+    return Choice(rows[: counts[0]], selection.lupp(right, counts[1]))
 
 
 def etas(problem: Problem, choice: Choice) -> tuple[float | None, float | None]:
