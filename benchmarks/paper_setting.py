@@ -54,7 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
     parser.add_argument("--windows", type=int, default=40, help="windows of 1024 tokens to score")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=["dense", *VARIANTS], default=["dense", *VARIANTS])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="rows that are not measured again are kept")
     options = parser.parse_args()
     if not options.wikitext.is_dir():
         sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
@@ -82,20 +83,27 @@ def main() -> None:
     )
     calibrate = time.perf_counter() - start
 
-    rows: dict[str, dict[str, Any]] = {"dense": {"perplexity": _measure(dense, held_out, "dense")}}
-    rows["published CURing code"] = {"perplexity": PUBLISHED, "measured": "elsewhere on this protocol"}
-    for name, config in VARIANTS.items():
-        model = copy.deepcopy(dense)
-        report = compress(model, statistics, config)
-        rows[name] = {
-            "perplexity": _measure(model, held_out, name),
-            "parameters": report.after.parameters,
-            "seconds": {**report.seconds, "calibrate": calibrate},
-            "layers": sorted({int(layer.name.split(".")[2]) for layer in report.layers}),
-            "ranks": sorted({layer.rank for layer in report.layers}),
-            "mean relative error": sum(layer.relative_error for layer in report.layers) / len(report.layers),
-            "mean weighted error": sum(layer.weighted_error for layer in report.layers) / len(report.layers),
-        }
+    kept = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ("dense", "published CURing code", *VARIANTS):
+        if name == "published CURing code":
+            rows[name] = {"perplexity": PUBLISHED, "measured": "elsewhere on this protocol"}
+        elif name not in options.only:
+            rows |= {name: kept[name]} if name in kept else {}
+        elif name == "dense":
+            rows[name] = {"perplexity": _measure(dense, held_out, name)}
+        else:
+            model = copy.deepcopy(dense)
+            report = compress(model, statistics, VARIANTS[name])
+            rows[name] = {
+                "perplexity": _measure(model, held_out, name),
+                "parameters": report.after.parameters,
+                "seconds": {**report.seconds, "calibrate": calibrate},
+                "layers": sorted({int(layer.name.split(".")[2]) for layer in report.layers}),
+                "ranks": sorted({layer.rank for layer in report.layers}),
+                "mean relative error": sum(layer.relative_error for layer in report.layers) / len(report.layers),
+                "mean weighted error": sum(layer.weighted_error for layer in report.layers) / len(report.layers),
+            }
 
     _print(rows, list(held_out))
     result = {
