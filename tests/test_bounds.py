@@ -25,6 +25,20 @@ def test_no_bound_fails_in_a_random_search():
     assert np.median(tallies["certificate"].ratios) <= 1.05
 
 
+@pytest.mark.parametrize(
+    ("name", "false", "caught"),
+    [
+        ("projection_bound", lambda p, q, x, y: math.hypot(x, y), "projection (B1)"),
+        ("projection_bound", lambda p, q, x, y: min(p, q) * math.hypot(x, y), "projection (B1)"),
+        ("cross_bound", lambda gamma, error: error, "cross (B2)"),
+    ],
+    ids=["without eta", "the smaller eta", "without gamma"],
+)
+def test_the_random_search_finds_false_bounds(name, false, caught, monkeypatch):
+    monkeypatch.setattr(f"cur._certify.{name}", false)
+    assert search(800, 7)[caught].violations
+
+
 def any_basis(seed: int, shrink: float) -> tuple[np.ndarray, ...]:
     """A matrix, bases that need not be singular vectors, and more indices than basis vectors."""
     rng = np.random.default_rng(seed)

@@ -46,8 +46,9 @@ def test_factors_are_slices_and_the_certificate_holds_in_every_library(every_bac
         assert scipy.sparse.issparse(result.R)
 
 
-@pytest.mark.parametrize("select", SELECTORS)
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize(
+    ("select", "dtype"), [*((name, "float64") for name in SELECTORS), ("deim", "complex128"), ("lupp", "complex128")]
+)
 def test_the_same_seed_chooses_the_same_indices_in_every_library(backend, select, dtype, rng):
     if backend.name == "operator" and select in ("osinsky", "norm", "cmd"):
         pytest.skip("an operator shows no entries")
