@@ -178,11 +178,13 @@ R``."""
 
 
 def _cholesky_qr(X: Any) -> tuple[Any, Any, float]:
-    L = np.linalg.cholesky(X.conj().T @ X)
-    R = L.conj().T
-    inverse = np.linalg.inv(L).conj().T
-    condition = float(np.linalg.norm(L)) * float(np.linalg.norm(inverse)) / L.shape[0]
-    return X @ inverse, R, condition
+    # a nearly singular X may overflow, which shows in the condition number
+    with np.errstate(over="ignore", invalid="ignore"):
+        L = np.linalg.cholesky(X.conj().T @ X)
+        R = L.conj().T
+        inverse = np.linalg.inv(L).conj().T
+        condition = float(np.linalg.norm(L)) * float(np.linalg.norm(inverse)) / L.shape[0]
+        return X @ inverse, R, condition
 
 
 def solve_triangular(T: Array, B: Array) -> Array:

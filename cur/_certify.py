@@ -177,7 +177,8 @@ def certify(
     optimal = link != "cross" and (link == "weighted" or not problem.weighted)
     known: dict[str, Any] = {"eta_rows": eta_rows, "eta_columns": eta_columns}
     spectrum = choice.subspace if problem.target is problem.B else None
-    rounding = max(problem.shape) * problem.unit * (problem.total or frobenius(reduced.Z))
+    # 20: the constant of QR, for very small matrices
+    rounding = (max(problem.shape) + 20) * problem.unit * (problem.total or frobenius(reduced.Z))
     if choice.V is not None and choice.W is not None and eta_rows is not None and eta_columns is not None:
         kr, kc = choice.V.shape[1], choice.W.shape[1]
         slack = (eta_rows + eta_columns) * rounding + error.rounding + gap
