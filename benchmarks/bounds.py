@@ -47,13 +47,15 @@ class Tally:
             self.ratios.append(bound / error)
 
     def summary(self) -> dict[str, Any]:
-        ratios = np.array(self.ratios or [np.nan])
+        ratios = np.array(self.ratios)
+        finite = ratios[np.isfinite(ratios)]
         return {
             "cases": self.cases,
             "violations": len(self.violations),
-            "cases above rounding": len(self.ratios),
-            "median bound / error": float(np.median(ratios)),
-            "maximum bound / error": float(np.max(ratios)),
+            "cases above rounding": len(ratios),
+            "infinite bounds": len(ratios) - len(finite),
+            "median bound / error": float(np.median(ratios)) if len(ratios) else None,
+            "maximum finite bound / error": float(np.max(finite)) if len(finite) else None,
             "examples": self.violations[:5],
         }
 
@@ -121,11 +123,13 @@ def main() -> None:
     begin = time.perf_counter()
     tallies = search(arguments.cases, arguments.seed)
     rows = {name: tallies[name].summary() for name in BOUNDS if name in tallies}
-    print(f"{'bound':22} {'cases':>7} {'violations':>11} {'median':>8} {'maximum':>10}   (bound / true error)")
+    titles = ("cases", "violations", "infinite", "median", "maximum")
+    print(f"{'bound over true error':22}" + "".join(f"{title:>11}" for title in titles))
     for name, row in rows.items():
+        middle, largest = row["median bound / error"], row["maximum finite bound / error"]
         print(
-            f"{name:22} {row['cases']:7} {row['violations']:11} "
-            f"{row['median bound / error']:8.2f} {row['maximum bound / error']:10.3g}"
+            f"{name:22}{row['cases']:11}{row['violations']:11}{row['infinite bounds']:11}"
+            f"{'' if middle is None else f'{middle:.2f}':>11}{'' if largest is None else f'{largest:.3g}':>11}"
         )
         for example in row["examples"]:
             print(f"    violated: {example}")
