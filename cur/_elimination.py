@@ -23,10 +23,10 @@ def eliminate(X: Array) -> Array:
     Lt = Xt[:0, :]  # transposed, so that columns are contiguous
     pivots = positions[:0]
     for start in range(0, k, BLOCK):
-        panel = Xt[start : min(start + BLOCK, k), :]
+        panel = xp.asarray(Xt[start : min(start + BLOCK, k), :], copy=True)
         if start:
             upper = xp.linalg.solve(xp.take(Lt, pivots, axis=1).T, xp.take(panel, pivots, axis=1).T)
-            panel = panel - upper.T @ Lt
+            panel -= upper.T @ Lt
         chosen, multipliers = [], []
         for _ in range(panel.shape[0]):
             column = panel[0, :]
@@ -38,7 +38,8 @@ def eliminate(X: Array) -> Array:
             multiplier = xp.where(free, column / xp.where(pivot == 0, xp.ones_like(pivot), pivot), 0.0)
             multiplier = xp.where(here, 1.0, multiplier)
             free = free & ~here
-            panel = panel[1:, :] - entries[1:, :] * multiplier[None, :]
+            panel = panel[1:, :]
+            panel -= entries[1:, :] * multiplier[None, :]
             chosen.append(p)
             multipliers.append(multiplier)
         Lt = xp.concat([Lt, xp.stack(multipliers)], axis=0)
