@@ -125,7 +125,7 @@ def named_matrices(n: int = 1000) -> dict[str, np.ndarray]:
         "kahan": kahan,
         "hilbert": 1 / (i[:, None] + i[None, :] - 1),
         "cauchy": 1 / (x[:, None] + y[None, :]),
-        "kernel 1/|x-y|": 1 / np.abs(x[:, None] - y[None, :]),
+        "kernel 1/abs(x-y)": 1 / np.abs(x[:, None] - y[None, :]),
         "sparse non-negative": snn.toarray(),
     }
 

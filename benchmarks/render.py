@@ -61,11 +61,12 @@ def bounds(data: dict[str, Any]) -> str:
             f"{row['cases']:,}",
             f"{row['violations']:,}",
             f"{row['median bound / error']:.2f}",
-            f"{row['maximum bound / error']:.3g}",
+            f"{row['maximum finite bound / error']:.3g}",
+            f"{row['infinite bounds']:,}",
         ]
         for name, row in data["bounds"].items()
     ]
-    head = ["Bound", "Cases", "Violations", "Median of bound / error", "Largest"]
+    head = ["Bound", "Cases", "Violations", "Median of bound / error", "Largest finite", "Infinite"]
     seconds, numpy, machine = data["seconds"], data["numpy"], data["machine"]
     note = f"*{data['cases']:,} random cases, seed {data['seed']}; {seconds:.0f} s on {machine}, NumPy {numpy}.*"
     return f"{table(head, rows)}\n\n{note}"
@@ -175,21 +176,14 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def stored(name: str) -> dict[str, Any] | None:
-    """Return the results of a block: a file of its own, or the part of ``core.json`` that ``core_PART`` names."""
-    stem, _, part = name.partition("_") if name.startswith("core_") else (name, "", "")
-    file = RESULTS / f"{stem}.json"
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return (data.get(part) if part else data) or None
-
-
 def rendered(page: str) -> str:
     """Return the page with every block written anew from its results."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        data = stored(name)
-        text = "*Not measured yet.*" if data is None else RENDERERS[name](data)
+        file = RESULTS / f"{name}.json"
+        measured = file.exists()
+        text = RENDERERS[name](json.loads(file.read_text(encoding="utf-8"))) if measured else "*Not measured yet.*"
         return f"{match[1]}\n{text}\n\n{match[3]}"
 
     return BLOCK.sub(fill, page)
