@@ -129,16 +129,17 @@ def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, A
 def evaluation_rounding(*factors: Array, u: float) -> float:
     """Return the rounding with which a product of thin matrices is evaluated from the left.
 
-    For ``C U R``: ``2 (c^1/2 + r^1/2) u || |C| |U| ||_F ||R||_F``. The constant is that of the probabilistic analysis
-    of inner products (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the worst case has c and r in place of their
-    roots.
+    For ``C U R``: ``2 (c^1/2 + r^1/2) u || D_C U D_R ||_F``, where the diagonals hold the norms of the columns of C
+    and of the rows of R: the root of the sum of squares of all products that are added up, times the square roots of
+    the lengths of the sums, as in the probabilistic analysis of inner products (Higham and Mary, SIAM J. Sci. Comput.
+    41, 2019). The worst case, with c and r in place of their roots and magnitudes that add up, was never nearly seen.
     """
     xp = namespace(*factors)
-    size = xp.abs(factors[0])
+    squares = xp.sum(xp.abs(factors[0]) ** 2, axis=0)
     for f in factors[1:-1]:
-        size = size @ xp.abs(f)
-    lengths = sum(math.sqrt(f.shape[0]) for f in factors[1:])
-    return 2 * lengths * u * float(xp.linalg.matrix_norm(size)) * float(xp.linalg.matrix_norm(factors[-1]))
+        squares = squares @ xp.abs(f) ** 2
+    size = math.sqrt(float(xp.sum(squares * xp.sum(xp.abs(factors[-1]) ** 2, axis=1))))
+    return 2 * sum(math.sqrt(f.shape[0]) for f in factors[1:]) * u * size
 
 
 def _sketched(
