@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -34,10 +35,7 @@ from environment import environment
 from cur import ranks
 from cur.integrations import (
     BudgetConfig,
-    Plan,
-    PlanEntry,
     Statistics,
-    apply_plan_,
     batches,
     collect,
     collect_gradients,
@@ -48,19 +46,34 @@ from cur.integrations import (
     read_text,
     token_windows,
 )
-from cur.integrations.budget import error_curves, plan_budget
-from cur.integrations.plan import fingerprint
+from cur.integrations.budget import LayerCurve, plan_budget
+from cur.integrations.moments import Moments
+from cur.own_rows import OwnRows, own_rows
+from cur.truncation import WeightedSVD, weighted_svd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "budget.json"
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 
 KEEP = (0.9, 0.8, 0.6)
-UNIFORM = {"SVD-LLM, two factors": "folded", "SVD-LLM, rows and coefficients": "interpolative"}
-BUDGETS: dict[str, dict[str, Any]] = {
-    "`--method best`": {},
-    "`--method best --no-gradients`": {"gradients": False},
-    "`--method rows`": {"method": "rows"},
+DAMPING = BudgetConfig(keep=0.5).damping
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the weights are approximated, and how ranks are chosen: by the budget, or uniform in a layout."""
+
+    approximate: Callable[..., WeightedSVD | OwnRows]
+    gradients: bool
+    uniform: str | None = None
+
+
+METHODS = {
+    "SVD-LLM, two factors": Method(weighted_svd, gradients=False, uniform="folded"),
+    "SVD-LLM, rows and coefficients": Method(weighted_svd, gradients=False, uniform="interpolative"),
+    "`--method best --no-gradients`": Method(weighted_svd, gradients=False),
+    "`--method best`": Method(weighted_svd, gradients=True),
+    "`--method rows`": Method(own_rows, gradients=True),
 }
 
 
@@ -70,7 +83,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="windows of 1024 tokens to score")
     parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares of parameters to keep")
-    parser.add_argument("--only", nargs="+", default=[*UNIFORM, *BUDGETS], help="methods to measure")
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure")
     parser.add_argument("--statistics", type=Path, help="file that keeps the calibration")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -106,31 +119,78 @@ def main() -> None:
     }
     result["dense"] = _perplexities(dense, held_out, "dense")
     result["rows"] = []
-    for method in options.only:
-        start = time.perf_counter()
-        plan_for = _planner(method, dense, statistics, names)
-        prepared = time.perf_counter() - start
-        for keep in options.keep:
-            plan = plan_for(keep)
-            model = copy.deepcopy(dense)
+    model = copy.deepcopy(dense)
+    key, shared, seconds = None, {}, 0.0
+    for title in options.only:
+        method = METHODS[title]
+        if key != (method.approximate, method.gradients):
+            key = method.approximate, method.gradients
+            shared.clear()
             start = time.perf_counter()
-            apply_plan_(model, plan, statistics, progress=_bar(f"{method}, {keep}"))
+            shared = _approximate_all(dense, names, statistics, method, title)
+            seconds = time.perf_counter() - start
+        for keep in options.keep:
+            chosen, predicted = _ranks(dense, statistics, shared, method, keep)
             result["rows"].append(
                 {
-                    "method": method,
+                    "method": title,
                     "keep": keep,
-                    "kept": plan.kept,
-                    "model kept": plan.model_kept,
-                    "layers left dense": len(names) - len(plan.entries),
-                    "seconds": {"plan": prepared, "decompose": time.perf_counter() - start},
-                    "predicted": sum(entry.predicted or 0.0 for entry in plan.entries) or None,
-                    "perplexity": _perplexities(model, held_out, f"{method}, {keep}"),
+                    "kept": _swap(model, dense, shared, chosen, method.uniform or "interpolative"),
+                    "layers left dense": len(names) - len(chosen),
+                    "seconds": seconds,
+                    "predicted": predicted,
+                    "perplexity": _perplexities(model, held_out, f"{title}, {keep}"),
                 }
             )
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _print(result)
     print(f"written: {options.out}")
+
+
+def _approximate_all(
+    model: Any, names: list[str], statistics: Statistics, method: Method, title: str
+) -> dict[str, WeightedSVD | OwnRows]:
+    """Approximate every layer at all ranks, as :func:`cur.integrations.compress` does."""
+    moments = Moments(statistics)
+    found = {}
+    for done, name in enumerate(names, start=1):
+        W = model.get_submodule(name).weight.detach().double()
+        H, G = moments.weights(name, W, gradients=method.gradients, damping=DAMPING)
+        found[name] = method.approximate(W, row_weights=H, column_weights=G)
+        _count(title)(done, len(names))
+    return found
+
+
+def _ranks(
+    model: Any, statistics: Statistics, shared: dict[str, Any], method: Method, keep: float
+) -> tuple[dict[str, int], float | None]:
+    """Return the rank of every layer that is not left dense, and the predicted loss."""
+    if method.uniform is not None:
+        shapes = {name: one.shape for name, one in shared.items()}
+        return {n: ranks.rank_for(*s, keep * s[0] * s[1], layout=method.uniform) for n, s in shapes.items()}, None
+    curves = [
+        LayerCurve.of(name, one.shape, one.square_errors, gradients=method.gradients) for name, one in shared.items()
+    ]
+    plan = plan_budget(model, statistics, BudgetConfig(keep=keep, gradients=method.gradients), curves)
+    predicted = sum(entry.predicted or 0.0 for entry in plan.entries) if method.gradients else None
+    return {entry.name: entry.rank for entry in plan.entries}, predicted
+
+
+@torch.no_grad()
+def _swap(model: Any, dense: Any, shared: dict[str, Any], chosen: dict[str, int], layout: str) -> float:
+    """Put the products of the factors into a model, what compressed layers compute; return the share kept."""
+    kept, whole = 0, 0
+    for name, one in shared.items():
+        weight = model.get_submodule(name).weight
+        whole += weight.numel()
+        if name in chosen:
+            weight.copy_(one.truncate(chosen[name]).toarray())
+            kept += ranks.parameters(*one.shape, chosen[name], layout=layout)
+        else:
+            weight.copy_(dense.get_submodule(name).weight)
+            kept += weight.numel()
+    return kept / whole
 
 
 def _statistics(model: Any, windows: torch.Tensor, names: list[str], file: Path | None) -> Statistics:
@@ -144,30 +204,6 @@ def _statistics(model: Any, windows: torch.Tensor, names: list[str], file: Path 
     return statistics
 
 
-def _planner(method: str, model: Any, statistics: Statistics, names: list[str]) -> Callable[[float], Plan]:
-    """Return the function from a share of parameters to a plan."""
-    if method in UNIFORM:
-        return lambda keep: _uniform(model, names, keep, UNIFORM[method])
-    changes = BUDGETS[method]
-    curves = error_curves(model, statistics, BudgetConfig(keep=0.5, **changes), names, progress=_count(method))
-    return lambda keep: plan_budget(model, statistics, BudgetConfig(keep=keep, **changes), curves)
-
-
-def _uniform(model: Any, names: list[str], keep: float, layout: str) -> Plan:
-    entries = []
-    for name in names:
-        m, n = model.get_submodule(name).weight.shape
-        rank = ranks.rank_for(m, n, keep * m * n, layout=layout)
-        damping = BudgetConfig(keep=keep).damping
-        entries.append(PlanEntry(name=name, shape=(m, n), rank=rank, layout=layout, method="weighted", damping=damping))
-    return Plan(
-        entries=tuple(entries),
-        fingerprint=fingerprint(model),
-        targeted_parameters=sum(entry.dense_parameters for entry in entries),
-        model_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
 def _perplexities(model: Any, held_out: dict[str, torch.Tensor], what: str) -> dict[str, float]:
     values = {}
     for name, windows in held_out.items():
@@ -178,10 +214,6 @@ def _perplexities(model: Any, held_out: dict[str, torch.Tensor], what: str) -> d
 
 def _count(what: str) -> Any:
     return lambda done, total: print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
-
-
-def _bar(what: str) -> Any:
-    return lambda stage, done, total: _count(f"{what}: {stage}")(done, total)
 
 
 def _print(result: dict[str, Any]) -> None:

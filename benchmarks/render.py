@@ -143,12 +143,8 @@ def budget(data: dict[str, Any]) -> str:
             values = [found[method, keep]["perplexity"][text] if (method, keep) in found else None for keep in keeps]
             rows.append([method, *("" if value is None else f"{value:.2f}" for value in values)])
         parts.append(table([f"Perplexity, {text}; kept:", *(f"{keep:g}" for keep in keeps)], rows))
-    seconds = [
-        [method, *(f"{sum(row['seconds'][key] for row in rows) / len(rows):.0f}" for key in ("plan", "decompose"))]
-        for method in methods
-        if (rows := [row for row in data["rows"] if row["method"] == method])
-    ]
-    parts.append(table(["Seconds", "for error curves", "to factor"], seconds))
+    seconds = [[method, f"{found[method, keeps[0]]['seconds']:.0f}"] for method in methods]
+    parts.append(table(["Seconds to factor all layers", "at all ranks"], seconds))
     calibration, evaluation = data["calibration"], data["evaluation"]
     parts.append(
         f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens; evaluation: the first "

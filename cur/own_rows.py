@@ -41,6 +41,12 @@ class OwnRows:
     triangle: Array
     square_errors: np.ndarray[Any, Any]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the matrix."""
+        m, n = self.matrix.shape
+        return int(m), int(n)
+
     def truncate(self, rank: int) -> Interpolative:
         """Return the matrix by `rank` of its rows, and the coefficients of the others that lose least.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cur import ranks
@@ -119,6 +118,20 @@ class LayerCurve:
     errors: np.ndarray[Any, Any]
     costs: np.ndarray[Any, Any]
 
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], squares: np.ndarray[Any, Any], *, gradients: bool) -> LayerCurve:
+        """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
+
+        With gradients they are halved, which makes them loss per token; without, they are divided by the first, the
+        square of the whole.
+        """
+        m, n = shape
+        scale = 0.5 if gradients else 1.0 / (float(squares[0]) or 1.0)
+        # Ranks from the break-even on would cost as much as the dense layer and lose something.
+        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(squares) - 1) + 1)
+        costs = np.append(rank * (m + n - rank), m * n)
+        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
+
 
 def error_curves(
     model: PreTrainedModel,
@@ -128,7 +141,7 @@ def error_curves(
     *,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[LayerCurve]:
-    """Compute the error of every layer at every rank: with gradients in loss per token, else relative and squared.
+    """Compute the error of every layer at every rank.
 
     All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients` and `damping`
     alone, and not on the budget.
@@ -144,12 +157,11 @@ def error_curves(
     curves = []
     for done, name in enumerate(names, start=1):
         W = finite_weight(model.get_submodule(name), name).to(torch.float64)
+        H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
+        approximate = own_rows if config.method == "rows" else weighted_svd
+        squares = approximate(W, row_weights=H, column_weights=G).square_errors
         m, n = W.shape
-        errors = _errors(W, name, moments, config)
-        # Ranks from the break-even on would cost as much as the dense layer and lose something.
-        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(errors) - 1) + 1)
-        costs = np.append(rank * (m + n - rank), m * n)
-        curves.append(LayerCurve(name, (m, n), np.append(errors[rank], 0.0), costs))
+        curves.append(LayerCurve.of(name, (m, n), squares, gradients=config.gradients))
         if progress is not None:
             progress(done, len(names))
     return curves
@@ -216,16 +228,6 @@ def plan_budget(
         targeted_parameters=targeted,
         model_parameters=whole,
     )
-
-
-def _errors(W: Tensor, name: str, moments: Moments, config: BudgetConfig) -> np.ndarray[Any, Any]:
-    """Return the error at the ranks 0, 1, ...: loss per token with gradients, relative squared error without."""
-    H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
-    approximate = own_rows if config.method == "rows" else weighted_svd
-    squares = approximate(W, row_weights=H, column_weights=G).square_errors
-    if config.gradients:
-        return squares / 2
-    return squares / squares[0] if squares[0] > 0 else squares
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:
