@@ -18,7 +18,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def _marked(name: str) -> object:
-    return pytest.param(name, marks=pytest.mark.gpu) if name == "cupy" else name
+    if name == "cupy":
+        return pytest.param(name, marks=pytest.mark.gpu)
+    if name.startswith("jax"):
+        # what JAX compiled stays in the process: one worker does it for all
+        return pytest.param(name, marks=pytest.mark.xdist_group("jax"))
+    return name
 
 
 @pytest.fixture(params=[_marked(name) for name in BACKENDS if name != "jax"])
