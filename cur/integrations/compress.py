@@ -204,13 +204,11 @@ def _measure(
     given: Iterable[Any] = (
         batches(calibration, batch_size=config.batch_size) if isinstance(calibration, Tensor) else list(calibration)
     )
-    # Gradients bring second moments of their own.
-    full = isinstance(config, BudgetConfig) and not config.gradients
     statistics = collect(
         model,
         given,
         modules=modules,
-        moments="full" if full else "diagonal",
+        moments="full" if isinstance(config, BudgetConfig) else "diagonal",
         layers=[name for name, _ in decoder_layers(model)],
         progress=stage("calibrate"),
     )

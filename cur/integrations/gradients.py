@@ -1,4 +1,4 @@
-"""Second moments of the gradients at module outputs, and of inputs weighted by them: what the loss feels."""
+"""Second moments of the gradients at module outputs: how much the loss feels each output."""
 
 from __future__ import annotations
 
@@ -42,14 +42,13 @@ def collect_gradients(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Statistics:
-    r"""Measure two-sided importance, ``E[g g^T]`` and ``E[||g||^2 x x^T]``, and add it to calibration statistics.
+    r"""Measure ``E[g g^T]``, the other side of two-sided importance, and add it to calibration statistics.
 
     ``g`` is the gradient, with respect to a module's output at one token, of the negative log-likelihood summed over
     the sample. The labels are drawn from the model's own predictions, one per position, so that ``E[g g^T]`` is a
-    factor of the Fisher information and not of the errors that the model makes on the text. With the second moments `G`
-    of the inputs `x` it gives the Kronecker-factored estimate ``||H^(1/2) dW G^(1/2)||_F^2 / 2`` of the loss that a
-    change ``dW`` of the weight costs (Martens and Grosse, arXiv 1503.05671). Tokens whose gradients are large count
-    more: :meth:`Statistics.weighted_moment`.
+    factor of the Fisher information and not of the errors that the model makes on the text. With ``E[x x^T]`` of the
+    inputs it gives the Kronecker-factored estimate ``||H^(1/2) dW G^(1/2)||_F^2 / 2`` of the loss that a change ``dW``
+    of the weight costs (Martens and Grosse, arXiv 1503.05671).
 
     Labels are drawn sample by sample from a generator seeded by `seed` and the number of the sample, so that they
     depend on neither batch size nor padding. Memory is that of a training step without weight gradients: the
@@ -73,7 +72,7 @@ def collect_gradients(
     Returns
     -------
     Statistics
-        A copy of `statistics` with ``output_products``, ``output_counts`` and ``weighted_products``.
+        A copy of `statistics` with ``output_products`` and ``output_counts``.
 
     Raises
     ------
@@ -129,8 +128,8 @@ def collect_gradients(
             parameter.requires_grad_(True)
     if seen.samples == 0:
         raise ValueError("`batches` is empty: gradients need at least one batch")
-    products, weighted, counts = outputs_of.results()
-    return dataclasses.replace(statistics, output_products=products, output_counts=counts, weighted_products=weighted)
+    products, counts = outputs_of.results()
+    return dataclasses.replace(statistics, output_products=products, output_counts=counts)
 
 
 def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> None:
@@ -156,7 +155,7 @@ def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) ->
 
 
 class _Outputs:
-    """Sums of ``g g^T`` and ``||g||^2 x x^T`` over the inputs of modules and the gradients at their outputs."""
+    """Sums of ``g g^T`` over the gradients at the outputs of modules."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = {id(module): module for module in modules.values()}
@@ -164,33 +163,29 @@ class _Outputs:
         for name, module in modules.items():
             self.names.setdefault(id(module), []).append(name)
         self.products: dict[int, torch.Tensor] = {}
-        self.weighted: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
         self.mask: torch.Tensor | None = None
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        return [module.register_forward_hook(self._hook(key), with_kwargs=True) for key, module in self.modules.items()]
+        return [module.register_forward_hook(self._hook(key)) for key, module in self.modules.items()]
 
-    def _hook(self, key: int) -> Callable[..., None]:
-        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(_: nn.Module, __: Any, output: Any) -> None:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
             if output.requires_grad:
-                x = (args[0] if args else next(iter(kwargs.values()))).detach()
-                output.register_hook(lambda gradient: self._add(key, x, gradient))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: self._add(key, gradient))  # type: ignore[no-untyped-call]
 
         return watch
 
-    def _add(self, key: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        g = token_rows(gradient.detach(), self.mask, f"the output of {self.names[key][0]!r}").to(torch.float64)
-        x = token_rows(x, self.mask, f"the input of {self.names[key][0]!r}").to(torch.float64)
+    def _add(self, key: int, gradient: torch.Tensor) -> None:
+        rows = token_rows(gradient.detach(), self.mask, f"the output of {self.names[key][0]!r}")
         if key not in self.products:
-            for totals, rows in ((self.products, g), (self.weighted, x)):
-                totals[key] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+            n = rows.shape[1]
+            self.products[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
             self.counts[key] = 0
-        add_gram_(self.products[key], g)
-        add_gram_(self.weighted[key], x * torch.linalg.vector_norm(g, dim=1, keepdim=True))
-        self.counts[key] += len(g)
+        add_gram_(self.products[key], rows.to(torch.float64))
+        self.counts[key] += len(rows)
 
     def broken(self) -> str | None:
         for key, product in self.products.items():
@@ -198,16 +193,15 @@ class _Outputs:
                 return self.names[key][0]
         return None
 
-    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
+    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         silent = [names[0] for key, names in self.names.items() if key not in self.products]
         if silent:
             raise ValueError(f"no gradient reached {', '.join(silent[:5])}; leave out what the loss does not use")
         products: dict[str, torch.Tensor] = {}
-        weighted: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for key, names in self.names.items():
-            for total, found in ((self.products[key], products), (self.weighted[key], weighted)):
-                mirror_(total)
-                found.update(dict.fromkeys(names, total.cpu()))
-            counts.update(dict.fromkeys(names, self.counts[key]))
-        return products, weighted, counts
+            mirror_(self.products[key])
+            whole = self.products[key].cpu()
+            for name in names:
+                products[name], counts[name] = whole, self.counts[key]
+        return products, counts

@@ -26,14 +26,12 @@ class Moments:
 
     A change ``dW`` of a layer's weight costs ``||H^(1/2) dW G^(1/2)||_F^2 / 2`` in loss per token, to second order and
     with inputs and gradients taken as independent, where ``G`` and ``H`` are their second moments (Martens and Grosse,
-    arXiv 1503.05671). With gradients each input counts by the square of the gradient that it meets, which gives the sum
-    over tokens of ``||g||^2 ||x||^2`` exactly: tokens with large inputs that the loss does not feel, such as the first
-    of a text, do not take up ranks.
+    arXiv 1503.05671).
 
     Parameters
     ----------
     statistics : Statistics
-        With those that :func:`cur.integrations.collect_gradients` adds, or with full second moments of inputs.
+        With full second moments of inputs, and of output gradients where they are asked for.
     """
 
     def __init__(self, statistics: Statistics) -> None:
@@ -63,15 +61,14 @@ class Moments:
             If the statistics lack a moment of the layer.
         """
         try:
-            G = self.statistics.weighted_moment(name) if gradients else self.statistics.second_moment(name)
+            G = self.statistics.second_moment(name)
             H = self.statistics.output_moment(name) if gradients else None
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
         m, n = W.shape
         if m < n and H is not None:
             return self._factored(H, self.statistics.output_products[name], W, damping), _damped(G.to(W), damping)
-        shared = self.statistics.weighted_products if gradients else self.statistics.products
-        factored = self._factored(G, shared[name], W, damping)
+        factored = self._factored(G, self.statistics.products[name], W, damping)
         return None if H is None else _damped(H.to(W), damping), factored
 
     def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> importance.Weight:

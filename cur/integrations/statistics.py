@@ -18,7 +18,7 @@ __all__ = ["Statistics"]
 
 _FORMAT = "cur-statistics"
 _FORMAT_VERSION = 1
-_KINDS = ("square_sums", "products", "output_products", "weighted_products")
+_KINDS = ("square_sums", "products", "output_products")
 
 
 def _versions() -> dict[str, str]:
@@ -54,8 +54,6 @@ class Statistics:
         shape (out, out); empty unless gradients were collected.
     output_counts : mapping of str to int
         Gradients summed, per module.
-    weighted_products : mapping of str to torch.Tensor
-        Sum of ``||g||^2 x x^T``, float64, shape (in, in), of each module's own; empty unless gradients were collected.
     angles : torch.Tensor or None
         Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for L blocks; row and
         column 0 stand for the input of the first block, i + 1 for the output of block i. None if no blocks
@@ -77,7 +75,6 @@ class Statistics:
     products: Mapping[str, torch.Tensor] = field(default_factory=dict)
     output_products: Mapping[str, torch.Tensor] = field(default_factory=dict)
     output_counts: Mapping[str, int] = field(default_factory=dict)
-    weighted_products: Mapping[str, torch.Tensor] = field(default_factory=dict)
     angles: torch.Tensor | None = None
     layers: tuple[str, ...] = ()
     text_hash: str = ""
@@ -111,17 +108,6 @@ class Statistics:
         """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
         total = self._get(self.output_products, name, "no gradients (add them with `collect_gradients`)")
         return total / self.output_counts[name]
-
-    def weighted_moment(self, name: str, /) -> torch.Tensor:
-        """Return ``E[||g||^2 x x^T] / E[||g||^2]``: inputs count by the gradient they meet; float64, shape (in, in).
-
-        Of all `G` it makes the Kronecker product of `G` with ``E[g g^T]`` closest to ``E[(x x^T) (x) (g g^T)]``, to
-        first order: one step of the power method of Van Loan and Pitsianis from the identity. Where no gradient ever
-        came, it is zero.
-        """
-        total = self._get(self.weighted_products, name, "no gradients (add them with `collect_gradients`)")
-        mass = float(self.output_products[name].trace())
-        return total / mass if mass > 0 else total
 
     def _get(self, where: Mapping[str, torch.Tensor], name: str, lacking: str) -> torch.Tensor:
         try:

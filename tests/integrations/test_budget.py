@@ -112,7 +112,7 @@ def test_the_prediction_is_the_weighted_error(llama: PreTrainedModel, statistics
     for entry in report.plan.entries:
         new = llama.get_submodule(entry.name).weight.detach()
         D = dense.get_parameter(f"{entry.name}.weight").detach().double() - new.double()
-        H, G = statistics.output_moment(entry.name), statistics.weighted_moment(entry.name)
+        H, G = statistics.output_moment(entry.name), statistics.second_moment(entry.name)
         cost = float(torch.sum((H @ D) * (D @ G))) / 2
         assert entry.predicted == pytest.approx(cost, rel=1e-3, abs=1e-9)
 
@@ -244,10 +244,11 @@ def test_values_out_of_range(values: dict[str, Any], error: type[Exception], mes
 
 def test_statistics_that_do_not_serve(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     diagonal = collect(llama, [windows], modules=inside(llama))
-    with pytest.raises(ValueError, match="no gradients"):
-        compress(llama, diagonal, BudgetConfig(keep=0.8))
     with pytest.raises(ValueError, match="no second moments"):
-        compress(llama, diagonal, BudgetConfig(keep=0.8, gradients=False))
+        compress(llama, diagonal, BudgetConfig(keep=0.8))
+    full = collect(llama, [windows], modules=inside(llama), moments="full")
+    with pytest.raises(ValueError, match="no gradients"):
+        compress(llama, full, BudgetConfig(keep=0.8))
 
 
 def test_weights_that_are_not_finite(llama: PreTrainedModel, statistics: Statistics) -> None:
@@ -260,8 +261,8 @@ def test_weights_that_are_not_finite(llama: PreTrainedModel, statistics: Statist
 
 
 def test_inputs_that_are_always_zero(llama: PreTrainedModel, statistics: Statistics) -> None:
-    products = {name: product.clone() for name, product in statistics.weighted_products.items()}
+    products = {name: product.clone() for name, product in statistics.products.items()}
     dead = [name for name in products if name.endswith("layers.2.mlp.down_proj")]
     products[dead[0]].zero_()
-    report = compress(llama, replace(statistics, weighted_products=products), BudgetConfig(keep=0.8))
+    report = compress(llama, replace(statistics, products=products), BudgetConfig(keep=0.8))
     assert {entry.name: entry.rank for entry in report.plan.entries}[dead[0]] == 1

@@ -24,7 +24,6 @@ def measured() -> Statistics:
         products={"a.q": shared, "a.k": shared, "a.o": own},
         counts={"a.q": 10, "a.k": 10, "a.o": 20},
         output_products={"a.q": torch.rand(4, 4, dtype=torch.float64)},
-        weighted_products={"a.q": torch.rand(3, 3, dtype=torch.float64)},
         output_counts={"a.q": 7},
         angles=torch.tensor([[0, 0.25, 0.5], [0.25, 0, 0.125], [0.5, 0.125, 0]], dtype=torch.float64),
         layers=("a", "b"),
@@ -39,7 +38,7 @@ def test_round_trip(measured: Statistics, tmp_path: Path) -> None:
     loaded = Statistics.load(file)
     for part in dataclasses.fields(Statistics):
         ours, theirs = getattr(measured, part.name), getattr(loaded, part.name)
-        if part.name in ("square_sums", "products", "output_products", "weighted_products"):
+        if part.name in ("square_sums", "products", "output_products"):
             assert list(ours) == list(theirs)
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         elif part.name == "angles":
@@ -63,7 +62,6 @@ def test_shared_sums_are_stored_once_and_stay_shared(measured: Statistics, tmp_p
         "products/a.q",
         "products/a.o",
         "output_products/a.q",
-        "weighted_products/a.q",
     }
     loaded = Statistics.load(file)
     assert loaded.products["a.q"] is loaded.products["a.k"]
