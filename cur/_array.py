@@ -156,14 +156,17 @@ def take(A: Array, indices: Array, axis: int) -> Array:
 def qr(X: Array) -> tuple[Array, Array]:
     """Return the thin QR factorization of a tall matrix.
 
-    NumPy: by Cholesky factorization of the Gram matrix, twice, which is orthogonal to rounding and all matrix products;
-    by Householder reflections where the matrix is not well conditioned. SciPy's LAPACK would be as fast alone, but its
-    threads and NumPy's wait for each other: calls that alternate between the two took up to six times as long.
+    NumPy: by Cholesky factorization of the Gram matrix, which is all matrix products, and once more where the first
+    time is not orthogonal to rounding; by Householder reflections where the matrix is far from that. SciPy's LAPACK
+    would be as fast alone, but its threads and NumPy's wait for each other: calls that alternate between the two took
+    up to six times as long.
     """
     if compat.is_numpy_array(X) and X.shape[0] >= X.shape[1]:
         try:
             Q, R, condition = _cholesky_qr(X)
-            if condition < CHOLESKY_CONDITION:
+            if condition < CHOLESKY_ONCE:
+                return Q, R
+            if condition < CHOLESKY_TWICE:
                 Q, R_again, _ = _cholesky_qr(Q)
                 return Q, R_again @ R
         except np.linalg.LinAlgError:
@@ -172,9 +175,14 @@ def qr(X: Array) -> tuple[Array, Array]:
     return Q, R
 
 
-CHOLESKY_CONDITION = 100.0
-"""Condition number, in the Frobenius norm over its least value, up to which Cholesky loses at most two digits in ``Q
-R``."""
+CHOLESKY_ONCE = 1.5
+"""Condition number, in the Frobenius norm over its least value, up to which Cholesky is orthogonal to rounding.
+
+Such a `c` for `k` columns leaves the square of the condition number in the 2-norm below about ``k c^2``, by which the
+roundoff is multiplied. Measured: ``||Q^H Q - I||_F`` stays below ``k u``, where Householder leaves half of that.
+"""
+CHOLESKY_TWICE = 100.0
+"""Condition number, in the same measure, up to which Cholesky loses at most two digits in ``Q R``."""
 
 
 def _cholesky_qr(X: Any) -> tuple[Any, Any, float]:
@@ -229,7 +237,8 @@ def lu_pivots(X: Array) -> Array:
             import cupyx.scipy.linalg
 
             return convert(_exchange(to_numpy(cupyx.scipy.linalg.lu_factor(X)[1]), m, k), X)
-    return eliminate(X)
+    # elimination walks along columns: half the time where they are contiguous
+    return eliminate(np.asfortranarray(X) if compat.is_numpy_array(X) else X)
 
 
 def _exchange(exchanges: np.ndarray[Any, Any], m: int, k: int) -> np.ndarray[Any, Any]:

@@ -172,7 +172,9 @@ def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
     X, s, Yh = namespace(T).linalg.svd(T, full_matrices=False)
     if total is None and not is_operator(A):
         total = frobenius(A)
-    return Subspace(Q @ adjoint(Yh[:rank, :]), P @ X[:, :rank], to_numpy(s).astype(np.float64), total, False)
+    # as adjoints, so that vectors are contiguous, as selection reads them
+    V, W = adjoint(Yh[:rank, :] @ adjoint(Q)), adjoint(adjoint(X[:, :rank]) @ adjoint(P))
+    return Subspace(V, W, to_numpy(s).astype(np.float64), total, False)
 
 
 @dataclass(frozen=True, eq=False)

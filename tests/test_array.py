@@ -11,7 +11,7 @@ import scipy.sparse
 
 from cur import _array
 from tests.backends import REQUIRED, to_numpy
-from tests.families import wilkinson
+from tests.families import wilkinson, with_spectrum
 
 
 @pytest.mark.parametrize("module", REQUIRED)
@@ -21,13 +21,13 @@ def test_backends_that_must_be_tested_are_installed(module):
 
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_lu_pivots_are_those_of_textbook_elimination(dense, rng, is_complex):
-    for _ in range(10):
-        X = rng.standard_normal((17, 6))
+    for m, k in [(17, 6)] * 5 + [(40, 21), (33, 33)]:
+        X = rng.standard_normal((m, k))
         if is_complex:
-            X = X + 1j * rng.standard_normal((17, 6))
+            X = X + 1j * rng.standard_normal((m, k))
         pivots = to_numpy(_array.lu_pivots(dense.asarray(X)))
-        work, free, expected = X.copy(), np.ones(17, dtype=bool), []
-        for j in range(6):
+        work, free, expected = X.copy(), np.ones(m, dtype=bool), []
+        for j in range(k):
             p = int(np.argmax(np.where(free, np.abs(work[:, j]), -1)))
             expected.append(p)
             free[p] = False
@@ -54,6 +54,12 @@ def test_pivots_of_a_singular_matrix_stay_distinct(dense):
     assert 2 in pivots
 
 
+def test_pivots_of_a_wide_singular_matrix_stay_distinct(dense, rng):
+    X = rng.standard_normal((50, 3)) @ rng.standard_normal((3, 30))
+    X[:, 20:] = 0.0
+    assert len(set(to_numpy(_array.lu_pivots(dense.asarray(X))).tolist())) == 30
+
+
 def test_qr_and_triangular_solve(dense, rng):
     X = rng.standard_normal((9, 4)).astype(dense.dtype("float64"))
     Q, T = _array.qr(dense.asarray(X))
@@ -63,6 +69,15 @@ def test_qr_and_triangular_solve(dense, rng):
     B = rng.standard_normal((4, 3)).astype(X.dtype)
     found = to_numpy(_array.solve_triangular(T, dense.asarray(B)))
     np.testing.assert_allclose(np.triu(to_numpy(T)) @ found, B, atol=500 * eps)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("small", [1.0, 0.1, 0.06, 0.05, 0.01, 1e-3])
+def test_one_cholesky_is_orthogonal_where_it_is_trusted(rng, dtype, small):
+    """A single small singular value is the worst that the Frobenius condition number can hide."""
+    X = with_spectrum(900, 256, np.r_[np.ones(255), small], rng).astype(dtype)
+    Q, _ = _array.qr(X)
+    assert np.linalg.norm(Q.T @ Q - np.eye(256)) <= 256 * np.finfo(dtype).eps / 2
 
 
 def test_gaussian_numbers_are_the_same_in_every_library(dense):
