@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,22 +21,26 @@ Result = TypeVar("Result", bound=Any)
 
 def smallest_rank(
     choose_at: Callable[[int], Choice],
-    assemble: Callable[[Choice], Result],
+    assemble: Callable[[Choice, float], Result],
     curve: Callable[[Choice], np.ndarray[Any, Any]],
     tol: float,
     most: int,
     *,
     nested: bool,
     norm: object,
+    failure: float,
 ) -> Result:
     """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
+
+    The first that passes is taken, so the chance that a sketch fails is shared out among all that are tried: the j-th
+    gets ``failure / (j (j + 1))``, which add up to `failure` however many there are.
 
     Parameters
     ----------
     choose_at : callable
         Makes the choice for a rank.
     assemble : callable
-        Makes the certified factorization of a choice.
+        Makes the certified factorization of a choice, at a chance of failure.
     curve : callable
         Gives the relative Frobenius errors at ranks 1, 2, ... of a nested choice.
     tol, most
@@ -44,12 +50,23 @@ def smallest_rank(
         every rank that is tried costs a choice.
     norm : "fro" or 2
         Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
+    failure : float
+        Chance that the certificate of the result is wrong, where it comes from a sketch.
 
     Raises
     ------
     NumericalError
         If no rank is certified: rounding is in the way.
     """
+    attempts = itertools.count(1)
+
+    def attempt(choice: Choice) -> Result:
+        j = next(attempts)
+        result = assemble(choice, failure / (j * (j + 1)))
+        if result.certificate.kind != "probabilistic":
+            return result
+        return replace(result, certificate=replace(result.certificate, failure_probability=failure))
+
     width = min(FIRST_WIDTH, most)
     below = 0
     while True:
@@ -61,14 +78,14 @@ def smallest_rank(
             fits = np.flatnonzero(curve(choice) <= tol)
             k = int(fits[0]) + 1 if fits.size else found + 1
             while k <= found:
-                result = assemble(choice.leading(k))
+                result = attempt(choice.leading(k))
                 if result.certificate.relative <= tol:
                     return result
                 k += max(1, k // 50)  # the rounding, or the sketch, asks for a little more
-        widest = assemble(choice)
+        widest = attempt(choice)
         if widest.certificate.relative <= tol:
             at = choice.leading if nested else lambda k: _quietly(choose_at, k)
-            return _bisect(at, assemble, tol, below, found, widest)
+            return _bisect(at, attempt, tol, below, found, widest)
         if last:
             raise _unreachable(tol, widest)
         below, width = (0 if nested else width), min(2 * width, most)

@@ -126,7 +126,8 @@ def cur(
         Of the randomised subspace. The optimal core makes up for what a rough basis loses: without any, errors were
         within 3 percent of those from exact singular vectors (``benchmarks/core.py``).
     failure_probability : float, default 1e-6
-        Of certificates by sketches, which only operators and very large sparse matrices get.
+        Of certificates by sketches, which only operators and very large sparse matrices get; with `tol`, of the whole
+        search.
     rng : Generator, int or None, default 0
         Seed; the same seed chooses the same indices in every library, up to rounding. None draws fresh entropy.
 
@@ -167,8 +168,8 @@ def cur(
     def choice_for(k: int) -> Choice:
         return choose(problem, (k, k), select, subspace, generator, power_iterations, truncate=False)
 
-    def assemble(choice: Choice) -> CUR:
-        return _assemble(problem, choice, link, oversample, norm, failure_probability, generator, tol is not None)
+    def assemble(choice: Choice, failure: float = failure_probability) -> CUR:
+        return _assemble(problem, choice, link, oversample, norm, failure, generator, tol is not None)
 
     if rank is not None:
         counts = check_rank(rank, problem.shape)
@@ -187,6 +188,7 @@ def cur(
             min(problem.shape),
             nested=select in NESTED,
             norm=norm,
+            failure=failure_probability,
         )
     return result if scale == 1.0 else _rescaled(result, scale)
 

@@ -105,8 +105,8 @@ def interpolative(
     def choose_at(k: int) -> Choice:
         return choose(problem, (k, k), select, subspace, generator, power_iterations, truncate=tol is None)
 
-    def assemble(choice: Choice) -> Interpolative:
-        return _assemble(problem, choice, failure_probability, generator)
+    def assemble(choice: Choice, failure: float = failure_probability) -> Interpolative:
+        return _assemble(problem, choice, failure, generator)
 
     if rank is not None:
         k_rows, k = check_rank(rank, problem.shape)
@@ -122,6 +122,7 @@ def interpolative(
             most,
             nested=select in NESTED,
             norm="fro",
+            failure=failure_probability,
         )
     if scale != 1.0 and result.certificate is not None:
         result = replace(result, skeleton=result.skeleton * scale, certificate=result.certificate.scaled(scale))

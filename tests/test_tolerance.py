@@ -8,6 +8,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 from cur import NumericalError, cur, interpolative
+from cur.bounds import sketch_factor
 from tests.backends import to_numpy
 from tests.families import FAMILIES, hilbert, kahan, lehmer, with_spectrum
 
@@ -116,3 +117,19 @@ def test_a_tolerance_that_were_not_checked_would_be_missed(rng):
     tol = 1e-3
     naive = int(np.argmax(s <= tol * s[0]))
     assert np.linalg.norm(A - cur(A, rank=naive).toarray()) > tol * np.linalg.norm(A)
+
+
+def test_the_whole_search_fails_as_rarely_as_one_sketch(rng, monkeypatch):
+    """The first certificate that passes is taken: trying again and again must not make a wrong one likelier."""
+    shares = []
+
+    def recorded(count, failure):
+        shares.append(failure)
+        return sketch_factor(count, failure)
+
+    monkeypatch.setattr("cur._certify.sketch_factor", recorded)
+    A = with_spectrum(500, 450, 0.9 ** np.arange(450), rng)
+    result = cur(scipy.sparse.linalg.aslinearoperator(A), tol=1e-2, failure_probability=1e-4)
+    assert len(shares) > 1
+    assert sum(shares) < 1e-4
+    assert result.certificate.failure_probability == 1e-4
