@@ -10,6 +10,7 @@ A block of the page that starts with ``<!-- results: NAME -->`` and ends with ``
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -118,44 +119,77 @@ def core_growth(data: dict[str, Any]) -> str:
         if "against" in row
     ]
     streams = [
-        [f"{row['stream of rows']:,}", cell(row["peak memory above start, MiB"])]
+        [f"{row['stream of rows']:,}", cell(row["peak memory, MiB"])]
         for row in data["rows"]
         if "stream of rows" in row
     ]
     return "\n\n".join(
         [
             table(["Against", "Sizes", "Seconds", "Exponent"], times),
-            table(["Rows in the stream", "Peak memory above start, MiB"], streams),
+            table(["Rows in the stream", "Peak memory, MiB"], streams),
             provenance(data),
         ]
     )
 
 
-def budget(data: dict[str, Any]) -> str:
-    """Return perplexities at the same number of parameters, one table for each text, and the seconds."""
+def quality(data: dict[str, Any]) -> str:
+    """Return perplexities at the same number of parameters, one table for each text, what is lost, and the cost."""
     keeps = sorted({row["keep"] for row in data["rows"]}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
     found = {(row["method"], row["keep"]): row for row in data["rows"]}
+    scored = {row["windows"] for row in data["rows"]}
     parts = []
-    for text, dense in data["dense"].items():
-        rows = [["dense", *[f"{dense:.2f}"] * len(keeps)]]
+    for text, values in data["dense"]["perplexity"].items():
+        rows = [["dense", *[f"{values[str(max(scored))]:.2f}"] * len(keeps), *[""] * len(keeps)]]
         for method in methods:
-            values = [found[method, keep]["perplexity"][text] if (method, keep) in found else None for keep in keeps]
-            rows.append([method, *("" if value is None else f"{value:.2f}" for value in values)])
-        parts.append(table([f"Perplexity, {text}; kept:", *(f"{keep:g}" for keep in keeps)], rows))
-    seconds = [[method, f"{found[method, keeps[0]]['seconds']:.0f}"] for method in methods]
-    parts.append(table(["Seconds to factor all layers", "at all ranks"], seconds))
-    calibration, evaluation = data["calibration"], data["evaluation"]
+            cells = [found.get((method, keep)) for keep in keeps]
+            figures = ["" if row is None else figure(row["perplexity"][text]) for row in cells]
+            lost = [
+                "" if row is None else f"{math.log(row['perplexity'][text] / values[str(row['windows'])]):.3f}"
+                for row in cells
+            ]
+            rows.append([method, *figures, *lost])
+        head = [f"{text}; kept:", *(f"{keep:g}" for keep in keeps), *(f"ln ratio, {keep:g}" for keep in keeps)]
+        parts.append(table(head, rows))
+    cost = [
+        [
+            method,
+            *(cell(found[method, keep]["seconds"]) if (method, keep) in found else "" for keep in keeps),
+            cell(max(row["peak memory, MiB"] for row in data["rows"] if row["method"] == method)),
+        ]
+        for method in methods
+    ]
+    parts.append(table(["Seconds; kept:", *(f"{keep:g}" for keep in keeps), "Peak memory, MiB"], cost))
+    calibration = data["calibration"]
     parts.append(
-        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens; evaluation: the first "
-        f"{evaluation['windows']} windows of {evaluation['length']} tokens of each text.*"
+        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, "
+        f"{calibration['seconds']:.0f} s. {windows_scored(data['rows'])}*"
     )
     return "\n\n".join([*parts, provenance(data)])
 
 
+def figure(value: float) -> str:
+    """Return a perplexity with two decimals, without them where it is large."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def windows_scored(rows: list[dict[str, Any]]) -> str:
+    """Say how many windows the rows were scored on."""
+    counts = sorted({row["windows"] for row in rows}, reverse=True)
+    if len(counts) == 1:
+        return f"Evaluation: the first {counts[0]} windows of 1024 tokens of each text."
+    parts = []
+    for count in counts:
+        methods = dict.fromkeys(row["method"] for row in rows if row["windows"] == count)
+        parts.append(f"the first {count} for {', '.join(methods)}")
+    return (
+        f"Evaluation on windows of 1024 tokens of each text: {'; '.join(parts)}; ln ratios are against the dense model "
+        "on as many."
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
-    "budget": budget,
     "core_accuracy": columns(
         "matrix", "k", "rank", "error", "certified", "truncated SVD", "over SVD", "error, randomised subspace", "target"
     ),
@@ -169,6 +203,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
     "paper_setting": paper_setting,
+    "quality": quality,
 }
 
 
