@@ -1,0 +1,33 @@
+"""Other ways to shrink linear layers to a given number of parameters, written from the formulas of their papers.
+
+Each file holds one method, in float64, for one matrix ``W`` of m outputs and n inputs. What they need to know of the
+model is measured by `measure`. They are for comparison only and are not part of the package.
+"""
+
+from benchmarks.baselines.asvd import activation_scaled
+from benchmarks.baselines.curing import cur_factors
+from benchmarks.baselines.d_rank import dynamic_ranks, effective_rank
+from benchmarks.baselines.fwsvd import fisher_weighted
+from benchmarks.baselines.int8 import round_, rounded
+from benchmarks.baselines.measure import Diagonals, measure
+from benchmarks.baselines.mpifa import reconstruct_, refit
+from benchmarks.baselines.pifa import pivot_rows
+from benchmarks.baselines.svd import nearest
+from benchmarks.baselines.svd_llm import whitened
+
+__all__ = [
+    "Diagonals",
+    "activation_scaled",
+    "cur_factors",
+    "dynamic_ranks",
+    "effective_rank",
+    "fisher_weighted",
+    "measure",
+    "nearest",
+    "pivot_rows",
+    "reconstruct_",
+    "refit",
+    "round_",
+    "rounded",
+    "whitened",
+]

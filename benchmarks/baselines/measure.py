@@ -1,0 +1,63 @@
+"""What FWSVD and ASVD need to know of a model: squared gradients of weights, and magnitudes of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Diagonals", "measure"]
+
+
+@dataclass(frozen=True)
+class Diagonals:
+    """By the name of a layer, float64.
+
+    Attributes
+    ----------
+    fisher : dict of str to Tensor, shape (m,)
+        Sums over the rows of the weight of the squares of the loss's gradients, their mean over the windows.
+    magnitude : dict of str to Tensor, shape (n,)
+        Mean magnitude of every input feature.
+    """
+
+    fisher: dict[str, Tensor]
+    magnitude: dict[str, Tensor]
+
+
+def measure(
+    model: nn.Module, windows: Tensor, names: Sequence[str], *, progress: Callable[[int, int], Any] | None = None
+) -> Diagonals:
+    """Run a causal language model forward and back over windows (count, length), one at a time."""
+    layers = {name: model.get_submodule(name) for name in names}
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    magnitude: dict[str, Any] = dict.fromkeys(names, 0.0)
+    fisher: dict[str, Any] = dict.fromkeys(names, 0.0)
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            magnitude[name] = magnitude[name] + args[0].detach().abs().flatten(0, -2).double().mean(0) / len(windows)
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        for done, window in enumerate(windows.split(1), start=1):
+            model(input_ids=window, labels=window, use_cache=False).loss.backward()
+            for name, layer in layers.items():
+                fisher[name] = fisher[name] + layer.weight.grad.square().sum(1).double() / len(windows)
+                layer.weight.grad = None
+            if progress is not None:
+                progress(done, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in learning.items():
+            parameter.requires_grad_(required)
+    return Diagonals(fisher, magnitude)

@@ -1,0 +1,422 @@
+"""Compare what methods keep of a model at the same number of parameters.
+
+SmolLM2-135M-Instruct, all linear layers of all blocks, the share of their parameters that is kept: 0.9, 0.8, 0.6.
+Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``. Perplexity over windows of 1024 tokens of WikiText-2
+``test.txt`` and of the CPython language reference, each window on its own, float32 on the CPU.
+
+The baselines (`benchmarks/baselines`) are written from their papers' formulas, in float64 and with the same
+calibration.
+
+    python benchmarks/quality.py [--wikitext DIR] [--windows 40] [--only METHOD ...] [--keep 0.9 0.8 0.6] [--again]
+
+prints a table and writes ``benchmarks/results/quality.json`` and ``docs/quality.svg``. Rows that are there already, of
+as many windows or more, are kept unless ``--again`` is given. ``--cache DIR`` keeps the calibration there, and reads it
+from there the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import (
+    activation_scaled,
+    cur_factors,
+    dynamic_ranks,
+    effective_rank,
+    fisher_weighted,
+    measure,
+    nearest,
+    reconstruct_,
+    refit,
+    round_,
+    whitened,
+)
+from benchmarks.environment import environment
+from cur import ranks
+from cur.integrations import (
+    BudgetConfig,
+    Statistics,
+    apply_plan_,
+    batches,
+    collect,
+    collect_gradients,
+    decoder_layers,
+    linear_modules,
+    load_model,
+    perplexity,
+    read_text,
+    token_windows,
+)
+from cur.integrations.budget import error_curves, plan_budget
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+PICTURE = ROOT / "docs" / "quality.svg"
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
+
+KEEP = (0.9, 0.8, 0.6)
+DAMPING = BudgetConfig(keep=0.5).damping
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+# Windows for the squared gradients of FWSVD and the magnitudes of ASVD, which need few.
+DIAGONAL_WINDOWS = 16
+
+
+@dataclass
+class Known:
+    """What methods may use: the dense model and what calibration says of it."""
+
+    dense: Any
+    windows: Tensor
+    statistics: Statistics
+    names: list[str]
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a weight in float64."""
+        return self.dense.get_submodule(name).weight.detach().double()
+
+    def moment(self, name: str) -> Tensor:
+        """Return the second moment of a layer's inputs, damped as for every method."""
+        G = self.statistics.second_moment(name)
+        return G + DAMPING * float(G.diagonal().mean()) * torch.eye(len(G), dtype=G.dtype)
+
+    @cached_property
+    def diagonals(self) -> Any:
+        """Squared gradients of rows and magnitudes of inputs."""
+        return measure(self.dense, self.windows[:DIAGONAL_WINDOWS], self.names, progress=count("diagonals"))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return outputs and inputs of every layer."""
+        return {name: tuple(self.dense.get_submodule(name).weight.shape) for name in self.names}
+
+    def uniform(self, keep: float, layout: str) -> dict[str, int]:
+        """Return the ranks that keep the same share of every layer."""
+        return {name: ranks.rank_for(m, n, keep * m * n, layout=layout) for name, (m, n) in self.shapes().items()}
+
+    def once(self, key: str, make: Callable[[str], Any]) -> dict[str, Any]:
+        """Make something of every layer, or recall what the method before made under the same key."""
+        if key not in self.memory:
+            self.memory.clear()
+            self.memory[key] = {}
+            for done, name in enumerate(self.names, start=1):
+                self.memory[key][name] = make(name)
+                count(key)(done, len(self.names))
+        found: dict[str, Any] = self.memory[key]
+        return found
+
+
+Made = tuple[Any, int]
+"""The compressed model and the bytes of its targeted layers; a number that is not rounded to int8 takes two."""
+
+
+def layer_by_layer(layout: str, product: Callable[[Known, str, int], Tensor]) -> Callable[[Known, float], Made]:
+    """Make a method that gives every layer the same share, on its own."""
+
+    def run(known: Known, keep: float) -> Made:
+        chosen = known.uniform(keep, layout)
+        return _with(known, {name: product(known, name, rank) for name, rank in chosen.items()}, chosen, layout)
+
+    return run
+
+
+def svd_llm(layout: str) -> Callable[[Known, float], Made]:
+    """Make SVD-LLM in a layout: as two factors, or as rows and coefficients, which is PIFA."""
+    return layer_by_layer(layout, lambda known, name, rank: _whitened(known, name, rank))
+
+
+def d_rank(known: Known, keep: float) -> Made:
+    """Return D-Rank."""
+    spectra = [known.once("whitened", _whiten(known))[name][1] for name in known.names]
+    shapes = list(known.shapes().values())
+    effective = [effective_rank(values) for values in spectra]
+    found = dynamic_ranks(effective, shapes, keep * sum(m * n for m, n in shapes))
+    chosen = dict(zip(known.names, found, strict=True))
+    return _with(known, {name: _whitened(known, name, rank) for name, rank in chosen.items()}, chosen, "folded")
+
+
+def mpifa(known: Known, keep: float) -> Made:
+    """Return MPIFA."""
+    chosen = known.uniform(keep, "interpolative")
+    factors = known.once("whitened", _whiten(known))
+    model = copy.deepcopy(known.dense)
+
+    def fit(name: str, student: Tensor, cross: Tensor) -> Tensor:
+        rank = chosen[name]
+        _, values, right = factors[name]
+        left, right = refit(
+            known.weight(name), values[:rank, None].sqrt() * right[:rank], student, cross, damping=DAMPING
+        )
+        return left @ right
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # the forward passes, four times as fast
+    try:
+        blocks = [name for name, _ in decoder_layers(model)]
+        reconstruct_(model, known.dense, known.windows, blocks, GROUPS, fit, progress=count("reconstruct"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    shapes = known.shapes()
+    return model, 2 * sum(ranks.parameters(*shapes[n], rank, layout="interpolative") for n, rank in chosen.items())
+
+
+def ours(**options: Any) -> Callable[[Known, float], Made]:
+    """Make our method, as ``cur compress`` has it."""
+
+    def run(known: Known, keep: float) -> Made:
+        config = BudgetConfig(keep=keep, **options)
+        key = f"curves {options}"
+        if key not in known.memory:
+            known.memory.clear()
+            known.memory[key] = error_curves(
+                known.dense, known.statistics, config, known.names, progress=count("curves")
+            )
+        model = copy.deepcopy(known.dense)
+        plan = plan_budget(model, known.statistics, config, known.memory[key])
+        apply_plan_(model, plan, known.statistics, precision="float64")
+        chosen = {entry.name: entry.parameters for entry in plan.entries}
+        return model, 2 * sum(chosen.get(name, m * n) for name, (m, n) in known.shapes().items())
+
+    return run
+
+
+def int8(method: Callable[[Known, float], Made]) -> Callable[[Known, float], Made]:
+    """Make a method whose factors, and the layers it leaves dense, are rounded to int8."""
+
+    def run(known: Known, keep: float) -> Made:
+        model, _ = method(known, keep)
+        return model, round_(model, known.names)
+
+    return run
+
+
+def nothing(known: Known, keep: float) -> Made:
+    """Return the model as it is."""
+    return copy.deepcopy(known.dense), 2 * sum(m * n for m, n in known.shapes().values())
+
+
+METHODS: dict[str, Callable[[Known, float], Made]] = {
+    "truncated SVD": layer_by_layer("folded", lambda k, name, rank: _product(nearest(k.weight(name), rank))),
+    "FWSVD": layer_by_layer(
+        "folded", lambda k, name, rank: _product(fisher_weighted(k.weight(name), k.diagonals.fisher[name], rank))
+    ),
+    "ASVD": layer_by_layer(
+        "folded", lambda k, name, rank: _product(activation_scaled(k.weight(name), k.diagonals.magnitude[name], rank))
+    ),
+    "CURing": layer_by_layer(
+        "cur", lambda k, name, rank: _product(cur_factors(k.weight(name), k.statistics.x_norm(name), rank))
+    ),
+    "SVD-LLM": svd_llm("folded"),
+    "D-Rank": d_rank,
+    "PIFA": svd_llm("interpolative"),
+    "MPIFA": mpifa,
+    "ours, `--method best`": ours(),
+    "ours, `--method best`, int8": int8(ours()),
+    "ours, `--method rows`": ours(method="rows"),
+    "ours, `--no-gradients`": ours(gradients=False),
+    "dense, int8": int8(nothing),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
+    parser.add_argument("--windows", type=int, default=40, help="windows of 1024 tokens to score")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens to calibrate on")
+    parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares of parameters to keep")
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results again")
+    parser.add_argument("--cache", type=Path, help="directory that keeps the calibration")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not options.wikitext.is_dir():
+        sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
+
+    dense, tokenizer, source = load_model()
+    names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
+    text = read_text(options.wikitext / "valid.txt")
+    windows = token_windows(tokenizer, text, length=512, count=options.calibration, name="valid.txt")
+    held_out = {
+        name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)
+        for name, text in {
+            "WikiText-2": read_text(options.wikitext / "test.txt"),
+            "language reference": "\n\n".join(topics.values()),
+        }.items()
+    }
+    statistics, seconds = calibrate(dense, windows, names, options.cache)
+    result = _earlier(options.out)
+    result.update(
+        {
+            "question": "Which method keeps most of a model at the same number of parameters?",
+            "model": source,
+            "calibration": {
+                "file": "valid.txt",
+                "windows": len(windows),
+                "length": 512,
+                "sha256": statistics.text_hash,
+                "seconds": seconds,
+            },
+            "linear_parameters": sum(dense.get_submodule(name).weight.numel() for name in names),
+            "parameters": sum(parameter.numel() for parameter in dense.parameters()),
+            **environment(),
+        }
+    )
+    known = Known(dense, windows, statistics, names)
+    dense_at = result.setdefault("dense", {"perplexity": {name: {} for name in held_out}})["perplexity"]
+    if any(str(options.windows) not in dense_at[name] for name in held_out):
+        for name, value in perplexities(dense, held_out, "dense").items():
+            dense_at[name][str(options.windows)] = value
+        _write(options.out, result)
+    for title in options.only:
+        for keep in (1.0,) if title.startswith("dense") else options.keep:
+            found = [row for row in result["rows"] if (row["method"], row["keep"]) == (title, keep)]
+            if not options.again and any(row["windows"] >= options.windows for row in found):
+                continue
+            start = time.perf_counter()
+            model, stored = METHODS[title](known, keep)
+            row = {
+                "method": title,
+                "keep": keep,
+                "bytes": stored,
+                "seconds": time.perf_counter() - start,
+                "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "windows": options.windows,
+                "perplexity": perplexities(model, held_out, f"{title}, {keep}"),
+            }
+            del model
+            result["rows"] = [other for other in result["rows"] if other not in found] + [row]
+            _write(options.out, result)
+    _print(result)
+    draw(result, PICTURE)
+    print(f"written: {options.out}, {PICTURE}")
+
+
+def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None) -> tuple[Statistics, float]:
+    """Measure second moments of inputs and output gradients, or read them."""
+    file = None if cache is None else cache / f"statistics-{len(windows)}.safetensors"
+    if file is not None and file.exists():
+        seconds = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
+        return Statistics.load(file), seconds
+    start = time.perf_counter()
+    given = list(batches(windows, batch_size=4))
+    statistics = collect(model, given, modules=names, moments="full", progress=count("calibrate"))
+    statistics = collect_gradients(model, given, statistics, modules=names, progress=count("gradients"))
+    seconds = time.perf_counter() - start
+    if file is not None:
+        statistics.save(file)
+        file.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    return statistics, seconds
+
+
+def perplexities(model: nn.Module, held_out: dict[str, Tensor], what: str) -> dict[str, float]:
+    """Score a model on every text."""
+    values = {}
+    for name, windows in held_out.items():
+        values[name] = perplexity(model, windows, progress=count(f"{what}: {name}")).value
+        print(f"-> {values[name]:.2f}", file=sys.stderr, flush=True)
+    return values
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw perplexity over the dense model's against the bytes of the linear layers, a panel for each text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "cur"
+    texts = result["dense"]["perplexity"]
+    figure, panels = plt.subplots(1, len(texts), figsize=(10, 4.2), sharex=True, layout="constrained")
+    for panel, (text, dense) in zip(panels, texts.items(), strict=True):
+        for title in METHODS:
+            rows = sorted((row for row in result["rows"] if row["method"] == title), key=lambda row: row["bytes"])
+            ratios = [row["perplexity"][text] / dense[str(row["windows"])] for row in rows]
+            points = [(row["bytes"] / 2**20, ratio) for row, ratio in zip(rows, ratios, strict=True) if ratio < 100]
+            if points:
+                own = title.startswith("ours")
+                style: dict[str, Any] = {"linewidth": 2.2, "marker": "o"} if own else {"linewidth": 1, "marker": "."}
+                panel.plot(*zip(*points, strict=True), label=title.replace("`", ""), **style)
+        panel.axhline(1, color="grey", linestyle=":", label="dense")
+        panel.set_yscale("log")
+        panel.set_xlabel("MiB of the linear layers (two bytes a number, or int8)")
+        panel.set_title(text)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity / that of the dense model")
+    panels[-1].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def count(what: str) -> Callable[[int, int | None], Any]:
+    """Make a function that shows how far a stage is."""
+    return lambda done, total: print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
+
+
+def _whiten(known: Known) -> Callable[[str], Any]:
+    return lambda name: whitened(known.weight(name), known.moment(name))
+
+
+def _whitened(known: Known, name: str, rank: int) -> Tensor:
+    left, values, right = known.once("whitened", _whiten(known))[name]
+    product: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return product
+
+
+def _product(factors: tuple[Tensor, Tensor]) -> Tensor:
+    return factors[0] @ factors[1]
+
+
+def _with(known: Known, products: dict[str, Tensor], chosen: dict[str, int], layout: str) -> Made:
+    """Put products of factors into a copy of the model: what a layer of these factors computes."""
+    model = copy.deepcopy(known.dense)
+    for name, product in products.items():
+        model.get_submodule(name).weight.data.copy_(product)
+    shapes = known.shapes()
+    return model, 2 * sum(ranks.parameters(*shapes[name], rank, layout=layout) for name, rank in chosen.items())
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found.setdefault("rows", [])
+    return found
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    order = {title: place for place, title in enumerate(METHODS)}
+    result["rows"].sort(key=lambda row: (order.get(row["method"], len(order)), -row["keep"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _print(result: dict[str, Any]) -> None:
+    dense = result["dense"]["perplexity"]
+    print(f"\ndense: {dense}")
+    for row in result["rows"]:
+        values = " / ".join(f"{value:.2f}" for value in row["perplexity"].values())
+        lost = " / ".join(
+            f"{math.log(value / dense[text][str(row['windows'])]):.3f}" for text, value in row["perplexity"].items()
+        )
+        print(f"{row['keep']}  {row['method']:28} {values:24} ln ratio {lost}")
+
+
+if __name__ == "__main__":
+    main()
