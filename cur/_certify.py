@@ -69,8 +69,7 @@ class Residual:
 
 def residual(
     problem: Problem,
-    left: Array,
-    right: Array,
+    factors: Callable[[], tuple[Array, Array]],
     *,
     kept: float,
     gap: float,
@@ -82,14 +81,14 @@ def residual(
 
     Parameters
     ----------
-    left, right : array
-        Thin factors of the approximation, in weighted coordinates.
+    factors : callable
+        Makes the thin factors of the approximation, in weighted coordinates.
     kept : float
         Norm of the orthogonal projection of `B` that the best coefficients would reproduce.
     gap : float
         Norm of the difference between that projection and the approximation.
     inner : float
-        Rounding of the evaluation of ``left right``.
+        Rounding of the evaluation of their product.
     failure, rng
         Of the sketch, where one is needed.
 
@@ -109,11 +108,11 @@ def residual(
             value = math.sqrt(missed + slack + gap**2) + inner
             return Residual(value, value - math.hypot(math.sqrt(missed), gap))
         if not is_sparse(problem.B) or m * n <= DIRECT_ENTRIES:
-            plain = residual_norm(problem.B, left, right)
+            plain = residual_norm(problem.B, *factors())
             # of the subtraction, and of the sum of squares
             rounding = inner + 2 * u * problem.total + (m * n) ** 0.25 * u * plain
             return Residual(plain + rounding, rounding)
-    return _sketched(problem, left, right, inner, failure, rng)
+    return _sketched(problem, *factors(), inner, failure, rng)
 
 
 def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, Array]]) -> float:

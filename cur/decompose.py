@@ -236,8 +236,7 @@ def _assemble(
     gap = frobenius(reduced.M - T @ U @ S)
     error = residual(
         problem,
-        Cw @ U,
-        Rw,
+        lambda: (Cw @ U, Rw),
         kept=frobenius(reduced.M),
         gap=gap,
         inner=evaluation_rounding(T, U, S, u=problem.unit),

@@ -162,8 +162,7 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         check_finite_norm(frobenius(Z), problem.A)
     error = residual(
         problem,
-        Q.Q @ Q.T,
-        projection,
+        lambda: (Q.Q @ Q.T, projection),
         kept=frobenius(Zw),
         gap=frobenius(Zw - Q.T @ projection),
         inner=evaluation_rounding(Q.T, projection, u=problem.unit),
