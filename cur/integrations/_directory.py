@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_target", "new_directory"]
+__all__ = ["check_target", "is_full", "new_directory"]
 
 # A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,7 +66,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
         _replace(scratch, target)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if _is_full(error):
+        if is_full(error):
             raise OSError(
                 errno.ENOSPC,
                 f"no space left to write {target}; nothing was left behind, free some and try again",
@@ -88,7 +88,8 @@ def _replace(scratch: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Say whether an error means that there is no space left."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     # safetensors reports an error of the operating system only as text, with the system's number at its end.

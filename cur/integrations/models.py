@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model"]
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "quiet"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -147,7 +147,7 @@ def _load(
 ) -> LoadedModel:
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     # Files of the hub may take minutes to arrive: their bars stay.
-    with _quiet() if Path(place).exists() else nullcontext():
+    with quiet() if Path(place).exists() else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
             model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
@@ -173,7 +173,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

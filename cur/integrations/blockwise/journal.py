@@ -1,0 +1,135 @@
+"""What a run has finished, so that it can be killed at any moment and go on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cur._atomic import replace_file
+from cur._errors import CURError
+
+__all__ = ["Journal", "JournalError", "digest_of"]
+
+_FORMAT_VERSION = 1
+
+
+class JournalError(CURError, ValueError):
+    """A run cannot be continued: another one is at it, or it was begun with other inputs."""
+
+
+class Journal:
+    """The directory of a run, beside the one that it makes.
+
+    Every finished step is one JSON file, which is there whole or not at all, with the checksums of the files that the
+    step wrote. A step counts as finished if all of them are what they were.
+
+    Parameters
+    ----------
+    target : Path
+        The directory that the run makes; the journal lies beside it, in ``.NAME.run``.
+
+    Attributes
+    ----------
+    directory : Path
+        Of the run. Files of steps lie in it.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.directory = target.with_name(f".{target.name}.run")
+        self._lock: Any = None
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Take the lock, and start a run or go on with one.
+
+        Parameters
+        ----------
+        inputs : mapping
+            Everything that the result depends on, as JSON types.
+
+        Raises
+        ------
+        JournalError
+            If another process is at the same run, or it was begun with other inputs.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.directory / "lock").open("a")
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise JournalError(
+                f"another run is writing to the same directory (it holds {self.directory / 'lock'}); wait for it, or name "
+                "another directory"
+            ) from None
+        given = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **inputs}))
+        known = self._read(self.directory / "inputs.json")
+        if known is None:
+            self._write(self.directory / "inputs.json", given)
+        elif known != given:
+            self.release()
+            changed = sorted(key for key in known.keys() | given.keys() if known.get(key) != given.get(key))
+            raise JournalError(
+                f"{self.directory} holds an unfinished run with another {' and '.join(changed)}; give what it was begun "
+                f"with and it goes on, or delete {self.directory} to begin anew"
+            )
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def finish(self, step: str, files: Sequence[Path] = (), **facts: Any) -> None:
+        """Record a finished step: the files it wrote, and facts as JSON types."""
+        sums = {str(file.relative_to(self.directory)): digest_of(file) for file in files}
+        self._write(self._place(step), {"files": sums, "facts": facts})
+
+    def facts(self, step: str) -> dict[str, Any] | None:
+        """Return the facts of a step, or None if it is not finished or a file of it is not what it was."""
+        record = self._read(self._place(step))
+        if record is None:
+            return None
+        for name, checksum in record["files"].items():
+            file = self.directory / name
+            if not file.exists() or digest_of(file) != checksum:
+                return None
+        found: dict[str, Any] = record["facts"]
+        return found
+
+    def remove(self) -> None:
+        """Remove the run, which is complete."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
+
+    def _place(self, step: str) -> Path:
+        return self.directory / "done" / f"{step}.json"
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return data
+
+    @staticmethod
+    def _write(path: Path, data: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as stream:
+            stream.write(json.dumps(data).encode())
+
+
+def digest_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()

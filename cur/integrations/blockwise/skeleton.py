@@ -1,0 +1,250 @@
+"""A model whose weights are in memory only where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from cur.integrations._forward import body
+from cur.integrations.blockwise.shards import ShardError, Shards
+from cur.integrations.layers import block_stacks
+from cur.integrations.models import load_model, quiet
+
+__all__ = ["Skeleton", "load_skeleton"]
+
+
+class Skeleton:
+    """A model on the meta device, and the shards that its parts are loaded from.
+
+    transformers' own loader fills a part, given the tensors of that part alone; so whatever it does to weights on the
+    way, renaming, merging experts, casting, is done here too.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As ``from_pretrained(..., device_map="meta")`` returns it.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own.
+    shards : Shards
+        Where its weights lie.
+    device : torch.device
+        Where loaded parts go.
+
+    Attributes
+    ----------
+    blocks : list of (str, nn.Module)
+        Of all stacks, in order.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        shards: Shards,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.shards = shards
+        self.device = device
+        self.stacks = block_stacks(model)
+        self.blocks = [block for stack in self.stacks for block in stack]
+        self._inside = tuple(f"{name}." for name, _ in self.blocks)
+        parts = {id(part) for part in body(model).modules()}
+        self._body = {
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            if id(module) in parts
+            for key in module.state_dict(keep_vars=True)
+            if "." not in key
+        }
+        self._targets = self._where_to()
+        self._fill_buffers()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in memory."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    def load_block(self, index: int) -> None:
+        """Bring one block into memory.
+
+        Raises
+        ------
+        ShardError
+            If a tensor is missing, has another shape than the model's, or cannot be read.
+        """
+        self._load(f"{self.blocks[index][0]}.")
+
+    def free_block(self, index: int) -> None:
+        """Let go of one block."""
+        _to_meta(self.blocks[index][1].modules(), {})
+
+    def load_outside(self, *, head: bool = False) -> None:
+        """Bring everything but the blocks into memory; what comes behind the body of the model only on request."""
+        names = {name for name in self.model.state_dict() if not name.startswith(self._inside)}
+        self._load(*sorted(names if head else names & self._body))
+
+    def free_outside(self) -> None:
+        """Let go of everything but the blocks; buffers stay."""
+        within = {id(part) for _, block in self.blocks for part in block.modules()}
+        _to_meta((part for part in self.model.modules() if id(part) not in within), {})
+
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """Return the tables of embeddings outside the blocks, by name."""
+        return {
+            name: module
+            for name, module in body(self.model).named_modules()
+            if isinstance(module, nn.Embedding) and not f"{self._prefix()}{name}".startswith(self._inside)
+        }
+
+    def free_embeddings(self) -> None:
+        """Let go of the tables of embeddings."""
+        _to_meta(self.embeddings().values(), {})
+
+    def outside_bytes(self) -> int:
+        """Bytes of what lies outside the blocks, as loaded."""
+        return sum(
+            p.numel() * p.element_size()
+            for name, p in self.model.named_parameters()
+            if not name.startswith(self._inside)
+        )
+
+    def _prefix(self) -> str:
+        inner = body(self.model)
+        return "" if inner is self.model else f"{self.model.base_model_prefix}."
+
+    def _where_to(self) -> dict[str, str]:
+        """Return the parameter that each stored tensor belongs to, by the names in the files."""
+        mapping = self._mapping()
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        known = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        named = {
+            name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in self.shards.tensors
+        }
+        return {name: target for name, target in named.items() if target in known}
+
+    def _mapping(self) -> list[WeightConverter | WeightRenaming]:
+        # Made anew for every load: the entries remember what they converted.
+        found: list[WeightConverter | WeightRenaming] = get_model_conversion_mapping(
+            self.model, None, getattr(self.model, "hf_quantizer", None)
+        )
+        return found
+
+    def _load(self, *prefixes: str) -> None:
+        wanted = sorted(name for name, target in self._targets.items() if target.startswith(prefixes))
+        dtype = self.dtype
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            hf_quantizer=getattr(self.model, "hf_quantizer", None),
+            weight_mapping=self._mapping(),
+        )
+        read = {name: self.shards.read(name) for name in wanted}
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self.model, state_dict=read, load_config=config, disk_offload_index=None
+            )
+        for name, stored, expected in info.mismatched_keys:
+            raise ShardError(
+                f"{name} is stored with shape {tuple(stored)}, `config.json` asks for {tuple(expected)}: configuration and "
+                "shards do not belong together"
+            )
+        if info.conversion_errors:
+            raise ShardError(f"the checkpoint cannot be converted: {next(iter(info.conversion_errors.values()))}")
+        self._tie()
+        tied = self.model.all_tied_weights_keys
+        lacking = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and name.startswith(prefixes) and name not in tied
+        ]
+        if lacking:
+            raise ShardError(
+                f"the checkpoint in {self.shards.directory} lacks {lacking[0]}"
+                + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+                + ": it is incomplete, or for another model"
+            )
+
+    def _tie(self) -> None:
+        for name, source in self.model.all_tied_weights_keys.items():
+            parameter = self.model.get_parameter(source)
+            if not parameter.is_meta:
+                place, _, key = name.rpartition(".")
+                setattr(self.model.get_submodule(place), key, parameter)
+
+    def _fill_buffers(self) -> None:
+        """Compute the buffers that no checkpoint stores, as the frequencies of rotary positions; all of them are small."""
+        owners: dict[str, list[str]] = {}
+        for name, _ in self.model.named_non_persistent_buffers():
+            owner, _, key = name.rpartition(".")
+            owners.setdefault(owner, []).append(key)
+        for owner, keys in owners.items():
+            module = self.model.get_submodule(owner)
+            for key in keys:
+                setattr(module, key, torch.empty_like(module.get_buffer(key), device=self.device))
+            # transformers' own way: what is computed here is what `from_pretrained` computes.
+            self.model._init_weights(module)
+
+
+def load_skeleton(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Skeleton:
+    """Open a checkpoint without its weights.
+
+    Parameters
+    ----------
+    model : str or Path
+        A directory in the format of transformers with safetensors files, compressed or not, or a hub id.
+    dtype : torch.dtype, default torch.float32
+        Of the weights when they are loaded.
+    device : torch.device or str, default "cpu"
+        Where they will be loaded to.
+
+    Returns
+    -------
+    Skeleton
+
+    Raises
+    ------
+    ValueError
+        As :func:`~cur.integrations.load_model`.
+    ShardError
+        If weight files are missing, damaged, or contradict each other.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        shards = Shards(directory)  # before transformers speaks of it in many lines
+        loaded = load_model(model, dtype=dtype, device_map="meta")
+    else:
+        from huggingface_hub import snapshot_download
+
+        loaded = load_model(model, dtype=dtype, device_map="meta")  # fetches what is not there yet
+        shards = Shards(snapshot_download(str(model), local_files_only=True))
+    return Skeleton(loaded.model, loaded.tokenizer, shards, torch.device(device))
+
+
+def _to_meta(modules: Iterable[nn.Module], seen: dict[int, nn.Parameter]) -> None:
+    """Put parameters without data in the place of those that have some; what is tied stays tied."""
+    for module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                empty._is_hf_initialized = True  # type: ignore[attr-defined]
+                module._parameters[key] = seen.setdefault(id(parameter), empty)

@@ -1,0 +1,108 @@
+"""What blocks returned, batch by batch, on disk: the hidden states of a model of which one block is in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+__all__ = ["States"]
+
+_SUFFIX = ".safetensors"
+
+
+class States:
+    """Outputs of modules, one file for each module and batch.
+
+    Parameters
+    ----------
+    directory : Path
+        Where the files lie. It is made when the first is written.
+    device : torch.device
+        Where outputs go when they are read.
+    """
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self.directory = directory
+        self.device = device
+
+    def write(self, place: str, batch: str, output: Any) -> None:
+        """Store what a module returned: a tensor, or a tuple of tensors and Nones.
+
+        Raises
+        ------
+        TypeError
+            If the output is of another kind.
+        OSError
+            If the disk is full.
+        """
+        parts = output if isinstance(output, tuple) else (output,)
+        if not all(part is None or isinstance(part, torch.Tensor) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"{place} returns {kinds}; block by block only tensors are kept, so load the whole model")
+        tensors = {
+            str(index): part.detach().to("cpu").contiguous() for index, part in enumerate(parts) if part is not None
+        }
+        data = save(tensors, {"length": str(len(parts)) if isinstance(output, tuple) else "tensor"})
+        file = self._file(place, batch)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # No fsync: a file that did not reach the disk is found by its checksum, and computed again.
+        scratch = file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            scratch.write_bytes(data)
+            scratch.with_suffix(".sha256").write_text(hashlib.sha256(data).hexdigest())
+            scratch.with_suffix(".sha256").replace(file.with_suffix(".sha256"))
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def has(self, place: str, batch: str) -> bool:
+        """Say whether an output is stored."""
+        return self._file(place, batch).exists()
+
+    def intact(self, place: str, batch: str) -> bool:
+        """Say whether an output is stored, and is what was written."""
+        file = self._file(place, batch)
+        try:
+            return hashlib.sha256(file.read_bytes()).hexdigest() == file.with_suffix(".sha256").read_text()
+        except OSError:
+            return False
+
+    def read(self, place: str, batch: str) -> Any:
+        """Return an output.
+
+        Raises
+        ------
+        OSError
+            If it is not there or cannot be read.
+        """
+        file = self._file(place, batch)
+        try:
+            with safe_open(file, framework="pt") as stored:
+                length = stored.metadata()["length"]
+                # Cloned: what `safe_open` returns is a view of the file, which is removed when the next block is done.
+                tensors = {key: stored.get_tensor(key).clone().to(self.device) for key in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError) as error:
+            raise OSError(f"the stored hidden state {file} cannot be read: {error}") from error
+        if length == "tensor":
+            return tensors["0"]
+        return tuple(tensors.get(str(index)) for index in range(int(length)))
+
+    def drop(self, place: str, *, keep: str | None = None) -> None:
+        """Remove the outputs of one module, but for one batch."""
+        for file in (self.directory / place).glob("*"):
+            if keep is None or file.name.partition(".")[0] != keep:
+                file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _file(self, place: str, batch: str) -> Path:
+        return self.directory / place / f"{batch}{_SUFFIX}"
