@@ -7,6 +7,7 @@ The theorems (letters as in the documentation's page on the mathematics):
 - (B2) cross core with rows chosen so that ``gamma`` is finite.
 - (B4) a Gaussian sketch drawn after the choice (Gratton and Titley-Peloquin, SIAM J. Matrix Anal. Appl. 39, 2018).
 - (B5) rounding of the evaluation itself, added to every value.
+- (L) the output of a layer behind a Lipschitz activation (arXiv 2501.04211, Theorem 4.1).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any, Literal
 from cur._array import Array, namespace
 
 __all__ = [
+    "LIPSCHITZ",
     "Certificate",
     "cross_bound",
     "eta",
+    "layer_output_bound",
     "projection_bound",
     "sketch_factor",
     "sketch_size",
@@ -173,3 +176,63 @@ def sketch_factor(count: int, failure_probability: float, /) -> float:
             f"`count` must be at least {least} for a failure probability of {failure_probability:g}; got {count}"
         )
     return 1.0 / math.sqrt(1.0 - t)
+
+
+LIPSCHITZ = {
+    "identity": 1.0,
+    "relu": 1.0,
+    "tanh": 1.0,
+    "silu": 1.09984,
+    "gelu": 1.128905,
+    "gelu_tanh": 1.12900,
+}
+"""Lipschitz constants of activations, the largest slope of each, rounded up.
+
+``x s(x)`` with ``s(-x) = 1 - s(x)`` (SiLU, GELU and its tanh form) has slopes ``f'(x) + f'(-x) = 1``, so that the
+smallest is one less the largest, and smaller in size. SiLU is steepest where ``x tanh(x / 2) = 2``; GELU at the root of
+2, with slope ``Phi(sqrt(2)) + exp(-1) / sqrt(pi)``.
+"""
+
+
+def layer_output_bound(error: float, size: float = 1.0, /, *, activation: str | float = "identity") -> float:
+    """Return (L), a bound on the change of ``act(W x)`` when another matrix stands for `W`.
+
+    ``||act(W x) - act(B x)|| <= L ||W - B|| ||x||`` in the 2-norm, for an activation of Lipschitz constant `L` that
+    acts on each entry. With ``error = ||(W - B) G^(1/2)||_F``, where ``G = E[x x^T]``, and ``size = 1`` it bounds the
+    root mean square over the inputs, and is exact for the identity.
+
+    Parameters
+    ----------
+    error : float
+        ``||W - B||_2`` or an upper bound on it, such as a certificate in either norm; or the weighted error.
+    size : float, default 1
+        ``||x||``, or a root mean square of it for one of the change.
+    activation : str or float, default "identity"
+        A key of `LIPSCHITZ`, or a Lipschitz constant.
+
+    Raises
+    ------
+    ValueError
+        If the activation is unknown, or a number is negative or NaN.
+
+    References
+    ----------
+    arXiv 2501.04211, Theorem 4.1.
+
+    Examples
+    --------
+    >>> round(layer_output_bound(0.1, 2.0, activation="silu"), 4)
+    0.22
+    """
+    if isinstance(activation, str):
+        if activation not in LIPSCHITZ:
+            raise ValueError(
+                f"`activation` must be one of {', '.join(LIPSCHITZ)}, or a Lipschitz constant; got {activation!r}"
+            )
+        constant = LIPSCHITZ[activation]
+    else:
+        constant = activation
+    for name, value in (("error", error), ("size", size), ("activation", constant)):
+        if not value >= 0:
+            raise ValueError(f"`{name}` must be a number that is at least 0; got {value!r}; pass a norm")
+    return constant * error * size if error > 0 and size > 0 else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 __all__ = [
+    "Masks",
     "Progress",
     "Seen",
     "body",
     "check_finite_weights",
+    "decoder_mask",
     "evaluating",
     "find_modules",
     "find_nonfinite",
@@ -70,12 +73,32 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     accepted = inspect.signature(module.forward).parameters
     if "use_cache" in accepted:
         inputs["use_cache"] = False
+    if _is_encoder_decoder(module) and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+        labels = batch.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"a batch for the encoder-decoder {type(module).__name__} must have `decoder_input_ids` or `labels`, "
+                f"got {', '.join(batch)}"
+            )
+        inputs["decoder_input_ids"] = _shifted(labels.to(place), module)
     mask = inputs.get("attention_mask")
     # RoBERTa and its kin number positions from an offset of their own, and pass over padding by themselves.
     numbers_itself = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
     if "position_ids" in accepted and "position_ids" not in inputs and not numbers_itself and _left_padded(mask):
         inputs["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_(min=0)
     return inputs
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def _shifted(labels: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Return what a decoder reads when it is to say `labels`: the start token, and each label but the last."""
+    config: Any = module.config
+    start, padding = config.decoder_start_token_id, config.pad_token_id
+    ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return ids.masked_fill(ids == -100, start if padding is None else padding)
 
 
 def _left_padded(mask: Any) -> TypeGuard[torch.Tensor]:
@@ -152,18 +175,69 @@ def total_samples(batches: Iterable[Any]) -> int | None:
     return sum(len(size) for size in sizes)
 
 
-def padding_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
     """Return the padding mask as booleans, None where every position counts."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get(key)
     if mask is None:
         return None
     if mask.ndim != 2:
-        raise ValueError(f"`attention_mask` must have shape (batch, length), got {tuple(mask.shape)}")
+        raise ValueError(f"`{key}` must have shape (batch, length), got {tuple(mask.shape)}")
     kept: torch.Tensor = mask.bool()
     empty = ~kept.any(dim=1)
     if bool(empty.any()):
         raise ValueError(f"sample {int(empty.nonzero()[0])} of a batch is all padding; leave it out")
     return None if bool(kept.all()) else kept
+
+
+def decoder_mask(batch: Mapping[str, Any] | torch.Tensor) -> torch.Tensor | None:
+    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100."""
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("labels")
+    if "decoder_attention_mask" in batch or not isinstance(labels, torch.Tensor):
+        return padding_mask(batch, "decoder_attention_mask")
+    return padding_mask({"labels": labels != -100}, "labels") if labels.ndim == 2 else None
+
+
+class Masks:
+    """Which positions count in what a module is called with.
+
+    In an encoder-decoder the modules of the decoder see its own positions, except where they are called with what the
+    encoder returned.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Whose parts are asked about.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of_inputs: torch.Tensor | None = None
+        self.of_decoder: torch.Tensor | None = None
+        self._inside: set[int] = set()
+        self._encoder: nn.Module | None = None
+        self._encoded: weakref.ref[torch.Tensor] | None = None
+        if _is_encoder_decoder(model):
+            known: Any = model
+            self._inside = {id(part) for part in known.get_decoder().modules()}
+            self._encoder = known.get_encoder()
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Watch what the encoder returns."""
+        return [] if self._encoder is None else [self._encoder.register_forward_hook(self._after)]
+
+    def start(self, inputs: Mapping[str, Any], batch: Mapping[str, Any] | torch.Tensor) -> None:
+        """Take the masks of one batch."""
+        self.of_inputs = padding_mask(inputs)
+        self.of_decoder = decoder_mask(batch)
+
+    def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask of `x`, with which `module` is called, or that it returns."""
+        encoded = self._encoded is not None and self._encoded() is x
+        return self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
+
+    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._encoded = weakref.ref(output[0])
 
 
 def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
@@ -181,7 +255,7 @@ def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.T
 
 
 class Seen:
-    """What a pass has seen: numbers of samples and tokens, and a hash of the token ids without padding."""
+    """What a pass has seen: numbers of samples and tokens, and a hash of all inputs without padding."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -189,21 +263,42 @@ class Seen:
         self._digest = hashlib.sha256()
 
     def add(self, inputs: Mapping[str, Any], mask: torch.Tensor | None) -> None:
-        """Count and hash one batch."""
+        """Count and hash one batch.
+
+        Token ids count one by one; images, sounds and other inputs that are not token ids, as one token a sample.
+        """
         ids = inputs.get("input_ids")
-        if ids is None:
-            ids = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+        named = {"input_ids": ids} if ids is not None else _measured(inputs)
+        named |= {key: value for key, value in inputs.items() if key == "decoder_input_ids"}
+        first = next(iter(named.values()))
         before = self.tokens
-        for index, row in enumerate(ids.cpu()):
-            kept = row if mask is None or mask.shape != ids.shape else row[mask[index].cpu()]
-            self._digest.update(len(kept).to_bytes(8, "little"))
-            kind = "<f8" if kept.is_floating_point() else "<i8"
-            self._digest.update(kept.contiguous().numpy().astype(kind).tobytes())
-            self.tokens += len(kept)
-        self.samples += len(ids)
+        for index in range(len(first)):
+            for values in named.values():
+                row = values[index].cpu()
+                if values is first and mask is not None and mask.shape == values.shape:
+                    row = row[mask[index].cpu()]
+                self._digest.update(len(row).to_bytes(8, "little"))
+                kind = "<f8" if row.is_floating_point() else "<i8"
+                self._digest.update(_exact(row).numpy().astype(kind).tobytes())
+                if values is first:
+                    self.tokens += 1 if row.is_floating_point() else len(row)
+        self.samples += len(first)
         if self.tokens == before:
             raise ValueError("a batch holds no token")
 
     def hexdigest(self) -> str:
-        """Return the SHA-256 of all token ids so far, each sample with its length before it."""
+        """Return the SHA-256 of the inputs so far, each sample with its length before it."""
         return self._digest.hexdigest()
+
+
+def _measured(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"a batch must hold tensors, got {', '.join(inputs) or 'nothing'}")
+    key = next(iter(tensors))
+    return {key: tensors[key]}
+
+
+def _exact(row: torch.Tensor) -> torch.Tensor:
+    # NumPy has no bfloat16.
+    return row.contiguous().double() if row.is_floating_point() else row.contiguous()

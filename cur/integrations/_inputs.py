@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur.integrations._forward import token_rows
+from cur.integrations._forward import Masks, token_rows
 
 __all__ = ["InputSums", "add_gram_", "mirror_"]
 
@@ -21,8 +21,9 @@ _TRIANGLE_BLOCKS = 8
 class InputSums:
     """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, full: bool) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], masks: Masks, *, full: bool) -> None:
         self.full = full
+        self.masks = masks
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
         for name, module in modules.items():
@@ -33,7 +34,6 @@ class InputSums:
         self.sums: dict[int, torch.Tensor] = {}
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
-        self.mask: torch.Tensor | None = None
         self.seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
@@ -41,8 +41,7 @@ class InputSums:
             module.register_forward_pre_hook(self._hook(key), with_kwargs=True) for key, module in self.modules.items()
         ]
 
-    def start(self, mask: torch.Tensor | None) -> None:
-        self.mask = mask
+    def start(self) -> None:
         self.seen.clear()
 
     def finish(self) -> str | None:
@@ -80,7 +79,8 @@ class InputSums:
         return key
 
     def _add(self, key: int, x: torch.Tensor) -> None:
-        rows = token_rows(x, self.mask, f"the input of {self.names[key][0]!r}")
+        mask = self.masks.of(self.modules[key], x)
+        rows = token_rows(x, mask, f"the input of {self.names[key][0]!r}")
         if key not in self.sums:
             n = rows.shape[1]
             self.counts[key] = 0

@@ -11,6 +11,7 @@ from torch import nn
 from cur._errors import NumericalError
 from cur.integrations._angles import HiddenAngles
 from cur.integrations._forward import (
+    Masks,
     Progress,
     Seen,
     body,
@@ -19,12 +20,12 @@ from cur.integrations._forward import (
     find_modules,
     find_nonfinite,
     model_inputs,
-    padding_mask,
     run,
     total_samples,
 )
 from cur.integrations._inputs import InputSums
-from cur.integrations.statistics import Statistics
+from cur.integrations.experts import unrolled
+from cur.integrations.statistics import Statistics, by_stack
 
 __all__ = ["Statistics", "collect"]
 
@@ -50,7 +51,11 @@ def collect(
     For each block ``i`` of `layers` the angular distance of CURing (arXiv 2501.04211) is the mean over
     samples of ``arccos(cos(h[i-1], h[i])) / pi``, between 0 and 1, where ``h[i]`` is the block's output at
     the last token of the sample that is not padding and ``h[-1]`` the input of the first block. It is kept
-    for every pair of blocks.
+    for every pair of blocks of a stack. Where every token sees all others (encoders of text or images), the mean over
+    the tokens of the sample takes the place of the last one.
+
+    Experts stored as three-dimensional parameters are measured one by one, under names such as
+    ``"model.layers.3.mlp.experts.gate_up_proj.7"``.
 
     The head of the model is not run unless one of the `modules` belongs to it.
 
@@ -59,8 +64,10 @@ def collect(
     model : nn.Module
         A transformer, or any module that is called with the entries of a batch as keyword arguments.
     batches : iterable of mapping or torch.Tensor
-        Mappings with ``input_ids`` and, where there is padding, ``attention_mask``, both of shape (batch,
-        length); a bare tensor stands for ``input_ids``.
+        Keyword arguments of the model: ``input_ids`` and, where there is padding, ``attention_mask``, both of shape
+        (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor stands for ``input_ids``.
+        An encoder-decoder also needs ``labels`` or ``decoder_input_ids``; positions whose label is -100, or zero in
+        ``decoder_attention_mask``, count for nothing.
     modules : sequence of str
         Full names of the modules to measure.
     moments : {"diagonal", "full"}, default "diagonal"
@@ -86,8 +93,20 @@ def collect(
     """
     if moments not in ("diagonal", "full"):
         raise ValueError(f"`moments` must be 'diagonal' or 'full', got {moments!r}")
+    with unrolled(model):
+        return _collect(model, batches, modules, moments, tuple(layers or ()), progress)
+
+
+def _collect(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | torch.Tensor],
+    modules: Sequence[str],
+    moments: str,
+    layers: tuple[str, ...],
+    progress: Progress | None,
+) -> Statistics:
     measured = find_modules(model, modules, "modules")
-    blocks = find_modules(model, layers or (), "layers")
+    blocks = find_modules(model, layers, "layers")
     if not measured and not blocks:
         raise ValueError("`modules` and `layers` are both empty: there is nothing to measure")
     bad = check_finite_weights(model, measured)
@@ -99,20 +118,25 @@ def collect(
     if not all(id(part) in inside for part in (*measured.values(), *blocks.values())):
         inner = model
     total = total_samples(batches)
-    inputs_of = InputSums(measured, full=moments == "full")
-    hidden = HiddenAngles(blocks)
+    masks = Masks(model)
+    inputs_of = InputSums(measured, masks, full=moments == "full")
+    stacks = [HiddenAngles({name: blocks[name] for name in names}, masks) for names in by_stack(layers)]
     seen = Seen()
-    handles = [*inputs_of.attach(), *hidden.attach()]
+    # First the encoder's own hook: what it returns is told apart by it in those that follow.
+    handles = [*masks.attach(), *inputs_of.attach()]
+    for stack in stacks:
+        handles += stack.attach()
     try:
         with evaluating(model):
             for batch in batches:
                 inputs = model_inputs(inner, batch)
-                mask = padding_mask(inputs)
-                seen.add(inputs, mask)
-                inputs_of.start(mask)
-                hidden.start(mask)
+                masks.start(inputs, batch)
+                seen.add(inputs, masks.of_inputs)
+                inputs_of.start()
+                for stack in stacks:
+                    stack.start()
                 run(inner, inputs)
-                broken = inputs_of.finish() or hidden.finish()
+                broken = inputs_of.finish() or next(filter(None, [stack.finish() for stack in stacks]), None)
                 if broken:
                     raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
                 if progress is not None:
@@ -130,8 +154,19 @@ def collect(
         square_sums=sums,
         products=products,
         counts=counts,
-        angles=hidden.angles / seen.samples if blocks else None,
-        layers=tuple(layers or ()),
+        angles=_block_diagonal([stack.angles / seen.samples for stack in stacks]),
+        layers=layers,
         text_hash=seen.hexdigest(),
         model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
     )
+
+
+def _block_diagonal(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    if not parts:
+        return None
+    whole = torch.zeros((sum(len(part) for part in parts),) * 2, dtype=torch.float64)
+    corner = 0
+    for part in parts:
+        whole[corner : corner + len(part), corner : corner + len(part)] = part
+        corner += len(part)
+    return whole

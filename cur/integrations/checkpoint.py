@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from cur.integrations._directory import check_target, new_directory
+from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.quantizer import CheckpointError, CURConfig, CURQuantizer, mark_
 
@@ -154,10 +155,12 @@ def _multiplied_out(model: PreTrainedModel) -> Iterator[None]:
         return
     mark_(model)
     tied = dict(model.all_tied_weights_keys)
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
     model.dequantize(dtype=model.dtype)
     try:
         yield
     finally:
+        swap_(model, experts)
         swap_(model, layers)
         model.all_tied_weights_keys = tied
         mark_(model)

@@ -1,112 +1,67 @@
 """From a model and calibration text to a smaller model: measure, plan, decompose, swap.
 
-:func:`compress` is the four in a row; :func:`make_plan` and :func:`apply_plan_` are the two halves that a
-plan lies between. The model is changed only when every factorization has succeeded.
+:func:`compress` is the four in a row; :func:`measure`, :func:`make_plan` and :func:`carry_out_` are its parts, with a
+plan between them. The model is changed only when every factorization has succeeded.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from cur import ranks
-from cur.integrations.budget import BudgetConfig, error_curves, plan_budget
+from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import Statistics, collect
+from cur.integrations.config import CompressConfig
+from cur.integrations.experts import release_, unrolled
 from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
-from cur.integrations.layers import choose_layers, decoder_layers, linear_modules
+from cur.integrations.layers import decoder_layers
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, dense_weight, swap_
-from cur.integrations.plan import IMPORTANCES, LINKS, SUBSPACES, Plan, PlanEntry, fingerprint
+from cur.integrations.nn import CompressedLinear, dense_weight, swap_
+from cur.integrations.outputs import output_changes
+from cur.integrations.plan import PRECISIONS, Plan
+from cur.integrations.planning import candidates, make_plan
 from cur.integrations.quantizer import mark_
-from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
+from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions
+from cur.integrations.spectra import spectrum
 from cur.integrations.text import batches
 
-__all__ = ["BudgetConfig", "CompressConfig", "StageProgress", "apply_plan_", "compress", "make_plan"]
+__all__ = [
+    "BudgetConfig",
+    "CompressConfig",
+    "StageProgress",
+    "apply_plan_",
+    "as_batches",
+    "carry_out_",
+    "compress",
+    "make_plan",
+    "measure",
+]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
 """Called as ``progress(stage, done, total)``: ``calibrate`` and ``gradients`` in samples, ``plan`` and ``decompose`` in
 layers."""
 
-# Smaller side up to which the full SVD of a layer is a matter of seconds.
-_EXACT_UP_TO = 2048
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+class Clock:
+    """The seconds of each stage."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-@dataclass(frozen=True, kw_only=True)
-class CompressConfig:
-    """How to compress; the defaults are the setting of "CURing Large Models" (arXiv 2501.04211).
-
-    Parameters
-    ----------
-    layers : int, default 10
-        Number of blocks to compress: those of smallest angular distance, never the first or the last.
-    targets : str or tuple of str
-        Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
-    exclude : str or tuple of str, default ()
-        Modules to leave alone, by the same rules.
-    rank : int, default 128
-        Largest rank. A layer gets this or its break-even rank, the largest at which its factors are smaller
-        than its weight, whichever is lower. The paper takes 256 for a width of 4096; 128 suits widths near
-        576.
-    layout : {"cur", "folded", "interpolative"}, default "cur"
-        How the factors are stored.
-    importance : {"wanda", "magnitude", "weights"}, default "wanda"
-        Whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, or ``W``.
-    link : {"optimal", "activation"}, default "optimal"
-        Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
-        norm ``||x||``. Weighted, the certificate is in the weighted norm too.
-    subspace : {"auto", "exact", "randomised"}, default "auto"
-        Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
-        random sketch for larger ones, whose SVD takes minutes.
-    precision : {"float32", "float64"}, default "float32"
-        Of the factorizations; the factors are stored in the dtype of the weight.
-    batch_size : int, default 4
-        Windows per forward pass of the calibration; changes the statistics by rounding only.
-    seed : int, default 0
-        Of every random choice.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
-
-    layers: int = 10
-    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "gate_proj")
-    exclude: str | tuple[str, ...] = ()
-    rank: int = 128
-    layout: str = "cur"
-    importance: str = "wanda"
-    link: str = "optimal"
-    subspace: str = "auto"
-    precision: str = "float32"
-    batch_size: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("layers", "rank", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
-        choices = {
-            "layout": tuple(LAYOUTS),
-            "importance": IMPORTANCES,
-            "link": LINKS,
-            "subspace": ("auto", *SUBSPACES),
-            "precision": tuple(PRECISIONS),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
 
 
 def compress(
@@ -156,142 +111,60 @@ def compress(
     [(8, 2048, 832), (8, 2048, 832)]
     """
     config = config or CompressConfig()
-    candidates = _candidates(model, config)
-    seconds: dict[str, float] = {}
-    before = model_size(model)
-    start = time.perf_counter()
-    if isinstance(calibration, Statistics):
-        statistics = calibration
-    else:
-        statistics = _measure(model, calibration, config, candidates, progress)
-    seconds["calibrate"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    plan = make_plan(model, statistics, config, progress=progress)
-    seconds["plan"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    precision = config.precision if isinstance(config, CompressConfig) else "float64"
-    layers, reports = _decompose(model, plan, statistics, precision, progress)
-    seconds["decompose"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    swap_(model, layers)
-    mark_(model)
-    seconds["swap"] = time.perf_counter() - start
-    return CompressionReport(
-        plan=_as_done(plan, reports),
-        layers=tuple(reports),
-        before=before,
-        after=model_size(model),
-        seconds=seconds,
-        versions=versions(),
-    )
+    with unrolled(model):
+        return _compress(model, calibration, config, progress)
 
 
-def _measure(
+def _compress(
     model: PreTrainedModel,
-    calibration: Tensor | Iterable[Mapping[str, Tensor]],
+    calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
     config: CompressConfig | BudgetConfig,
-    modules: list[str],
     progress: StageProgress | None,
-) -> Statistics:
-    """Collect what the configuration needs."""
-
-    def stage(name: str) -> Callable[[int, int | None], object] | None:
-        return None if progress is None else lambda done, total: progress(name, done, total)
-
-    given: Iterable[Any] = (
-        batches(calibration, batch_size=config.batch_size) if isinstance(calibration, Tensor) else list(calibration)
-    )
-    statistics = collect(
-        model,
-        given,
-        modules=modules,
-        moments="full" if isinstance(config, BudgetConfig) else "diagonal",
-        layers=[name for name, _ in decoder_layers(model)],
-        progress=stage("calibrate"),
-    )
-    if isinstance(config, BudgetConfig) and config.gradients:
-        return collect_gradients(
-            model, given, statistics, modules=modules, seed=config.seed, progress=stage("gradients")
-        )
-    return statistics
+) -> CompressionReport:
+    names = candidates(model, config)
+    clock = Clock()
+    before = model_size(model)
+    probe: Any = None
+    with clock.stage("calibrate"):
+        if isinstance(calibration, Statistics):
+            statistics = calibration
+        else:
+            given = as_batches(calibration, config.batch_size)
+            probe = given[0]
+            statistics = measure(model, given, config, modules=names, progress=progress)
+    with clock.stage("plan"):
+        plan = make_plan(model, statistics, config, progress=progress)
+    return carry_out_(model, plan, statistics, before=before, probe=probe, clock=clock, progress=progress)
 
 
-def make_plan(
-    model: PreTrainedModel,
-    statistics: Statistics,
-    config: CompressConfig | BudgetConfig | None = None,
-    *,
-    progress: StageProgress | None = None,
-) -> Plan:
-    """Decide which layers are replaced, and at which rank.
-
-    For a :class:`BudgetConfig` see :func:`~cur.integrations.budget.plan_budget`. For a :class:`CompressConfig` the
-    rank of a layer is ``min(config.rank, break-even, live input features)``: a feature that was zero on every
-    calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
-
-    Raises
-    ------
-    ValueError
-        As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
-    """
-    config = config or CompressConfig()
-    candidates = _candidates(model, config)
-    if isinstance(config, BudgetConfig):
-        watch = None if progress is None else lambda done, total: progress("plan", done, total)
-        curves = error_curves(model, statistics, config, candidates, progress=watch)
-        return plan_budget(model, statistics, config, curves)
-    if not statistics.angular:
-        raise ValueError(
-            "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
-        )
-    chosen = choose_layers(statistics.angular, config.layers)
-    names = linear_modules(model, config.targets, exclude=config.exclude, layers=chosen)
-    entries = []
-    for name in names:
-        if name not in candidates:
-            continue
-        m, n = dense_weight(model.get_submodule(name), name)[0].shape
-        live = int((x_norm(statistics, name) > 0).sum())
-        if live == 0:
-            raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
-        rank = min(config.rank, ranks.break_even(m, n, layout=config.layout), live)
-        if rank < 1:
-            raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
-        entries.append(
-            PlanEntry(
-                name=name,
-                shape=(m, n),
-                rank=rank,
-                layout=config.layout,
-                importance=config.importance,
-                link=config.link,
-                subspace=_subspace(config.subspace, min(m, n)),
-            )
-        )
-    return Plan(
-        entries=tuple(entries),
-        fingerprint=fingerprint(model),
-        model=str(getattr(model.config, "_name_or_path", "") or ""),
-        seed=config.seed,
-        calibration=statistics.text_hash or None,
-        calibration_tokens=statistics.tokens,
-        angular=statistics.angular,
-        versions=versions(),
-    )
-
-
-def apply_plan_(
+def carry_out_(
     model: PreTrainedModel,
     plan: Plan,
     statistics: Statistics,
     *,
-    precision: str = "float32",
+    before: Size | None = None,
+    probe: Mapping[str, Tensor] | None = None,
+    clock: Clock | None = None,
     progress: StageProgress | None = None,
-) -> list[LayerReport]:
-    """Carry out a plan, in place; the model is changed only if every factorization succeeds.
+) -> CompressionReport:
+    """Carry out a plan, in place, and report; the model is changed only if every factorization succeeds.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Changed in place.
+    plan : Plan
+        Made for this model, perhaps edited.
+    statistics : Statistics
+        They must cover the plan's layers.
+    before : Size, optional
+        Of the dense model, if it is known.
+    probe : mapping, optional
+        One batch of text, on which the change of every layer's output is measured.
+    clock : Clock, optional
+        With the seconds of the stages before.
+    progress : callable, optional
+        See :data:`StageProgress`.
 
     Raises
     ------
@@ -300,67 +173,99 @@ def apply_plan_(
     NumericalError
         If a weight is NaN or infinite.
     """
-    layers, reports = _decompose(model, plan, statistics, precision, progress)
-    swap_(model, layers)
-    mark_(model)
-    return reports
+    clock = clock or Clock()
+    with unrolled(model):
+        before = before or model_size(model)
+        with clock.stage("decompose"):
+            layers, reports = _decompose(model, plan, statistics, progress)
+        if probe is not None:
+            with clock.stage("outputs"):
+                changes = output_changes(model, layers, probe)
+                reports = [replace(done, output=changes.get(done.name)) for done in reports]
+        with clock.stage("swap"):
+            swap_(model, layers)
+            release_(model)
+            mark_(model)
+    return CompressionReport(
+        plan=_as_done(plan, reports),
+        layers=tuple(reports),
+        before=before,
+        after=model_size(model),
+        seconds=clock.seconds,
+        versions=versions(),
+    )
 
 
-def _candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig) -> list[str]:
-    """Name the layers that could be chosen, refusing before any forward pass what could not be compressed."""
-    blocks = decoder_layers(model)
-    ends = 0 if isinstance(config, BudgetConfig) else 1
-    if isinstance(config, CompressConfig) and config.layers > len(blocks) - 2:
-        raise ValueError(
-            f"`layers` must be between 1 and {max(len(blocks) - 2, 0)} for a model of {len(blocks)} blocks, whose "
-            f"first and last are never chosen, got {config.layers}"
+def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size: int) -> list[Any]:
+    """Return batches of token windows, or the batches that were given, as a list: two passes may be made over them."""
+    if isinstance(calibration, Tensor):
+        return list(batches(calibration, batch_size=batch_size))
+    given = list(calibration)
+    if not given:
+        raise ValueError("`calibration` is empty: it must hold at least one batch")
+    return given
+
+
+def measure(
+    model: PreTrainedModel,
+    given: list[Any],
+    config: CompressConfig | BudgetConfig,
+    *,
+    modules: list[str] | None = None,
+    progress: StageProgress | None = None,
+) -> Statistics:
+    """Collect the statistics that a configuration needs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not changed.
+    given : list
+        Batches.
+    config : CompressConfig or BudgetConfig
+        Says which layers, and whether second moments and gradients are needed.
+    modules : list of str, optional
+        Layers to measure; by default all that the configuration could choose.
+    progress : callable, optional
+        See :data:`StageProgress`.
+    """
+
+    def stage(name: str) -> Callable[[int, int | None], object] | None:
+        return None if progress is None else lambda done, total: progress(name, done, total)
+
+    with unrolled(model):
+        names = candidates(model, config) if modules is None else modules
+        full = isinstance(config, BudgetConfig) or config.needs_moments
+        statistics = collect(
+            model,
+            given,
+            modules=names,
+            moments="full" if full else "diagonal",
+            layers=[name for name, _ in decoder_layers(model)],
+            progress=stage("calibrate"),
         )
-    inside = range(ends, len(blocks) - ends)
-    names = linear_modules(model, config.targets, exclude=config.exclude, layers=inside)
-    tied = _tied_weights(model)
-    factored = tuple(f"{name}." for name in compressed_modules(model))
-    limit, widest = 0, ""
-    for name in names:
-        if name.startswith(factored):
-            raise ValueError(f"{name} is a factor of a layer that is compressed already; exclude it")
-        weight, _, _ = dense_weight(model.get_submodule(name), name)
-        if weight.is_meta:
-            raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
-        if other := tied.get(weight.data_ptr(), {name}) - {name}:
-            raise ValueError(
-                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave the "
-                "other dense, so exclude it"
+        if isinstance(config, BudgetConfig) and config.gradients:
+            return collect_gradients(
+                model, given, statistics, modules=names, seed=config.seed, progress=stage("gradients")
             )
-        if min(weight.shape) > limit:
-            limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
-    if isinstance(config, CompressConfig) and config.rank > limit:
-        raise ValueError(
-            f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
-        )
-    return names
+        return statistics
 
 
-def _subspace(asked: str, side: int) -> str:
-    if asked != "auto":
-        return asked
-    return "exact" if side <= _EXACT_UP_TO else "randomised"
-
-
-def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
-    """Return the modules that hold each parameter, by its address; a module under two names is one module."""
-    holders: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.numel() and not parameter.is_meta:
-                holders.setdefault(parameter.data_ptr(), set()).add(name)
-    return holders
+def apply_plan_(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics,
+    *,
+    progress: StageProgress | None = None,
+) -> list[LayerReport]:
+    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model."""
+    return list(carry_out_(model, plan, statistics, progress=progress).layers)
 
 
 def _decompose(
     model: PreTrainedModel,
     plan: Plan,
     statistics: Statistics,
-    precision: str,
     progress: StageProgress | None,
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
     plan.check(model)
@@ -371,8 +276,10 @@ def _decompose(
         if progress is not None:
             progress("decompose", done, len(plan.entries))
         module = model.get_submodule(entry.name)
-        layers[entry.name], report = factorize(module, entry, moments, dtype=PRECISIONS[precision], seed=plan.seed)
-        reports.append(report)
+        layers[entry.name], report = factorize(module, entry, moments, dtype=PRECISIONS[plan.precision], seed=plan.seed)
+        weight = dense_weight(module, entry.name)[0].detach()
+        weighted = weight.to(torch.float64) * x_norm(statistics, entry.name).to(weight.device)
+        reports.append(replace(report, spectrum=spectrum(weighted)))
     if progress is not None:
         progress("decompose", len(plan.entries), len(plan.entries))
     return layers, reports

@@ -26,7 +26,7 @@ from cur.integrations.report import LayerReport
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["factorize", "finite_weight"]
+__all__ = ["factorize", "finite_weight", "guide", "link_weights"]
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
@@ -75,7 +75,7 @@ def factorize(
     _, bias, transposed = dense_weight(module, entry.name)
     W = weight.to(dtype if entry.method == "cur" else torch.float64)
     norm = x_norm(moments.statistics, entry.name).to(W)
-    done = _columns_and_rows(W, entry, norm, seed) if entry.method == "cur" else _under_moments(W, entry, moments)
+    done = _columns_and_rows(W, entry, moments, seed) if entry.method == "cur" else _under_moments(W, entry, moments)
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
@@ -90,6 +90,7 @@ def factorize(
         certificate=_plain(done.certificate),
         relative_error=_ratio(residual, W),
         weighted_error=_ratio(residual * norm, W * norm),
+        weighted_bound=_weighted_bound(residual, W, norm, done.factors),
         rows=_indices(done.rows),
         columns=_indices(done.columns),
         seconds=time.perf_counter() - start,
@@ -119,15 +120,15 @@ class _Done:
         return layer
 
 
-def _columns_and_rows(W: Tensor, entry: PlanEntry, x_norm: Tensor, seed: int) -> _Done:
+def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:
     with warnings.catch_warnings():
         # A weight of lower rank than planned is represented exactly; the report says at which rank.
         warnings.simplefilter("ignore", RankWarning)
         factors = deim_cur(
             W,
             rank=entry.rank,
-            importance=_guide(W, x_norm, entry.importance),
-            column_weights=x_norm**2 if entry.link == "activation" else None,
+            importance=guide(W, entry, moments),
+            column_weights=link_weights(W, entry, moments),
             subspace=entry.subspace,
             rng=seed,
         )
@@ -149,12 +150,37 @@ def _under_moments(W: Tensor, entry: PlanEntry, moments: Moments) -> _Done:
     return _Done(factors, certificate, factors.chosen if entry.method == "rows" else ())
 
 
-def _guide(W: Tensor, x_norm: Tensor, importance: str) -> Tensor | None:
-    """Return the matrix whose singular subspaces select; None for the weight itself."""
-    if importance == "wanda":
-        score: Tensor = scores.wanda(W, x_norm)
-        return score
-    return W.abs() if importance == "magnitude" else None
+def guide(W: Tensor, entry: PlanEntry, moments: Moments) -> Tensor | None:
+    """Return the matrix whose singular subspaces choose rows and columns; None for the weighted weight itself."""
+    if entry.importance == "weights" and entry.link == "optimal":
+        return None
+    if entry.importance == entry.link:  # the weights of the factorization are those of the choice
+        return None
+    if entry.importance == "covariance":
+        root = moments.input_weight(entry.name, W)
+        score: Tensor = root.apply(W, 1) @ root.vectors.mT
+    elif entry.importance == "wanda":
+        score = scores.wanda(W, x_norm(moments.statistics, entry.name).to(W))
+    elif entry.importance == "activation":
+        score = W * x_norm(moments.statistics, entry.name).to(W)
+    else:
+        score = W.abs() if entry.importance == "magnitude" else W
+    return score
+
+
+def link_weights(W: Tensor, entry: PlanEntry, moments: Moments) -> Any:
+    """Return the weights of the columns under which the core is the best one."""
+    if entry.link == "activation":
+        return x_norm(moments.statistics, entry.name).to(W) ** 2
+    return moments.input_weight(entry.name, W) if entry.link == "covariance" else None
+
+
+def _weighted_bound(residual: Tensor, W: Tensor, norm: Tensor, factors: CUR | Interpolative) -> float:
+    """Bound the weighted error relative to the weighted norm: as computed, and the rounding of the product."""
+    parts = list(factors) if isinstance(factors, CUR) else list(factors.folded().factors)
+    rounding = evaluation_rounding(*parts, u=unit_roundoff(W.dtype, W)) * float(norm.max())
+    scale = float(torch.linalg.norm(W * norm))
+    return (float(torch.linalg.norm(residual * norm)) + rounding) / scale if scale > 0 else 0.0
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

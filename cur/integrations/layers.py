@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -10,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ALL_LINEAR", "choose_layers", "decoder_layers", "is_linear", "linear_modules"]
+from cur.integrations.experts import LinearExperts, unrolled
+
+__all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules"]
 
 ALL_LINEAR = "all-linear"
 
@@ -25,12 +26,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
-    """Find the stack of equal blocks that makes up a transformer.
+def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
+    """Find the stacks of equal blocks that make up a transformer.
 
-    The stack is the one ``nn.ModuleList`` of modules of one class, all with linear layers inside, that is as
-    long as ``config.num_hidden_layers`` says; without such a config, the longest one. Lists inside blocks do
-    not count.
+    A stack is an ``nn.ModuleList`` of modules of one class, all with linear layers inside; lists inside blocks do
+    not count. An encoder-decoder has two. Any other model has the one that is as long as
+    ``config.num_hidden_layers`` says; without such a config, the longest one.
 
     Parameters
     ----------
@@ -39,13 +40,13 @@ def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
 
     Returns
     -------
-    list of (str, nn.Module)
-        Name and module of each block, from the input to the output.
+    list of list of (str, nn.Module)
+        Name and module of each block, from the input to the output; an encoder before its decoder.
 
     Raises
     ------
     ValueError
-        If there is no such stack, or more than one.
+        If there is no such stack, or it is not clear which.
     """
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -56,19 +57,37 @@ def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
         alike = len({type(block) for block in module}) == 1
         if alike and all(any(is_linear(part) for part in block.modules()) for block in module):
             found.append((name, module))
-    count = _num_hidden_layers(model)
-    if count is None and found:
-        count = max(len(blocks) for _, blocks in found)
-    stacks = [(name, blocks) for name, blocks in found if len(blocks) == count]
-    if len(stacks) != 1:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        stacks, wanted, what = found, 2, "an encoder and a decoder"
+    else:
+        count = _num_hidden_layers(model)
+        if count is None and found:
+            count = max(len(blocks) for _, blocks in found)
+        stacks = [(name, blocks) for name, blocks in found if len(blocks) == count]
+        wanted, what = 1, f"one stack of {count or 'equal'} blocks"
+    if len(stacks) != wanted:
         seen = ", ".join(f"{name!r} ({len(blocks)})" for name, blocks in found) or "none"
-        what = "no stack" if not stacks else "more than one stack"
         raise ValueError(
-            f"{type(model).__name__} has {what} of {count or 'equal'} blocks (lists found: {seen}); "
-            "name the modules to compress instead of choosing among layers"
+            f"{type(model).__name__} must have {what} (lists found: {seen}); name the modules to compress instead of "
+            "choosing among layers"
         )
-    name, blocks = stacks[0]
-    return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
+    return [[(f"{name}.{index}", block) for index, block in enumerate(blocks)] for name, blocks in stacks]
+
+
+def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
+    """Name the blocks of a transformer: those of :func:`block_stacks`, one stack after the other.
+
+    Returns
+    -------
+    list of (str, nn.Module)
+        Name and module of each block, from the input to the output.
+
+    Raises
+    ------
+    ValueError
+        As :func:`block_stacks`.
+    """
+    return [block for stack in block_stacks(model) for block in stack]
 
 
 def _num_hidden_layers(model: nn.Module) -> int | None:
@@ -95,7 +114,9 @@ def linear_modules(
         The model.
     targets : str or sequence of str
         A sequence holds full names (``"model.layers.3.mlp.gate_proj"``) or dotted ends of names
-        (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. A string is a regular
+        (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have
+        names like ``"model.layers.3.mlp.experts.gate_up_proj.7"``; the end may leave out the number, for all of
+        them. A string is a regular
         expression that must match the full name; ``"all-linear"`` stands for every linear module. Neither
         kind of string selects the output head: list it by name.
     exclude : str or sequence of str, default ()
@@ -111,22 +132,26 @@ def linear_modules(
     Raises
     ------
     ValueError
-        If a target selects nothing, with the reason: no such name, not a linear module, experts stored as one
-        three-dimensional parameter, outside `layers`, everything excluded.
+        If a target selects nothing, with the reason: no such name, not a linear module, outside `layers`,
+        everything excluded; or if it selects experts that cannot be taken apart.
     """
     listed = not isinstance(targets, str)
     patterns: list[str] = [targets] if isinstance(targets, str) else list(targets)
     if not patterns or "" in patterns:
         raise ValueError(f"`targets` must name at least one module and no empty name, got {targets!r}")
-    modules = {name: module for name, module in model.named_modules() if name}
+    with unrolled(model):
+        modules = {name: module for name, module in model.named_modules() if name}
     linear = {name for name, module in modules.items() if is_linear(module)}
-    excluded = {name for name in modules if _matches(name, exclude, "exclude")}
+    family = _expert_families(modules)
+    excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
+    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
+    excluded |= {name for name in modules if name.startswith(whole)}
     _refuse_experts(modules, targets, excluded)
 
     chosen: set[str] = set()
     for pattern in patterns:
         rule: str | list[str] = [pattern] if listed else pattern
-        named = [name for name in modules if _matches(name, rule, "targets")]
+        named = [name for name in modules if _matches(name, rule, "targets", family)]
         hits = [name for name in named if name in linear]
         if not hits:
             raise ValueError(_nothing(pattern, named, modules, linear))
@@ -149,15 +174,26 @@ def linear_modules(
     return [name for name in modules if name in chosen]
 
 
-def _matches(name: str, rule: str | Sequence[str], parameter: str) -> bool:
+def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mapping[str, str] | None = None) -> bool:
     if not isinstance(rule, str):
-        return any(name == pattern or name.endswith("." + pattern) for pattern in rule)
+        names = (name, (family or {}).get(name, name))
+        return any(known == pattern or known.endswith("." + pattern) for pattern in rule for known in names)
     if rule == ALL_LINEAR:
         return True
     try:
         return re.fullmatch(rule, name) is not None
     except re.error as error:
         raise ValueError(f"`{parameter}` {rule!r} is not a regular expression: {error}") from None
+
+
+def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return by the name of each expert's matrix the name that it shares with those of the other experts."""
+    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, LinearExperts))
+    return {
+        name: name.rpartition(".")[0]
+        for name in modules
+        if name.rpartition(".")[2].isdigit() and name.startswith(experts)
+    }
 
 
 def _experts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -179,9 +215,9 @@ def _refuse_experts(modules: Mapping[str, nn.Module], targets: str | Sequence[st
             continue
         if _matches(name, targets, "targets") or _matches(full, targets, "targets"):
             raise ValueError(
-                f"{full} holds {value.shape[0]} experts as one parameter of shape {tuple(value.shape)}; "
-                "mixtures of experts stored this way are not compressed: put "
-                f"{name.rpartition('.')[2]!r} into `exclude`, or name other targets"
+                f"{full} holds {value.shape[0]} experts as one parameter of shape {tuple(value.shape)}, and "
+                f"{type(modules[name]).__name__} does not keep to transformers' interface of experts, so they are not "
+                f"compressed: put {name.rpartition('.')[2]!r} into `exclude`, or name other targets"
             )
 
 
@@ -198,7 +234,7 @@ def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module
     close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     experts = next(iter(_experts(modules)), None)
-    note = "" if experts is None else f"; experts stored as one parameter, as in {experts}, are not compressed"
+    note = "" if experts is None else f"; the experts in {experts} are not compressed"
     return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}{note}"
 
 
@@ -215,44 +251,3 @@ def _inside(model: nn.Module, layers: Sequence[int], modules: Iterable[str]) -> 
         raise ValueError(f"`layers` must be between 0 and {len(blocks) - 1} for this model, got {wrong}")
     prefixes = tuple(blocks[index][0] + "." for index in layers)
     return {name for name in modules if name.startswith(prefixes)}
-
-
-def choose_layers(distances: Mapping[int, float], count: int, /) -> list[int]:
-    """Choose the blocks that change their input least.
-
-    Parameters
-    ----------
-    distances : mapping of int to float
-        Angular distance of each block, keyed by its index from 0 on, as :attr:`Statistics.angular` has it.
-    count : int
-        How many to choose. The first and the last block are never chosen.
-
-    Returns
-    -------
-    list of int
-        Indices of the `count` blocks with the smallest distances, ascending; of equal distances the lower
-        index.
-
-    Raises
-    ------
-    ValueError
-        If a distance is missing or not finite, or `count` is not between 1 and the number of blocks less two.
-
-    Examples
-    --------
-    >>> from cur.integrations import choose_layers
-    >>> choose_layers({0: 0.01, 1: 0.3, 2: 0.1, 3: 0.2, 4: 0.02}, 2)
-    [2, 3]
-    """
-    indices = sorted(distances)
-    if indices != list(range(len(indices))):
-        raise ValueError(f"`distances` must have one entry per block, 0 to {len(indices) - 1}, got keys {indices}")
-    bad = [index for index in indices if not math.isfinite(distances[index])]
-    if bad:
-        raise ValueError(f"`distances` must be finite, they are not for layer(s) {bad}")
-    if not 1 <= count <= len(indices) - 2:
-        raise ValueError(
-            f"`count` must be between 1 and {max(len(indices) - 2, 0)} for a model of {len(indices)} layers "
-            f"(the first and the last are never chosen), got {count}"
-        )
-    return sorted(sorted(indices[1:-1], key=lambda index: (distances[index], index))[:count])

@@ -36,7 +36,7 @@ class Moments:
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        self._latest: tuple[tuple[int, float, torch.device], importance.Weight] | None = None
+        self._latest: tuple[tuple[int, float, torch.dtype, torch.device], importance.Weight] | None = None
 
     def weights(self, name: str, W: Tensor, *, gradients: bool, damping: float) -> tuple[Any, Any]:
         """Return the weights ``H`` of the rows and ``G`` of the columns of a layer's matrix.
@@ -71,8 +71,22 @@ class Moments:
         factored = self._factored(G, self.statistics.products[name], W, damping)
         return None if H is None else _damped(H.to(W), damping), factored
 
+    def input_weight(self, name: str, W: Tensor) -> importance.Weight:
+        """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
+
+        Raises
+        ------
+        ValueError
+            If the statistics lack it.
+        """
+        try:
+            moment = self.statistics.second_moment(name)
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+        return self._factored(moment, self.statistics.products[name], W, 0.0)
+
     def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> importance.Weight:
-        key = (id(shared), damping, W.device)
+        key = (id(shared), damping, W.dtype, W.device)
         if self._latest is None or self._latest[0] != key:
             self._latest = key, importance.matrix(moment.to(W), damping=damping)
         return self._latest[1]

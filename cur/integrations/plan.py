@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from cur import ranks
+from cur._atomic import replace_file
 from cur._errors import CURError
+from cur.integrations.experts import unrolled
 from cur.integrations.nn import LAYOUTS, dense_weight
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ __all__ = [
     "IMPORTANCES",
     "LINKS",
     "METHODS",
+    "PRECISIONS",
     "SUBSPACES",
     "Plan",
     "PlanEntry",
@@ -42,12 +46,15 @@ METHODS = ("cur", "weighted", "rows")
 """What stands for the weight: chosen columns and rows of it with a core between them; the nearest matrix of the rank
 under second moments; chosen rows of it and the best coefficients of the others under second moments."""
 
-IMPORTANCES = ("wanda", "magnitude", "weights")
-"""Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself."""
+IMPORTANCES = ("wanda", "magnitude", "weights", "activation", "covariance")
+"""Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself,
+``W diag(||x||)``, ``W E[x x^T]^(1/2)``."""
 
-LINKS = ("optimal", "activation")
-"""What the core U minimises: ``||W - C U R||_F``, or ``||(W - C U R) diag(||x||)||_F``."""
+LINKS = ("optimal", "activation", "covariance")
+"""What the core U minimises: ``||W - C U R||_F``, the same times ``diag(||x||)``, or times ``E[x x^T]^(1/2)``."""
 
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+"""Of the method ``"cur"``; the others, whose weights have a large range, compute in float64."""
 
 SUBSPACES = ("exact", "randomised")
 """Where the singular subspaces come from: an SVD, or a seeded random sketch, for layers too large for one."""
@@ -85,7 +92,8 @@ class PlanEntry:
         Multiple of the mean eigenvalue that is added to second moments. For the other methods.
     predicted : float or None
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
-        order; without, the squared relative error of its outputs. For the reader.
+        order; without, the squared relative error of its outputs. For the method "cur" the squared error that no
+        factorization of the rank goes below, relative and with every input feature counted by its norm. For the reader.
 
     Raises
     ------
@@ -181,6 +189,8 @@ class Plan:
         Where the dense model came from, for the reader.
     seed : int
         Seed of every random choice.
+    precision : str
+        One of :data:`PRECISIONS`.
     calibration : str or None
         SHA-256 of the calibration tokens, or None when it is not known.
     calibration_tokens : int
@@ -200,6 +210,7 @@ class Plan:
     fingerprint: str
     model: str = ""
     seed: int = 0
+    precision: str = "float32"
     calibration: str | None = None
     calibration_tokens: int = 0
     angular: Mapping[int, float] = field(default_factory=dict)
@@ -208,7 +219,11 @@ class Plan:
     model_parameters: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a module that is named twice."""
+        """Refuse a module that is named twice, and other values that no plan has."""
+        if self.precision not in PRECISIONS:
+            raise PlanError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise PlanError(f"`seed` must be an integer that is at least 0, got {self.seed!r}")
         names = [entry.name for entry in self.entries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PlanError(f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once")
@@ -246,7 +261,8 @@ class Plan:
         TypeError
             If a module is not a plain linear layer.
         """
-        modules = dict(model.named_modules(remove_duplicate=False))
+        with unrolled(model):
+            modules = dict(model.named_modules(remove_duplicate=False))
         for entry in self.entries:
             if entry.name not in modules:
                 raise PlanError(f"the plan names {entry.name}, which this model does not have: it is for another model")
@@ -271,6 +287,7 @@ class Plan:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "seed": self.seed,
+            "precision": self.precision,
             "calibration": self.calibration,
             "calibration_tokens": self.calibration_tokens,
             "angular": {str(layer): distance for layer, distance in self.angular.items()},
@@ -312,7 +329,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with replace_file(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -331,7 +349,8 @@ def fingerprint(model: nn.Module) -> str:
     Weights and dtype do not enter, so that a plan made in float32 can be replayed on the same model in
     bfloat16.
     """
-    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    with unrolled(model):  # whether experts lie in one parameter or in many does not matter
+        shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

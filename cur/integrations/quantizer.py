@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cur._errors import CURError
+from cur.integrations.experts import LinearExperts, is_experts, rolled
 from cur.integrations.nn import (
     LAYOUTS,
     CompressedLinear,
@@ -55,6 +56,8 @@ class CURConfig(QuantizationConfigMixin):
         layer.
     format_version : int
         See :data:`FORMAT_VERSION`.
+    experts : sequence of str
+        Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
     weights : str or None
         Name of the weight file, or of the index of its shards, when it is not transformers' own default.
 
@@ -68,6 +71,7 @@ class CURConfig(QuantizationConfigMixin):
         self,
         modules: Mapping[str, Mapping[str, Any]],
         format_version: int = FORMAT_VERSION,
+        experts: Sequence[str] = (),
         weights: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -80,11 +84,16 @@ class CURConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CheckpointError(f"`quantization_config` has unknown fields: {', '.join(sorted(unknown))}")
+        if not isinstance(modules, Mapping):
+            raise CheckpointError(f"`quantization_config` must describe modules by name, got {modules!r}")
         for name, spec in modules.items():
             _check_spec(name, spec)
+        if isinstance(experts, str) or not all(isinstance(name, str) for name in experts):
+            raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
+        self.experts = list(experts)
         self.weights = weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +101,8 @@ class CURConfig(QuantizationConfigMixin):
         data: dict[str, Any] = super().to_dict()
         if self.weights is None:
             del data["weights"]
+        if not self.experts:
+            del data["experts"]
         return data
 
 
@@ -130,6 +141,7 @@ class CURQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         shapes = _stored_shapes(checkpoint_files or ())
+        self._unroll_(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         layers: dict[str, CompressedLinear] = {}
         places: dict[str, CompressedLinear] = {}
@@ -156,6 +168,17 @@ class CURQuantizer(HfQuantizer):
         guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(_ADVICE)}
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
+
+    def _unroll_(self, model: PreTrainedModel) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        places = {name: _place(model, modules, name) for name in self.quantization_config.experts}
+        for name, place in places.items():
+            if not is_experts(modules[place]):
+                raise CheckpointError(
+                    f"`config.json` lists the experts {name}, which is a {type(modules[place]).__name__}: the "
+                    "configuration and the checkpoint do not belong together"
+                )
+        swap_(model, {place: LinearExperts(modules[place]) for place in places.values()})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in compressed_modules(model).items():
@@ -195,6 +218,7 @@ class CURQuantizer(HfQuantizer):
             tied[f"{name}.weight"] = f"{first}.weight"
         layers = compressed_modules(model)
         swap_(model, {name: layer.to_dense().to(dtype) for name, layer in layers.items()})
+        swap_(model, rolled(model))
         return model
 
 
@@ -228,7 +252,8 @@ def mark_(model: PreTrainedModel) -> None:
             "it "
             "in full precision"
         )
-    config = CURConfig(describe(model))
+    experts = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+    config = CURConfig(describe(model), experts=experts)
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
     state.is_quantized = True

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cur._atomic import replace_file
+from cur.integrations.outputs import OutputChange
 from cur.integrations.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,10 +61,17 @@ class LayerReport:
         ``||W - C U R||_F / ||W||_F``, of the factors in the precision of the factorization.
     weighted_error : float
         The same with every input feature weighted by its norm over the calibration tokens.
+    weighted_bound : float
+        Certified bound on it: as computed, and the rounding of the computation.
     rows, columns : tuple of int
         Indices of the rows and columns of W that were kept, in the order of the factors.
     seconds : float
         Time of the factorization.
+    spectrum : tuple of (int, float)
+        Some singular values of the weight with every input feature weighted by its norm, by their number from 1 on,
+        relative to the largest. Empty for layers too large for an SVD.
+    output : OutputChange or None
+        How much the layer's output changed on a batch of text; None unless it was measured.
     """
 
     name: str
@@ -77,6 +86,9 @@ class LayerReport:
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     seconds: float
+    weighted_bound: float
+    spectrum: tuple[tuple[int, float], ...] = ()
+    output: OutputChange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +148,8 @@ class CompressionReport:
                         "shape": tuple(layer["shape"]),
                         "rows": tuple(layer["rows"]),
                         "columns": tuple(layer["columns"]),
+                        "spectrum": tuple((int(index), float(value)) for index, value in layer["spectrum"]),
+                        "output": None if layer["output"] is None else OutputChange(**layer["output"]),
                     }
                 )
                 for layer in data["layers"]
@@ -154,7 +168,8 @@ class CompressionReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with replace_file(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ["Statistics"]
+__all__ = ["Statistics", "by_stack"]
 
 _FORMAT = "cur-statistics"
 _FORMAT_VERSION = 1
@@ -29,6 +29,14 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def by_stack(layers: Sequence[str]) -> list[list[str]]:
+    """Group the names of blocks by the list that holds them, as ``encoder.block`` holds ``encoder.block.0``."""
+    stacks: dict[str, list[str]] = {}
+    for name in layers:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(stacks.values())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,13 +63,13 @@ class Statistics:
     output_counts : mapping of str to int
         Gradients summed, per module.
     angles : torch.Tensor or None
-        Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for L blocks; row and
-        column 0 stand for the input of the first block, i + 1 for the output of block i. None if no blocks
-        were named.
+        Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for a stack of L blocks; row and
+        column 0 stand for the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
+        encoder-decoder, the diagonal blocks; zeros elsewhere. None if no blocks were named.
     layers : tuple of str
-        The names of the blocks.
+        The names of the blocks, one stack after the other.
     text_hash : str
-        SHA-256 of the token ids, sample by sample without padding.
+        SHA-256 of the token ids or other inputs, sample by sample without padding.
     model : str
         Name of the model.
     versions : mapping of str to str
@@ -91,9 +99,20 @@ class Statistics:
     @property
     def angular(self) -> dict[int, float]:
         """Angular distance of block i: from the output of block i - 1 (the input of block 0) to its own."""
+        return self.angular_spans(1)
+
+    def angular_spans(self, span: int, /) -> dict[int, float]:
+        """Angular distance from the input of block i to the output of block ``i + span - 1``, of the same stack."""
         if self.angles is None:
             return {}
-        return {index: float(self.angles[index, index + 1]) for index in range(len(self.layers))}
+        found: dict[int, float] = {}
+        first = corner = 0
+        for names in by_stack(self.layers):
+            for index in range(len(names) - span + 1):
+                found[first + index] = float(self.angles[corner + index, corner + index + span])
+            first += len(names)
+            corner += len(names) + 1
+        return found
 
     def x_norm(self, name: str, /) -> torch.Tensor:
         """Return the 2-norm of each input feature over all tokens, float64, shape (in,), for WANDA."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cur import NumericalError, deim_cur, importance, ranks
-from cur.integrations import Statistics, batches, collect, decoder_layers
+from cur.integrations import Statistics, batches, collect, decoder_layers, planning
 from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
 from cur.integrations.nn import LAYOUTS, CURLinear, compressed_modules
 from cur.integrations.plan import PlanError
@@ -167,8 +166,7 @@ def test_subspaces_are_decided_in_the_plan(
     model = make_model("llama")
     statistics = measure(model, windows)
     assert {entry.subspace for entry in make_plan(model, statistics, SMALL).entries} == {"exact"}
-    # The package has the function `compress` under the name of its module.
-    monkeypatch.setattr(sys.modules[compress.__module__], "_EXACT_UP_TO", 16)
+    monkeypatch.setattr(planning, "EXACT_UP_TO", 16)
     plan = make_plan(model, statistics, SMALL)
     assert {entry.shape[0]: entry.subspace for entry in plan.entries} == {
         32: "randomised",
@@ -316,10 +314,13 @@ def test_statistics_that_do_not_serve(llama: PreTrainedModel, windows: torch.Ten
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 0}, "`layers` must be a positive integer, got 0"),
+        ({"layers": 0}, "`layers` must be a positive integer, indices of blocks or .all., got 0"),
         ({"rank": 1.5}, "`rank`"),
         ({"layout": "lu"}, "`layout` must be one of"),
-        ({"importance": "luck"}, "`importance` must be one of wanda, magnitude, weights, got 'luck'"),
+        (
+            {"importance": "luck"},
+            "`importance` must be one of wanda, magnitude, weights, activation, covariance, got 'luck'",
+        ),
         ({"link": "luck"}, "`link`"),
         ({"precision": "float16"}, "`precision`"),
     ],

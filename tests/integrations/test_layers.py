@@ -14,7 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from cur.integrations import choose_layers, decoder_layers, linear_modules
+from cur.integrations import block_stacks, decoder_layers, linear_modules
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -57,16 +57,21 @@ def test_blocks_of_a_model_without_config() -> None:
     assert [name for name, _ in decoder_layers(Net())] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_two_stacks_are_refused() -> None:
+def test_an_encoder_decoder_has_two_stacks() -> None:
     config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    names = [[name for name, _ in stack] for stack in block_stacks(model)]
+    assert names == [["encoder.block.0", "encoder.block.1"], ["decoder.block.0", "decoder.block.1"]]
+    assert [name for name, _ in decoder_layers(model)] == [*names[0], *names[1]]
+    config.is_encoder_decoder = False
     with pytest.raises(
-        ValueError, match=r"more than one stack of 2 blocks .*'encoder.block' \(2\), 'decoder.block' \(2\)"
+        ValueError, match=r"must have one stack of 2 blocks .*'encoder.block' \(2\), 'decoder.block' \(2\)"
     ):
-        decoder_layers(T5ForConditionalGeneration(config))
+        decoder_layers(model)
 
 
 def test_no_stack_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear has no stack of equal blocks \(lists found: none\)"):
+    with pytest.raises(ValueError, match=r"Linear must have one stack of equal blocks \(lists found: none\)"):
         decoder_layers(nn.Linear(2, 2))
 
 
@@ -152,14 +157,29 @@ def test_no_linear_module_at_all() -> None:
         linear_modules(nn.Sequential(nn.ReLU()), ["fc"])
 
 
-def test_experts_in_one_parameter_are_refused_by_name(mixtral: MixtralForCausalLM) -> None:
+def test_experts_have_names_of_their_own(mixtral: MixtralForCausalLM) -> None:
+    every = linear_modules(mixtral, "all-linear")
+    assert len(every) == 2 * (4 + 2 * 3)
+    assert every[4:6] == [f"model.layers.0.mlp.experts.gate_up_proj.{index}" for index in range(2)]
+    assert linear_modules(mixtral, ["down_proj"], layers=[1]) == [
+        f"model.layers.1.mlp.experts.down_proj.{index}" for index in range(3)
+    ]
+    assert linear_modules(mixtral, ["layers.1.mlp.experts.down_proj.2"]) == ["model.layers.1.mlp.experts.down_proj.2"]
+    assert len(linear_modules(mixtral, "all-linear", exclude=["experts"])) == 8
+    with pytest.raises(ValueError, match=r"names 2 module\(s\), .* none of them linear: they are MixtralTopKRouter"):
+        linear_modules(mixtral, ["gate"])
+
+
+def test_experts_of_another_kind_are_refused_by_name(mixtral: MixtralForCausalLM) -> None:
+    for block in mixtral.model.layers:
+        del block.mlp.experts.has_gate
     with pytest.raises(
         ValueError, match=r"model.layers.0.mlp.experts.\w+ holds 3 experts .* put 'experts' into `exclude`"
     ):
         linear_modules(mixtral, "all-linear")
     with pytest.raises(ValueError, match="holds 3 experts"):
         linear_modules(mixtral, ["q_proj", "down_proj"])
-    with pytest.raises(ValueError, match=r"'w1' matches no module; .* experts stored as one parameter"):
+    with pytest.raises(ValueError, match=r"'w1' matches no module; .*the experts in .* are not compressed"):
         linear_modules(mixtral, ["w1"])
     found = linear_modules(mixtral, "all-linear", exclude=["experts", "gate"])
     assert len(found) == 8
@@ -175,25 +195,3 @@ def test_three_dimensions_alone_do_not_make_experts() -> None:
             self.inner = nn.Sequential(nn.Linear(3, 3))
 
     assert linear_modules(Net(), "all-linear") == ["inner.0"]
-
-
-def test_choose_layers_takes_the_smallest_inside() -> None:
-    distances = {0: 0.0, 1: 0.4, 2: 0.1, 3: 0.3, 4: 0.1, 5: 0.0}
-    assert choose_layers(distances, 1) == [2]
-    assert choose_layers(distances, 3) == [2, 3, 4]
-    assert choose_layers(distances, 4) == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("distances", "count", "message"),
-    [
-        ({0: 0.1, 1: 0.1, 2: 0.1}, 2, "`count` must be between 1 and 1 for a model of 3 layers"),
-        ({0: 0.1, 1: 0.1, 2: 0.1}, 0, "got 0"),
-        ({0: 0.1}, 1, "between 1 and 0"),
-        ({1: 0.1, 2: 0.1, 3: 0.1}, 1, "one entry per block"),
-        ({0: 0.1, 1: float("nan"), 2: 0.1}, 1, r"not for layer\(s\) \[1\]"),
-    ],
-)
-def test_choose_layers_refuses(distances: dict[int, float], count: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        choose_layers(distances, count)

@@ -26,7 +26,7 @@ def test_json_round_trip(report: CompressionReport, tmp_path: Path) -> None:
 
 
 def test_stages_are_timed(report: CompressionReport) -> None:
-    assert list(report.seconds) == ["calibrate", "plan", "decompose", "swap"]
+    assert list(report.seconds) == ["calibrate", "plan", "decompose", "outputs", "swap"]
     assert all(value >= 0 for value in report.seconds.values())
     assert sum(layer.seconds for layer in report.layers) <= report.seconds["decompose"]
 

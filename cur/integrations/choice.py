@@ -1,0 +1,133 @@
+"""Which blocks of a transformer to compress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["CHOICES", "choose_layers", "inner_blocks"]
+
+CHOICES = ("angular", "random", "last")
+"""How a number of blocks is chosen: those that turn the hidden state least, any, or the last ones."""
+
+
+def inner_blocks(stacks: Sequence[int]) -> list[int]:
+    """Return the indices of all blocks but the first and the last of each stack, from the lengths of the stacks.
+
+    The blocks of all stacks are numbered through. The ends of a stack do what no other block does, and are never
+    chosen.
+    """
+    found: list[int] = []
+    first = 0
+    for length in stacks:
+        found += range(first + 1, first + length - 1)
+        first += length
+    return found
+
+
+def choose_layers(
+    distances: Mapping[int, float] | None,
+    count: int,
+    /,
+    *,
+    by: str = "angular",
+    span: int = 1,
+    stacks: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Choose blocks, by default those that change their input least. The ends of a stack are never chosen.
+
+    Parameters
+    ----------
+    distances : mapping of int to float, or None
+        Angular distance of each run of `span` blocks, keyed by the index of its first block, as
+        :meth:`Statistics.angular_spans` has it; for single blocks, :attr:`Statistics.angular`. Only for
+        ``by="angular"``.
+    count : int
+        How many blocks to choose; a multiple of `span`.
+    by : {"angular", "random", "last"}, default "angular"
+        ``"random"`` draws blocks without replacement from a generator seeded by `seed`.
+    span : int, default 1
+        Blocks are chosen in runs of this many, whose inner blocks may turn the state and turn it back. Of all choices
+        of runs that do not overlap, the one with the smallest sum of distances.
+    stacks : sequence of int, optional
+        Number of blocks in each stack; default one stack, of as many blocks as `distances` has.
+    seed : int, default 0
+        For ``by="random"``.
+
+    Returns
+    -------
+    list of int
+        Indices of `count` blocks, ascending; of equal distances the lower index.
+
+    Raises
+    ------
+    ValueError
+        If a distance is missing or not finite, or `count` is not between 1 and the number of blocks that may be
+        chosen.
+
+    Examples
+    --------
+    >>> from cur.integrations import choose_layers
+    >>> choose_layers({0: 0.01, 1: 0.3, 2: 0.1, 3: 0.2, 4: 0.02}, 2)
+    [2, 3]
+    >>> choose_layers(None, 2, by="last", stacks=[5])
+    [2, 3]
+    """
+    if by not in CHOICES:
+        raise ValueError(f"`by` must be one of {', '.join(CHOICES)}, got {by!r}")
+    if span < 1 or (span > 1 and by != "angular"):
+        raise ValueError(f"`span` must be at least 1, and 1 unless `by` is 'angular', got {span}")
+    if stacks is None:
+        if distances is None:
+            raise ValueError("one of `distances` and `stacks` must be given: they say how many blocks there are")
+        stacks = [len(distances) + span - 1]
+    total, inner = sum(stacks), inner_blocks(stacks)
+    if not 1 <= count <= len(inner) or count % span:
+        multiple = "" if span == 1 else f", and a multiple of `span`, {span},"
+        raise ValueError(
+            f"`count` must be between 1 and {len(inner)}{multiple} for a model of {total} layers "
+            f"(the first and the last of a stack are never chosen), got {count}"
+        )
+    if by == "last":
+        return inner[-count:]
+    if by == "random":
+        return sorted(int(index) for index in np.random.default_rng(seed).permutation(inner)[:count])
+    return _least(distances or {}, count, span, stacks, inner)
+
+
+def _least(
+    distances: Mapping[int, float], count: int, span: int, stacks: Sequence[int], inner: Sequence[int]
+) -> list[int]:
+    allowed = set(inner)
+    starts = [index for index in inner if all(index + step in allowed for step in range(span))]
+    firsts = [sum(stacks[:number]) for number in range(len(stacks))]
+    known = [first + index for first, n in zip(firsts, stacks, strict=True) for index in range(n - span + 1)]
+    if sorted(distances) != known:
+        raise ValueError(
+            f"`distances` must have one entry per block, 0 to {sum(stacks) - 1} (runs of {span} begin at blocks of one "
+            f"stack), got keys {sorted(distances)}"
+        )
+    bad = [index for index in sorted(distances) if not math.isfinite(distances[index])]
+    if bad:
+        raise ValueError(f"`distances` must be finite, they are not for layer(s) {bad}")
+    if span == 1:
+        return sorted(sorted(starts, key=lambda index: (distances[index], index))[:count])
+    # table[stop][j]: the cheapest j runs among the blocks before `stop`
+    runs, low, high = count // span, min(inner), max(inner)
+    table: dict[int, dict[int, tuple[float, tuple[int, ...]]]] = {low: {0: (0.0, ())}}
+    for stop in range(low + 1, high + 2):
+        here = dict(table[stop - 1])
+        start = stop - span
+        for number, (cost, chosen) in table[start].items() if start in starts else ():
+            longer = (cost + distances[start], (*chosen, start))
+            here[number + 1] = min(longer, here.get(number + 1, longer))
+        table[stop] = here
+    done = table[high + 1].get(runs)
+    if done is None:
+        raise ValueError(
+            f"`count` must leave room for runs of {span} blocks that do not overlap, got {count} of {len(inner)} blocks"
+        )
+    return sorted(start + step for start in done[1] for step in range(span))

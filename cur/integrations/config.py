@@ -1,0 +1,140 @@
+"""How to compress to a rank: the configuration of the method "cur"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cur.integrations.choice import CHOICES
+from cur.integrations.layouts import PURPOSES
+from cur.integrations.nn import LAYOUTS
+from cur.integrations.plan import IMPORTANCES, LINKS, PRECISIONS, SUBSPACES
+
+__all__ = ["DEFAULT_RANK", "CompressConfig"]
+
+DEFAULT_RANK = 128
+"""Largest rank where neither one nor a rule of ranks is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """How to compress; the defaults are the setting of "CURing Large Models" (arXiv 2501.04211).
+
+    Parameters
+    ----------
+    layers : int, tuple of int or "all", default 10
+        A number of blocks, chosen as `choose` says and never the first or the last of a stack; or the indices of
+        blocks, from 0 on through all stacks; or every block.
+    choose : {"angular", "random", "last"}, default "angular"
+        Whether a number of blocks means those of smallest angular distance, any, or the last ones.
+    span : int, default 1
+        For "angular": blocks are chosen in runs of this many, by the angle between the input of the first and the
+        output of the last.
+    targets : str or tuple of str
+        Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
+    exclude : str or tuple of str, default ()
+        Modules to leave alone, by the same rules.
+    rank : int, optional
+        Largest rank. A layer gets this or its break-even rank, the largest at which its factors are smaller
+        than its weight, whichever is lower. The paper takes 256 for a width of 4096; 128, the default where none of the
+        three rules below is given, suits widths near 576.
+    energy : float, optional
+        Instead: the smallest rank at which the singular values of the matrix that guides the choice (see `importance`)
+        hold this share of the sum of their squares.
+    tolerance : float, optional
+        Instead: the smallest rank that is certified to have at most this relative error, in the norm of `link`. Layers
+        that would not get smaller stay dense.
+    effective_rank : bool, default False
+        Instead: the effective rank, the exponential of the entropy of the singular values of the guiding matrix.
+    layout : {"cur", "folded", "interpolative", "auto"}, default "cur"
+        How the factors are stored. ``"auto"``: the smallest and fastest that serves the purpose.
+    purpose : {"inference", "training"}, default "inference"
+        For the layout "auto": training keeps U apart.
+    importance : {"wanda", "magnitude", "weights", "activation", "covariance"}, default "wanda"
+        Whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W``, ``W diag(||x||)``, or
+        ``W E[x x^T]^(1/2)``.
+    link : {"optimal", "activation", "covariance"}, default "optimal"
+        Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
+        norm ``||x||``, or with the inputs' second moments, the change of the layer's output. Weighted, the certificate
+        is in the weighted norm too.
+    subspace : {"auto", "exact", "randomised"}, default "auto"
+        Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
+        random sketch for larger ones, whose SVD takes minutes.
+    precision : {"float32", "float64"}, default "float32"
+        Of the factorizations; the factors are stored in the dtype of the weight.
+    batch_size : int, default 4
+        Windows per forward pass of the calibration; changes the statistics by rounding only.
+    seed : int, default 0
+        Of every random choice.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    layers: int | str | tuple[int, ...] = 10
+    choose: str = "angular"
+    span: int = 1
+    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "gate_proj")
+    exclude: str | tuple[str, ...] = ()
+    rank: int | None = None
+    energy: float | None = None
+    tolerance: float | None = None
+    effective_rank: bool = False
+    layout: str = "cur"
+    purpose: str = "inference"
+    importance: str = "wanda"
+    link: str = "optimal"
+    subspace: str = "auto"
+    precision: str = "float32"
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("rank", "span", "batch_size"):
+            value = getattr(self, name)
+            if not (name == "rank" and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+        self._check_layers()
+        rules = [name for name in ("energy", "tolerance", "effective_rank") if getattr(self, name)]
+        if len(rules) > 1:
+            raise ValueError(f"one rule of ranks can be given, got {' and '.join(f'`{name}`' for name in rules)}")
+        for name in ("energy", "tolerance"):
+            share: Any = getattr(self, name)
+            if share is not None and not (isinstance(share, (int, float)) and 0.0 < share < 1.0):
+                raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {share!r}")
+        choices = {
+            "choose": CHOICES,
+            "layout": ("auto", *LAYOUTS),
+            "purpose": PURPOSES,
+            "importance": IMPORTANCES,
+            "link": LINKS,
+            "subspace": ("auto", *SUBSPACES),
+            "precision": tuple(PRECISIONS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.span > 1 and (self.choose != "angular" or not isinstance(self.layers, int)):
+            raise ValueError("`span` is for a number of `layers` chosen by angular distance; leave it at 1")
+
+    def _check_layers(self) -> None:
+        layers: Any = self.layers
+        if isinstance(layers, (tuple, list)):
+            if not layers or not all(type(index) is int and index >= 0 for index in layers):
+                raise ValueError(f"`layers` must be indices of blocks, from 0 on, at least one, got {layers!r}")
+        elif layers != "all" and (type(layers) is not int or layers < 1):
+            raise ValueError(f"`layers` must be a positive integer, indices of blocks or 'all', got {layers!r}")
+
+    @property
+    def largest_rank(self) -> int | None:
+        """The rank that no layer exceeds; None if only the break-even rank is the limit."""
+        ruled = self.energy is not None or self.tolerance is not None or self.effective_rank
+        return self.rank if self.rank is not None or ruled else DEFAULT_RANK
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether full second moments of the inputs are needed."""
+        return "covariance" in (self.importance, self.link)

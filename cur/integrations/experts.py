@@ -1,0 +1,171 @@
+"""Mixtures of experts whose weights are three-dimensional parameters, as one linear layer per expert.
+
+transformers keeps the matrices of all experts of a block in one parameter of shape (experts, out, in). With every
+expert a module of its own, named ``experts.gate_up_proj.3``, calibration, plans, compressed layers, adapters and
+checkpoints need no second way of doing things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur.integrations.nn import CompressedLinear, swap_
+
+__all__ = ["LinearExperts", "is_experts", "release_", "rolled", "unroll_", "unrolled"]
+
+# What `transformers.integrations.moe.use_experts_implementation` puts on every class that keeps to its interface.
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Say whether a module holds experts as three-dimensional parameters and keeps to transformers' interface."""
+    if isinstance(module, LinearExperts) or not all(hasattr(module, name) for name in _INTERFACE):
+        return False
+    if getattr(module, "_is_expert_parallel", False):
+        return False
+    weights = [module._parameters.get(name) for name in _names(module)]
+    return all(weight is not None and weight.ndim == 3 for weight in weights)
+
+
+def _names(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+class LinearExperts(nn.Module):
+    """The experts of one block, each matrix an ``nn.Linear`` or its compressed stand-in.
+
+    Parameters
+    ----------
+    experts : nn.Module
+        A module that :func:`is_experts` accepts. Its weights are not copied: the linear layers are views of them.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.shell = _without_parameters(experts)
+        self.names = _names(experts)
+        for name in self.names:
+            weight = experts._parameters[name]
+            bias = experts._parameters.get(f"{name}_bias")
+            setattr(self, name, nn.ModuleList(_linears(weight, bias, transposed=bool(self.shell.is_transposed))))
+        self.train(experts.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Send every token through its experts.
+
+        Parameters
+        ----------
+        hidden_states : Tensor, shape (tokens, width)
+        top_k_index : Tensor, shape (tokens, k)
+            Experts of each token; the number of experts stands for none.
+        top_k_weights : Tensor, shape (tokens, k)
+            Their weights in the sum.
+        """
+        up, down = (getattr(self, name) for name in self.names)
+        total = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= len(up):
+                continue
+            token, place = torch.where(top_k_index == expert)
+            state = up[expert](hidden_states[token])
+            state = self.shell._apply_gate(state) if self.shell.has_gate else self.shell.act_fn(state)
+            state = down[expert](state)
+            if getattr(self.shell, "has_post_expert_norm", False):
+                state = self.shell.post_expert_norm(state)
+            total.index_add_(0, token, (state * top_k_weights[token, place, None]).to(total.dtype))
+        return total
+
+    def compressed(self) -> bool:
+        """Say whether any expert is."""
+        return any(isinstance(module, CompressedLinear) for module in self.modules())
+
+    def rolled(self) -> nn.Module:
+        """Return the experts as transformers has them, multiplied out and copied into three-dimensional parameters."""
+        experts = _without_parameters(self.shell)
+        for name in self.names:
+            layers = [_dense(layer) for layer in getattr(self, name)]
+            weight = torch.stack([layer.weight.detach() for layer in layers])
+            if self.shell.is_transposed:
+                weight = weight.mT.contiguous()
+            setattr(experts, name, nn.Parameter(weight))
+            if self.shell.has_bias:
+                setattr(experts, f"{name}_bias", nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])))
+        done: nn.Module = experts.train(self.training)
+        return done
+
+
+def unroll_(model: nn.Module) -> dict[str, tuple[nn.Module, LinearExperts]]:
+    """Turn all experts of a model into linear layers, in place; return by name what was there and what is now."""
+    found = {name: module for name, module in model.named_modules() if name and is_experts(module)}
+    pairs = {name: (module, LinearExperts(module)) for name, module in found.items()}
+    swap_(model, {name: linear for name, (_, linear) in pairs.items()})
+    return pairs
+
+
+@contextmanager
+def unrolled(model: nn.Module) -> Iterator[None]:
+    """Hold experts as linear layers for a while; those that got compressed meanwhile stay so.
+
+    Nothing is copied, and where nothing was compressed the original modules come back.
+    """
+    pairs = unroll_(model)
+    try:
+        yield
+    finally:
+        places = dict(model.named_modules())
+        swap_(
+            model,
+            {
+                name: module
+                for name, (module, linear) in pairs.items()
+                if places.get(name) is linear and not linear.compressed()
+            },
+        )
+
+
+def release_(model: nn.Module) -> None:
+    """Copy what is left of experts that were compressed in part, so that the memory of the rest is freed."""
+    for module in model.modules():
+        if isinstance(module, LinearExperts) and module.compressed():
+            for layer in module.modules():
+                if type(layer) is nn.Linear:
+                    for name, parameter in list(layer._parameters.items()):
+                        if parameter is not None and parameter.untyped_storage().nbytes() > parameter.nbytes:
+                            copy = nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
+                            setattr(layer, name, copy.requires_grad_(parameter.requires_grad))
+
+
+def rolled(model: nn.Module) -> dict[str, nn.Module]:
+    """Return by name, for all experts that are linear layers, the modules that transformers would have there."""
+    return {name: module.rolled() for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+
+
+def _without_parameters(experts: nn.Module) -> Any:
+    """Return a module of the same class and settings, its activation and norms included, without weights of its own."""
+    shell: Any = object.__new__(type(experts))
+    shell.__dict__.update(experts.__dict__)
+    shell._parameters = {}
+    shell._modules = dict(experts._modules)
+    # transformers would initialise the weights that are not there.
+    shell._is_hf_initialized = True
+    return shell
+
+
+def _linears(weight: Any, bias: Any, *, transposed: bool) -> Iterator[nn.Linear]:
+    for index in range(len(weight)):
+        matrix = weight.detach()[index]
+        matrix = matrix.T if transposed else matrix
+        linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(matrix, requires_grad=weight.requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach()[index], requires_grad=bias.requires_grad)
+        yield linear
+
+
+def _dense(layer: nn.Module) -> Any:
+    return layer.to_linear() if isinstance(layer, CompressedLinear) else layer
