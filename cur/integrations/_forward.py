@@ -64,7 +64,8 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping of tensors or one tensor of token ids, got {type(batch).__name__}")
-    place = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    # Of a model that is in memory block by block, most parameters are on no device.
+    place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     inputs = {
         key: value.to(place) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
@@ -124,7 +125,8 @@ def check_finite_weights(model: nn.Module, names: Mapping[str, nn.Module] | None
     modules = {"": model} if names is None else names
     for name, module in modules.items():
         for inner, parameter in module.named_parameters():
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            held = parameter.is_floating_point() and not parameter.is_meta
+            if held and not bool(torch.isfinite(parameter).all()):
                 return f"{name}.{inner}" if name else inner
     return None
 

@@ -94,6 +94,10 @@ class States:
             return tensors["0"]
         return tuple(tensors.get(str(index)) for index in range(int(length)))
 
+    def places(self, prefix: str) -> list[str]:
+        """Name the modules of which outputs are stored, by the beginning of their name."""
+        return sorted(path.name for path in self.directory.glob(f"{prefix}*"))
+
     def drop(self, place: str, *, keep: str | None = None) -> None:
         """Remove the outputs of one module, but for one batch."""
         for file in (self.directory / place).glob("*"):

@@ -103,11 +103,15 @@ class Tunnel:
         return forward
 
     def _before(self, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what block `last` returned for this batch; for a batch that was never run, what it was called with."""
+        """Return what block `last` returned for this batch.
+
+        Once all blocks were run, a batch that was not among those may ask what surrounds the blocks: they let it pass.
+        """
         if last not in self._stored:
-            known = self.states.has(self.place(last), self._batch)
-            given = args[0] if args else kwargs["hidden_states"]
-            self._stored[last] = self.states.read(self.place(last), self._batch) if known else given
+            place = self.place(last)
+            if self.active == len(self._ends) and not self.states.has(place, self._batch):
+                return args[0] if args else kwargs["hidden_states"]
+            self._stored[last] = self.states.read(place, self._batch)
         return self._stored[last]
 
     def _table(self, name: str, table: nn.Embedding, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,202 @@
+"""Statistics of a model, block by block: every block is loaded once, and every hidden state is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cur.integrations._forward import Masks, Seen, body, model_inputs
+from cur.integrations.blockwise.journal import Journal
+from cur.integrations.blockwise.skeleton import Skeleton
+from cur.integrations.blockwise.states import States
+from cur.integrations.blockwise.team import Team
+from cur.integrations.blockwise.tunnel import Tunnel
+from cur.integrations.calibration import collect
+from cur.integrations.statistics import Statistics, by_stack
+
+__all__ = ["Calibration", "text_hash"]
+
+
+class Calibration:
+    """The pass over a model that measures it.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        The model.
+    given : sequence
+        Batches, all of them; each process runs its share.
+    names : sequence of str
+        Layers to measure.
+    journal : Journal
+        Where statistics are kept, block by block.
+    team : Team
+        The processes.
+    full : bool
+        Whether full second moments are gathered.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        given: Sequence[Any],
+        names: Sequence[str],
+        *,
+        journal: Journal,
+        team: Team,
+        full: bool,
+    ) -> None:
+        if len(given) < team.size:
+            raise ValueError(
+                f"{team.size} processes share {len(given)} batches of calibration text: start at most as many processes as "
+                "there are batches, or lower `batch_size`"
+            )
+        self.skeleton = skeleton
+        self.given = list(given)
+        self.names = list(names)
+        self.journal = journal
+        self.team = team
+        self.full = full
+        self.states = States(journal.directory / "states", skeleton.device)
+        self.tunnel = Tunnel(skeleton, self.states)
+        self._inputs = body(skeleton.model)
+
+    def of_block(self, index: int) -> Statistics:
+        """Return the statistics of one block, as they were stored."""
+        return Statistics.load(self._file(index))
+
+    def run(self, progress: Callable[[int, int | None], object] | None = None) -> Statistics:
+        """Measure what is not measured yet.
+
+        Returns
+        -------
+        Statistics
+            Of all blocks, without second moments, which :meth:`of_block` has.
+        """
+        own = self.team.share(self.given)
+        count = len(self.skeleton.blocks)
+        first = self.team.agree(self._finished())
+        # The states of another number of processes, or of a run that was killed, may be incomplete.
+        if 0 < first < count and not all(self.team.gather(self._ready(first - 1, own))):
+            first = 0
+        with self.tunnel.open():
+            if first < count:
+                self.skeleton.load_outside()
+                if first > 0:
+                    self.skeleton.free_embeddings()
+            for index in range(first, count):
+                self._measure(index, own, progress)
+        self.skeleton.free_outside()
+        return self._merged()
+
+    def _finished(self) -> int:
+        """Return the number of blocks, from the first on, whose statistics are there."""
+        count = len(self.skeleton.blocks)
+        return next((index for index in range(count) if self.journal.facts(_step(index)) is None), count)
+
+    def _keys(self, batches: Sequence[Any]) -> list[str]:
+        return [self.tunnel.key(model_inputs(self._inputs, batch)) for batch in batches]
+
+    def _ready(self, index: int, own: Sequence[Any]) -> bool:
+        """Say whether all that block `index + 1` needs is stored and intact."""
+        places = [self.tunnel.place(index), *self.states.places("embedding-")]
+        places += [self.tunnel.place(end - 1) for end in self._starts() if 0 < end <= index]
+        return all(self.states.intact(place, key) for place in places for key in self._keys(own))
+
+    def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
+        name = self.skeleton.blocks[index][0]
+        before = index * len(self.given)
+        whole = len(self.skeleton.blocks) * len(self.given)
+        each = len(self.given) / len(own)
+        done = 0
+
+        def step(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(before + round(done * each), whole)
+
+        self.skeleton.load_block(index)
+        self.tunnel.active, self.tunnel.recording = index, True
+        try:
+            statistics = collect(
+                self.skeleton.model,
+                own,
+                modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
+                moments="full" if self.full else "diagonal",
+                layers=[name],
+                progress=step,
+            )
+        finally:
+            self.tunnel.recording = False
+        self.skeleton.free_block(index)
+        if index == 0:
+            self.skeleton.free_embeddings()
+        statistics = self.team.reduce(statistics)
+        if self.team.leads:
+            file = self._file(index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
+            self.journal.finish(_step(index), [file])
+        self.team.agree(True)  # nobody removes what a run that is killed now would need
+        if index not in self._starts() and self.team.leads:
+            # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:
+            # on it the change of each layer's output is measured.
+            self.states.drop(self.tunnel.place(index - 1), keep=self._keys(self.given[:1])[0])
+
+    def _starts(self) -> list[int]:
+        """Return the number of the first block of each stack."""
+        lengths = [len(stack) for stack in self.skeleton.stacks]
+        return [sum(lengths[:number]) for number in range(len(lengths))]
+
+    def _file(self, index: int) -> Path:
+        return self.journal.directory / "statistics" / f"{index:04}.safetensors"
+
+    def _merged(self) -> Statistics:
+        parts = [self.of_block(index) for index in range(len(self.skeleton.blocks))]
+        names = tuple(name for name, _ in self.skeleton.blocks)
+        return replace(
+            parts[0],
+            square_sums=_united([part.square_sums for part in parts]),
+            counts=_united([part.counts for part in parts]),
+            products={},
+            angles=_neighbours(names, parts),
+            layers=names,
+        )
+
+
+def text_hash(model: Any, given: Sequence[Mapping[str, Any] | torch.Tensor]) -> str:
+    """Return the hash of all calibration inputs, as :func:`~cur.integrations.collect` computes it."""
+    seen, masks = Seen(), Masks(model)
+    for batch in given:
+        inputs = model_inputs(model, batch)
+        masks.start(inputs, batch)
+        seen.add(inputs, masks.of_inputs)
+    return seen.hexdigest()
+
+
+def _step(index: int) -> str:
+    return f"statistics-{index:04}"
+
+
+def _united(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _neighbours(names: tuple[str, ...], parts: Sequence[Statistics]) -> torch.Tensor:
+    """Return the matrix of angular distances with those between neighbours alone; NaN for pairs that never met."""
+    corners = []
+    first = 0
+    for stack in by_stack(names):
+        angles = torch.full((len(stack) + 1, len(stack) + 1), torch.nan, dtype=torch.float64).fill_diagonal_(0.0)
+        for offset in range(len(stack)):
+            measured = parts[first + offset].angles
+            if measured is not None:
+                angles[offset, offset + 1] = angles[offset + 1, offset] = measured[0, 1]
+        corners.append(angles)
+        first += len(stack)
+    return torch.block_diag(*corners)

@@ -1,0 +1,125 @@
+"""Writing a checkpoint tensor by tensor: the same bytes as `save_pretrained`, without the model in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from cur.integrations.blockwise.shards import DTYPES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CheckpointWriter"]
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PATTERN = "model{suffix}.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class CheckpointWriter:
+    """The weight files of a model on the meta device, filled in any order.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With compressed layers, marked by :func:`~cur.integrations.quantizer.mark_`.
+    directory : Path
+        Where the files go.
+    max_shard_size : int or str
+        Largest size of one file, in bytes or with a unit.
+    """
+
+    def __init__(self, model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
+        state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
+        for name in model._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        state = remove_tied_weights_from_state_dict(state, model)
+        split = split_torch_state_dict_into_shards(state, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        self._files: list[IO[bytes]] = []
+        for file, names in split.filename_to_tensors.items():
+            self._start(directory / file, {name: state[name] for name in names}, {**metadata, "format": "pt"})
+        if split.is_sharded:
+            index = {
+                "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+                "weight_map": split.tensor_to_filename,
+            }
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (directory / _INDEX).write_text(text, encoding="utf-8")
+        # What is not on the meta device is whole already.
+        for name, tensor in state.items():
+            if not tensor.is_meta:
+                self.write(name, tensor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files:
+            file.close()
+        if error is None and self._expected:
+            raise ValueError(f"the checkpoint lacks {next(iter(self._expected))}: it was never written")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._expected
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor into its place.
+
+        Raises
+        ------
+        OSError
+            If the disk is full.
+        """
+        dtype, shape = self._expected.pop(name)
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place is for {dtype} {shape}")
+        file, start = self._places[name]
+        if tensor.numel():
+            file.seek(start)
+            data = memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+            while data:  # one call writes at most 2 GiB
+                data = data[file.write(data) :]
+
+    def _start(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        # The order and the padding of safetensors itself.
+        ordered = sorted(tensors, key=lambda name: (-_rank(tensors[name].dtype), name))
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        starts: dict[str, int] = {}
+        for name in ordered:
+            tensor = tensors[name]
+            starts[name] = end
+            end += math.prod(tensor.shape) * tensor.dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        file = path.open("w+b", buffering=0)
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name in ordered:
+            self._places[name] = (file, 8 + len(text) + starts[name])
+
+
+# Of dtypes in safetensors files, from the last to the first.
+_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+
+
+def _rank(dtype: torch.dtype) -> int:
+    return _ORDER.index(_NAMES[dtype])
