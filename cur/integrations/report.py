@@ -90,6 +90,20 @@ class LayerReport:
     spectrum: tuple[tuple[int, float], ...] = ()
     output: OutputChange | None = None
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a report from JSON types."""
+        return cls(
+            **{
+                **data,
+                "shape": tuple(data["shape"]),
+                "rows": tuple(data["rows"]),
+                "columns": tuple(data["columns"]),
+                "spectrum": tuple((int(index), float(value)) for index, value in data["spectrum"]),
+                "output": None if data["output"] is None else OutputChange(**data["output"]),
+            }
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionReport:
@@ -141,19 +155,7 @@ class CompressionReport:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"the report has unknown fields: {', '.join(unknown)}")
         try:
-            layers = tuple(
-                LayerReport(
-                    **{
-                        **layer,
-                        "shape": tuple(layer["shape"]),
-                        "rows": tuple(layer["rows"]),
-                        "columns": tuple(layer["columns"]),
-                        "spectrum": tuple((int(index), float(value)) for index, value in layer["spectrum"]),
-                        "output": None if layer["output"] is None else OutputChange(**layer["output"]),
-                    }
-                )
-                for layer in data["layers"]
-            )
+            layers = tuple(LayerReport.from_dict(layer) for layer in data["layers"])
             return cls(
                 **{
                     **data,
