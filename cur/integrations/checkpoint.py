@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def save(
     report: CompressionReport | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    weights: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a compressed model, whole or not at all.
 
@@ -70,6 +71,8 @@ def save(
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file, in bytes or with a unit.
+    weights : callable, optional
+        Called with a directory to write the weight files into it, for a model whose weights are not in memory.
 
     Returns
     -------
@@ -91,8 +94,12 @@ def save(
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
     mark_(model)
     with new_directory(directory, overwrite=overwrite) as scratch:
-        # In-memory names: the shapes checked on loading are looked up under the names in `config.json`.
-        model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
+        if weights is None:
+            # In-memory names: the shapes checked on loading are looked up under the names in `config.json`.
+            model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
+        else:
+            _save_without_weights(model, scratch)
+            weights(scratch)
         _rename_weights(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
@@ -164,6 +171,15 @@ def _multiplied_out(model: PreTrainedModel) -> Iterator[None]:
         swap_(model, layers)
         model.all_tied_weights_keys = tied
         mark_(model)
+
+
+def _save_without_weights(model: Any, directory: Path) -> None:
+    """Let transformers write everything but weights."""
+    quantizer, model.hf_quantizer = model.hf_quantizer, None  # it would name the weights
+    try:
+        model.save_pretrained(directory, state_dict={})
+    finally:
+        model.hf_quantizer = quantizer
 
 
 def _rename_weights(directory: Path) -> None:

@@ -1,0 +1,255 @@
+"""From a checkpoint to a compressed one, block by block."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cur.integrations._directory import check_target, is_full
+from cur.integrations.blockwise.calibrate import Calibration, text_hash
+from cur.integrations.blockwise.decompose import Decomposition
+from cur.integrations.blockwise.journal import Journal
+from cur.integrations.blockwise.skeleton import Skeleton
+from cur.integrations.blockwise.team import Team
+from cur.integrations.blockwise.writer import CheckpointWriter
+from cur.integrations.budget import BudgetConfig
+from cur.integrations.checkpoint import save
+from cur.integrations.compress import Clock, as_batches, as_done
+from cur.integrations.config import CompressConfig
+from cur.integrations.experts import rolled, unroll_, unrolled
+from cur.integrations.nn import swap_
+from cur.integrations.planning import candidates
+from cur.integrations.quantizer import mark_
+from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
+
+__all__ = ["compress_blockwise"]
+
+
+def compress_blockwise(
+    skeleton: Skeleton,
+    calibration: Tensor | Iterable[Mapping[str, Tensor]],
+    directory: str | os.PathLike[str],
+    config: CompressConfig | BudgetConfig | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[str, int, int | None], object] | None = None,
+) -> CompressionReport:
+    """Compress a checkpoint into another without ever holding the model.
+
+    The result is that of :func:`~cur.integrations.compress` and :func:`~cur.integrations.save`, byte for byte. Every
+    block is loaded three times: to be measured, to be factored (if it is chosen), and to be copied. In memory are one
+    block, its statistics, and the hidden states of one batch; those of the others lie on disk beside `directory`, as do
+    statistics and factors. They take, for ``n`` calibration tokens and a model of width ``d``, twice ``n d`` numbers, and
+    with full second moments 8 bytes for every pair of input features of every block.
+
+    A run that was ended in any way goes on when it is started again with the same arguments. Under ``torchrun`` the
+    processes share calibration text and blocks; all of them must see the same directory.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        What :func:`load_skeleton` returns.
+    calibration : Tensor or iterable of mapping
+        Token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
+    directory : path
+        What to create.
+    config : CompressConfig or BudgetConfig, optional
+        Default: the paper's setting. A budget must do without gradients and without text of the model's own, for which
+        the whole model has to run.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced; it stays until the new one is complete.
+    max_shard_size : int or str, default "5GB"
+        Largest size of one weight file.
+    progress : callable, optional
+        As for :func:`~cur.integrations.compress`; ``calibrate`` is told in batches, block after block.
+
+    Returns
+    -------
+    CompressionReport
+
+    Raises
+    ------
+    ValueError
+        As :func:`~cur.integrations.compress`, or if the configuration needs the whole model.
+    JournalError
+        If another run writes to the same directory, or an unfinished one was begun with other inputs.
+    ShardError
+        If the checkpoint is damaged.
+    TeamError
+        If another process of the run has ended.
+    OSError
+        If the disk is full; what was finished is kept.
+    """
+    config = config or CompressConfig()
+    _refuse(config)
+    target = check_target(directory, overwrite=overwrite)
+    given = as_batches(calibration, config.batch_size)
+    with unrolled(skeleton.model):
+        names = candidates(skeleton.model, config, offloaded=True)
+    journal = Journal(target)
+    with Team().joined() as team:
+        _begin(team, journal, _inputs(skeleton, given, config))
+        try:
+            report = _run(skeleton, given, target, config, names, journal, team, overwrite, max_shard_size, progress)
+        except OSError as error:
+            if is_full(error):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no space left for {target} and {journal.directory}; free some and start the same command again: it "
+                    "goes on where it stopped",
+                ) from error
+            raise
+        finally:
+            journal.release()
+        team.gather(None)
+        if team.leads:
+            journal.remove()
+    return report
+
+
+def _run(
+    skeleton: Skeleton,
+    given: list[Any],
+    target: Path,
+    config: CompressConfig | BudgetConfig,
+    names: list[str],
+    journal: Journal,
+    team: Team,
+    overwrite: bool,
+    max_shard_size: int | str,
+    progress: Callable[[str, int, int | None], object] | None,
+) -> CompressionReport:
+    clock = Clock()
+    before = model_size(skeleton.model)
+    full = isinstance(config, BudgetConfig) or config.needs_moments
+    measuring = Calibration(skeleton, given, names, journal=journal, team=team, full=full)
+    with clock.stage("calibrate"):
+        watch = None if progress is None else lambda done, total: progress("calibrate", done, total)
+        statistics = measuring.run(watch)
+    factoring = Decomposition(measuring, statistics, config, progress)
+    with clock.stage("plan"):
+        plan = factoring.plan()
+    with clock.stage("decompose"):
+        skeleton.load_outside()
+        skeleton.free_embeddings()
+        reports = factoring.carry_out(plan, given[0])
+        skeleton.free_outside()
+    final = _compressed_skeleton(skeleton, factoring, reports)
+    report = CompressionReport(
+        plan=as_done(plan, reports),
+        layers=tuple(reports),
+        before=before,
+        after=model_size(final),
+        seconds=clock.seconds,
+        versions=versions(),
+    )
+    if team.leads:
+        with clock.stage("write"):
+            save(
+                final,
+                skeleton.tokenizer,
+                target,
+                report=report,
+                overwrite=overwrite,
+                weights=lambda place: _fill(final, skeleton, factoring, place, max_shard_size, progress),
+            )
+    return report
+
+
+def _refuse(config: CompressConfig | BudgetConfig) -> None:
+    if isinstance(config, BudgetConfig):
+        if config.gradients:
+            raise ValueError(
+                "`gradients` need the whole model in memory; block by block a budget is shared without them: pass "
+                "gradients=False (--no-gradients)"
+            )
+        if getattr(config, "own_text", False):
+            raise ValueError(
+                "`own_text` needs the whole model in memory: block by block a model writes no text; pass own_text=False "
+                "(--no-own-text)"
+            )
+    elif config.span > 1:
+        raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
+
+
+def _inputs(skeleton: Skeleton, given: list[Any], config: CompressConfig | BudgetConfig) -> dict[str, Any]:
+    """Return everything that the result depends on."""
+    return {
+        "checkpoint": skeleton.shards.digest(),
+        "calibration text": text_hash(skeleton.model, given),
+        "configuration": {"kind": type(config).__name__, **asdict(config)},
+        "dtype": str(skeleton.dtype),
+        "versions": versions(),
+    }
+
+
+def _begin(team: Team, journal: Journal, inputs: Mapping[str, Any]) -> None:
+    """Let rank 0 take the lock; what it meets is raised by all."""
+    met: Exception | None = None
+    if team.leads:
+        try:
+            journal.begin(inputs)
+            _clear(journal.directory.with_name(journal.directory.name.removesuffix(".run")))
+        except (OSError, ValueError) as error:
+            met = error
+    met = team.agree(met)
+    if met is not None:
+        raise met
+
+
+def _clear(hidden: Path) -> None:
+    """Remove what a killed run left of its output: `.NAME.*.partial` beside the target, whose lock we hold."""
+    for stale in hidden.parent.glob(f"{hidden.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _compressed_skeleton(skeleton: Skeleton, factoring: Decomposition, reports: list[LayerReport]) -> Any:
+    """Return the compressed model on the meta device."""
+    final = copy.deepcopy(skeleton.model)
+    unroll_(final)
+    swap_(final, {done.name: factoring.stand_in(done, final.get_submodule(done.name)) for done in reports})
+    swap_(final, {name: experts for name, experts in rolled(final).items() if not final.get_submodule(name).compressed()})
+    mark_(final)
+    return final
+
+
+def _fill(
+    final: Any,
+    skeleton: Skeleton,
+    factoring: Decomposition,
+    directory: Path,
+    max_shard_size: int | str,
+    progress: Callable[[str, int, int | None], object] | None,
+) -> None:
+    """Write the weights of the compressed model, one block of the dense one in memory at a time."""
+    count = len(skeleton.blocks)
+    with CheckpointWriter(final, directory, max_shard_size) as writer:
+        skeleton.load_outside(head=True)
+        for name, tensor in skeleton.model.state_dict().items():
+            if name in writer and not tensor.is_meta:
+                writer.write(name, tensor)
+        skeleton.free_outside()
+        for index, (block, module) in enumerate(skeleton.blocks):
+            if progress is not None:
+                progress("write", index, count)
+            skeleton.load_block(index)
+            tensors = {f"{block}.{key}": value for key, value in module.state_dict().items()}
+            with unrolled(module):
+                tensors |= {f"{block}.{key}": value for key, value in module.state_dict().items()}
+                tensors |= factoring.factors(index)
+                for name, tensor in tensors.items():
+                    if name in writer:
+                        writer.write(name, tensor)
+            del tensors
+            skeleton.free_block(index)
+        if progress is not None:
+            progress("write", count, count)
