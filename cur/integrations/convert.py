@@ -1,0 +1,49 @@
+"""From one layout of a compressed model to another."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from cur.integrations.layouts import PURPOSES, choose_layout
+from cur.integrations.nn import LAYOUTS, compressed_modules, swap_
+from cur.integrations.quantizer import mark_
+
+__all__ = ["convert_"]
+
+
+def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "inference") -> dict[str, str]:
+    """Bring every compressed layer of a model to a layout, in place; the function stays the same up to rounding.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A model with compressed layers.
+    layout : {"auto", "cur", "folded", "interpolative"}, default "auto"
+        ``"auto"``: what serves the purpose best, layer by layer.
+    purpose : {"inference", "training"}, default "inference"
+        For "auto".
+
+    Returns
+    -------
+    dict of str to str
+        The layout of each layer now.
+
+    Raises
+    ------
+    ValueError
+        If the layout or the purpose is unknown, or the model has no compressed layers.
+    """
+    if layout not in ("auto", *LAYOUTS):
+        raise ValueError(f"`layout` must be one of auto, {', '.join(LAYOUTS)}, got {layout!r}")
+    if purpose not in PURPOSES:
+        raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
+    layers = compressed_modules(model)
+    if not layers:
+        raise ValueError("`model` has no compressed layers; compress it first")
+    wanted = {
+        name: choose_layout((layer.out_features, layer.in_features), purpose) if layout == "auto" else layout
+        for name, layer in layers.items()
+    }
+    swap_(model, {name: layer.to_layout(wanted[name]) for name, layer in layers.items()})
+    mark_(model)
+    return wanted

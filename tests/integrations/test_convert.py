@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur.integrations import CompressConfig, compress, save
+from cur.integrations.convert import convert_
+from cur.integrations.nn import LAYOUTS, CURLinear, InterpolativeLinear, compressed_modules
+from cur.integrations.report import model_size
+
+
+def logits(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(windows).logits
+    return found
+
+
+@pytest.mark.parametrize("last", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_the_function_stays_the_same(
+    first: str, last: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make_model("gpt2").double()
+    config = CompressConfig(layers=2, rank=6, targets=("c_attn", "c_proj"), layout=first, precision="float64")
+    compress(model, windows, config)
+    expected = logits(model, windows)
+    assert set(convert_(model, last).values()) == {last}
+    assert {layer.layout for layer in compressed_modules(model).values()} == {last}
+    found = logits(model, windows)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    save(model, None, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(again, windows), found)
+
+
+def test_auto_serves_the_purpose(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    compress(llama, windows, CompressConfig(layers=2, rank=6, layout="folded"))
+    before = model_size(llama).parameters
+    convert_(llama)
+    assert {type(layer) for layer in compressed_modules(llama).values()} == {InterpolativeLinear}
+    assert model_size(llama).parameters < before
+    convert_(llama, purpose="training")
+    assert {type(layer) for layer in compressed_modules(llama).values()} == {CURLinear}
+
+
+def test_refusals(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="`model` has no compressed layers"):
+        convert_(llama)
+    with pytest.raises(ValueError, match="`layout` must be one of auto, cur, folded, interpolative, got 'lu'"):
+        convert_(llama, "lu")
+    with pytest.raises(ValueError, match="`purpose` must be one of inference, training, got 'fun'"):
+        convert_(llama, purpose="fun")
