@@ -70,6 +70,7 @@ class Skeleton:
             for key in module.state_dict(keep_vars=True)
             if "." not in key
         }
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._targets = self._where_to()
         self._fill_buffers()
 
@@ -91,7 +92,7 @@ class Skeleton:
 
     def free_block(self, index: int) -> None:
         """Let go of one block."""
-        _to_meta(self.blocks[index][1].modules(), {})
+        self._free(name for name in self._empty if name.startswith(f"{self.blocks[index][0]}."))
 
     def load_outside(self, *, head: bool = False) -> None:
         """Bring everything but the blocks into memory; what comes behind the body of the model only on request."""
@@ -100,8 +101,7 @@ class Skeleton:
 
     def free_outside(self) -> None:
         """Let go of everything but the blocks; buffers stay."""
-        within = {id(part) for _, block in self.blocks for part in block.modules()}
-        _to_meta((part for part in self.model.modules() if id(part) not in within), {})
+        self._free(name for name in self._empty if not name.startswith(self._inside))
 
     def embeddings(self) -> dict[str, nn.Embedding]:
         """Return the tables of embeddings outside the blocks, by name."""
@@ -112,8 +112,10 @@ class Skeleton:
         }
 
     def free_embeddings(self) -> None:
-        """Let go of the tables of embeddings."""
-        _to_meta(self.embeddings().values(), {})
+        """Let go of the tables of embeddings, and of what is tied to them."""
+        tables = {f"{self._prefix()}{name}.weight" for name in self.embeddings()}
+        tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
+        self._free(tables | tied)
 
     def outside_bytes(self) -> int:
         """Bytes of what lies outside the blocks, as loaded."""
@@ -122,6 +124,12 @@ class Skeleton:
             for name, p in self.model.named_parameters()
             if not name.startswith(self._inside)
         )
+
+    def _free(self, names: Iterable[str]) -> None:
+        # The parameters of the beginning come back, so that what is tied stays tied.
+        for name in names:
+            place, _, key = name.rpartition(".")
+            setattr(self.model.get_submodule(place), key, self._empty[name])
 
     def _prefix(self) -> str:
         inner = body(self.model)
@@ -238,13 +246,3 @@ def load_skeleton(
         loaded = load_model(model, dtype=dtype, device_map="meta")  # fetches what is not there yet
         shards = Shards(snapshot_download(str(model), local_files_only=True))
     return Skeleton(loaded.model, loaded.tokenizer, shards, torch.device(device))
-
-
-def _to_meta(modules: Iterable[nn.Module], seen: dict[int, nn.Parameter]) -> None:
-    """Put parameters without data in the place of those that have some; what is tied stays tied."""
-    for module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                empty._is_hf_initialized = True  # type: ignore[attr-defined]
-                module._parameters[key] = seen.setdefault(id(parameter), empty)
