@@ -26,7 +26,7 @@ from cur.integrations._forward import (
 from cur.integrations._inputs import add_gram_, mirror_
 from cur.integrations.statistics import Statistics
 
-__all__ = ["collect_gradients"]
+__all__ = ["collect_gradients", "draw"]
 
 # Probabilities in memory at once while labels are drawn, in numbers: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -136,6 +136,17 @@ def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> None:
     output.requires_grad_(True)
 
 
+def draw(logits: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
+    """Draw a label from each row of logits (rows, classes), by inversion at heights (rows,) in [0, 1) of its sums."""
+    step = max(_CHUNK // logits.shape[-1], 1)
+    labels = []
+    for part, height in zip(logits.split(step), heights.split(step), strict=True):  # type: ignore[no-untyped-call]
+        below = part.double().softmax(-1).cumsum(-1)
+        # The last entry is 1 but for rounding; scaled by it, a height below 1 always finds its label.
+        labels.append(torch.searchsorted(below, height[:, None] * below[:, -1:], right=True)[:, 0])
+    return torch.cat(labels).clamp_(max=logits.shape[-1] - 1)
+
+
 def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) -> torch.Tensor:
     """Draw one label per real token from the softmax of its logits, by inversion of the distribution function."""
     # NumPy's generators take a pair as seed (torch's keep 32 bits of theirs), and give the same on every device.
@@ -143,15 +154,7 @@ def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) ->
         torch.from_numpy(np.random.default_rng((seed, first + index)).random(int(row.sum())))
         for index, row in enumerate(kept)
     ]
-    chosen = logits[kept.to(logits.device)]
-    heights = torch.cat(uniform).to(logits.device)
-    step = max(_CHUNK // logits.shape[-1], 1)
-    labels = []
-    for part, height in zip(chosen.split(step), heights.split(step), strict=True):  # type: ignore[no-untyped-call]
-        below = part.double().softmax(-1).cumsum(-1)
-        # The last entry is 1 but for rounding; scaled by it, a height below 1 always finds its label.
-        labels.append(torch.searchsorted(below, height[:, None] * below[:, -1:], right=True)[:, 0])
-    return torch.cat(labels).clamp_(max=logits.shape[-1] - 1)
+    return draw(logits[kept.to(logits.device)], torch.cat(uniform).to(logits.device))
 
 
 class _Outputs:
