@@ -1,7 +1,8 @@
 """Compare what methods keep of a model at the same number of parameters.
 
 SmolLM2-135M-Instruct, all linear layers of all blocks, the share of their parameters that is kept: 0.9, 0.8, 0.6.
-Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``. Perplexity over windows of 1024 tokens of WikiText-2
+Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``, for rows with "own text" on as many that the model
+wrote itself, too. Perplexity over windows of 1024 tokens of WikiText-2
 ``test.txt`` and of the CPython language reference, each window on its own, float32 on the CPU.
 
 The baselines (`benchmarks/baselines`) are written from their papers' formulas, in float64 and with the same
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import json
 import math
 import resource
@@ -31,6 +34,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.baselines import (
@@ -63,6 +67,7 @@ from cur.integrations import (
     token_windows,
 )
 from cur.integrations.budget import error_curves, plan_budget
+from cur.integrations.sampling import sample_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -77,6 +82,8 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+# Calibration texts: what is given, and the same with as much that the model wrote itself.
+GIVEN, BOTH = "given", "both"
 # Windows for the squared gradients of FWSVD and the magnitudes of ASVD, which need few.
 DIAGONAL_WINDOWS = 16
 
@@ -86,8 +93,8 @@ class Known:
     """What methods may use: the dense model and what calibration says of it."""
 
     dense: Any
-    windows: Tensor
-    statistics: Statistics
+    windows: dict[str, Tensor]
+    statistics: dict[str, Statistics]
     names: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -95,15 +102,15 @@ class Known:
         """Return a weight in float64."""
         return self.dense.get_submodule(name).weight.detach().double()
 
-    def moment(self, name: str) -> Tensor:
-        """Return the second moment of a layer's inputs, damped as for every method."""
-        G = self.statistics.second_moment(name)
+    def moment(self, name: str, text: str) -> Tensor:
+        """Return the second moment of a layer's inputs on a calibration text, damped as for every method."""
+        G = self.statistics[text].second_moment(name)
         return G + DAMPING * float(G.diagonal().mean()) * torch.eye(len(G), dtype=G.dtype)
 
     @cached_property
     def diagonals(self) -> Any:
         """Squared gradients of rows and magnitudes of inputs."""
-        return measure(self.dense, self.windows[:DIAGONAL_WINDOWS], self.names, progress=count("diagonals"))
+        return measure(self.dense, self.windows[GIVEN][:DIAGONAL_WINDOWS], self.names, progress=count("diagonals"))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return outputs and inputs of every layer."""
@@ -139,25 +146,25 @@ def layer_by_layer(layout: str, product: Callable[[Known, str, int], Tensor]) ->
     return run
 
 
-def svd_llm(layout: str) -> Callable[[Known, float], Made]:
+def svd_llm(layout: str, text: str = GIVEN) -> Callable[[Known, float], Made]:
     """Make SVD-LLM in a layout: as two factors, or as rows and coefficients, which is PIFA."""
-    return layer_by_layer(layout, lambda known, name, rank: _whitened(known, name, rank))
+    return layer_by_layer(layout, lambda known, name, rank: _whitened(known, name, rank, text))
 
 
 def d_rank(known: Known, keep: float) -> Made:
     """Return D-Rank."""
-    spectra = [known.once("whitened", _whiten(known))[name][1] for name in known.names]
+    spectra = [known.once(f"whitened {GIVEN}", _whiten(known, GIVEN))[name][1] for name in known.names]
     shapes = list(known.shapes().values())
     effective = [effective_rank(values) for values in spectra]
     found = dynamic_ranks(effective, shapes, keep * sum(m * n for m, n in shapes))
     chosen = dict(zip(known.names, found, strict=True))
-    return _with(known, {name: _whitened(known, name, rank) for name, rank in chosen.items()}, chosen, "folded")
+    return _with(known, {name: _whitened(known, name, rank, GIVEN) for name, rank in chosen.items()}, chosen, "folded")
 
 
-def mpifa(known: Known, keep: float) -> Made:
+def mpifa(known: Known, keep: float, text: str = GIVEN) -> Made:
     """Return MPIFA."""
     chosen = known.uniform(keep, "interpolative")
-    factors = known.once("whitened", _whiten(known))
+    factors = known.once(f"whitened {text}", _whiten(known, text))
     model = copy.deepcopy(known.dense)
 
     def fit(name: str, student: Tensor, cross: Tensor) -> Tensor:
@@ -172,27 +179,25 @@ def mpifa(known: Known, keep: float) -> Made:
     torch.set_float32_matmul_precision("medium")  # the forward passes, four times as fast
     try:
         blocks = [name for name, _ in decoder_layers(model)]
-        reconstruct_(model, known.dense, known.windows, blocks, GROUPS, fit, progress=count("reconstruct"))
+        reconstruct_(model, known.dense, known.windows[text], blocks, GROUPS, fit, progress=count("reconstruct"))
     finally:
         torch.set_float32_matmul_precision(before)
     shapes = known.shapes()
     return model, 2 * sum(ranks.parameters(*shapes[n], rank, layout="interpolative") for n, rank in chosen.items())
 
 
-def ours(**options: Any) -> Callable[[Known, float], Made]:
+def ours(text: str = BOTH, **options: Any) -> Callable[[Known, float], Made]:
     """Make our method, as ``cur compress`` has it."""
 
     def run(known: Known, keep: float) -> Made:
-        config = BudgetConfig(keep=keep, **options)
-        key = f"curves {options}"
+        config, statistics = BudgetConfig(keep=keep, **options), known.statistics[text]
+        key = f"curves {text} {options}"
         if key not in known.memory:
             known.memory.clear()
-            known.memory[key] = error_curves(
-                known.dense, known.statistics, config, known.names, progress=count("curves")
-            )
+            known.memory[key] = error_curves(known.dense, statistics, config, known.names, progress=count("curves"))
         model = copy.deepcopy(known.dense)
-        plan = plan_budget(model, known.statistics, config, known.memory[key])
-        apply_plan_(model, plan, known.statistics, precision="float64")
+        plan = plan_budget(model, statistics, config, known.memory[key])
+        apply_plan_(model, plan, statistics)
         chosen = {entry.name: entry.parameters for entry in plan.entries}
         return model, 2 * sum(chosen.get(name, m * n) for name, (m, n) in known.shapes().items())
 
@@ -223,16 +228,19 @@ METHODS: dict[str, Callable[[Known, float], Made]] = {
         "folded", lambda k, name, rank: _product(activation_scaled(k.weight(name), k.diagonals.magnitude[name], rank))
     ),
     "CURing": layer_by_layer(
-        "cur", lambda k, name, rank: _product(cur_factors(k.weight(name), k.statistics.x_norm(name), rank))
+        "cur", lambda k, name, rank: _product(cur_factors(k.weight(name), k.statistics[GIVEN].x_norm(name), rank))
     ),
     "SVD-LLM": svd_llm("folded"),
     "D-Rank": d_rank,
     "PIFA": svd_llm("interpolative"),
     "MPIFA": mpifa,
+    "PIFA, own text": svd_llm("interpolative", BOTH),
+    "MPIFA, own text": functools.partial(mpifa, text=BOTH),
     "ours, `--method best`": ours(),
     "ours, `--method best`, int8": int8(ours()),
     "ours, `--method rows`": ours(method="rows"),
     "ours, `--no-gradients`": ours(gradients=False),
+    "ours, `--no-own-text`": ours(GIVEN),
     "dense, int8": int8(nothing),
 }
 
@@ -262,7 +270,7 @@ def main() -> None:
             "language reference": "\n\n".join(topics.values()),
         }.items()
     }
-    statistics, seconds = calibrate(dense, windows, names, options.cache)
+    known, seconds = calibrate(dense, windows, names, options.cache)
     result = _earlier(options.out)
     result.update(
         {
@@ -272,15 +280,14 @@ def main() -> None:
                 "file": "valid.txt",
                 "windows": len(windows),
                 "length": 512,
-                "sha256": statistics.text_hash,
-                "seconds": seconds,
+                "sha256": known.statistics[GIVEN].text_hash,
+                "seconds": {**result.get("calibration", {}).get("seconds", {}), **seconds},
             },
             "linear_parameters": sum(dense.get_submodule(name).weight.numel() for name in names),
             "parameters": sum(parameter.numel() for parameter in dense.parameters()),
             **environment(),
         }
     )
-    known = Known(dense, windows, statistics, names)
     dense_at = result.setdefault("dense", {"perplexity": {name: {} for name in held_out}})["perplexity"]
     if any(str(options.windows) not in dense_at[name] for name in held_out):
         for name, value in perplexities(dense, held_out, "dense").items():
@@ -310,21 +317,64 @@ def main() -> None:
     print(f"written: {options.out}, {PICTURE}")
 
 
-def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None) -> tuple[Statistics, float]:
-    """Measure second moments of inputs and output gradients, or read them."""
-    file = None if cache is None else cache / f"statistics-{len(windows)}.safetensors"
-    if file is not None and file.exists():
-        seconds = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
-        return Statistics.load(file), seconds
-    start = time.perf_counter()
-    given = list(batches(windows, batch_size=4))
-    statistics = collect(model, given, modules=names, moments="full", progress=count("calibrate"))
-    statistics = collect_gradients(model, given, statistics, modules=names, progress=count("gradients"))
-    seconds = time.perf_counter() - start
-    if file is not None:
-        statistics.save(file)
-        file.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
-    return statistics, seconds
+def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None) -> tuple[Known, dict[str, float]]:
+    """Let the model write text; measure second moments of inputs and output gradients on both texts, or read them.
+
+    The products of the passes are taken in bfloat16, with sums in float32, where the processor is faster so.
+    """
+    written = _file(cache, f"own-{len(windows)}.safetensors")
+    seconds: dict[str, float] = {}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        if written is not None and written.exists():
+            own = load_file(written)["windows"]
+        else:
+            start = time.perf_counter()
+            own = sample_windows(model, count=len(windows), length=windows.shape[1], progress=count("sample"))
+            seconds["sample"] = time.perf_counter() - start
+            if written is not None:
+                save_file({"windows": own}, written)
+        parts = []
+        for name, part in (("given", windows), ("own", own)):
+            file = _file(cache, f"{name}-{len(part)}.statistics.safetensors")
+            if file is not None and file.exists():
+                parts.append(Statistics.load(file))
+                continue
+            start = time.perf_counter()
+            given = list(batches(part, batch_size=4))
+            statistics = collect(model, given, modules=names, moments="full", progress=count(f"calibrate, {name}"))
+            statistics = collect_gradients(model, given, statistics, modules=names, progress=count("gradients"))
+            seconds[name] = time.perf_counter() - start
+            parts.append(statistics)
+            if file is not None:
+                statistics.save(file)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    texts = {GIVEN: windows, BOTH: torch.cat([windows, own])}
+    return Known(model, texts, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+
+
+def _file(cache: Path | None, name: str) -> Path | None:
+    return None if cache is None else cache / name
+
+
+def _together(one: Statistics, other: Statistics) -> Statistics:
+    """Return the statistics of two texts as if measured at once; layers that share a sum go on doing so."""
+    made: dict[tuple[int, int], Tensor] = {}
+
+    def add(a: Any, b: Any) -> dict[str, Any]:
+        return {
+            name: made.setdefault((id(a[name]), id(b[name])), a[name] + b[name])
+            if isinstance(a[name], Tensor)
+            else a[name] + b[name]
+            for name in a
+        }
+
+    kinds = ("square_sums", "products", "output_products", "counts", "output_counts")
+    sums = {kind: add(getattr(one, kind), getattr(other, kind)) for kind in kinds}
+    totals = {"tokens": one.tokens + other.tokens, "samples": one.samples + other.samples}
+    return dataclasses.replace(one, **sums, **totals)
 
 
 def perplexities(model: nn.Module, held_out: dict[str, Tensor], what: str) -> dict[str, float]:
@@ -371,12 +421,12 @@ def count(what: str) -> Callable[[int, int | None], Any]:
     return lambda done, total: print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
 
 
-def _whiten(known: Known) -> Callable[[str], Any]:
-    return lambda name: whitened(known.weight(name), known.moment(name))
+def _whiten(known: Known, text: str) -> Callable[[str], Any]:
+    return lambda name: whitened(known.weight(name), known.moment(name, text))
 
 
-def _whitened(known: Known, name: str, rank: int) -> Tensor:
-    left, values, right = known.once("whitened", _whiten(known))[name]
+def _whitened(known: Known, name: str, rank: int, text: str) -> Tensor:
+    left, values, right = known.once(f"whitened {text}", _whiten(known, text))[name]
     product: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
     return product
 

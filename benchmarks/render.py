@@ -119,9 +119,7 @@ def core_growth(data: dict[str, Any]) -> str:
         if "against" in row
     ]
     streams = [
-        [f"{row['stream of rows']:,}", cell(row["peak memory, MiB"])]
-        for row in data["rows"]
-        if "stream of rows" in row
+        [f"{row['stream of rows']:,}", cell(row["peak memory, MiB"])] for row in data["rows"] if "stream of rows" in row
     ]
     return "\n\n".join(
         [
@@ -134,9 +132,10 @@ def core_growth(data: dict[str, Any]) -> str:
 
 def quality(data: dict[str, Any]) -> str:
     """Return perplexities at the same number of parameters, one table for each text, what is lost, and the cost."""
-    keeps = sorted({row["keep"] for row in data["rows"]}, reverse=True)
+    keeps = sorted({row["keep"] for row in data["rows"]} - {1.0}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
-    found = {(row["method"], row["keep"]): row for row in data["rows"]}
+    # What keeps all parameters is the same for every budget.
+    found = {(row["method"], keep): row for row in data["rows"] for keep in keeps if row["keep"] in (keep, 1.0)}
     scored = {row["windows"] for row in data["rows"]}
     parts = []
     for text, values in data["dense"]["perplexity"].items():
@@ -161,9 +160,10 @@ def quality(data: dict[str, Any]) -> str:
     ]
     parts.append(table(["Seconds; kept:", *(f"{keep:g}" for keep in keeps), "Peak memory, MiB"], cost))
     calibration = data["calibration"]
+    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in calibration["seconds"].items())
     parts.append(
         f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, "
-        f"{calibration['seconds']:.0f} s. {windows_scored(data['rows'])}*"
+        f"{seconds}. {windows_scored(data['rows'])}*"
     )
     return "\n\n".join([*parts, provenance(data)])
 
