@@ -89,7 +89,7 @@ def perplexity(
     NumericalError
         If the likelihood is not finite; the message names where that began.
     """
-    head = _head(model)
+    head = output_head(model)
     parts = batches(windows, batch_size=batch_size)
     if windows.shape[1] < 2:
         raise ValueError("`windows` must have at least 2 tokens each, one to see and one to predict")
@@ -99,7 +99,7 @@ def perplexity(
     begin = time.perf_counter()
     nll, done = 0.0, 0
     with evaluating(model):
-        separate = _head_is_separate(model, head, windows[:1, :_PROBE])
+        separate = head_is_separate(model, head, windows[:1, :_PROBE])
         for batch in parts:
             ids = batch["input_ids"]
             loss = _nll_in_chunks(model, head, batch) if separate else _nll(model, batch)
@@ -118,7 +118,8 @@ def perplexity(
     return Perplexity(value, nll, tokens, len(windows), time.perf_counter() - begin)
 
 
-def _head(model: nn.Module) -> nn.Linear:
+def output_head(model: nn.Module) -> nn.Linear:
+    """Return the output head of a causal language model; a TypeError says what is not one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -131,7 +132,7 @@ def _head(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
+def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
     """Say whether the logits are just the head applied to the body's output, by trying a few tokens.
 
     Some models scale or cap the logits after the head; then the whole model is run at once.

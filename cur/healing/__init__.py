@@ -1,0 +1,27 @@
+"""Healing: win back what compression lost, by training the small square cores of compressed layers alone.
+
+>>> from cur.healing import HealingConfig, heal  # doctest: +SKIP
+>>> report = heal(student, teacher, windows, HealingConfig(steps=100))  # doctest: +SKIP
+"""
+
+from cur.healing.closed_form import LayerFit, LeastSquares, closed_form_
+from cur.healing.config import HealingConfig, Objectives
+from cur.healing.heal import heal
+from cur.healing.report import HealingReport
+from cur.healing.sharing import load_student, share_
+from cur.healing.state import StateError
+from cur.healing.train import Status
+
+__all__ = [
+    "HealingConfig",
+    "HealingReport",
+    "LayerFit",
+    "LeastSquares",
+    "Objectives",
+    "StateError",
+    "Status",
+    "closed_form_",
+    "heal",
+    "load_student",
+    "share_",
+]

@@ -1,0 +1,225 @@
+"""How to heal, as one value that can be printed, compared and saved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["HealingConfig", "Objectives"]
+
+SCOPES = ("model", "block")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objectives:
+    """What the student is asked to match: weights of the four losses, of which at least one is positive.
+
+    Parameters
+    ----------
+    kl : float, default 1.0
+        Divergence of the student's next-token distribution from the teacher's, in nats per token. For the scope
+        ``"model"`` only.
+    hidden : float, default 0.0
+        Distance of the hidden states after every block from the first compressed one on, relative to the size of each
+        channel in the teacher: 1 is as bad as predicting zero. The mean over blocks. The paper (arXiv 2501.04211) has
+        0.9, with 0.1 of `next_token`, for a distance that is not relative.
+    modules : float, default 0.0
+        The same distance for the output of every compressed layer, their mean.
+    next_token : float, default 0.0
+        Negative log-likelihood of the text, in nats per token. For the scope ``"model"`` only.
+    temperature : float, default 1.0
+        Of both distributions in `kl`.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative or not finite, all are zero, or the temperature is not positive.
+    """
+
+    kl: float = 1.0
+    hidden: float = 0.0
+    modules: float = 0.0
+    next_token: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("kl", "hidden", "modules", "next_token"):
+            _check(name, getattr(self, name), minimum=0.0)
+        if not (self.kl or self.hidden or self.modules or self.next_token):
+            raise ValueError("`objectives` must have a positive weight; without one there is nothing to learn")
+        _check("temperature", self.temperature, minimum=0.0, exclusive=True)
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingConfig:
+    """How to heal a compressed model.
+
+    Parameters
+    ----------
+    steps : int, default 100
+        Steps of the optimizer; zero leaves it at the closed form. With the scope ``"block"``, steps of every block.
+    batch_size : int, default 4
+        Windows in a forward pass.
+    accumulate : int, default 1
+        Forward passes per step.
+    scope : {"model", "block"}, default "model"
+        ``"model"``: one loss through the whole network. ``"block"``: every compressed block is fed the teacher's hidden
+        states and healed by itself, with the memory and the gradient of one block.
+    objectives : Objectives, optional
+        Default: ``Objectives(kl=1)``; for the scope ``"block"``, ``Objectives(kl=0, hidden=1)``.
+    closed_form : bool, default True
+        Whether the best cores for the teacher's outputs are found by least squares before the first step.
+    closed_form_windows : int, default 32
+        Windows of the text, evenly spread, that this looks at.
+    ridge : float, default 0.01
+        Pull of the least-squares problem towards the cores as they are, relative to the mean eigenvalue of the inputs'
+        second moment.
+    correction : float, default 0.3
+        How much of the difference between the teacher's inputs and the student's the closed form corrects, from 0 to 1.
+    metric_windows : int, default 8
+        Windows over which gradients say how much each output matters to the closed form; 0 lets all count alike.
+    learning_rate : float, default 0.01
+        Largest rate of AdamW, in whitened coordinates: the relative change of a layer's output that one step makes.
+    warmup : int, default 10
+        Steps over which the rate rises; it falls as a cosine afterwards.
+    final_rate : float, default 0.0
+        What it falls to, relative to `learning_rate`.
+    betas : tuple of float, default (0.9, 0.95)
+        Of AdamW.
+    weight_decay : float, default 0.0
+        Of AdamW: a pull back to the cores from which gradient healing started.
+    clip : float, default 1.0
+        Largest norm of the gradient in whitened coordinates; 0 does not clip.
+    damping : float, default 0.01
+        Of the whitening, relative to the mean eigenvalue of each moment.
+    precision : {"float32", "bfloat16"}, default "bfloat16"
+        Of the forward and backward passes (autocast); cores, losses and least squares are float32 or float64.
+    gradient_checkpointing : bool, default False
+        Whether blocks are run a second time in the backward pass instead of keeping their activations.
+    held_out : int, default 8
+        Windows at the end of the text that are not healed on, but watched; 0 watches nothing.
+    evaluate_every : int, default 25
+        Steps between looks at them.
+    patience : int, default 0
+        Looks without improvement after which healing stops; 0 never stops early. In any case the best state that was
+        seen is what is kept.
+    save_every : int, default 25
+        Steps between states on disk, where a directory for them is given.
+    workers : int, default 1
+        Blocks healed at the same time, with the scope ``"block"``. The result does not depend on it.
+    seed : int, default 0
+        Of the order of the windows.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    steps: int = 100
+    batch_size: int = 4
+    accumulate: int = 1
+    scope: str = "model"
+    objectives: Objectives | None = None
+    closed_form: bool = True
+    closed_form_windows: int = 32
+    ridge: float = 0.01
+    correction: float = 0.3
+    metric_windows: int = 8
+    learning_rate: float = 0.01
+    warmup: int = 10
+    final_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    damping: float = 0.01
+    precision: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    held_out: int = 8
+    evaluate_every: int = 25
+    patience: int = 0
+    save_every: int = 25
+    workers: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, least in _COUNTS.items():
+            value: Any = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
+        for name, allowed in (("scope", SCOPES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("ridge", "final_rate", "weight_decay", "clip"):
+            _check(name, getattr(self, name), minimum=0.0)
+        for name in ("learning_rate", "damping"):
+            _check(name, getattr(self, name), minimum=0.0, exclusive=True)
+        _check("correction", self.correction, minimum=0.0)
+        if self.correction > 1:
+            raise ValueError(f"`correction` must be at most 1, got {self.correction!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}")
+        if self.steps == 0 and not self.closed_form:
+            raise ValueError("`steps` is 0 and `closed_form` is False: nothing would be healed")
+        if self.scope == "block" and (self.matched.kl or self.matched.next_token):
+            raise ValueError(
+                "with `scope` 'block' no loss reaches the output: `objectives` may weigh `hidden` and `modules` only"
+            )
+        if self.workers > 1 and self.scope == "model":
+            raise ValueError("`workers` heal blocks side by side: they need `scope` 'block'")
+
+    @property
+    def matched(self) -> Objectives:
+        """The objectives, with the default of the scope."""
+        if self.objectives is not None:
+            return self.objectives
+        return Objectives() if self.scope == "model" else Objectives(kl=0.0, hidden=1.0)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * done)) / 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        data = asdict(self)
+        data["objectives"] = self.matched.to_dict()
+        data["betas"] = list(self.betas)
+        return data
+
+
+_COUNTS = {
+    "steps": 0,
+    "batch_size": 1,
+    "accumulate": 1,
+    "closed_form_windows": 1,
+    "metric_windows": 0,
+    "warmup": 0,
+    "held_out": 0,
+    "evaluate_every": 1,
+    "patience": 0,
+    "save_every": 1,
+    "workers": 1,
+    "seed": 0,
+}
+
+
+def _check(name: str, value: float, *, minimum: float, exclusive: bool = False) -> None:
+    if (
+        type(value) not in (int, float)
+        or not math.isfinite(value)
+        or value < minimum
+        or (exclusive and value == minimum)
+    ):
+        rule = "positive" if exclusive else f"at least {minimum:g}"
+        raise ValueError(f"`{name}` must be a finite number, {rule}, got {value!r}")

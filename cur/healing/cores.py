@@ -1,0 +1,186 @@
+"""The core of a compressed layer: the r x r numbers that learn, in every layout, and the coordinates they learn in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cur._errors import NumericalError
+from cur.integrations.nn import CompressedLinear, CURLinear, FoldedLinear, InterpolativeLinear, compressed_modules
+
+__all__ = ["Coordinates", "Core", "cores_of"]
+
+
+class Core:
+    r"""The square core ``U`` in the weight ``L U R`` of a compressed layer, whatever its layout.
+
+    ``L`` (m x r) and ``R`` (r x n) are frozen, so the weight moves by ``L dU R`` only: it stays in the span of the
+    kept columns and rows (Theorem 4.3 of arXiv 2501.04211). What is stored of it differs:
+
+    ===============  ====================  =====================  ==========================
+    layout           ``L``                 ``U`` before healing   what learns
+    ===============  ====================  =====================  ==========================
+    cur              ``C``                 ``U``                  ``U``
+    folded           ``C U`` as it was     identity               ``CU``, as ``L U``
+    interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
+    ===============  ====================  =====================  ==========================
+
+    So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows.
+
+    Parameters
+    ----------
+    name : str
+        Name of the layer, for messages.
+    layer : CompressedLinear
+        Changed by :meth:`write_`.
+
+    Attributes
+    ----------
+    left, right : Tensor
+        ``L`` and ``R``, in the dtype of the layer.
+    start, value : Tensor
+        ``U`` when this object was made, and as last written; float64.
+    """
+
+    def __init__(self, name: str, layer: CompressedLinear) -> None:
+        self.name = name
+        self.layer = layer
+        self.left: Tensor
+        self.right: Tensor
+        if isinstance(layer, CURLinear):
+            self.factor = layer.U.weight
+            self.left, self.right = layer.C.weight.detach(), layer.R.weight.detach()
+            self.start = self.value = _wide(layer.U.weight)
+            return
+        left, right = (factor.detach() for factor in layer.two_factors())
+        self.start = self.value = torch.eye(layer.rank, dtype=torch.float64, device=right.device)
+        if isinstance(layer, FoldedLinear):
+            self.factor = layer.CU.weight
+            self.left, self.right = left.clone(), right
+        elif isinstance(layer, InterpolativeLinear):
+            self.factor = layer.R.weight
+            self.left, self.right = left, right.clone()
+        else:
+            raise TypeError(f"{name} is a {type(layer).__name__}, a layout that healing does not know")
+
+    @property
+    def rank(self) -> int:
+        """Side r of the core."""
+        return self.layer.rank
+
+    @torch.no_grad()
+    def write_(self, U: Tensor) -> None:
+        """Store a core (r x r) in the layer, in place, rounded once to the layer's dtype.
+
+        Raises
+        ------
+        NumericalError
+            If it is not finite; the layer is unchanged then.
+        """
+        if not bool(torch.isfinite(U).all()):
+            raise NumericalError(f"the core of {self.name} is not finite")
+        U = U.double()
+        if self.layer.layout == "cur":
+            stored = U
+        elif self.layer.layout == "folded":
+            stored = _wide(self.left) @ U
+        else:
+            stored = U @ _wide(self.right)
+        self.factor.copy_(stored)
+        self.value = U
+
+    def take_gradient(self) -> Tensor:
+        """Return the gradient with respect to the core (float32, r x r), and clear it in the layer.
+
+        A core that the loss did not reach has a gradient of zero.
+        """
+        gradient, self.factor.grad = self.factor.grad, None
+        if gradient is None:
+            return torch.zeros(self.rank, self.rank, device=self.factor.device)
+        gradient = gradient.float()
+        if self.layer.layout == "cur":
+            return gradient
+        if self.layer.layout == "folded":
+            return self.left.float().T @ gradient
+        return gradient @ self.right.float().T
+
+
+class Coordinates:
+    r"""Coordinates ``D`` of a core, ``U = U_0 + P D Q``, in which one step means the same in every direction.
+
+    ``C`` and ``R`` are badly conditioned: equal steps of the entries of ``U`` change the output of the layer by
+    amounts that differ by orders of magnitude, and a first-order method takes as many steps as the condition number
+    asks for. With ``M = L^T L``, ``G = E[(R x)(R x)^T]`` over the text and ``P P^T ~ M^-1``, ``Q^T Q ~ G^-1``, the mean
+    square of the change of the output is ``||D||_F^2 / r^2`` in units of the mean square of the output itself. So a
+    learning rate is the relative change of the output that one step of Adam makes, alike for all layers and models,
+    and weight decay is a ridge towards ``U_0`` in the norm of the outputs.
+
+    Parameters
+    ----------
+    core : Core
+        The core; its present value is ``U_0``.
+    moment : Tensor
+        ``G``, float64, r x r.
+    output : float
+        Mean square norm of the layer's output.
+    damping : float
+        Added to the eigenvalues of ``M`` and ``G``, relative to their mean, so that directions which the text hardly
+        shows are not blown up.
+
+    Notes
+    -----
+    ``P`` and ``Q`` are eigenvectors scaled by the inverse roots of eigenvalues. Any rotation of them would whiten as
+    well; Adam, which scales every coordinate by itself, does best in the eigenbasis (Vyas et al., arXiv 2409.11321).
+    """
+
+    def __init__(self, core: Core, moment: Tensor, output: float, *, damping: float) -> None:
+        self.core = core
+        self.origin = core.value
+        left = _wide(core.left)
+        self.P = (_inverse_root(left.T @ left, damping) * (math.sqrt(output) / core.rank)).float()
+        self.Q = _inverse_root(moment, damping).T.float()
+        self.values = nn.Parameter(torch.zeros(core.rank, core.rank, device=self.origin.device))
+
+    def take_gradient_(self) -> None:
+        """Move the gradient from the layer to the coordinates, in place."""
+        self.values.grad = self.P.T @ self.core.take_gradient() @ self.Q.T
+
+    def write_(self, values: Tensor | None = None) -> None:
+        """Store the core that these coordinates (default: the present ones) stand for in the layer, in place."""
+        values = self.values.detach() if values is None else values
+        self.core.write_(self.origin + (self.P @ values @ self.Q).double())
+
+
+def cores_of(model: nn.Module) -> dict[str, Core]:
+    """Return the core of every compressed layer by name.
+
+    Raises
+    ------
+    ValueError
+        If the model has no compressed layer, or one that is on the meta device.
+    """
+    layers: Mapping[str, CompressedLinear] = compressed_modules(model)
+    if not layers:
+        raise ValueError("`student` has no compressed layer: compress it first; there is nothing to heal")
+    offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
+    if offloaded:
+        raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")
+    return {name: Core(name, layer) for name, layer in layers.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True)
+
+
+def _inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """Return ``V (E + damping mean(E))^(-1/2)`` for the eigenvalue decomposition ``V E V^T`` of a moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp(min=0)
+    mean = values.mean()
+    if not bool(mean > 0):
+        return torch.eye(len(values), dtype=moment.dtype, device=moment.device)
+    root: Tensor = vectors / (values + damping * mean).sqrt()
+    return root

@@ -1,0 +1,287 @@
+"""`heal`: from a compressed model and its teacher to a better compressed model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur.healing.cache import TeacherCache
+from cur.healing.closed_form import LayerFit, closed_form_
+from cur.healing.config import HealingConfig
+from cur.healing.cores import Coordinates
+from cur.healing.data import Text
+from cur.healing.learner import Learner
+from cur.healing.logs import Log
+from cur.healing.pair import Pair
+from cur.healing.report import HealingReport
+from cur.healing.sharing import share_
+from cur.healing.state import StateFile, digest
+from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
+from cur.integrations._forward import evaluating, model_inputs, padding_mask, token_rows
+from cur.integrations.gradients import collect_gradients
+from cur.integrations.nn import dense_weight
+from cur.integrations.report import versions
+from cur.integrations.statistics import Statistics
+
+__all__ = ["heal"]
+
+STATE = "state.safetensors"
+LOG = "log.jsonl"
+
+# Batches over which the second moments behind the whitened coordinates are taken.
+_MOMENT_BATCHES = 4
+_PROBE = 8
+
+# Least weight of an output in the metric, relative to the mean.
+_FLOOR = 0.1
+
+# What a fingerprint holds of a core.
+_PARTS = ("left", "right", "start")
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Tensor | Sequence[Mapping[str, Any]],
+    config: HealingConfig | None = None,
+    *,
+    state: str | Path | None = None,
+    cache: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    progress: Progress | None = None,
+) -> HealingReport:
+    """Win back what compression lost, by training the cores of the compressed layers alone, in place.
+
+    Parameters
+    ----------
+    student : nn.Module
+        A causal language model with compressed layers. Their cores change, nothing else does; see
+        :class:`~cur.healing.cores.Core` for what that means in each layout.
+    teacher : nn.Module
+        The dense model that it was made from. It does not change. Every tensor that both have bitwise equal is shared
+        from here on: the student's own copy is let go.
+    batches : Tensor or sequence of mapping
+        Text: token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
+    config : HealingConfig, optional
+        Default: the closed form, then 100 steps on the teacher's distribution of the next token.
+    state : path, optional
+        Directory for the state and the log (``log.jsonl``). If it holds the state of the same run, healing goes on from
+        there and ends with the weights of an uninterrupted run, bit for bit on the same machine with as many threads.
+    cache : path, optional
+        Directory in which what the teacher says to each batch is kept; can be used again by other runs.
+    tensorboard : path, optional
+        Directory of TensorBoard events.
+    progress : callable, optional
+        Called with a :class:`~cur.healing.train.Status` after every step.
+
+    Returns
+    -------
+    HealingReport
+
+    Raises
+    ------
+    ValueError
+        If the teacher has another vocabulary, width or shape of layers than the student, or there is too little text.
+    NumericalError
+        If a loss, a gradient or an activation is not finite; the best state so far is in the student then.
+    StateError
+        If the directory `state` holds the state of another run.
+    OSError
+        If the disk is full; the last complete state is still there.
+    ImportError
+        If TensorBoard is asked for and not installed.
+
+    Examples
+    --------
+    >>> import copy, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from cur.integrations import CompressConfig, compress
+    >>> from cur.healing import HealingConfig, heal
+    >>> _ = torch.manual_seed(0)
+    >>> shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)
+    >>> teacher = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape)).eval()
+    >>> student, windows = copy.deepcopy(teacher), torch.randint(50, (12, 16))
+    >>> _ = compress(student, windows, CompressConfig(layers=2, targets=("gate_proj",), rank=8))
+    >>> report = heal(student, teacher, windows, HealingConfig(steps=5, held_out=4, precision="float32"))
+    >>> report.trainable, report.steps, report.curve[-1]["kl"] < report.before["kl"]
+    (128, 5, True)
+    """
+    config = config or HealingConfig()
+    text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
+    probe = text.batch(0)["input_ids"][:1, :_PROBE]
+    kept = None if state is None else Path(state).expanduser()
+    log = Log(None if kept is None else kept / LOG, tensorboard)
+    seconds: dict[str, float] = {}
+    with evaluating(student), evaluating(teacher):
+        pair = Pair(student, teacher, config, probe=probe)
+        run = _fingerprint(pair, text)
+        if cache is not None:
+            pair.cache = TeacherCache(cache, _teacher_key(pair))
+        shared = share_(student, teacher)
+        file = None if kept is None else StateFile(kept / STATE, run)
+        with _only(pair):
+            found = None if file is None else file.read()
+            begin = time.perf_counter()
+            if found is None:
+                start = _start(pair, text, log, progress)
+            else:
+                start = _Start(found[1]["before"], [LayerFit(**fit) for fit in found[1]["fits"]])
+            seconds["closed form"] = time.perf_counter() - begin
+            begin = time.perf_counter()
+            tasks = _tasks(pair, text)
+            with torch.enable_grad():
+                steps, curve = train(
+                    pair, tasks, text, config, log=log, state=file, facts=start.to_dict(), progress=progress
+                )
+            seconds["heal"] = time.perf_counter() - begin
+    log.close()
+    best = min(curve, key=lambda look: look["loss"], default=None)
+    return HealingReport(
+        config=config.to_dict(),
+        trainable=sum(core.rank**2 for core in pair.cores.values()),
+        fits=tuple(start.fits),
+        before=start.before,
+        curve=tuple(curve),
+        steps=steps,
+        best_step=None if best is None else int(best["step"]),
+        shared_bytes=shared,
+        seconds=seconds,
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What was found before the first step."""
+
+    before: dict[str, float]
+    fits: list[LayerFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "fits": [asdict(fit) for fit in self.fits]}
+
+
+def _start(pair: Pair, text: Text, log: Log, progress: Progress | None) -> _Start:
+    """Look at the student as it is, and solve the closed form."""
+    config = pair.config
+    before = summary(look(pair, [Goal(pair, block) for block in _blocks(pair)], text))
+    log.write("before", 0, before)
+    fits: list[LayerFit] = []
+    if config.closed_form:
+        count = len(pair.student.compressed)
+        watch = None if progress is None else lambda done, _: progress(Status("closed form", done, count))
+        fits = closed_form_(
+            pair,
+            text.spread(config.closed_form_windows),
+            ridge=config.ridge,
+            correction=config.correction,
+            metrics=_metrics(pair, text),
+            progress=watch,
+        )
+        log.write("closed form", 0, {fit.name: fit.after for fit in fits})
+    return _Start(before, fits)
+
+
+def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
+    """Return how much each output of each compressed layer matters to the teacher, by its gradients."""
+    names = list(pair.cores)
+    if not pair.config.metric_windows:
+        return {}
+    nothing = Statistics(tokens=0, samples=0, square_sums={}, counts={})
+    with pair.autocast():
+        found = collect_gradients(
+            pair.teacher.model, text.spread(pair.config.metric_windows), nothing, modules=names, seed=pair.config.seed
+        )
+    metrics = {name: found.output_moment(name) for name in names}
+    # A few thousand gradients do not span the outputs of a wide layer; none of them may count for nothing.
+    return {name: H + _FLOOR * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype) for name, H in metrics.items()}
+
+
+def _blocks(pair: Pair) -> list[int | None]:
+    return list(pair.student.compressed) if pair.config.scope == "block" else [None]
+
+
+def _tasks(pair: Pair, text: Text) -> list[Task]:
+    """Return what learns, in coordinates measured on the text."""
+    moments = _moments(pair, text)
+    tasks = []
+    for block in _blocks(pair):
+        names = list(pair.cores) if block is None else pair.inside(block)
+        coordinates = {
+            name: Coordinates(pair.cores[name], *moments[name], damping=pair.config.damping) for name in names
+        }
+        tasks.append(Task(Goal(pair, block), Learner(coordinates, pair.config)))
+    return tasks
+
+
+def _moments(pair: Pair, text: Text) -> dict[str, tuple[Tensor, float]]:
+    """Return ``E[(R x)(R x)^T]`` and the mean square norm of the output of every compressed layer in the student."""
+    sums: dict[str, tuple[Tensor, float, int]] = {}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        right = pair.cores[name].right.float()
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            z = (token_rows(args[0], mask, name).float() @ right.T).double()
+            y = token_rows(output, mask, name).float()
+            gram, square, count = sums.get(name, (torch.zeros((), dtype=torch.float64), 0.0, 0))
+            sums[name] = (gram.to(z.device) + z.T @ z, square + float(y.square().sum()), count + len(z))
+
+        return after
+
+    handles = [pair.student.model.get_submodule(name).register_forward_hook(keep(name)) for name in pair.cores]
+    try:
+        with torch.no_grad(), pair.autocast():
+            for batch in text.spread(_MOMENT_BATCHES * text.batch_size):
+                mask = padding_mask(model_inputs(pair.student.model, batch))
+                pair.student.finish(batch, stop=pair.last)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (gram / count, square / count) for name, (gram, square, count) in sums.items()}
+
+
+@contextmanager
+def _only(pair: Pair) -> Iterator[None]:
+    """Let nothing but the cores ask for gradients, in either model, for a while."""
+    asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
+    factors = [core.factor for core in pair.cores.values()]
+    before = [factor.requires_grad for factor in factors]
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        for factor in factors:
+            factor.requires_grad_(True)
+        yield
+    finally:
+        for factor, was in zip(factors, before, strict=True):
+            factor.grad = None
+            factor.requires_grad_(was)
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def _fingerprint(pair: Pair, text: Text) -> str:
+    """Return a hash of all that decides the result, but for the machine."""
+    tensors = {f"{name}/{part}": getattr(core, part) for name, core in pair.cores.items() for part in _PARTS}
+    decides = {name: value for name, value in pair.config.to_dict().items() if name not in ("workers", "save_every")}
+    return digest(tensors, decides, text.digest(), _teacher_digest(pair))
+
+
+def _teacher_digest(pair: Pair) -> str:
+    """Return a hash of the dense layers that were compressed, which stand for the teacher."""
+    dense = {name: dense_weight(pair.teacher.model.get_submodule(name), name)[0] for name in pair.cores}
+    return digest(dense)
+
+
+def _teacher_key(pair: Pair) -> str:
+    """Return a hash of what the teacher's part of a batch depends on."""
+    return digest({}, _teacher_digest(pair), pair.config.precision, pair.kept, pair.watched, pair.stop)

@@ -1,0 +1,71 @@
+"""What healing did: the figures, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cur.healing.closed_form import LayerFit
+
+__all__ = ["HealingReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingReport:
+    """What a healing did.
+
+    Attributes
+    ----------
+    config : mapping
+        The configuration, as JSON types.
+    trainable : int
+        Numbers that learned: ``r^2`` for each compressed layer.
+    fits : sequence of LayerFit
+        What the closed form did to each layer; empty without it.
+    before : mapping of str to float
+        Loss, its parts and perplexity on the held-out text before anything was changed; empty without held-out text.
+    curve : sequence of mapping
+        The same after the closed form (``step`` 0) and at every look.
+    steps : int
+        Steps taken.
+    best_step : int or None
+        The step whose state was kept; None without held-out text, when the last one is.
+    shared_bytes : int
+        Bytes that student and teacher use together.
+    seconds : mapping of str to float
+        Of each stage, in this process.
+    versions : mapping of str to str
+        Of the packages.
+    """
+
+    config: Mapping[str, Any]
+    trainable: int
+    fits: Sequence[LayerFit]
+    before: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]]
+    steps: int
+    best_step: int | None
+    shared_bytes: int
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        first, last = (
+            self.before.get("perplexity"),
+            min((look["perplexity"] for look in self.curve if "perplexity" in look), default=None),
+        )
+        text = f"Healed {self.trainable:,} numbers in {self.steps} steps"
+        if first is None or last is None:
+            return text
+        return f"{text}; perplexity on held-out text {first:.2f} before, {last:.2f} after"
