@@ -140,9 +140,16 @@ def release_(model: nn.Module) -> None:
                             setattr(layer, name, copy.requires_grad_(parameter.requires_grad))
 
 
-def rolled(model: nn.Module) -> dict[str, nn.Module]:
-    """Return by name, for all experts that are linear layers, the modules that transformers would have there."""
-    return {name: module.rolled() for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+def rolled(model: nn.Module, *, compressed: bool = True) -> dict[str, nn.Module]:
+    """Return by name, for experts that are linear layers, the modules that transformers would have there.
+
+    Those of which some are compressed are left out if `compressed` is False.
+    """
+    return {
+        name: module.rolled()
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts) and (compressed or not module.compressed())
+    }
 
 
 def _without_parameters(experts: nn.Module) -> Any:

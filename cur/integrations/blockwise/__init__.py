@@ -1,0 +1,28 @@
+"""Models larger than memory, and runs of several processes: the same results, block by block.
+
+:func:`load_skeleton` opens a checkpoint without its weights; :func:`compress_blockwise` and
+:func:`perplexity_blockwise` do with it what :func:`~cur.integrations.compress` and :func:`~cur.integrations.perplexity`
+do with a model in memory.
+"""
+
+from cur.integrations.blockwise.journal import JournalError
+from cur.integrations.blockwise.memory import available_memory, fits
+from cur.integrations.blockwise.run import compress_blockwise
+from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.blockwise.shards import ShardError, Shards
+from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
+from cur.integrations.blockwise.team import Team, TeamError
+
+__all__ = [
+    "JournalError",
+    "ShardError",
+    "Shards",
+    "Skeleton",
+    "Team",
+    "TeamError",
+    "available_memory",
+    "compress_blockwise",
+    "fits",
+    "load_skeleton",
+    "perplexity_blockwise",
+]

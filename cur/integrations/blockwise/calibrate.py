@@ -52,8 +52,8 @@ class Calibration:
     ) -> None:
         if len(given) < team.size:
             raise ValueError(
-                f"{team.size} processes share {len(given)} batches of calibration text: start at most as many processes as "
-                "there are batches, or lower `batch_size`"
+                f"{team.size} processes share {len(given)} batches of calibration text: start no more processes than "
+                "batches, or lower `batch_size`"
             )
         self.skeleton = skeleton
         self.given = list(given)
@@ -104,7 +104,7 @@ class Calibration:
     def _ready(self, index: int, own: Sequence[Any]) -> bool:
         """Say whether all that block `index + 1` needs is stored and intact."""
         places = [self.tunnel.place(index), *self.states.places("embedding-")]
-        places += [self.tunnel.place(end - 1) for end in self._starts() if 0 < end <= index]
+        places += [self.tunnel.place(end - 1) for end in self.skeleton.starts if 0 < end <= index]
         return all(self.states.intact(place, key) for place in places for key in self._keys(own))
 
     def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
@@ -143,15 +143,10 @@ class Calibration:
             replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
             self.journal.finish(_step(index), [file])
         self.team.agree(True)  # nobody removes what a run that is killed now would need
-        if index not in self._starts() and self.team.leads:
+        if index not in self.skeleton.starts and self.team.leads:
             # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:
             # on it the change of each layer's output is measured.
             self.states.drop(self.tunnel.place(index - 1), keep=self._keys(self.given[:1])[0])
-
-    def _starts(self) -> list[int]:
-        """Return the number of the first block of each stack."""
-        lengths = [len(stack) for stack in self.skeleton.stacks]
-        return [sum(lengths[:number]) for number in range(len(lengths))]
 
     def _file(self, index: int) -> Path:
         return self.journal.directory / "statistics" / f"{index:04}.safetensors"
@@ -199,4 +194,5 @@ def _neighbours(names: tuple[str, ...], parts: Sequence[Statistics]) -> torch.Te
                 angles[offset, offset + 1] = angles[offset + 1, offset] = measured[0, 1]
         corners.append(angles)
         first += len(stack)
-    return torch.block_diag(*corners)
+    whole: torch.Tensor = torch.block_diag(*corners)  # type: ignore[no-untyped-call]
+    return whole

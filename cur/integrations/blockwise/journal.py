@@ -65,8 +65,8 @@ class Journal:
             self._lock.close()
             self._lock = None
             raise JournalError(
-                f"another run is writing to the same directory (it holds {self.directory / 'lock'}); wait for it, or name "
-                "another directory"
+                f"another run is writing to the same directory (it holds {self.directory / 'lock'}); wait for it, or "
+                "name another directory"
             ) from None
         given = json.loads(json.dumps({"format_version": _FORMAT_VERSION, **inputs}))
         known = self._read(self.directory / "inputs.json")
@@ -76,8 +76,8 @@ class Journal:
             self.release()
             changed = sorted(key for key in known.keys() | given.keys() if known.get(key) != given.get(key))
             raise JournalError(
-                f"{self.directory} holds an unfinished run with another {' and '.join(changed)}; give what it was begun "
-                f"with and it goes on, or delete {self.directory} to begin anew"
+                f"{self.directory} holds an unfinished run with another {' and '.join(changed)}; give what it was "
+                f"begun with and it goes on, or delete {self.directory} to begin anew"
             )
 
     def release(self) -> None:

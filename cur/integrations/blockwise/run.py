@@ -45,11 +45,11 @@ def compress_blockwise(
 ) -> CompressionReport:
     """Compress a checkpoint into another without ever holding the model.
 
-    The result is that of :func:`~cur.integrations.compress` and :func:`~cur.integrations.save`, byte for byte. Every
-    block is loaded three times: to be measured, to be factored (if it is chosen), and to be copied. In memory are one
-    block, its statistics, and the hidden states of one batch; those of the others lie on disk beside `directory`, as do
-    statistics and factors. They take, for ``n`` calibration tokens and a model of width ``d``, twice ``n d`` numbers, and
-    with full second moments 8 bytes for every pair of input features of every block.
+    The result is that of :func:`~cur.integrations.compress` and :func:`~cur.integrations.save`, its weight
+    files byte for byte. Every block is loaded to be measured, and again to be copied; those that are chosen, also to be
+    factored. In memory are one block, its statistics, and the hidden states of one batch; those of the others lie on disk
+    beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a model of width ``d``,
+    three times ``n d`` numbers, and with full second moments 8 bytes for every pair of input features of every block.
 
     A run that was ended in any way goes on when it is started again with the same arguments. Under ``torchrun`` the
     processes share calibration text and blocks; all of them must see the same directory.
@@ -104,8 +104,8 @@ def compress_blockwise(
             if is_full(error):
                 raise OSError(
                     errno.ENOSPC,
-                    f"no space left for {target} and {journal.directory}; free some and start the same command again: it "
-                    "goes on where it stopped",
+                    f"no space left for {target} and {journal.directory}; free some and start the same command again: "
+                    "it goes on where it stopped",
                 ) from error
             raise
         finally:
@@ -174,8 +174,8 @@ def _refuse(config: CompressConfig | BudgetConfig) -> None:
             )
         if getattr(config, "own_text", False):
             raise ValueError(
-                "`own_text` needs the whole model in memory: block by block a model writes no text; pass own_text=False "
-                "(--no-own-text)"
+                "`own_text` needs the whole model in memory: block by block a model writes no text; pass "
+                "own_text=False (--no-own-text)"
             )
     elif config.span > 1:
         raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
@@ -217,7 +217,7 @@ def _compressed_skeleton(skeleton: Skeleton, factoring: Decomposition, reports: 
     final = copy.deepcopy(skeleton.model)
     unroll_(final)
     swap_(final, {done.name: factoring.stand_in(done, final.get_submodule(done.name)) for done in reports})
-    swap_(final, {name: experts for name, experts in rolled(final).items() if not final.get_submodule(name).compressed()})
+    swap_(final, rolled(final, compressed=False))
     mark_(final)
     return final
 

@@ -122,7 +122,7 @@ class Shards:
         """
         stored = self.tensors[name]
         flat = torch.empty(stored.size, dtype=torch.uint8)
-        view = memoryview(flat.numpy())
+        view = memoryview(flat.numpy().data)
         try:
             with stored.file.open("rb", buffering=0) as stream:
                 stream.seek(stored.start)
@@ -134,7 +134,11 @@ class Shards:
                     done += count
         except OSError as error:
             raise ShardError(f"{stored.file} cannot be read: {error.strerror or error}") from error
-        return flat.view(stored.dtype).reshape(stored.shape) if stored.size else torch.empty(stored.shape, dtype=stored.dtype)
+        return (
+            flat.view(stored.dtype).reshape(stored.shape)
+            if stored.size
+            else torch.empty(stored.shape, dtype=stored.dtype)
+        )
 
     def _named(self, placed: dict[str, str]) -> list[Path]:
         files = [self.directory / name for name in sorted(set(placed.values()))]
@@ -185,8 +189,8 @@ class Shards:
             other, known = first.setdefault(kind, (name, tensor))
             if known.dtype != tensor.dtype:
                 raise ShardError(
-                    f"the shards do not agree on a dtype: {other} in {known.file.name} is {_plain(known.dtype)}, {name} in "
-                    f"{tensor.file.name} is {_plain(tensor.dtype)}; convert the checkpoint to one dtype"
+                    f"the shards do not agree on a dtype: {other} in {known.file.name} is {_plain(known.dtype)}, "
+                    f"{name} in {tensor.file.name} is {_plain(tensor.dtype)}; convert the checkpoint to one dtype"
                 )
 
 

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
@@ -46,6 +47,8 @@ class Skeleton:
     ----------
     blocks : list of (str, nn.Module)
         Of all stacks, in order.
+    starts : list of int
+        Number of the first block of each stack.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Skeleton:
         self.device = device
         self.stacks = block_stacks(model)
         self.blocks = [block for stack in self.stacks for block in stack]
+        self.starts = [sum(len(stack) for stack in self.stacks[:number]) for number in range(len(self.stacks))]
         self._inside = tuple(f"{name}." for name, _ in self.blocks)
         parts = {id(part) for part in body(model).modules()}
         self._body = {
@@ -142,14 +146,12 @@ class Skeleton:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        named = {
-            name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in self.shards.tensors
-        }
+        named = {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in self.shards.tensors}
         return {name: target for name, target in named.items() if target in known}
 
-    def _mapping(self) -> list[WeightConverter | WeightRenaming]:
+    def _mapping(self) -> list[WeightTransform]:
         # Made anew for every load: the entries remember what they converted.
-        found: list[WeightConverter | WeightRenaming] = get_model_conversion_mapping(
+        found: list[WeightTransform] = get_model_conversion_mapping(
             self.model, None, getattr(self.model, "hf_quantizer", None)
         )
         return found
@@ -162,7 +164,7 @@ class Skeleton:
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
             hf_quantizer=getattr(self.model, "hf_quantizer", None),
-            weight_mapping=self._mapping(),
+            weight_mapping=self._mapping(),  # type: ignore[arg-type]
         )
         read = {name: self.shards.read(name) for name in wanted}
         with quiet():
@@ -171,8 +173,8 @@ class Skeleton:
             )
         for name, stored, expected in info.mismatched_keys:
             raise ShardError(
-                f"{name} is stored with shape {tuple(stored)}, `config.json` asks for {tuple(expected)}: configuration and "
-                "shards do not belong together"
+                f"{name} is stored with shape {tuple(stored)}, `config.json` asks for {tuple(expected)}: "
+                "configuration and shards do not belong together"
             )
         if info.conversion_errors:
             raise ShardError(f"the checkpoint cannot be converted: {next(iter(info.conversion_errors.values()))}")
@@ -198,7 +200,7 @@ class Skeleton:
                 setattr(self.model.get_submodule(place), key, parameter)
 
     def _fill_buffers(self) -> None:
-        """Compute the buffers that no checkpoint stores, as the frequencies of rotary positions; all of them are small."""
+        """Compute the buffers that no checkpoint stores, such as the frequencies of rotary positions."""
         owners: dict[str, list[str]] = {}
         for name, _ in self.model.named_non_persistent_buffers():
             owner, _, key = name.rpartition(".")

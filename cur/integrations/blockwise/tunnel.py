@@ -61,7 +61,7 @@ class Tunnel:
         for number, block in enumerate(blocks):
             block.forward = self._block(number, block.forward)
         for name, table in tables.items():
-            table.forward = self._table(name, table, table.forward)
+            table.forward = self._table(name, table, table.forward)  # type: ignore[method-assign]
         try:
             yield self
         finally:

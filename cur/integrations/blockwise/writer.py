@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from cur.integrations.blockwise.shards import DTYPES
@@ -39,7 +38,7 @@ class CheckpointWriter:
         Largest size of one file, in bytes or with a unit.
     """
 
-    def __init__(self, model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
+    def __init__(self, model: Any, directory: Path, max_shard_size: int | str) -> None:
         state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
@@ -65,7 +64,9 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files:
             file.close()
         if error is None and self._expected:
@@ -88,7 +89,7 @@ class CheckpointWriter:
         file, start = self._places[name]
         if tensor.numel():
             file.seek(start)
-            data = memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+            data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
             while data:  # one call writes at most 2 GiB
                 data = data[file.write(data) :]
 

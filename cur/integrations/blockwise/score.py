@@ -1,0 +1,90 @@
+"""Perplexity of a model that is never in memory as a whole."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cur.integrations._forward import Progress, body, evaluating, model_inputs, run
+from cur.integrations.blockwise.skeleton import Skeleton
+from cur.integrations.blockwise.states import States
+from cur.integrations.blockwise.tunnel import Tunnel
+from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.text import batches
+
+__all__ = ["perplexity_blockwise"]
+
+
+def perplexity_blockwise(
+    skeleton: Skeleton,
+    windows: torch.Tensor,
+    /,
+    *,
+    batch_size: int = 1,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Score token windows with a causal language model, block by block; see :func:`~cur.integrations.perplexity`.
+
+    Every block is loaded once. In memory are one block and the hidden states of one batch; those of all windows lie on
+    disk.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        What :func:`load_skeleton` returns; the checkpoint may be compressed.
+    windows : torch.Tensor
+        int64, shape (count, length).
+    batch_size : int, default 1
+        Windows per forward pass.
+    scratch : Path, optional
+        Directory for hidden states, two numbers for each token and unit of width. Default: the system's temporary one.
+    progress : callable, optional
+        Called as ``progress(done, total)``, in windows, block after block.
+
+    Returns
+    -------
+    Perplexity
+        As of the whole model in memory.
+
+    Raises
+    ------
+    TypeError, ValueError, NumericalError
+        As :func:`~cur.integrations.perplexity`.
+    """
+    start = time.perf_counter()
+    model, count = skeleton.model, len(skeleton.blocks)
+    parts = batches(windows, batch_size=batch_size)
+    total = (count + 1) * len(windows)
+    inner = body(model)
+    with tempfile.TemporaryDirectory(prefix="cur-", dir=scratch) as directory:
+        tunnel = Tunnel(skeleton, States(Path(directory), skeleton.device))
+        with tunnel.open(), evaluating(model):
+            skeleton.load_outside()
+            tunnel.recording = True
+            for index in range(count):
+                skeleton.load_block(index)
+                tunnel.active = index
+                for number, batch in enumerate(parts):
+                    run(inner, model_inputs(inner, batch))
+                    if progress is not None:
+                        progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
+                skeleton.free_block(index)
+                if index == 0:
+                    skeleton.free_embeddings()
+                elif index not in skeleton.starts:
+                    tunnel.states.drop(tunnel.place(index - 1))
+            tunnel.active, tunnel.recording = count, False
+            skeleton.load_outside(head=True)
+
+            def watch(done: int, _: int | None) -> None:
+                if progress is not None:
+                    progress(count * len(windows) + done, total)
+
+            result = perplexity(model, windows, batch_size=batch_size, progress=watch)
+            skeleton.free_outside()
+    return replace(result, seconds=time.perf_counter() - start)
