@@ -21,6 +21,7 @@ from cur.cli.app import app
 from cur.integrations.nn import compressed_modules
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ["compress", "plan", "evaluate", "inspect", "convert", "export", "demo"]
 SMALL = ["--layers", "2", "--rank", "6", "--windows", "4", "--window-length", "16"]
 
 
@@ -108,11 +109,11 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    for command in ("compress", "evaluate", "inspect", "export", "demo"):
+    for command in COMMANDS:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect", "export", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     done = cur(command, "--help")
     assert done.exit_code == 0
@@ -262,7 +263,7 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
         "def slow(*_, **__):\n"
         "    print('ready', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"
-        "commands.compress = slow\n"
+        "commands.carry_out_ = slow\n"
         "main()\n"
     )
     child = subprocess.Popen(
@@ -343,3 +344,94 @@ def test_a_budget_out_of_range_is_refused_before_the_model_is_loaded(tmp_path: P
         done = cur("compress", "no-such-model", f"--keep={keep}", "--out", tmp_path / "small")
         assert done.exit_code == 2
         assert "`keep` must be between 0 and 1" in done.stderr
+
+
+def test_a_plan_is_written_edited_and_carried_out(model: Path, text: Path, tmp_path: Path) -> None:
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16"]
+    done = cur("plan", model, "--text", text, "--out", tmp_path / "plan.json", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    assert "predicted" in done.stdout
+    whole = cur("compress", model, "--text", text, "--out", tmp_path / "direct", *SMALL, "--json")
+    data = json.loads(whole.stdout)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["entries"] == data["plan"]["entries"]
+    assert plan["calibration"] == data["plan"]["calibration"]
+    assert all(0 < entry["predicted"] < 1 for entry in plan["entries"])
+    replayed = cur(
+        "compress", model, *calibration, "--plan", tmp_path / "plan.json", "--out", tmp_path / "replayed", "--json"
+    )
+    assert replayed.exit_code == 0, replayed.stderr
+    again = json.loads(replayed.stdout)
+    for one, other in zip(data["layers"], again["layers"], strict=True):
+        assert one["rows"] == other["rows"]
+        assert one["columns"] == other["columns"]
+    plan["entries"] = plan["entries"][:1]
+    plan["entries"][0]["rank"] = 3
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    edited = cur(
+        "compress", model, *calibration, "--plan", tmp_path / "plan.json", "--out", tmp_path / "edited", "--json"
+    )
+    assert [layer["rank"] for layer in json.loads(edited.stdout)["layers"]] == [3]
+    other_text = cur("compress", model, "--text", text, "--windows", 3, "--window-length", 16, "--plan",
+                     tmp_path / "plan.json", "--out", tmp_path / "other")  # fmt: skip
+    assert other_text.exit_code == 0
+    assert "The calibration text is another" in other_text.stderr
+    give = ["--plan", tmp_path / "plan.json", "--out", tmp_path / "none"]
+    refused(cur("compress", model, *calibration, *give, "--rank", 3), "--plan has decided")
+    plan["entries"][0]["rank"] = 99
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    refused(cur("compress", model, *calibration, *give), "`rank` of", "between 1 and 32")
+    assert not (tmp_path / "none").exists()
+
+
+def test_statistics_are_saved_and_reused(model: Path, text: Path, small: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    for name, options in (("first", SMALL), ("second", [*SMALL, "--windows", "1"])):
+        done = cur("compress", model, "--text", text, "--stats", stats, "--out", tmp_path / name, *options)
+        assert done.exit_code == 0, done.stderr
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "second"))
+    assert second["plan"] == first["plan"]  # the second run has read the statistics, and not the shorter text
+    assert [layer["rows"] for layer in first["layers"]] == [layer["rows"] for layer in second["layers"]]
+    refused(
+        cur("compress", small, "--text", text, "--stats", stats, "--out", tmp_path / "third", *SMALL), "q_proj is a"
+    )
+    stats.write_bytes(stats.read_bytes()[:-9])
+    refused(
+        cur("compress", model, "--text", text, "--stats", stats, "--out", tmp_path / "third", *SMALL), "cannot be read"
+    )
+
+
+def test_a_target_size(model: Path, text: Path, tmp_path: Path) -> None:
+    dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    wanted = int(0.75 * dense)
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--no-own-text"]
+    done = cur("compress", model, *calibration, "--target-size", wanted, "--out", tmp_path / "small")
+    assert done.exit_code == 0, done.stderr
+    found = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert 0.99 * wanted <= found <= wanted
+    refused(cur("compress", model, *calibration, "--target-size", "1KB", "--out", tmp_path / "x"), "must be at least")
+    refused(cur("compress", model, *calibration, "--target-size", "much", "--out", tmp_path / "x"), "such as 200MB")
+
+
+def test_convert(small: Path, tmp_path: Path) -> None:
+    done = cur("convert", small, "--layout", "interpolative", "--out", tmp_path / "rows")
+    assert done.exit_code == 0, done.stderr
+    tokens = torch.arange(4, 20)[None]
+    one, other = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (small, tmp_path / "rows"))
+    assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+    data = json.loads(cur("inspect", tmp_path / "rows", "--json").stdout)
+    assert {layer["layout"] for layer in data["layers"]} == {"interpolative"}
+    assert data["parameters"] == data["report"]["after"]["parameters"]
+    refused(cur("convert", small, "--layout", "lu", "--out", tmp_path / "x"), "`layout` must be one of")
+    refused(cur("convert", small, "--out", tmp_path / "rows"), "exists and is not empty")
+
+
+def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(" ".join(f"w{4 + index % 90}" for index in range(1100)))
+    options = [*SMALL, "--held-out", held_out, "--held-out-windows", "1"]
+    done = cur("compress", model, "--text", text, "--out", tmp_path / "small", *options)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert set(report["perplexity"]) == {"before, held-out", "after, held-out"}
+    assert "Perplexity after, held-out" in done.stdout

@@ -15,6 +15,7 @@ def config(**given: Any) -> CompressConfig | BudgetConfig:
         method=given.pop("method", None),
         budget={name: given.pop(name, None) for name in ("keep", "parameters")},
         gradients=given.pop("gradients", True),
+        own_text=given.pop("own_text", True),
         fixed={name: given.pop(name, None) for name in FIXED},
         common={"targets": given.pop("targets", None), "exclude": (), "seed": 0},
     )
@@ -29,13 +30,14 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     assert config(keep=0.8) == BudgetConfig(keep=0.8, method="best", targets="all-linear")
     assert config(parameters=10**6) == BudgetConfig(parameters=10**6)
     assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
+    assert config(keep=0.8, own_text=False) == BudgetConfig(keep=0.8, own_text=False)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"method": "luck"}, "--method must be one of best, rows, paper, got 'luck'"),
-        ({"keep": 0.5, "parameters": 7}, "--keep and --target-parameters exclude each other"),
+        ({"keep": 0.5, "parameters": 7}, "--keep, --target-parameters and --target-size exclude each other"),
         ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),

@@ -28,6 +28,7 @@ note = Console(stderr=True, highlight=False)
 """Everything else, so that standard output holds results alone."""
 
 _DESCRIPTIONS = {
+    "sample": "Writing text to calibrate on",
     "calibrate": "Measuring activations",
     "gradients": "Measuring gradients",
     "plan": "Sharing the budget",
@@ -50,6 +51,10 @@ class Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(_DESCRIPTIONS.get(stage, stage), total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def describe(self, stage: str, description: str) -> None:
+        """Say something else beside the bar of a stage that has reported."""
+        self._progress.update(self._tasks[stage], description=description)
 
     def of(self, stage: str, total: int | None = None) -> Callable[[int, int | None], None]:
         """Return a callback for one stage, whose bar appears at once."""

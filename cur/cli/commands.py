@@ -1,63 +1,130 @@
-"""What `cur compress`, `evaluate`, `inspect` and `export` do: load, call the public function, print."""
+"""What `cur compress`, `plan`, `evaluate`, `inspect`, `convert` and `export` do: load, call the library, print."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cur.cli import tables
-from cur.cli._run import bars, note, output
+from cur.cli._run import Bars, bars, note, output
 from cur.integrations.budget import BudgetConfig
-from cur.integrations.checkpoint import PLAN, REPORT, check_target, dense_export, save
-from cur.integrations.compress import CompressConfig, compress
+from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
+from cur.integrations.compress import (
+    Clock,
+    as_batches,
+    carry_out_,
+    make_plan,
+    measure,
+    measure_plan,
+    with_own_text,
+)
+from cur.integrations.config import CompressConfig
+from cur.integrations.convert import convert_
 from cur.integrations.evaluate import perplexity
 from cur.integrations.inspect import summarize
-from cur.integrations.models import load_model
+from cur.integrations.models import LoadedModel, load_model
 from cur.integrations.nn import LAYOUTS
 from cur.integrations.plan import Plan
+from cur.integrations.report import CompressionReport, model_size
+from cur.integrations.statistics import Statistics
 from cur.integrations.text import dataset_texts, embedded_text, read_text, token_windows
 
-__all__ = ["run_compress", "run_evaluate", "run_export", "run_inspect"]
+__all__ = [
+    "HeldOut",
+    "Source",
+    "run_compress",
+    "run_convert",
+    "run_evaluate",
+    "run_export",
+    "run_inspect",
+    "run_plan",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where calibration comes from."""
+
+    text: Path | None
+    dataset: str | None
+    dataset_config: str | None
+    windows: int | None
+    length: int
+    stats: Path | None
+
+    def __post_init__(self) -> None:
+        """Refuse two texts."""
+        if self.text is not None and self.dataset is not None:
+            raise ValueError("--text and --dataset exclude each other; give one")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows of tokens."""
+        source: str | Iterable[str]
+        if self.dataset is not None:
+            source, name = _stream(self.dataset, self.dataset_config), self.dataset
+        elif self.text is not None:
+            source, name = read_text(self.text), str(self.text)
+        else:
+            source, name = embedded_text("calibrate"), "the embedded text"
+        count = self.windows or (128 if self.dataset is not None else 64)
+        return token_windows(tokenizer, source, length=self.length, count=count, name=name)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to measure perplexity on, before and after."""
+
+    name: str
+    windows: int
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows of tokens."""
+        text = embedded_text("evaluate") if self.name == "reference" else read_text(self.name)
+        return token_windows(tokenizer, text, length=1024, count=self.windows, name=self.name)
 
 
 def run_compress(
     model: str | None,
     out: Path,
-    config: CompressConfig | BudgetConfig,
+    how: CompressConfig | BudgetConfig | Path,
     *,
-    text: Path | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    windows: int | None,
-    window_length: int,
+    source: Source,
+    held_out: HeldOut | None,
     dtype: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Run `cur compress`."""
-    if text is not None and dataset is not None:
-        raise ValueError("--text and --dataset exclude each other; give one")
+    """Run `cur compress`, by a configuration or by the plan in a file."""
     check_target(out, overwrite=overwrite)
-    source: str | Iterable[str]
-    if dataset is not None:
-        source, name = _stream(dataset, dataset_config), dataset
-    elif text is not None:
-        source, name = read_text(text), str(text)
-    else:
-        source, name = embedded_text("calibrate"), "the embedded text"
-    count = windows or (128 if dataset is not None else 64)
+    asked = Plan.load(how) if isinstance(how, Path) else how
+    clock = Clock()
+    perplexities: dict[str, float] = {}
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(model, dtype=_dtype(dtype))
-            calibration = token_windows(loaded.tokenizer, source, length=window_length, count=count, name=name)
-        report = compress(loaded.model, calibration, config, progress=bar)
+            if isinstance(asked, Plan):
+                asked.check(loaded.model)
+            windows = source.read(loaded.tokenizer)
+            judged = None if held_out is None else held_out.read(loaded.tokenizer)
+        if judged is not None:
+            watch = bar.of("before", len(judged))
+            perplexities["before, held-out"] = perplexity(loaded.model, judged, progress=watch).value
+        statistics, plan, probe = _decide(loaded, asked, windows, source.stats, clock, bar)
+        if isinstance(asked, Plan) and asked.calibration not in (None, statistics.text_hash):
+            note.print("The calibration text is another than the one that the plan was made from.")
+        report = carry_out_(loaded.model, plan, statistics, probe=probe, clock=clock, progress=bar)
+        if judged is not None:
+            watch = bar.of("after", len(judged))
+            perplexities["after, held-out"] = perplexity(loaded.model, judged, progress=watch).value
+        report = replace(report, perplexity=perplexities)
         with bar.busy("Saving"):
             target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
     if as_json:
@@ -66,7 +133,85 @@ def run_compress(
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
     if report.plan.kept is not None:
         output.print(tables.budget_line(report.plan))
-    output.print(f"Saved to {out}. Next: cur evaluate {out}, or load it in Python as its README.md says.")
+    for name, value in perplexities.items():
+        output.print(f"Perplexity {name}: {value:.2f}")
+    page = target / PAGE
+    seen = f" What was done: {page}." if page.exists() else ""
+    output.print(f"Saved to {out}.{seen} Next: cur evaluate {out}, or load it in Python as its README.md says.")
+
+
+def run_plan(
+    model: str | None,
+    out: Path,
+    config: CompressConfig | BudgetConfig,
+    *,
+    source: Source,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Run `cur plan`."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a directory; name the JSON file to write")
+    with bars() as bar:
+        with bar.busy("Loading the model"):
+            loaded = load_model(model, dtype=_dtype(dtype))
+            windows = source.read(loaded.tokenizer)
+        _, plan, _ = _decide(loaded, config, windows, source.stats, Clock(), bar)
+    plan.save(out)
+    if as_json:
+        print(json.dumps(plan.to_dict()))
+        return
+    output.print(tables.plan_table(plan))
+    output.print(f"Saved to {out}. Next: cur compress --plan {out} --out DIR, with the same text.")
+
+
+def _decide(
+    loaded: LoadedModel,
+    asked: CompressConfig | BudgetConfig | Plan,
+    windows: torch.Tensor,
+    stats: Path | None,
+    clock: Clock,
+    bar: Bars,
+) -> tuple[Statistics, Plan, dict[str, torch.Tensor]]:
+    """Measure, or read what an earlier run measured, and plan; return a batch to measure outputs on as well."""
+    model = loaded.model
+    given = as_batches(windows, 4 if isinstance(asked, Plan) else asked.batch_size)
+    probe = given[0]
+    with clock.stage("calibrate"):
+        if stats is not None and stats.exists():
+            statistics = Statistics.load(stats)
+            statistics.check(model)
+        else:
+            if isinstance(asked, Plan):
+                statistics = measure_plan(model, given, asked, progress=bar)
+            else:
+                if isinstance(asked, BudgetConfig) and asked.own_text:
+                    given = with_own_text(model, given, seed=asked.seed, progress=bar)
+                statistics = measure(model, given, asked, progress=bar)
+            if stats is not None:
+                statistics.save(stats)
+    with clock.stage("plan"):
+        plan = asked if isinstance(asked, Plan) else make_plan(model, statistics, asked, progress=bar)
+    return statistics, plan, probe
+
+
+def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwrite: bool) -> None:
+    """Run `cur convert`."""
+    check_target(out, overwrite=overwrite)
+    before = summarize(directory)
+    with bars() as bar:
+        with bar.busy("Loading the model"):
+            loaded = _load_stored(directory)
+        convert_(loaded.model, layout, purpose=purpose)
+        report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
+        if report is not None:
+            report = replace(report, after=model_size(loaded.model))
+        with bar.busy("Saving"):
+            save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+    after = summarize(out)
+    kept = [sum(layer.parameters for layer in summary.layers) for summary in (before, after)]
+    output.print(f"Numbers in the compressed layers: {kept[0]:,} before, {kept[1]:,} now.")
+    output.print(f"Saved to {out}.")
 
 
 def run_evaluate(
@@ -128,12 +273,16 @@ def run_export(directory: Path, out: Path, *, overwrite: bool) -> None:
     summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
     with bars() as bar:
         with bar.busy("Loading the model"):
-            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            stored = getattr(torch, str(config.get("dtype") or "float32"))
-            loaded = load_model(str(directory), dtype=stored)
+            loaded = _load_stored(directory)
         with bar.busy("Saving"):
             dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     note.print(f"Saved to {out}.")
+
+
+def _load_stored(directory: Path) -> LoadedModel:
+    """Load a checkpoint in the dtype it is stored in."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return load_model(str(directory), dtype=getattr(torch, str(config.get("dtype") or "float32")))
 
 
 def _stream(dataset: str, config: str | None) -> Iterable[str]:

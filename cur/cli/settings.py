@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cur.integrations.budget import METHODS, BudgetConfig
 from cur.integrations.compress import CompressConfig
 
-__all__ = ["compress_config"]
+__all__ = ["compress_config", "parse_layers", "parse_size", "refuse_with_plan"]
 
 PAPER = "paper"
 
@@ -18,6 +19,7 @@ def compress_config(
     method: str | None,
     budget: Mapping[str, Any],
     gradients: bool,
+    own_text: bool = True,
     fixed: Mapping[str, Any],
     common: Mapping[str, Any],
 ) -> CompressConfig | BudgetConfig:
@@ -28,11 +30,11 @@ def compress_config(
     method : str or None
         A method of a budget, or "paper"; by default what the other options call for.
     budget : mapping
-        ``keep`` and ``parameters`` of a budget.
-    gradients : bool
+        ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
+    gradients, own_text : bool
         For a budget.
     fixed : mapping
-        Options of the paper's setting.
+        Options of the paper's setting; ``layers`` as text.
     common : mapping
         Options of both.
 
@@ -44,11 +46,17 @@ def compress_config(
     asked = {name: value for name, value in budget.items() if value is not None}
     shared = {name: value for name, value in common.items() if value is not None}
     own = {name: value for name, value in fixed.items() if value is not None}
+    if "size" in asked:
+        asked["size"] = parse_size(asked["size"])
+    if "layers" in own:
+        own["layers"] = parse_layers(own["layers"])
+    if "purpose" in own:
+        own.setdefault("layout", "auto")
     method = method or (next(iter(METHODS)) if asked else PAPER)
     if method not in (*METHODS, PAPER):
         raise ValueError(f"--method must be one of {', '.join((*METHODS, PAPER))}, got {method!r}")
     if len(asked) > 1:
-        raise ValueError("--keep and --target-parameters exclude each other; give one")
+        raise ValueError("--keep, --target-parameters and --target-size exclude each other; give one")
     if method == PAPER:
         if asked:
             raise ValueError("--method paper has no budget; give --rank and --layers instead, or --method best")
@@ -56,6 +64,55 @@ def compress_config(
     if not asked:
         raise ValueError(f"--method {method} needs a budget: give --keep, for instance --keep 0.8")
     if own:
-        names = ", ".join(f"--{name}" for name in own)
+        names = ", ".join("--for" if name == "purpose" else f"--{name.replace('_', '-')}" for name in own)
         raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
-    return BudgetConfig(**asked, **shared, method=method, gradients=gradients)
+    return BudgetConfig(**asked, **shared, method=method, gradients=gradients, own_text=own_text)
+
+
+def refuse_with_plan(config: CompressConfig | BudgetConfig) -> None:
+    """Raise a ValueError if options were given that a plan has decided."""
+    default = CompressConfig()
+    if config != default:
+        raise ValueError(
+            "--plan has decided which layers are compressed and how; leave out the options that decide it, or edit the "
+            "plan"
+        )
+
+
+def parse_size(text: str) -> int:
+    """Return a size such as "200MB", "1.5 GiB" or "123456" in bytes.
+
+    Examples
+    --------
+    >>> parse_size("200MB"), parse_size("1.5 KiB"), parse_size("12")
+    (200000000, 1536, 12)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"--target-size must be a number of bytes, or one with a unit such as 200MB, got {text!r}")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def parse_layers(text: str) -> int | str | tuple[int, ...]:
+    """Return a number of blocks ("10"), "all", or indices ("3,5-8"; of a single block "3,").
+
+    Examples
+    --------
+    >>> parse_layers("10"), parse_layers("all"), parse_layers("3,5-8"), parse_layers("3,")
+    (10, 'all', (3, 5, 6, 7, 8), (3,))
+    """
+    if text == "all":
+        return text
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None and part.strip():
+            raise ValueError(f"--layers must be a number of blocks, indices such as 3,5-8, or all, got {text!r}")
+        if match is not None:
+            found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not found:
+        raise ValueError(f"--layers must be a number of blocks, indices such as 3,5-8, or all, got {text!r}")
+    return tuple(sorted(set(found)))

@@ -12,14 +12,22 @@ if TYPE_CHECKING:
     from cur.integrations.plan import Plan
     from cur.integrations.report import CompressionReport, LayerReport
 
-__all__ = ["budget_line", "checkpoint_table", "layers_table", "perplexity_table", "seconds_line", "size_table"]
+__all__ = [
+    "budget_line",
+    "checkpoint_table",
+    "layers_table",
+    "perplexity_table",
+    "plan_table",
+    "seconds_line",
+    "size_table",
+]
 
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one line for each compressed layer."""
     table = Table(title="Compressed layers", title_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("shape", "rank", "numbers kept", "error", "bound", "weighted"):
+    for heading in ("shape", "rank", "numbers kept", "error", "bound", "weighted", "certified"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in layers:
         table.add_row(
@@ -30,13 +38,13 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
             f"{layer.certificate['relative']:.3f}",
             _bound(layer),
             f"{layer.weighted_error:.3f}",
+            f"{layer.weighted_bound:.3f}",
         )
     table.caption = (
         "error: certified, ||W - C U R|| / ||W|| in the Frobenius norm; bound: (B1), what the choice of "
         "rows and "
         "columns guaranteed beforehand; weighted: the error with every input feature weighted by its norm "
-        "on the "
-        "calibration text"
+        "on the calibration text, and its certified bound"
     )
     table.caption_justify = "left"
     return table
@@ -45,6 +53,37 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
 def _bound(layer: LayerReport) -> str:
     bound, scale = layer.certificate.get("projection"), layer.certificate["scale"]
     return "" if bound is None or not scale else f"{bound / scale:.3f}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return one line for each layer of a plan."""
+    table = Table(title="Plan", title_justify="left", show_footer=True)
+    table.add_column("layer", "all", overflow="fold")
+    for heading, footer in (
+        ("shape", ""),
+        ("rank", ""),
+        ("layout", ""),
+        ("numbers", f"{plan.parameters:,}"),
+        ("of dense", f"{plan.parameters / plan.dense_parameters:.1%}" if plan.entries else ""),
+        ("predicted", ""),
+    ):
+        table.add_column(heading, footer, justify="right", no_wrap=True)
+    for entry in plan.entries:
+        table.add_row(
+            entry.name,
+            f"{entry.shape[0]} x {entry.shape[1]}",
+            str(entry.rank),
+            entry.layout,
+            f"{entry.parameters:,}",
+            f"{entry.parameters / entry.dense_parameters:.1%}",
+            "" if entry.predicted is None else f"{entry.predicted:.2e}",
+        )
+    table.caption = (
+        "predicted: the increase of the loss per token where gradients were measured; else the squared relative error "
+        "of the outputs, of which fixed ranks are told what no factorization goes below"
+    )
+    table.caption_justify = "left"
+    return table
 
 
 def size_table(report: CompressionReport) -> Table:

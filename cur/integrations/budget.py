@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cur import ranks
+from cur.integrations.disk import ByteCosts
 from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
@@ -36,10 +37,12 @@ class BudgetConfig:
     Parameters
     ----------
     keep : float, optional
-        Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this and
-        `parameters` is given. The budget is never exceeded.
+        Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this,
+        `parameters` and `size` is given. The budget is never exceeded.
     parameters : int, optional
         Parameters to keep in the whole model, embeddings and all.
+    size : int, optional
+        Bytes that the weight files of the checkpoint may take on disk, in the dtype that the model has.
     method : {"best", "rows"}, default "best"
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
@@ -47,6 +50,9 @@ class BudgetConfig:
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
+    own_text : bool, default True
+        Whether the model writes as much text as it is given, from random first tokens, to be calibrated on both: what
+        is kept then serves other domains than that of the given text, too. Not for models that write no text.
     targets, exclude : str or tuple of str
         Linear layers, by the rules of :func:`~cur.integrations.linear_modules`. By default all in all blocks.
     damping : float, default 1e-4
@@ -60,13 +66,15 @@ class BudgetConfig:
     Raises
     ------
     TypeError, ValueError
-        If not one of `keep` and `parameters` is given, or a value is out of range.
+        If not one of `keep`, `parameters` and `size` is given, or a value is out of range.
     """
 
     keep: float | None = None
     parameters: int | None = None
+    size: int | None = None
     method: str = "best"
     gradients: bool = True
+    own_text: bool = True
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     damping: float = 1e-4
@@ -75,10 +83,10 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if (self.keep is None) == (self.parameters is None):
+        if [self.keep, self.parameters, self.size].count(None) != 2:
             raise TypeError(
-                "one of `keep` and `parameters` must be given, "
-                f"got keep={self.keep!r} and parameters={self.parameters!r}"
+                "one of `keep`, `parameters` and `size` must be given, "
+                f"got keep={self.keep!r}, parameters={self.parameters!r} and size={self.size!r}"
             )
         keep: Any = self.keep
         number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
@@ -87,7 +95,7 @@ class BudgetConfig:
                 "`keep` must be between 0 and 1, both excluded: the share of parameters to keep in the targeted "
                 f"layers; got {keep!r}"
             )
-        for name in ("parameters", "batch_size"):
+        for name in ("parameters", "size", "batch_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
@@ -199,9 +207,14 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    least = int(sum(curve.costs.min() for curve in curves))
-    budget = _budget(config, targeted, whole, least=least)
-    chosen = ranks.allocate([curve.errors for curve in curves], [curve.costs for curve in curves], budget)
+    costs = [curve.costs for curve in curves]
+    if config.size is not None:
+        on_disk = ByteCosts(model, [curve.name for curve in curves])
+        costs = [on_disk.options(curve.name, curve.shape, curve.costs) for curve in curves]
+        budget = _size_budget(config.size, on_disk, least=int(sum(cost.min() for cost in costs)))
+    else:
+        budget = _budget(config, targeted, whole, least=int(sum(cost.min() for cost in costs)))
+    chosen = ranks.allocate([curve.errors for curve in curves], costs, budget)
     entries = tuple(
         PlanEntry(
             name=curve.name,
@@ -223,6 +236,7 @@ def plan_budget(
         seed=config.seed,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
+        own_text=config.own_text,
         angular=statistics.angular,
         versions=versions(),
         targeted_parameters=targeted,
@@ -248,3 +262,18 @@ def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> i
             f"{given}, the least that the targeted layers can be brought to (rank 1 everywhere); got {got}"
         )
     return budget
+
+
+def _size_budget(size: int, on_disk: ByteCosts, *, least: int) -> int:
+    """Return the bytes that the targeted layers may take."""
+    if size >= on_disk.dense():
+        raise ValueError(
+            f"`size` must be below {on_disk.dense():,}, the bytes that the model takes now; got {size:,}: there is "
+            "nothing to do"
+        )
+    if size < on_disk.fixed + least:
+        raise ValueError(
+            f"`size` must be at least {on_disk.fixed + least:,} bytes, of which {on_disk.fixed:,} belong to what is "
+            f"not targeted (the rest is rank 1 everywhere); got {size:,}"
+        )
+    return size - on_disk.fixed

@@ -39,6 +39,7 @@ __all__ = [
 WEIGHTS = "cur_model.safetensors"
 PLAN = "plan.json"
 REPORT = "report.json"
+PAGE = "report.html"
 
 # What transformers writes by default; our names replace the stem.
 _DEFAULT_STEM = "model"

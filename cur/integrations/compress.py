@@ -6,6 +6,7 @@ plan between them. The model is changed only when every factorization has succee
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions
+from cur.integrations.sampling import own_text
 from cur.integrations.spectra import spectrum
 from cur.integrations.text import batches
 
@@ -39,15 +41,18 @@ __all__ = [
     "StageProgress",
     "apply_plan_",
     "as_batches",
+    "as_done",
     "carry_out_",
     "compress",
+    "decompose",
     "make_plan",
     "measure",
+    "measure_plan",
 ]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
-"""Called as ``progress(stage, done, total)``: ``calibrate`` and ``gradients`` in samples, ``plan`` and ``decompose`` in
-layers."""
+"""Called as ``progress(stage, done, total)``: ``sample``, ``calibrate`` and ``gradients`` in samples, ``plan`` and
+``decompose`` in layers."""
 
 
 class Clock:
@@ -131,6 +136,8 @@ def _compress(
         else:
             given = as_batches(calibration, config.batch_size)
             probe = given[0]
+            if isinstance(config, BudgetConfig) and config.own_text:
+                given = with_own_text(model, given, seed=config.seed, progress=progress)
             statistics = measure(model, given, config, modules=names, progress=progress)
     with clock.stage("plan"):
         plan = make_plan(model, statistics, config, progress=progress)
@@ -177,7 +184,7 @@ def carry_out_(
     with unrolled(model):
         before = before or model_size(model)
         with clock.stage("decompose"):
-            layers, reports = _decompose(model, plan, statistics, progress)
+            layers, reports = decompose(model, plan, statistics, progress)
         if probe is not None:
             with clock.stage("outputs"):
                 changes = output_changes(model, layers, probe)
@@ -187,7 +194,7 @@ def carry_out_(
             release_(model)
             mark_(model)
     return CompressionReport(
-        plan=_as_done(plan, reports),
+        plan=as_done(plan, reports),
         layers=tuple(reports),
         before=before,
         after=model_size(model),
@@ -204,6 +211,15 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
     if not given:
         raise ValueError("`calibration` is empty: it must hold at least one batch")
     return given
+
+
+def with_own_text(
+    model: PreTrainedModel, given: list[Any], *, seed: int = 0, progress: StageProgress | None = None
+) -> list[Any]:
+    """Return batches, and as many that the model writes itself; see :func:`~cur.integrations.sampling.own_text`."""
+    size = max(len(next(iter(batch.values()))) for batch in given)
+    watch = None if progress is None else functools.partial(progress, "sample")
+    return [*given, *own_text(model, given, batch_size=size, seed=seed, progress=watch)]
 
 
 def measure(
@@ -229,26 +245,69 @@ def measure(
     progress : callable, optional
         See :data:`StageProgress`.
     """
-
-    def stage(name: str) -> Callable[[int, int | None], object] | None:
-        return None if progress is None else lambda done, total: progress(name, done, total)
-
     with unrolled(model):
         names = candidates(model, config) if modules is None else modules
-        full = isinstance(config, BudgetConfig) or config.needs_moments
-        statistics = collect(
+        return _collect(
             model,
             given,
-            modules=names,
-            moments="full" if full else "diagonal",
-            layers=[name for name, _ in decoder_layers(model)],
-            progress=stage("calibrate"),
+            names,
+            full=isinstance(config, BudgetConfig) or config.needs_moments,
+            gradients=config.gradients if isinstance(config, BudgetConfig) else False,
+            seed=config.seed,
+            progress=progress,
         )
-        if isinstance(config, BudgetConfig) and config.gradients:
-            return collect_gradients(
-                model, given, statistics, modules=names, seed=config.seed, progress=stage("gradients")
-            )
-        return statistics
+
+
+def measure_plan(
+    model: PreTrainedModel, given: list[Any], plan: Plan, *, progress: StageProgress | None = None
+) -> Statistics:
+    """Collect the statistics that a plan needs, to carry it out.
+
+    On the text that it was made from they are those it was made from.
+
+    Raises
+    ------
+    PlanError
+        If the plan was made for another model.
+    """
+    plan.check(model)
+    full = any(entry.method != "cur" or "covariance" in (entry.importance, entry.link) for entry in plan.entries)
+    with unrolled(model):
+        return _collect(
+            model,
+            with_own_text(model, given, seed=plan.seed, progress=progress) if plan.own_text else given,
+            [entry.name for entry in plan.entries],
+            full=full,
+            gradients=any(entry.gradients for entry in plan.entries),
+            seed=plan.seed,
+            progress=progress,
+        )
+
+
+def _collect(
+    model: PreTrainedModel,
+    given: list[Any],
+    names: list[str],
+    *,
+    full: bool,
+    gradients: bool,
+    seed: int,
+    progress: StageProgress | None,
+) -> Statistics:
+    def stage(name: str) -> Callable[[int, int | None], object] | None:
+        return None if progress is None else functools.partial(progress, name)
+
+    statistics = collect(
+        model,
+        given,
+        modules=names,
+        moments="full" if full else "diagonal",
+        layers=[name for name, _ in decoder_layers(model)],
+        progress=stage("calibrate"),
+    )
+    if gradients:
+        return collect_gradients(model, given, statistics, modules=names, seed=seed, progress=stage("gradients"))
+    return statistics
 
 
 def apply_plan_(
@@ -262,12 +321,13 @@ def apply_plan_(
     return list(carry_out_(model, plan, statistics, progress=progress).layers)
 
 
-def _decompose(
+def decompose(
     model: PreTrainedModel,
     plan: Plan,
     statistics: Statistics,
-    progress: StageProgress | None,
+    progress: StageProgress | None = None,
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
+    """Factor the layers of a plan; return by name what will stand for them, and a report on each."""
     plan.check(model)
     moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
@@ -285,6 +345,7 @@ def _decompose(
     return layers, reports
 
 
-def _as_done(plan: Plan, reports: list[LayerReport]) -> Plan:
+def as_done(plan: Plan, reports: list[LayerReport]) -> Plan:
+    """Return a plan with the ranks that were found."""
     entries = (replace(entry, rank=done.rank) for entry, done in zip(plan.entries, reports, strict=True))
     return replace(plan, entries=tuple(entries))

@@ -199,6 +199,8 @@ class Plan:
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
         Versions of the libraries that made the plan.
+    own_text : bool
+        Whether the model wrote as much text itself, and was calibrated on both.
     targeted_parameters : int or None
         Numbers in the dense weights of all layers that share a budget, those included that stay dense; None for a plan
         without a budget.
@@ -215,6 +217,7 @@ class Plan:
     calibration_tokens: int = 0
     angular: Mapping[int, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    own_text: bool = False
     targeted_parameters: int | None = None
     model_parameters: int | None = None
 
@@ -292,6 +295,7 @@ class Plan:
             "calibration_tokens": self.calibration_tokens,
             "angular": {str(layer): distance for layer, distance in self.angular.items()},
             "versions": dict(self.versions),
+            "own_text": self.own_text,
             "targeted_parameters": self.targeted_parameters,
             "model_parameters": self.model_parameters,
             "kept": self.kept,

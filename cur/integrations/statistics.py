@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
+
+from cur.integrations.experts import unrolled
+from cur.integrations.nn import dense_weight
 
 __all__ = ["Statistics", "by_stack"]
 
@@ -127,6 +131,26 @@ class Statistics:
         """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
         total = self._get(self.output_products, name, "no gradients (add them with `collect_gradients`)")
         return total / self.output_counts[name]
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the statistics are of a model with these layers.
+
+        Raises
+        ------
+        ValueError
+            If a layer is missing, or has another number of inputs.
+        """
+        with unrolled(model):
+            modules = dict(model.named_modules(remove_duplicate=False))
+        other = f"the statistics are of {self.model or 'another model'}"
+        for name, sums in self.square_sums.items():
+            if name not in modules:
+                raise ValueError(f"{other}: {name} is not in this one; collect them again")
+            inputs = int(dense_weight(modules[name], name)[0].shape[1])
+            if len(sums) != inputs:
+                raise ValueError(
+                    f"{other}: they have {len(sums)} inputs of {name}, which has {inputs} here; collect them again"
+                )
 
     def _get(self, where: Mapping[str, torch.Tensor], name: str, lacking: str) -> torch.Tensor:
         try:

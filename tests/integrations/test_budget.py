@@ -196,8 +196,9 @@ def test_progress_of_every_stage(llama: PreTrainedModel, windows: torch.Tensor) 
     compress(
         llama, windows, config, progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total))
     )
-    assert list(seen) == ["calibrate", "gradients", "plan", "decompose"]
-    assert seen["gradients"][-1] == (6, 6)
+    assert list(seen) == ["sample", "calibrate", "gradients", "plan", "decompose"]
+    assert seen["sample"][-1] == (6, 6)
+    assert seen["gradients"][-1] == (12, 12)
     assert seen["plan"][-1] == (count, count)
 
 
@@ -225,8 +226,8 @@ def test_budgets_that_cannot_be_met(llama: PreTrainedModel, statistics: Statisti
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({}, TypeError, "one of `keep` and `parameters` must be given, got keep=None and parameters=None"),
-        ({"keep": 0.5, "parameters": 9}, TypeError, "one of `keep` and `parameters`"),
+        ({}, TypeError, "one of `keep`, `parameters` and `size` must be given, got keep=None, parameters=None"),
+        ({"keep": 0.5, "parameters": 9}, TypeError, "one of `keep`, `parameters` and `size`"),
         ({"keep": 1.0}, ValueError, "`keep` must be between 0 and 1, both excluded.*got 1.0"),
         ({"keep": 0}, ValueError, "`keep` must be between 0 and 1"),
         ({"keep": float("nan")}, ValueError, "`keep` must be between 0 and 1"),
