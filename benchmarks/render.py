@@ -168,6 +168,49 @@ def quality(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, provenance(data)])
 
 
+def paper(data: dict[str, Any]) -> str:
+    """Return one table for each question that was put to the paper's recipe."""
+    names = {
+        "selection": ("selection", "U"),
+        "weights": ("weights", "numbers saved"),
+        "layers": ("blocks", "choice"),
+        "rank": ("rank at most", "stored as"),
+        "calibration": ("calibrated on", "windows", "seconds to measure"),
+    }
+    scored = ["error", "weighted error", "seconds"]
+    dense = " / ".join(figure(value) for value in data["dense"].values())
+    parts = []
+    for question, rows in data["questions"].items():
+        keys = [*names[question]]
+        texts = list(data["dense"])
+        body = [
+            [
+                *(cell(row.get(key)) for key in keys),
+                *(figure(row["perplexity"][text]) for text in texts),
+                *(cell(row[key]) for key in scored),
+            ]
+            for row in rows
+            if "perplexity" in row
+        ]
+        parts.append(table([keys[0].capitalize(), *keys[1:], *texts, *scored], body))
+        effective = [row for row in rows if "effective rank of" in row]
+        if effective:
+            ranges = (f"{r['effective rank of']} {r['least']:.0f} to {r['most']:.0f}" for r in effective)
+            least = next(
+                row["smallest rank within 1 percent"] for row in rows if "smallest rank within 1 percent" in row
+            )
+            parts.append(
+                f"Effective ranks: {', '.join(ranges)}. Smallest rank that keeps the perplexity of the first text within "
+                f"1 percent, to 16: {least}."
+            )
+    scoring = data["evaluation"]
+    parts.append(
+        f"*Dense: {dense}. The first {scoring['windows']} windows of {scoring['length']} tokens, {scoring['precision']}; "
+        f"{data['seconds to calibrate']:.0f} s to calibrate.*"
+    )
+    return "\n\n".join([*parts, provenance(data)])
+
+
 def figure(value: float) -> str:
     """Return a perplexity with two decimals, without them where it is large."""
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
@@ -202,6 +245,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_selectors": columns("matrix", "select", "error over SVD", "worst of 5", "seconds"),
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
+    "paper": paper,
     "paper_setting": paper_setting,
     "quality": quality,
 }
