@@ -200,13 +200,13 @@ def paper(data: dict[str, Any]) -> str:
                 row["smallest rank within 1 percent"] for row in rows if "smallest rank within 1 percent" in row
             )
             parts.append(
-                f"Effective ranks: {', '.join(ranges)}. Smallest rank that keeps the perplexity of the first text within "
-                f"1 percent, to 16: {least}."
+                f"Effective ranks: {', '.join(ranges)}. Smallest rank that keeps the perplexity of the first text "
+                f"within 1 percent, to 16: {least}."
             )
     scoring = data["evaluation"]
     parts.append(
-        f"*Dense: {dense}. The first {scoring['windows']} windows of {scoring['length']} tokens, {scoring['precision']}; "
-        f"{data['seconds to calibrate']:.0f} s to calibrate.*"
+        f"*Dense: {dense}. The first {scoring['windows']} windows of {scoring['length']} tokens, "
+        f"{scoring['precision']}; {data['seconds to calibrate']:.0f} s to calibrate.*"
     )
     return "\n\n".join([*parts, provenance(data)])
 
