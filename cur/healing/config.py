@@ -84,10 +84,11 @@ class HealingConfig:
     correction : float, default 0.3
         How much of the difference between the teacher's inputs and the student's the closed form corrects, from 0 to 1.
     metric_windows : int, default 8
-        Windows over which gradients say how much each output matters to the closed form; 0 lets all count alike.
-    learning_rate : float, default 0.01
+        Windows over which gradients say how much each output matters to the closed form and to the whitened
+        coordinates; 0 lets all count alike.
+    learning_rate : float, default 0.02
         Largest rate of AdamW, in whitened coordinates: the relative change of a layer's output that one step makes.
-    warmup : int, default 10
+    warmup : int, default 5
         Steps over which the rate rises; it falls as a cosine afterwards.
     final_rate : float, default 0.0
         What it falls to, relative to `learning_rate`.
@@ -133,8 +134,8 @@ class HealingConfig:
     ridge: float = 0.01
     correction: float = 0.3
     metric_windows: int = 8
-    learning_rate: float = 0.01
-    warmup: int = 10
+    learning_rate: float = 0.02
+    warmup: int = 5
     final_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0

@@ -111,12 +111,13 @@ class Core:
 class Coordinates:
     r"""Coordinates ``D`` of a core, ``U = U_0 + P D Q``, in which one step means the same in every direction.
 
-    ``C`` and ``R`` are badly conditioned: equal steps of the entries of ``U`` change the output of the layer by
-    amounts that differ by orders of magnitude, and a first-order method takes as many steps as the condition number
-    asks for. With ``M = L^T L``, ``G = E[(R x)(R x)^T]`` over the text and ``P P^T ~ M^-1``, ``Q^T Q ~ G^-1``, the mean
-    square of the change of the output is ``||D||_F^2 / r^2`` in units of the mean square of the output itself. So a
-    learning rate is the relative change of the output that one step of Adam makes, alike for all layers and models,
-    and weight decay is a ridge towards ``U_0`` in the norm of the outputs.
+    Equal steps of the entries of ``U`` change the output of the layer by amounts that differ by orders of magnitude,
+    and a first-order method needs as many steps as that spread asks for. With ``M = L^T H L``,
+    ``G = E[(R x)(R x)^T]`` over the text, ``P P^T ~ M^-1`` and ``Q^T Q ~ G^-1``, the mean square of the change of the
+    output, measured in ``H``, is ``||D||_F^2 / r^2`` in units of the mean square of the output itself. So a learning
+    rate is the relative change of the output that one step of Adam makes, alike for all layers and models, and weight
+    decay is a ridge towards ``U_0`` in the norm of the outputs. With ``H`` from gradients these are the coordinates of
+    the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671), frozen at the start.
 
     Parameters
     ----------
@@ -125,7 +126,9 @@ class Coordinates:
     moment : Tensor
         ``G``, float64, r x r.
     output : float
-        Mean square norm of the layer's output.
+        ``E[y^T H y]`` of the layer's outputs ``y``.
+    metric : Tensor, optional
+        ``H``, m x m. Default: the identity.
     damping : float
         Added to the eigenvalues of ``M`` and ``G``, relative to their mean, so that directions which the text hardly
         shows are not blown up.
@@ -136,13 +139,22 @@ class Coordinates:
     well; Adam, which scales every coordinate by itself, does best in the eigenbasis (Vyas et al., arXiv 2409.11321).
     """
 
-    def __init__(self, core: Core, moment: Tensor, output: float, *, damping: float) -> None:
+    def __init__(
+        self, core: Core, moment: Tensor, output: float, *, damping: float, metric: Tensor | None = None
+    ) -> None:
         self.core = core
         self.origin = core.value
         left = _wide(core.left)
-        self.P = (_inverse_root(left.T @ left, damping) * (math.sqrt(output) / core.rank)).float()
+        outer = left.T @ (left if metric is None else metric.to(left) @ left)
+        self.P = (_inverse_root(outer, damping) * (math.sqrt(output) / core.rank)).float()
         self.Q = _inverse_root(moment, damping).T.float()
         self.values = nn.Parameter(torch.zeros(core.rank, core.rank, device=self.origin.device))
+
+    @classmethod
+    def plain(cls, core: Core) -> Coordinates:
+        """Return coordinates that only keep their place until a state is restored into them."""
+        eye = torch.eye(core.rank, dtype=torch.float64, device=core.value.device)
+        return cls(core, eye, 1.0, damping=1.0)
 
     def take_gradient_(self) -> None:
         """Move the gradient from the layer to the coordinates, in place."""

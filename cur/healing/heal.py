@@ -128,14 +128,9 @@ def heal(
         file = None if kept is None else StateFile(kept / STATE, run)
         with _only(pair):
             found = None if file is None else file.read()
+            start = _start(pair, text, log, seconds, progress) if found is None else _resumed(pair, found[1])
+            tasks = _tasks(pair, start.coordinates)
             begin = time.perf_counter()
-            if found is None:
-                start = _start(pair, text, log, progress)
-            else:
-                start = _Start(found[1]["before"], [LayerFit(**fit) for fit in found[1]["fits"]])
-            seconds["closed form"] = time.perf_counter() - begin
-            begin = time.perf_counter()
-            tasks = _tasks(pair, text)
             with torch.enable_grad():
                 steps, curve = train(
                     pair, tasks, text, config, log=log, state=file, facts=start.to_dict(), progress=progress
@@ -159,34 +154,45 @@ def heal(
 
 @dataclass(frozen=True)
 class _Start:
-    """What was found before the first step."""
+    """What was found before the first step, and the coordinates in which steps are taken."""
 
     before: dict[str, float]
     fits: list[LayerFit]
+    coordinates: dict[str, Coordinates]
 
     def to_dict(self) -> dict[str, Any]:
         return {"before": self.before, "fits": [asdict(fit) for fit in self.fits]}
 
 
-def _start(pair: Pair, text: Text, log: Log, progress: Progress | None) -> _Start:
-    """Look at the student as it is, and solve the closed form."""
+def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress: Progress | None) -> _Start:
+    """Look at the student as it is, measure what its outputs matter, solve the closed form, and take coordinates."""
     config = pair.config
     before = summary(look(pair, [Goal(pair, block) for block in _blocks(pair)], text))
     log.write("before", 0, before)
+    begin = time.perf_counter()
+    metrics = _metrics(pair, text)
     fits: list[LayerFit] = []
     if config.closed_form:
         count = len(pair.student.compressed)
         watch = None if progress is None else lambda done, _: progress(Status("closed form", done, count))
+        batches = text.spread(config.closed_form_windows)
         fits = closed_form_(
-            pair,
-            text.spread(config.closed_form_windows),
-            ridge=config.ridge,
-            correction=config.correction,
-            metrics=_metrics(pair, text),
-            progress=watch,
+            pair, batches, ridge=config.ridge, correction=config.correction, metrics=metrics, progress=watch
         )
         log.write("closed form", 0, {fit.name: fit.after for fit in fits})
-    return _Start(before, fits)
+    seconds["closed form"] = time.perf_counter() - begin
+    coordinates = {}
+    for name, (gram, output) in (_moments(pair, text, metrics) if config.steps else {}).items():
+        coordinates[name] = Coordinates(
+            pair.cores[name], gram, output, damping=config.damping, metric=metrics.get(name)
+        )
+    return _Start(before, fits, coordinates)
+
+
+def _resumed(pair: Pair, facts: Mapping[str, Any]) -> _Start:
+    """Return what was found before the first step, from a state; the coordinates themselves follow from there."""
+    fits = [LayerFit(**fit) for fit in facts["fits"]]
+    return _Start(facts["before"], fits, {})
 
 
 def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
@@ -208,21 +214,18 @@ def _blocks(pair: Pair) -> list[int | None]:
     return list(pair.student.compressed) if pair.config.scope == "block" else [None]
 
 
-def _tasks(pair: Pair, text: Text) -> list[Task]:
-    """Return what learns, in coordinates measured on the text."""
-    moments = _moments(pair, text)
+def _tasks(pair: Pair, coordinates: Mapping[str, Coordinates]) -> list[Task]:
+    """Return what learns; a resumed run gets its coordinates later, and a run without steps needs none."""
     tasks = []
     for block in _blocks(pair):
         names = list(pair.cores) if block is None else pair.inside(block)
-        coordinates = {
-            name: Coordinates(pair.cores[name], *moments[name], damping=pair.config.damping) for name in names
-        }
-        tasks.append(Task(Goal(pair, block), Learner(coordinates, pair.config)))
+        mine = {name: coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
+        tasks.append(Task(Goal(pair, block), Learner(mine, pair.config)))
     return tasks
 
 
-def _moments(pair: Pair, text: Text) -> dict[str, tuple[Tensor, float]]:
-    """Return ``E[(R x)(R x)^T]`` and the mean square norm of the output of every compressed layer in the student."""
+def _moments(pair: Pair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+    """Return ``E[(R x)(R x)^T]`` and ``E[y^T H y]`` of every compressed layer in the student as it is."""
     sums: dict[str, tuple[Tensor, float, int]] = {}
     mask: Tensor | None = None
 
@@ -232,8 +235,9 @@ def _moments(pair: Pair, text: Text) -> dict[str, tuple[Tensor, float]]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             z = (token_rows(args[0], mask, name).float() @ right.T).double()
             y = token_rows(output, mask, name).float()
+            weighed = y if name not in metrics else y @ metrics[name].to(y)
             gram, square, count = sums.get(name, (torch.zeros((), dtype=torch.float64), 0.0, 0))
-            sums[name] = (gram.to(z.device) + z.T @ z, square + float(y.square().sum()), count + len(z))
+            sums[name] = (gram.to(z.device) + z.T @ z, square + float((y * weighed).sum()), count + len(z))
 
         return after
 

@@ -1,0 +1,249 @@
+"""`cur heal`: train the cores of a compressed checkpoint against the dense model, and write another checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cur.cli import options as o
+from cur.cli._run import Bars, bars, guarded, note, output
+
+if TYPE_CHECKING:
+    from cur.healing import HealingConfig, HealingReport, Status
+
+__all__ = ["heal", "show_status"]
+
+
+@guarded
+def heal(
+    directory: o.Checkpoint,
+    *,
+    out: o.Out,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model: a directory, a .gguf file, or a hub id.", show_default="what DIR was made from"
+        ),
+    ] = None,
+    text: o.Text = None,
+    dataset: o.Dataset = None,
+    dataset_config: o.DatasetConfig = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of text.", show_default="all there are, or 512 with --dataset")
+    ] = None,
+    window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer; 0 stops at the closed form.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    scope: Annotated[
+        str,
+        typer.Option(help="model (one loss through the whole network) or block (each block by itself; less memory)."),
+    ] = "model",
+    closed_form: Annotated[bool, typer.Option(help="Whether least squares come first.")] = True,
+    kl: Annotated[
+        float | None,
+        typer.Option(help="Weight of the divergence from the teacher's predictions.", show_default="1, 0 by blocks"),
+    ] = None,
+    hidden: Annotated[
+        float | None,
+        typer.Option(help="Weight of the distance of hidden states.", show_default="0, 1 by blocks"),
+    ] = None,
+    modules: Annotated[float, typer.Option(help="Weight of the distance of each compressed layer's output.")] = 0.0,
+    next_token: Annotated[float, typer.Option(help="Weight of the negative log-likelihood of the text.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of the predictions that are compared.")] = 1.0,
+    learning_rate: Annotated[
+        float, typer.Option(help="Relative change of a layer's output in one step, at most.")
+    ] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Pull back to where the steps began.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="Of the passes: bfloat16 or float32.")] = "bfloat16",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    held_out: Annotated[int, typer.Option(help="Windows at the end that are watched, not healed on.")] = 8,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between looks at them.")] = 25,
+    patience: Annotated[int, typer.Option(help="Looks without improvement before it stops; 0: never.")] = 0,
+    workers: Annotated[int, typer.Option(help="Blocks healed at the same time, with --scope block.")] = 1,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the state, from which an interrupted run continues, and the log.",
+            show_default="OUT.healing, removed at the end",
+        ),
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between states.")] = 25,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Directory that keeps what the teacher says, for other runs on the same text."),
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Directory of TensorBoard events.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Win back what compression lost, by training only the small matrices U against the dense model.
+
+    First the best U for the text are found by least squares, then gradient steps refine them. Rows and columns stay as
+    they are. Run the same command again after an interruption: it continues where it was.
+    """
+    from cur.healing import HealingConfig, Objectives
+
+    by_blocks = scope == "block"
+    config = HealingConfig(
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        scope=scope,
+        closed_form=closed_form,
+        objectives=Objectives(
+            kl=(0.0 if by_blocks else 1.0) if kl is None else kl,
+            hidden=(1.0 if by_blocks else 0.0) if hidden is None else hidden,
+            modules=modules,
+            next_token=next_token,
+            temperature=temperature,
+        ),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        held_out=held_out,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        save_every=save_every,
+        workers=workers,
+        seed=seed,
+    )
+    _heal(
+        directory,
+        out,
+        config,
+        teacher=teacher,
+        text=text,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        windows=windows,
+        window_length=window_length,
+        state=state,
+        cache=cache,
+        tensorboard=tensorboard,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+def _heal(
+    directory: Path,
+    out: Path,
+    config: HealingConfig,
+    *,
+    teacher: str | None,
+    text: Path | None,
+    dataset: str | None,
+    dataset_config: str | None,
+    windows: int | None,
+    window_length: int,
+    state: Path | None,
+    cache: Path | None,
+    tensorboard: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    import torch
+
+    from cur.cli.commands import Source
+    from cur.healing import heal as heal_
+    from cur.healing import load_student
+    from cur.integrations.checkpoint import check_target
+    from cur.integrations.inspect import summarize
+    from cur.integrations.models import load_model
+    from cur.integrations.text import embedded_text, read_text, token_windows
+
+    check_target(out, overwrite=overwrite)
+    summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
+    source = Source(text, dataset, dataset_config, windows or 512, window_length, stats=None)
+    kept = out.with_name(f"{out.name}.healing") if state is None else state
+    with bars() as bar:
+        with bar.busy("Loading the models"):
+            dense = load_model(_teacher(directory, teacher), dtype=getattr(torch, str(stored or "float32")))
+            student = load_student(directory, dense.model)
+            if windows is None and dataset is None:
+                whole = embedded_text("calibrate") if text is None else read_text(text)
+                samples = token_windows(
+                    dense.tokenizer, whole, length=window_length, name=str(text or "the embedded text")
+                )
+            else:
+                samples = source.read(dense.tokenizer)
+        report = heal_(
+            student,
+            dense.model,
+            samples,
+            config,
+            state=kept,
+            cache=cache,
+            tensorboard=tensorboard,
+            progress=show_status(bar),
+        )
+        with bar.busy("Saving"):
+            _save(student, dense.tokenizer, directory, out, report, kept, overwrite=overwrite)
+    if state is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    if as_json:
+        print(json.dumps({"directory": str(out.absolute()), **report.to_dict()}))
+        return
+    output.print(f"{report}.")
+    note.print(f"Saved to {out}. Next: cur evaluate {out}")
+
+
+def _teacher(directory: Path, given: str | None) -> str | None:
+    """Return what to load as the teacher: None stands for the default model."""
+    from cur.integrations.checkpoint import PLAN
+    from cur.integrations.models import DEFAULT_MODEL
+    from cur.integrations.plan import Plan
+
+    if given is not None:
+        return given
+    plan = directory / PLAN
+    name = Plan.load(plan).model if plan.exists() else ""
+    if not name:
+        raise ValueError(f"{directory} does not say which model it was made from; name it with --teacher")
+    # The default model may be there as an installed file, which needs no hub.
+    return None if name == DEFAULT_MODEL else name
+
+
+def _save(
+    student: Any, tokenizer: Any, directory: Path, out: Path, report: HealingReport, state: Path, *, overwrite: bool
+) -> None:
+    from cur.healing.heal import LOG
+    from cur.integrations._directory import new_directory
+    from cur.integrations.checkpoint import PLAN, REPORT, save
+
+    with new_directory(out, overwrite=overwrite) as scratch:
+        save(student, tokenizer, scratch, overwrite=True)
+        report.save(scratch / "healing.json")
+        for source, target in (
+            (directory / PLAN, PLAN),
+            (directory / REPORT, REPORT),
+            (state / LOG, "healing.jsonl"),
+        ):
+            if source.exists():
+                shutil.copyfile(source, scratch / target)
+
+
+def show_status(bar: Bars) -> Callable[[Status], None]:
+    """Return a callback that shows where healing is, with loss and perplexity."""
+
+    def show(status: Status) -> None:
+        text = "Least squares" if status.stage == "closed form" else "Healing"
+        if status.loss is not None:
+            text += f", loss {status.loss:.3f}"
+        if status.perplexity is not None:
+            text += f", perplexity {status.perplexity:.2f}"
+        bar(status.stage, status.step, status.steps)
+        bar.describe(status.stage, text)
+
+    return show

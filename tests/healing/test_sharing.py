@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur.healing import load_student, share_
+from cur.integrations import save
+from cur.integrations.checkpoint import CheckpointError
+from cur.integrations.nn import LAYOUTS, compressed_modules
+
+Make = Callable[..., PreTrainedModel]
+
+
+def shared(a: torch.nn.Module, b: torch.nn.Module) -> set[str]:
+    other = {parameter.data_ptr() for parameter in b.parameters()}
+    return {name for name, parameter in a.named_parameters() if parameter.data_ptr() in other}
+
+
+def test_equal_tensors_are_shared(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    layers = tuple(f"{name}." for name in compressed_modules(student))
+    student.model.norm.weight.data += 1
+    size = sum(p.numel() * 4 for n, p in student.named_parameters() if not n.startswith(layers)) - 32 * 4
+    assert share_(student, teacher) >= size
+    assert shared(student, teacher) == {
+        name for name, _ in student.named_parameters() if not name.startswith(layers) and name != "model.norm.weight"
+    }
+    assert share_(student, teacher) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_student_is_loaded_around_its_teacher(
+    kind: str, layout: str, make_teacher: Make, make_student: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    teacher = make_teacher(kind)
+    student = make_student(teacher, layout=layout)
+    list(student.base_model.modules())[-1].weight.data.mul_(2)  # the last norm: no longer the teacher's
+    save(student, None, tmp_path / "student")
+    dense = teacher(windows).logits
+    loaded = load_student(tmp_path / "student", teacher)
+    assert torch.equal(loaded(windows).logits, student(windows).logits)
+    assert torch.equal(
+        loaded(windows).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "student")(windows).logits
+    )
+    assert torch.equal(teacher(windows).logits, dense)
+    layers = tuple(f"{name}." for name in compressed_modules(loaded))
+    own = {name for name, _ in loaded.named_parameters()} - shared(loaded, teacher)
+    assert {name for name in own if not name.startswith(layers)} <= {
+        name for name, _ in loaded.named_parameters() if "norm" in name or "ln_f" in name
+    }
+    save(loaded, None, tmp_path / "again")
+
+
+def test_checkpoints_that_do_not_fit(
+    student: PreTrainedModel, teacher: PreTrainedModel, make_teacher: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_student(tmp_path, teacher)
+    save(student, None, tmp_path / "student")
+    with pytest.raises(CheckpointError):
+        load_student(tmp_path / "student", make_teacher("gpt2"))
+    path = tmp_path / "student" / "cur_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError):
+        load_student(tmp_path / "student", teacher)
