@@ -91,6 +91,8 @@ def compress(
         ),
     ] = None,
     held_out_windows: Annotated[int, typer.Option(help="Windows of it, of 1024 tokens.")] = 12,
+    low_memory: o.LowMemory = None,
+    device: o.Device = "cpu",
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -98,7 +100,8 @@ def compress(
 
     Calibrates on text, chooses layers, ranks, rows and columns, and writes the model, its plan and a report
     to `--out`. With `--keep 0.8` all linear layers share a budget. The defaults are the setting of the paper
-    "CURing Large Models".
+    "CURing Large Models". Started by `torchrun --nproc-per-node 4 -m cur compress ...`, several processes share the
+    work.
     """
     from cur.cli.commands import HeldOut, Source, run_compress
     from cur.cli.settings import compress_config, refuse_with_plan
@@ -135,6 +138,8 @@ def compress(
         source=source,
         held_out=None if held_out is None else HeldOut(held_out, held_out_windows),
         dtype=dtype,
+        device=device,
+        low_memory=low_memory,
         overwrite=overwrite,
         as_json=as_json,
     )
@@ -241,6 +246,8 @@ def evaluate(
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
     dtype: o.Dtype = "float32",
+    low_memory: o.LowMemory = None,
+    device: o.Device = "cpu",
     as_json: o.AsJson = False,
 ) -> None:
     """Measure the perplexity of a model on text, compressed or not.
@@ -256,6 +263,8 @@ def evaluate(
         window_length=window_length,
         batch_size=batch_size,
         dtype=dtype,
+        device=device,
+        low_memory=low_memory,
         as_json=as_json,
     )
 

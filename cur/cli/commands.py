@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cur.cli import tables
 from cur.cli._run import Bars, bars, note, output
+from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
+from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
 from cur.integrations.compress import (
@@ -99,17 +101,29 @@ def run_compress(
     source: Source,
     held_out: HeldOut | None,
     dtype: str,
+    device: str,
+    low_memory: bool | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
     check_target(out, overwrite=overwrite)
+    kind, where = _dtype(dtype), place(device)
+    if block_by_block(model, low_memory, kind):
+        if isinstance(how, Path) or source.stats is not None or held_out is not None:
+            raise ValueError("--plan, --stats and --held-out need the model in memory: leave them out, or --low-memory")
+        report = compress_by_blocks(
+            str(model), out, how, read=source.read, dtype=kind, device=device, overwrite=overwrite
+        )
+        if Team().leads:
+            _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
+        return
     asked = Plan.load(how) if isinstance(how, Path) else how
     clock = Clock()
     perplexities: dict[str, float] = {}
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=_dtype(dtype))
+            loaded = load_model(model, dtype=kind, device_map=where)
             if isinstance(asked, Plan):
                 asked.check(loaded.model)
             windows = source.read(loaded.tokenizer)
@@ -117,23 +131,27 @@ def run_compress(
         if judged is not None:
             watch = bar.of("before", len(judged))
             perplexities["before, held-out"] = perplexity(loaded.model, judged, progress=watch).value
-        statistics, plan, probe = _decide(loaded, asked, windows, source.stats, clock, bar)
+        statistics, plan, given = _decide(loaded, asked, windows, source.stats, clock, bar)
         if isinstance(asked, Plan) and asked.calibration not in (None, statistics.text_hash):
             note.print("The calibration text is another than the one that the plan was made from.")
-        report = carry_out_(loaded.model, plan, statistics, probe=probe, clock=clock, progress=bar)
+        report = carry_out_(loaded.model, plan, statistics, text=given, clock=clock, progress=bar)
         if judged is not None:
             watch = bar.of("after", len(judged))
             perplexities["after, held-out"] = perplexity(loaded.model, judged, progress=watch).value
         report = replace(report, perplexity=perplexities)
         with bar.busy("Saving"):
             target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+    _show_compressed(target, report, out, as_json=as_json)
+
+
+def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"directory": str(target), **report.to_dict()}))
         return
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
     if report.plan.kept is not None:
         output.print(tables.budget_line(report.plan))
-    for name, value in perplexities.items():
+    for name, value in report.perplexity.items():
         output.print(f"Perplexity {name}: {value:.2f}")
     page = target / PAGE
     seen = f" What was done: {page}." if page.exists() else ""
@@ -172,27 +190,27 @@ def _decide(
     stats: Path | None,
     clock: Clock,
     bar: Bars,
-) -> tuple[Statistics, Plan, dict[str, torch.Tensor]]:
-    """Measure, or read what an earlier run measured, and plan; return a batch to measure outputs on as well."""
+) -> tuple[Statistics, Plan, list[Any]]:
+    """Measure, or read what an earlier run measured, and plan; return the batches of text as well."""
     model = loaded.model
     given = as_batches(windows, 4 if isinstance(asked, Plan) else asked.batch_size)
-    probe = given[0]
+    known = stats is not None and stats.exists()
     with clock.stage("calibrate"):
-        if stats is not None and stats.exists():
+        if not isinstance(asked, CompressConfig) and asked.own_text and (asked.correction > 0 or not known):
+            given = with_own_text(model, given, seed=asked.seed, progress=bar)
+        if stats is not None and known:
             statistics = Statistics.load(stats)
             statistics.check(model)
         else:
             if isinstance(asked, Plan):
                 statistics = measure_plan(model, given, asked, progress=bar)
             else:
-                if isinstance(asked, BudgetConfig) and asked.own_text:
-                    given = with_own_text(model, given, seed=asked.seed, progress=bar)
                 statistics = measure(model, given, asked, progress=bar)
             if stats is not None:
                 statistics.save(stats)
     with clock.stage("plan"):
         plan = asked if isinstance(asked, Plan) else make_plan(model, statistics, asked, progress=bar)
-    return statistics, plan, probe
+    return statistics, plan, given
 
 
 def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwrite: bool) -> None:
@@ -222,19 +240,31 @@ def run_evaluate(
     window_length: int,
     batch_size: int,
     dtype: str,
+    device: str,
+    low_memory: bool | None,
     as_json: bool,
 ) -> None:
     """Run `cur evaluate`."""
     source, name = (embedded_text("evaluate"), "embedded text") if text is None else (read_text(text), str(text))
-    with bars() as bar:
-        with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=_dtype(dtype))
-            held_out = token_windows(loaded.tokenizer, source, length=window_length, count=windows, name=name)
-        result = perplexity(loaded.model, held_out, batch_size=batch_size, progress=bar.of("evaluate", len(held_out)))
+    kind, where = _dtype(dtype), place(device)
+
+    def read(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        return token_windows(tokenizer, source, length=window_length, count=windows, name=name)
+
+    if block_by_block(model, low_memory, kind):
+        called = str(model)
+        result = evaluate_by_blocks(called, read=read, batch_size=batch_size, dtype=kind, device=device)
+    else:
+        with bars() as bar:
+            with bar.busy("Loading the model"):
+                loaded = load_model(model, dtype=kind, device_map=where)
+                held_out, called = read(loaded.tokenizer), loaded.source
+            watch = bar.of("evaluate", len(held_out))
+            result = perplexity(loaded.model, held_out, batch_size=batch_size, progress=watch)
     if as_json:
-        print(json.dumps({"model": loaded.source, "text": name, "window_length": window_length, **asdict(result)}))
+        print(json.dumps({"model": called, "text": name, "window_length": window_length, **asdict(result)}))
         return
-    output.print(f"{loaded.source}: perplexity {result} of {name}")
+    output.print(f"{called}: perplexity {result} of {name}")
 
 
 def run_inspect(directory: Path, *, as_json: bool) -> None:

@@ -24,6 +24,15 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.", s
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is not empty.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
+LowMemory = Annotated[
+    bool | None,
+    typer.Option(
+        "--low-memory/--in-memory",
+        help="Whether the model passes through memory block by block, with the same result; for safetensors files.",
+        show_default="if it does not fit",
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where the model is run: cpu, cuda, or cuda and a number.")]
 
 # Calibration.
 Text = Annotated[

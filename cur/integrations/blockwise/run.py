@@ -32,6 +32,13 @@ from cur.integrations.report import CompressionReport, LayerReport, model_size, 
 
 __all__ = ["compress_blockwise"]
 
+_WHOLE = {
+    "gradients": "which flow back through all of it",
+    "own_text": "which is written word by word",
+    "correction": "whose layers are fitted to what those before them became",
+}
+"""What a budget can ask for that no single block gives, and why."""
+
 
 def compress_blockwise(
     skeleton: Skeleton,
@@ -47,8 +54,8 @@ def compress_blockwise(
 
     The result is that of :func:`~cur.integrations.compress` and :func:`~cur.integrations.save`, its weight
     files byte for byte. Every block is loaded to be measured, and again to be copied; those that are chosen, also to be
-    factored. In memory are one block, its statistics, and the hidden states of one batch; those of the others lie on disk
-    beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a model of width ``d``,
+    factored. In memory are one block, its statistics, and the hidden states of one batch; those of the others lie on
+    disk beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a width of ``d``,
     three times ``n d`` numbers, and with full second moments 8 bytes for every pair of input features of every block.
 
     A run that was ended in any way goes on when it is started again with the same arguments. Under ``torchrun`` the
@@ -167,16 +174,12 @@ def _run(
 
 def _refuse(config: CompressConfig | BudgetConfig) -> None:
     if isinstance(config, BudgetConfig):
-        if config.gradients:
-            raise ValueError(
-                "`gradients` need the whole model in memory; block by block a budget is shared without them: pass "
-                "gradients=False (--no-gradients)"
-            )
-        if getattr(config, "own_text", False):
-            raise ValueError(
-                "`own_text` needs the whole model in memory: block by block a model writes no text; pass "
-                "own_text=False (--no-own-text)"
-            )
+        for name, reason in _WHOLE.items():
+            if getattr(config, name, False):
+                raise ValueError(
+                    f"`{name}` needs the whole model in memory, {reason}: block by block pass {name}=False "
+                    f"(--no-{name.replace('_', '-')})"
+                )
     elif config.span > 1:
         raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
 

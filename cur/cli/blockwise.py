@@ -1,0 +1,115 @@
+"""`cur compress` and `cur evaluate` for models larger than memory, and for several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cur.cli._run import bars
+from cur.integrations.blockwise import (
+    ShardError,
+    Shards,
+    Skeleton,
+    Team,
+    compress_blockwise,
+    fits,
+    load_skeleton,
+    perplexity_blockwise,
+)
+from cur.integrations.budget import BudgetConfig
+from cur.integrations.config import CompressConfig
+from cur.integrations.evaluate import Perplexity
+from cur.integrations.report import CompressionReport
+
+__all__ = ["block_by_block", "compress_by_blocks", "evaluate_by_blocks", "place"]
+
+
+def place(device: str) -> str:
+    """Return the device that is meant, this process's own of several; a ValueError says that there is none."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or the like, got {device!r}") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} is not there: torch sees no such device; leave it at cpu")
+    own = os.environ.get("LOCAL_RANK")
+    return f"{device}:{own}" if device == "cuda" and own is not None else device
+
+
+def block_by_block(model: str | None, asked: bool | None, dtype: torch.dtype) -> bool:
+    """Say whether a model passes through memory block by block: on request, and when it would not fit otherwise.
+
+    Raises
+    ------
+    ValueError
+        If it is asked for a model that is not made of safetensors files, or refused to several processes.
+    """
+    several = Team().size > 1
+    if several and asked is False:
+        raise ValueError("several processes work block by block; leave out --in-memory, or start one")
+    if asked or several:
+        if model is None or model.endswith(".gguf"):
+            raise ValueError(
+                "block by block only safetensors checkpoints are read; name a directory or a hub id as MODEL"
+            )
+        return True
+    if asked is False or model is None or not Path(model).expanduser().is_dir():
+        return False
+    try:
+        return not fits(Shards(model), dtype)
+    except ShardError:  # not for us to report: other formats are read in memory
+        return False
+
+
+def compress_by_blocks(
+    model: str,
+    out: Path,
+    config: CompressConfig | BudgetConfig,
+    *,
+    read: Callable[[Any], torch.Tensor],
+    dtype: torch.dtype,
+    device: str,
+    overwrite: bool,
+) -> CompressionReport:
+    """Compress a checkpoint into another; `read` turns a tokenizer into calibration windows."""
+    with _watched() as watch:
+        skeleton = _open(model, dtype, device)
+        windows = read(skeleton.tokenizer)
+        return compress_blockwise(skeleton, windows, out, config, overwrite=overwrite, progress=watch)
+
+
+def evaluate_by_blocks(
+    model: str,
+    *,
+    read: Callable[[Any], torch.Tensor],
+    batch_size: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Perplexity:
+    """Measure perplexity; `read` turns a tokenizer into windows."""
+    if Team().size > 1:
+        raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
+    with _watched() as watch:
+        skeleton = _open(model, dtype, device)
+        windows = read(skeleton.tokenizer)
+        progress = None if watch is None else lambda done, total: watch("evaluate", done, total)
+        return perplexity_blockwise(skeleton, windows, batch_size=batch_size, progress=progress)
+
+
+def _open(model: str, dtype: torch.dtype, device: str) -> Skeleton:
+    return load_skeleton(model, dtype=dtype, device=place(device))
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[str, int, int | None], object] | None]:
+    """Show bars, in one process of several."""
+    if not Team().leads:
+        yield None
+        return
+    with bars() as bar:
+        yield bar

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import filecmp
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, compress, load_model, save
+from cur.integrations.blockwise import Skeleton, compress_blockwise, load_skeleton
+from cur.integrations.blockwise.shards import Shards
+from tests.integrations.blockwise.conftest import TARGETS
+
+
+def both(
+    directory: Path, windows: Any, config: CompressConfig | BudgetConfig, **options: Any
+) -> tuple[CompressionReport, CompressionReport]:
+    """Compress in memory to `whole`, block by block to `parts`, beside a checkpoint."""
+    loaded = load_model(directory, **options)
+    whole = compress(loaded.model, windows, config)
+    save(loaded.model, loaded.tokenizer, directory.parent / "whole", report=whole, max_shard_size="20kB")
+    skeleton = load_skeleton(directory, **options)
+    return whole, compress_blockwise(skeleton, windows, directory.parent / "parts", config, max_shard_size="20kB")
+
+
+def same_files(directory: Path) -> None:
+    """Everything but times is equal, byte for byte; angular distances, up to rounding."""
+    whole, parts = directory.parent / "whole", directory.parent / "parts"
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir())
+    assert any(name.startswith("cur_model") for name in names)
+    for name in names:
+        if name not in ("plan.json", "report.json", "report.html"):
+            assert filecmp.cmp(whole / name, parts / name, shallow=False), name
+    plans = [json.loads((place / "plan.json").read_text()) for place in (whole, parts)]
+    angles = [plan.pop("angular") for plan in plans]
+    assert plans[0] == plans[1]
+    assert angles[0] == pytest.approx(angles[1], rel=1e-12)
+    assert not list(directory.parent.glob(".*"))  # nothing is left of the run
+
+
+def same_layers(whole: CompressionReport, parts: CompressionReport) -> None:
+    for one, other in zip(whole.layers, parts.layers, strict=True):
+        assert (one.name, one.rank, one.rows, one.columns) == (other.name, other.rank, other.rows, other.columns)
+        assert one.output is not None
+        assert one.output == other.output
+    assert (whole.before, whole.after) == (parts.before, parts.after)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_result_is_that_of_the_model_in_memory(
+    checkpoint: Callable[[str], Path], windows: torch.Tensor, kind: str
+) -> None:
+    directory = checkpoint(kind)
+    whole, parts = both(directory, windows, CompressConfig(layers=2, rank=4, targets=TARGETS[kind], batch_size=2))
+    assert len(parts.layers) == 2 * len(TARGETS[kind])
+    same_layers(whole, parts)
+    same_files(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory.parent / "parts")
+    assert torch.isfinite(model(windows).logits).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": (0, 4), "importance": "covariance", "link": "covariance", "layout": "interpolative"},
+        {"layers": "all", "rank": None, "energy": 0.7},
+        {"layers": "all", "rank": None, "tolerance": 0.9, "layout": "folded"},
+    ],
+)
+def test_every_rule_of_ranks(checkpoint: Callable[[str], Path], windows: torch.Tensor, options: dict[str, Any]) -> None:
+    directory = checkpoint("llama")
+    config = CompressConfig(**{"rank": 5, "targets": ("k_proj", "up_proj"), **options})
+    whole, parts = both(directory, windows, config)
+    same_layers(whole, parts)
+    same_files(directory)
+
+
+def test_padding_and_half_precision(checkpoint: Callable[[str], Path], windows: torch.Tensor) -> None:
+    mask = torch.ones_like(windows)
+    mask[0, :5] = mask[3, :7] = mask[5, 20:] = 0
+    given = [{"input_ids": windows[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2, 4)]
+    directory = checkpoint("llama")
+    whole, parts = both(directory, given, CompressConfig(layers=1, rank=4), dtype=torch.bfloat16)
+    same_layers(whole, parts)
+    same_files(directory)
+
+
+@pytest.mark.parametrize("method", ["best", "rows"])
+def test_a_budget_is_shared_in_two_passes(
+    checkpoint: Callable[[str], Path], windows: torch.Tensor, method: str
+) -> None:
+    directory = checkpoint("llama")
+    config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=False)
+    whole, parts = both(directory, windows, config)
+    assert len({entry.rank for entry in parts.plan.entries}) > 1
+    same_layers(whole, parts)
+    same_files(directory)
+
+
+def test_mixtures_of_experts(tmp_path: Path, checkpoint: Callable[[str], Path], windows: torch.Tensor) -> None:
+    tokenizer = checkpoint("llama")
+    directory = tmp_path / "mixtral"
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 101}
+    config = MixtralConfig(num_hidden_layers=3, num_key_value_heads=2, num_local_experts=3, **shape)
+    MixtralForCausalLM(config).save_pretrained(directory, max_shard_size="20kB")
+    for file in tokenizer.glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    rule = CompressConfig(layers=1, rank=4, targets=("q_proj", "experts.gate_up_proj.1"))
+    whole, parts = both(directory, windows, rule)
+    assert [layer.name.rpartition("layers.1.")[2] for layer in parts.layers] == [
+        "self_attn.q_proj",
+        "mlp.experts.gate_up_proj.1",
+    ]
+    same_layers(whole, parts)
+    same_files(directory)
+
+
+def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "vocab_size": 101}
+    model = T5ForConditionalGeneration(T5Config(num_layers=3, **shape, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "t5")
+    given = [{"input_ids": windows[i : i + 2], "labels": windows[i : i + 2, :9]} for i in (0, 2, 4)]
+    config = CompressConfig(layers="all", rank=4, targets=("q", "wo"))
+    whole = compress(model, given, config)
+    meta = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", device_map="meta", dtype=torch.float32)
+    skeleton = Skeleton(meta, None, Shards(tmp_path / "t5"), torch.device("cpu"))  # type: ignore[arg-type]
+    same_layers(whole, compress_blockwise(skeleton, given, tmp_path / "parts", config))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BudgetConfig(keep=0.8, own_text=False), "`gradients` needs the whole model"),
+        (BudgetConfig(keep=0.8, gradients=False), "`own_text` needs the whole model"),
+        (CompressConfig(layers=2, span=2), "`span` must be 1"),
+        (CompressConfig(layers=9), "`layers` must be between 1 and 3"),
+        (CompressConfig(layers=1, targets=("nothing",)), "`targets` 'nothing' matches no module"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_read(
+    checkpoint: Callable[[str], Path], windows: torch.Tensor, config: Any, message: str
+) -> None:
+    directory = checkpoint("llama")
+    with pytest.raises(ValueError, match=message):
+        compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", config)
+    assert not list(directory.parent.glob("*out*"))
+
+
+def test_a_weight_that_is_not_finite_is_named(
+    make_model: Callable[..., PreTrainedModel], checkpoint: Callable[[str], Path], windows: torch.Tensor
+) -> None:
+    directory = checkpoint("llama")
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.inf
+    for file in directory.glob("model*"):
+        file.unlink()
+    model.save_pretrained(directory)
+    with pytest.raises(ArithmeticError, match=r"the weight 'model\.layers\.3\.mlp\.down_proj\.weight' holds NaN"):
+        compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", CompressConfig(layers=1))
+
+
+def _ones(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        torch.nn.init.ones_(parameter)
+
+
+PEAK = """
+import ctypes, resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from cur.integrations import CompressConfig
+from cur.integrations.blockwise import compress_blockwise, load_skeleton
+directory, out = sys.argv[1:]
+windows = torch.arange(2 * 16).reshape(2, 16)
+config = CompressConfig(layers=1, rank=8, targets=("gate_proj",), batch_size=1)
+compress_blockwise(load_skeleton(directory, dtype=torch.bfloat16), windows, out, config, max_shard_size="5MB")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_peak_memory_does_not_grow_with_depth(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    tokenizer = checkpoint("llama")
+    peaks, sizes = [], []
+    for depth in (3, 15):
+        directory = tmp_path / f"deep{depth}"
+        shape: dict[str, Any] = {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_attention_heads": 4,
+            "vocab_size": 101,
+        }
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                LlamaConfig(num_hidden_layers=depth, **shape), dtype=torch.bfloat16
+            )
+        model.to_empty(device="cpu").apply(_ones)
+        model.save_pretrained(directory, max_shard_size="5MB")
+        for file in tokenizer.glob("tokenizer*"):
+            (directory / file.name).write_bytes(file.read_bytes())
+        sizes.append(Shards(directory).bytes)
+        # Started by a shell: a child starts with the peak of the process that forked it.
+        done = subprocess.run(
+            ["sh", "-c", '"$0" "$@"', sys.executable, "-c", PEAK, str(directory), str(tmp_path / f"out{depth}")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert sizes[1] - sizes[0] > 24e6
+    assert peaks[1] - peaks[0] < 0.3 * (sizes[1] - sizes[0])
