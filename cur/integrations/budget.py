@@ -53,6 +53,9 @@ class BudgetConfig:
     own_text : bool, default True
         Whether the model writes as much text as it is given, from random first tokens, to be calibrated on both: what
         is kept then serves other domains than that of the given text, too. Not for models that write no text.
+    correction : float, default 0.5
+        How much of the difference between what a layer gets in the dense model and what the compressed layers before it
+        give is corrected, from 0 to 1: layers are fitted block after block. 0 leaves this out.
     targets, exclude : str or tuple of str
         Linear layers, by the rules of :func:`~cur.integrations.linear_modules`. By default all in all blocks.
     damping : float, default 1e-4
@@ -75,6 +78,7 @@ class BudgetConfig:
     method: str = "best"
     gradients: bool = True
     own_text: bool = True
+    correction: float = 0.5
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     damping: float = 1e-4
@@ -101,6 +105,8 @@ class BudgetConfig:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0.0 <= self.correction <= 1.0:
+            raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         if not self.damping >= 0:
             raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")
 
@@ -237,6 +243,7 @@ def plan_budget(
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
         own_text=config.own_text,
+        correction=config.correction,
         angular=statistics.angular,
         versions=versions(),
         targeted_parameters=targeted,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cur.integrations.arriving import Arriving, in_order
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, unrolled
 from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
-from cur.integrations.layers import decoder_layers
+from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import CompressedLinear, dense_weight, swap_
 from cur.integrations.outputs import output_changes
@@ -129,19 +130,18 @@ def _compress(
     names = candidates(model, config)
     clock = Clock()
     before = model_size(model)
-    probe: Any = None
+    text: list[Any] | None = None
     with clock.stage("calibrate"):
         if isinstance(calibration, Statistics):
             statistics = calibration
         else:
-            given = as_batches(calibration, config.batch_size)
-            probe = given[0]
+            text = as_batches(calibration, config.batch_size)
             if isinstance(config, BudgetConfig) and config.own_text:
-                given = with_own_text(model, given, seed=config.seed, progress=progress)
-            statistics = measure(model, given, config, modules=names, progress=progress)
+                text = with_own_text(model, text, seed=config.seed, progress=progress)
+            statistics = measure(model, text, config, modules=names, progress=progress)
     with clock.stage("plan"):
         plan = make_plan(model, statistics, config, progress=progress)
-    return carry_out_(model, plan, statistics, before=before, probe=probe, clock=clock, progress=progress)
+    return carry_out_(model, plan, statistics, before=before, text=text, clock=clock, progress=progress)
 
 
 def carry_out_(
@@ -150,7 +150,7 @@ def carry_out_(
     statistics: Statistics,
     *,
     before: Size | None = None,
-    probe: Mapping[str, Tensor] | None = None,
+    text: Sequence[Mapping[str, Tensor]] | None = None,
     clock: Clock | None = None,
     progress: StageProgress | None = None,
 ) -> CompressionReport:
@@ -166,8 +166,9 @@ def carry_out_(
         They must cover the plan's layers.
     before : Size, optional
         Of the dense model, if it is known.
-    probe : mapping, optional
-        One batch of text, on which the change of every layer's output is measured.
+    text : sequence of mapping, optional
+        Batches. On the first the change of every layer's output is measured; to all of them layers are fitted, as far
+        as the plan says so: each to the inputs that it gets from compressed layers before it.
     clock : Clock, optional
         With the seconds of the stages before.
     progress : callable, optional
@@ -184,10 +185,10 @@ def carry_out_(
     with unrolled(model):
         before = before or model_size(model)
         with clock.stage("decompose"):
-            layers, reports = decompose(model, plan, statistics, progress)
-        if probe is not None:
+            layers, reports = decompose(model, plan, statistics, progress, text=text)
+        if text is not None:
             with clock.stage("outputs"):
-                changes = output_changes(model, layers, probe)
+                changes = output_changes(model, layers, text[0])
                 reports = [replace(done, output=changes.get(done.name)) for done in reports]
         with clock.stage("swap"):
             swap_(model, layers)
@@ -263,7 +264,7 @@ def measure_plan(
 ) -> Statistics:
     """Collect the statistics that a plan needs, to carry it out.
 
-    On the text that it was made from they are those it was made from.
+    On the text that it was made from, with what the model wrote if it was so made, they are those it was made from.
 
     Raises
     ------
@@ -275,7 +276,7 @@ def measure_plan(
     with unrolled(model):
         return _collect(
             model,
-            with_own_text(model, given, seed=plan.seed, progress=progress) if plan.own_text else given,
+            given,
             [entry.name for entry in plan.entries],
             full=full,
             gradients=any(entry.gradients for entry in plan.entries),
@@ -326,23 +327,47 @@ def decompose(
     plan: Plan,
     statistics: Statistics,
     progress: StageProgress | None = None,
+    *,
+    text: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
-    """Factor the layers of a plan; return by name what will stand for them, and a report on each."""
+    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
+
+    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
+    """
     plan.check(model)
     moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
-    reports: list[LayerReport] = []
-    for done, entry in enumerate(plan.entries):
+    reports: dict[str, LayerReport] = {}
+    entries = {entry.name: entry for entry in plan.entries}
+
+    def make(name: str, arriving: Arriving | None = None) -> CompressedLinear:
         if progress is not None:
-            progress("decompose", done, len(plan.entries))
-        module = model.get_submodule(entry.name)
-        layers[entry.name], report = factorize(module, entry, moments, dtype=PRECISIONS[plan.precision], seed=plan.seed)
-        weight = dense_weight(module, entry.name)[0].detach()
-        weighted = weight.to(torch.float64) * x_norm(statistics, entry.name).to(weight.device)
-        reports.append(replace(report, spectrum=spectrum(weighted)))
+            progress("decompose", len(layers), len(entries))
+        module = model.get_submodule(name)
+        layer, report = factorize(
+            module,
+            entries[name],
+            moments,
+            dtype=PRECISIONS[plan.precision],
+            seed=plan.seed,
+            arriving=arriving,
+            correction=plan.correction,
+        )
+        weight = dense_weight(module, name)[0].detach()
+        weighted = weight.to(torch.float64) * x_norm(statistics, name).to(weight.device)
+        layers[name], reports[name] = layer, replace(report, spectrum=spectrum(weighted))
+        return layer
+
+    if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
+        in_order(model, text, [name for name, entry in entries.items() if entry.method != "cur"], make)
+        for name, layer in layers.items():  # made while the model was in evaluation mode
+            layer.train(model.get_submodule(name).training)
+    for name in entries:
+        if name not in layers:
+            make(name)
     if progress is not None:
-        progress("decompose", len(plan.entries), len(plan.entries))
-    return layers, reports
+        progress("decompose", len(entries), len(entries))
+    return {name: layers[name] for name in entries}, [reports[name] for name in entries]
 
 
 def as_done(plan: Plan, reports: list[LayerReport]) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cur._errors import NumericalError, RankWarning
 from cur.bounds import Certificate
 from cur.decompose import deim_cur
 from cur.factors import CUR, Interpolative
+from cur.integrations.arriving import Arriving
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
 from cur.integrations.plan import PlanEntry
@@ -39,7 +40,14 @@ def finite_weight(module: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def factorize(
-    module: nn.Module, entry: PlanEntry, moments: Moments, *, dtype: torch.dtype, seed: int
+    module: nn.Module,
+    entry: PlanEntry,
+    moments: Moments,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    arriving: Arriving | None = None,
+    correction: float = 0.0,
 ) -> tuple[CompressedLinear, LayerReport]:
     """Factor the weight of a layer as its entry says.
 
@@ -55,6 +63,10 @@ def factorize(
         Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
     seed : int
         Of every random choice.
+    arriving : Arriving, optional
+        To fit the layer to the inputs that compressed layers before it give. Not for the method ``"cur"``.
+    correction : float, default 0.0
+        See :meth:`Arriving.problem`.
 
     Returns
     -------
@@ -75,7 +87,10 @@ def factorize(
     _, bias, transposed = dense_weight(module, entry.name)
     W = weight.to(dtype if entry.method == "cur" else torch.float64)
     norm = x_norm(moments.statistics, entry.name).to(W)
-    done = _columns_and_rows(W, entry, moments, seed) if entry.method == "cur" else _under_moments(W, entry, moments)
+    if entry.method == "cur":
+        done = _columns_and_rows(W, entry, moments, seed)
+    else:
+        done = _under_moments(W, entry, moments, arriving, correction)
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
@@ -135,12 +150,23 @@ def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) 
     return _Done(factors, factors.certificate, factors.rows, factors.columns)
 
 
-def _under_moments(W: Tensor, entry: PlanEntry, moments: Moments) -> _Done:
+def _under_moments(
+    W: Tensor, entry: PlanEntry, moments: Moments, arriving: Arriving | None, correction: float
+) -> _Done:
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    wanted = target = W
+    if arriving is not None:
+        G, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+        # The best weight of full rank: the nearest one of lower rank in the norm of H and M has the least error.
+        target = torch.linalg.solve(G, wanted, left=False)
     if entry.method == "weighted":
-        factors = weighted_svd(W, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
+        factors = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
     else:
         factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
+        if arriving is not None:
+            kept = factors.skeleton
+            fitted = torch.linalg.solve(kept @ G @ kept.mT, wanted[factors.others] @ kept.mT, left=False)
+            factors = replace(factors, coefficients=fitted)
     # In the plain norm, like that of the default method: the weighted error is what the plan predicts.
     left, right = factors.factors
     rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))

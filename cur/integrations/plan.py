@@ -201,6 +201,9 @@ class Plan:
         Versions of the libraries that made the plan.
     own_text : bool
         Whether the model wrote as much text itself, and was calibrated on both.
+    correction : float
+        How much of the difference between what layers get in the dense model and what compressed ones before them give
+        is corrected, from 0 to 1; 0 fits no layer to that. Needs the text again when the plan is carried out.
     targeted_parameters : int or None
         Numbers in the dense weights of all layers that share a budget, those included that stay dense; None for a plan
         without a budget.
@@ -218,6 +221,7 @@ class Plan:
     angular: Mapping[int, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     own_text: bool = False
+    correction: float = 0.0
     targeted_parameters: int | None = None
     model_parameters: int | None = None
 
@@ -227,6 +231,8 @@ class Plan:
             raise PlanError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise PlanError(f"`seed` must be an integer that is at least 0, got {self.seed!r}")
+        if not 0.0 <= self.correction <= 1.0:
+            raise PlanError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         names = [entry.name for entry in self.entries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PlanError(f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once")
@@ -296,6 +302,7 @@ class Plan:
             "angular": {str(layer): distance for layer, distance in self.angular.items()},
             "versions": dict(self.versions),
             "own_text": self.own_text,
+            "correction": self.correction,
             "targeted_parameters": self.targeted_parameters,
             "model_parameters": self.model_parameters,
             "kept": self.kept,

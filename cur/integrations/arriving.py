@@ -1,0 +1,249 @@
+"""What arrives at the layers of a model while those before them get compressed, block after block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from cur.integrations._forward import body, evaluating, model_inputs, padding_mask, run, token_rows
+from cur.integrations.layers import decoder_layers
+from cur.integrations.nn import swap_
+
+__all__ = ["Arriving", "in_order"]
+
+# Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
+# a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
+_RIDGE = 1e-2
+
+Make: TypeAlias = "Callable[[str, Arriving], nn.Module]"
+"""From the name of a layer and what arrives at it, to the layer that will stand for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """Second moments of the inputs of a layer in the dense model, ``x``, and where layers before are compressed, ``z``.
+
+    Attributes
+    ----------
+    student, cross : Tensor, shape (n, n)
+        ``E[z z^T]`` and ``E[x z^T]``, float64.
+    """
+
+    student: Tensor
+    cross: Tensor
+
+    def problem(self, W: Tensor, *, correction: float, damping: float) -> tuple[Tensor, Tensor]:
+        r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
+
+        The wanted outputs are ``W (z + s (x - z))`` with ``s`` the correction: 0 is what the dense layer makes of what
+        arrives, 1 the output of the dense model. All of it would shrink layers wherever their input is uncertain, as
+        every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
+        ``tr(V M V^T - 2 V B^T)``.
+
+        Parameters
+        ----------
+        W : Tensor, shape (m, n)
+            The dense weight, to which the ridge draws.
+        correction : float
+            ``s``.
+        damping : float
+            Multiple of the mean eigenvalue of the moment in the ridge.
+
+        Returns
+        -------
+        M : Tensor, shape (n, n)
+        B : Tensor, shape (m, n)
+
+        References
+        ----------
+        MPIFA (arXiv 2501.19090) mixes the wanted outputs so, without a weight of the outputs.
+        """
+        M, cross = self.student.to(W), self.cross.to(W)
+        squares = M.diagonal()
+        ridge = damping * float(squares.mean()) + _RIDGE * float(squares.median())
+        eye = ridge * torch.eye(len(M), dtype=M.dtype, device=M.device)
+        return M + eye, W @ (correction * cross + (1.0 - correction) * M + eye)
+
+
+class _Reached(Exception):  # noqa: N818  (not an error)
+    """Ends a forward pass where enough is known."""
+
+
+@dataclass
+class _Call:
+    """What a block is called with besides the hidden state."""
+
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.rest, **self.options)
+        state: Tensor = output[0] if isinstance(output, tuple) else output
+        return state
+
+
+def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequence[str], make: Make) -> None:
+    """Go through the blocks of a model and make each layer from what arrives at it; the model is not changed.
+
+    Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
+    value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
+    once with every token (experts), are left out.
+
+    Memory: one block, the hidden states of all batches twice, and the inputs of one block's layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer with one stack of blocks.
+    given : sequence of mapping
+        Batches of text.
+    names : sequence of str
+        Layers to make.
+    make : callable
+        See :data:`Make`.
+    """
+    blocks = decoder_layers(model)
+    masks = [padding_mask(model_inputs(model, batch)) for batch in given]
+    with evaluating(model):
+        theirs, calls = _entrances(model, [block for _, block in blocks], given)
+        ours, changed = theirs, False
+        for index, (prefix, block) in enumerate(blocks):
+            inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
+            at = [call[index] for call in calls]
+            groups = _groups(block, at[0], theirs[0], inside)
+            after, seen = [], [dict[str, Tensor]() for _ in given]
+            for call, hidden, inputs in zip(at, theirs, seen, strict=True):
+                with _watching(block, [group[0] for group in groups], inputs):
+                    after.append(call(block, hidden))
+            student = copy.deepcopy(block) if groups else block
+            for group in groups:
+                arriving = _moments(student, group[0], at, ours, [inputs.pop(group[0]) for inputs in seen], masks)
+                swap_(student, {name: make(f"{prefix}.{name}", arriving) for name in group})
+                changed = True
+            ours = [call(student, hidden) for call, hidden in zip(at, ours, strict=True)] if changed else after
+            theirs = after
+
+
+def _entrances(
+    model: nn.Module, blocks: Sequence[nn.Module], given: Sequence[Mapping[str, Any]]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """Return the hidden states that enter the first block, and for each batch what every block is called with."""
+    hidden: list[Tensor] = []
+    calls: list[list[_Call]] = []
+    as_tuple = False
+
+    def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        options = dict(options)
+        state = args[0] if args else options.pop("hidden_states")
+        if not calls[-1]:
+            hidden.append(state)
+        calls[-1].append(_Call(args[1:], options))
+
+    def passed_on(*args: Any, **options: Any) -> Any:
+        state = args[0] if args else options["hidden_states"]
+        return (state,) if as_tuple else state
+
+    inner = body(model)
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    stubs: list[Any] = list(blocks)
+    try:
+        for batch in given:
+            calls.append([])
+            if len(calls) == 1:
+                run(inner, model_inputs(inner, batch))
+                call = calls[0][0]
+                as_tuple = isinstance(stubs[0](hidden[0], *call.rest, **call.options), tuple)
+                calls[0].pop()
+                for stub in stubs:
+                    stub.forward = passed_on  # the blocks are called, and compute nothing
+            else:
+                run(inner, model_inputs(inner, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stub in stubs:
+            stub.__dict__.pop("forward", None)
+    return hidden, calls
+
+
+def _groups(block: nn.Module, call: _Call, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
+    """Return the layers in the order of their calls, those called with one tensor together."""
+    groups: list[list[str]] = []
+    inputs: list[Tensor] = []
+    tokens, times = hidden.numel() // hidden.shape[-1], dict.fromkeys(names, 0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            times[name] += 1
+            if not args or args[0].numel() // args[0].shape[-1] != tokens:
+                times[name] += 2
+            elif inputs and args[0] is inputs[-1]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+                inputs.append(args[0])
+
+        return before
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        call(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = [[name for name in group if times[name] == 1] for group in groups]
+    return [group for group in whole if group]
+
+
+@contextmanager
+def _watching(block: nn.Module, names: Sequence[str], inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Gather what layers are called with."""
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: inputs.__setitem__(name, args[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moments(
+    block: nn.Module,
+    name: str,
+    calls: Sequence[_Call],
+    hidden: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> Arriving:
+    """Run a block up to one of its layers and sum the products of its inputs with themselves and the dense model's."""
+    caught: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        raise _Reached
+
+    n = dense[0].shape[-1]
+    student, cross = (torch.zeros(n, n, dtype=torch.float64, device=dense[0].device) for _ in range(2))
+    tokens = 0
+    handle = block.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        for call, state, x, mask in zip(calls, hidden, dense, masks, strict=True):
+            with suppress(_Reached):
+                call(block, state)
+            z, x = (token_rows(rows, mask, name).float() for rows in (caught.pop(), x))
+            # Products in single precision, for speed; their rounding lies far below the ridge.
+            student += z.T @ z
+            cross += x.T @ z
+            tokens += len(z)
+    finally:
+        handle.remove()
+    return Arriving((student + student.T) / (2 * tokens), cross / tokens)
