@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cur._atomic import umask
+
 __all__ = ["check_target", "is_full", "new_directory"]
 
 # A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
@@ -63,6 +65,9 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     try:
         scratch.mkdir()
         yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():  # safetensors writes files that none but their owner may read
+                file.chmod(0o666 & ~umask())
         _replace(scratch, target)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -53,7 +53,11 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     ]
     if report is not None:
         lines += _figures(report)
-        lines += ["", "`plan.json` says what was decided, `report.json` what came of it.", ""]
+        lines += [
+            "",
+            "`plan.json` says what was decided, `report.json` what came of it, `report.html` the same in pictures.",
+            "",
+        ]
     lines += [
         "| layer | shape | layout | rank | numbers before | numbers after |",
         "|---|---|---|---|---|---|",

@@ -67,7 +67,8 @@ def save(
     directory : path
         What to create.
     report : CompressionReport, optional
-        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card.
+        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where matplotlib is
+        installed, its pictures as ``report.html``.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
@@ -90,6 +91,7 @@ def save(
         If the disk is full.
     """
     from cur.integrations.card import model_card
+    from cur.integrations.page import can_draw, report_page
 
     if not compressed_modules(model):
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
@@ -107,6 +109,8 @@ def save(
         if report is not None:
             report.plan.save(scratch / PLAN)
             report.save(scratch / REPORT)
+            if can_draw():
+                (scratch / PAGE).write_text(report_page(report), encoding="utf-8")
         (scratch / "README.md").write_text(model_card(model, report), encoding="utf-8")
     return Path(directory).expanduser().absolute()
 

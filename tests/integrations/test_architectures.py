@@ -78,7 +78,8 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, PreT
         assert sum(stacks) >= 4
         place = root / name
         place.mkdir()
-        save(model, None, place / "compressed", report=report)
+        save(model, None, place / "compressed")
+        report.plan.save(place / "compressed" / "plan.json")
         dense_export(model, None, place / "dense")
         fed = inputs_of(name)
         tensors = {**fed, "expected": logits(model, fed)}
