@@ -16,6 +16,7 @@ def config(**given: Any) -> CompressConfig | BudgetConfig:
         budget={name: given.pop(name, None) for name in ("keep", "parameters")},
         gradients=given.pop("gradients", True),
         own_text=given.pop("own_text", True),
+        correction=given.pop("correction", 0.5),
         fixed={name: given.pop(name, None) for name in FIXED},
         common={"targets": given.pop("targets", None), "exclude": (), "seed": 0},
     )
@@ -31,6 +32,7 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     assert config(parameters=10**6) == BudgetConfig(parameters=10**6)
     assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
     assert config(keep=0.8, own_text=False) == BudgetConfig(keep=0.8, own_text=False)
+    assert config(keep=0.8, correction=0.2) == BudgetConfig(keep=0.8, correction=0.2)
 
 
 @pytest.mark.parametrize(

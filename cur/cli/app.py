@@ -67,6 +67,7 @@ def compress(
     method: o.Method = None,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
+    correction: o.Correction = 0.5,
     layers: o.Layers = None,
     choose: o.Choose = None,
     span: o.Span = None,
@@ -111,6 +112,7 @@ def compress(
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
         gradients=gradients,
         own_text=own_text,
+        correction=correction,
         fixed={
             "layers": layers,
             "choose": choose,
@@ -164,6 +166,7 @@ def plan(
     method: o.Method = None,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
+    correction: o.Correction = 0.5,
     layers: o.Layers = None,
     choose: o.Choose = None,
     span: o.Span = None,
@@ -194,6 +197,7 @@ def plan(
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
         gradients=gradients,
         own_text=own_text,
+        correction=correction,
         fixed={
             "layers": layers,
             "choose": choose,

@@ -94,6 +94,13 @@ OwnText = Annotated[
     bool,
     typer.Option(help="Whether the model also writes text itself to be calibrated on. For a budget."),
 ]
+Correction = Annotated[
+    float,
+    typer.Option(
+        help="How much of the error of layers before is corrected in each layer, block after block; 0 to leave it out. "
+        "For a budget."
+    ),
+]
 
 # The paper's setting.
 Layers = Annotated[

@@ -20,6 +20,7 @@ def compress_config(
     budget: Mapping[str, Any],
     gradients: bool,
     own_text: bool = True,
+    correction: float = 0.5,
     fixed: Mapping[str, Any],
     common: Mapping[str, Any],
 ) -> CompressConfig | BudgetConfig:
@@ -32,6 +33,7 @@ def compress_config(
     budget : mapping
         ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
     gradients, own_text : bool
+    correction : float
         For a budget.
     fixed : mapping
         Options of the paper's setting; ``layers`` as text.
@@ -66,7 +68,7 @@ def compress_config(
     if own:
         names = ", ".join("--for" if name == "purpose" else f"--{name.replace('_', '-')}" for name in own)
         raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
-    return BudgetConfig(**asked, **shared, method=method, gradients=gradients, own_text=own_text)
+    return BudgetConfig(**asked, **shared, method=method, gradients=gradients, own_text=own_text, correction=correction)
 
 
 def refuse_with_plan(config: CompressConfig | BudgetConfig) -> None:
