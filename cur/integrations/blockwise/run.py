@@ -24,7 +24,7 @@ from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import save
 from cur.integrations.compress import Clock, as_batches, as_done
 from cur.integrations.config import CompressConfig
-from cur.integrations.experts import rolled, unroll_, unrolled
+from cur.integrations.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.nn import swap_
 from cur.integrations.planning import candidates
 from cur.integrations.quantizer import mark_
@@ -221,6 +221,7 @@ def _compressed_skeleton(skeleton: Skeleton, factoring: Decomposition, reports: 
     unroll_(final)
     swap_(final, {done.name: factoring.stand_in(done, final.get_submodule(done.name)) for done in reports})
     swap_(final, rolled(final, compressed=False))
+    release_(final)
     mark_(final)
     return final
 
