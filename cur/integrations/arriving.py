@@ -15,11 +15,15 @@ from cur.integrations._forward import body, evaluating, model_inputs, padding_ma
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import swap_
 
-__all__ = ["Arriving", "in_order"]
+__all__ = ["Arriving", "in_order", "spread"]
 
 # Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
 # a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
 _RIDGE = 1e-2
+
+# Tokens per input feature of the widest layer that a fit takes: with 10 a model of 135 million parameters gained what
+# there was to gain, and the passes over text are what takes time.
+_TOKENS_PER_INPUT = 10
 
 Make: TypeAlias = "Callable[[str, Arriving], nn.Module]"
 """From the name of a layer and what arrives at it, to the layer that will stand for it."""
@@ -69,6 +73,13 @@ class Arriving:
         ridge = damping * float(squares.mean()) + _RIDGE * float(squares.median())
         eye = ridge * torch.eye(len(M), dtype=M.dtype, device=M.device)
         return M + eye, W @ (correction * cross + (1.0 - correction) * M + eye)
+
+
+def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, Any]]:
+    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all."""
+    tokens = [next(iter(batch.values())).shape[:2].numel() for batch in given]
+    count = min(len(given), -(-_TOKENS_PER_INPUT * width * len(given) // max(sum(tokens), 1)))
+    return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
 
 
 class _Reached(Exception):  # noqa: N818  (not an error)

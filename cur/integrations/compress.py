@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cur.integrations.arriving import Arriving, in_order
+from cur.integrations.arriving import Arriving, in_order, spread
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.config import CompressConfig
@@ -359,7 +359,9 @@ def decompose(
         return layer
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
-        in_order(model, text, [name for name, entry in entries.items() if entry.method != "cur"], make)
+        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
+        widest = max((entry.shape[1] for entry in fitted.values()), default=1)
+        in_order(model, spread(text, widest), list(fitted), make)
         for name, layer in layers.items():  # made while the model was in evaluation mode
             layer.train(model.get_submodule(name).training)
     for name in entries:

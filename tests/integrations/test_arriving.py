@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cur.integrations import BudgetConfig, batches, compress, decoder_layers, linear_modules
-from cur.integrations.arriving import Arriving, in_order
+from cur.integrations.arriving import Arriving, in_order, spread
 from cur.integrations.nn import InterpolativeLinear, compressed_modules, dense_weight, swap_
 
 
@@ -129,8 +129,10 @@ def lost(model: PreTrainedModel, dense: PreTrainedModel, windows: torch.Tensor) 
 
 @pytest.mark.parametrize("method", ["best", "rows"])
 def test_fitted_layers_lose_less(
-    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, method: str
+    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Random text has no structure: a fit to it needs more of it than one to a language.
+    monkeypatch.setattr("cur.integrations.arriving._TOKENS_PER_INPUT", 100)
     dense, found = make_model("llama"), {}
     text = torch.cat([windows, torch.randint(3, 101, (90, 24), generator=torch.Generator().manual_seed(1))])
     for correction in (0.0, 0.5):
@@ -170,6 +172,14 @@ def test_the_mode_of_layers_is_that_of_the_model(llama: PreTrainedModel, windows
     llama.train()
     compress(llama, windows, BudgetConfig(keep=0.6))
     assert all(module.training for module in llama.modules())
+
+
+def test_text_for_a_fit_comes_from_all_over() -> None:
+    given = list(batches(torch.arange(40)[:, None].expand(40, 100), batch_size=2))
+    found = [int(batch["input_ids"][0, 0]) for batch in spread(given, 80)]  # 800 tokens, of 200 a batch
+    assert found == [4, 14, 24, 34]
+    assert spread(given, 10**6) == given
+    assert len(spread(given, 1)) == 1
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
