@@ -35,6 +35,7 @@ _DESCRIPTIONS = {
     "decompose": "Factorizing weights",
     "before": "Perplexity before",
     "after": "Perplexity after",
+    "healed": "Perplexity when healed",
     "evaluate": "Perplexity",
 }
 

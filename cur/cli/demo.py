@@ -1,4 +1,4 @@
-"""`cur demo`: compress a real model, measure it, and reload it in a new process."""
+"""`cur demo`: compress a real model, heal it a little, measure it, and reload it in a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from cur._errors import NumericalError
 from cur.cli import tables
 from cur.cli._run import bars, output
+from cur.cli.heal import show_status
 from cur.decompose import deim_cur
+from cur.healing import HealingConfig, heal, twin
 from cur.integrations.checkpoint import check_target, save
 from cur.integrations.compress import CompressConfig, compress
 from cur.integrations.evaluate import perplexity
@@ -31,6 +33,10 @@ __all__ = ["run_demo"]
 SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), rank=128)
 # Windows and tokens in each, of the two halves of the embedded text.
 HALVES: dict[Literal["calibrate", "evaluate"], tuple[int, int]] = {"calibrate": (64, 512), "evaluate": (12, 1024)}
+
+# The closed form on a part of the text, and a few steps: what fits into the time of a demo.
+HEALING = HealingConfig(steps=5, closed_form_windows=16, metric_windows=4, held_out=0, warmup=1)
+HEALING_LENGTH = 256
 
 # The factorization shown as numerics: a tall matrix, of the middle of the model.
 MATRIX = "model.layers.15.mlp.gate_proj"
@@ -80,28 +86,33 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
         numerics = _numerics(loaded)
         before = perplexity(loaded.model, held_out, progress=bar.of("before", len(held_out)))
         dense_sentence = _say(loaded)
-        report = compress(loaded.model, calibration, SETTING, progress=bar)
-        after = perplexity(loaded.model, held_out, progress=bar.of("after", len(held_out)))
+        student = twin(loaded.model)
+        report = compress(student, calibration, SETTING, progress=bar)
+        after = perplexity(student, held_out, progress=bar.of("after", len(held_out)))
+        text = calibration.reshape(-1, HEALING_LENGTH)
+        healing = heal(student, loaded.model, text, HEALING, progress=show_status(bar))
+        healed = perplexity(student, held_out, progress=bar.of("healed", len(held_out)))
         with bar.busy("Saving"):
-            report = replace(report, perplexity={"before, held-out": before.value, "after, held-out": after.value})
-            save(loaded.model, tokenizer, out, report=report, overwrite=overwrite)
+            report = replace(report, perplexity={"before, held-out": before.value, "after, held-out": healed.value})
+            save(student, tokenizer, out, report=report, overwrite=overwrite)
         with bar.busy("Reloading, new process"):
-            reloaded = _reload(loaded, out)
-    seconds = {**report.seconds, "in all": time.perf_counter() - begin}
+            reloaded = _reload(loaded._replace(model=student), out)
+    seconds = {**report.seconds, **healing.seconds, "in all": time.perf_counter() - begin}
     if as_json:
         data = {
             **report.to_dict(),
             "seconds": seconds,
             "reload": reloaded,
             "numerics": numerics,
+            "healing": {"trainable": healing.trainable, "compressed, held-out": after.value},
         }
         print(json.dumps(data))
     else:
         output.print(tables.layers_table(report.layers), tables.size_table(report))
         output.print(tables.seconds_line(seconds))
         output.print(
-            f"Perplexity on held-out text ({after.tokens:,} tokens): {before.value:.2f} before, "
-            f"{after.value:.2f} after."
+            f"Perplexity on held-out text ({after.tokens:,} tokens): {before.value:.2f} before, {after.value:.2f} "
+            f"compressed, {healed.value:.2f} healed ({healing.trainable:,} numbers, {healing.steps} steps)."
         )
         output.print(
             "DEIM-CUR of {matrix}, {shape[0]} x {shape[1]}, rank {rank}: ||A - CUR|| = {error:.6f} <= "

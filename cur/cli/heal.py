@@ -165,7 +165,14 @@ def _heal(
     check_target(out, overwrite=overwrite)
     summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    source = Source(text, dataset, dataset_config, windows or 512, window_length, stats=None)
+    source = Source(
+        text=text,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        windows=windows or 512,
+        length=window_length,
+        stats=None,
+    )
     kept = out.with_name(f"{out.name}.healing") if state is None else state
     with bars() as bar:
         with bar.busy("Loading the models"):

@@ -8,7 +8,7 @@ from cur.healing.closed_form import LayerFit, LeastSquares, closed_form_
 from cur.healing.config import HealingConfig, Objectives
 from cur.healing.heal import heal
 from cur.healing.report import HealingReport
-from cur.healing.sharing import load_student, share_
+from cur.healing.sharing import load_student, share_, twin
 from cur.healing.state import StateError
 from cur.healing.train import Status
 
@@ -24,4 +24,5 @@ __all__ = [
     "heal",
     "load_student",
     "share_",
+    "twin",
 ]

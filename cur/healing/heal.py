@@ -26,7 +26,6 @@ from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
 from cur.integrations._forward import evaluating, model_inputs, padding_mask, token_rows
 from cur.integrations.gradients import collect_gradients
-from cur.integrations.nn import dense_weight
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
 
@@ -35,8 +34,8 @@ __all__ = ["heal"]
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 
-# Batches over which the second moments behind the whitened coordinates are taken.
-_MOMENT_BATCHES = 4
+# Samples over which the second moments behind the whitened coordinates are taken.
+_MOMENT_SAMPLES = 16
 _PROBE = 8
 
 # Least weight of an output in the metric, relative to the mean.
@@ -123,7 +122,7 @@ def heal(
         pair = Pair(student, teacher, config, probe=probe)
         run = _fingerprint(pair, text)
         if cache is not None:
-            pair.cache = TeacherCache(cache, _teacher_key(pair))
+            pair.cache = TeacherCache(cache, pair.key())
         shared = share_(student, teacher)
         file = None if kept is None else StateFile(kept / STATE, run)
         with _only(pair):
@@ -244,7 +243,7 @@ def _moments(pair: Pair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str,
     handles = [pair.student.model.get_submodule(name).register_forward_hook(keep(name)) for name in pair.cores]
     try:
         with torch.no_grad(), pair.autocast():
-            for batch in text.spread(_MOMENT_BATCHES * text.batch_size):
+            for batch in text.spread(_MOMENT_SAMPLES):
                 mask = padding_mask(model_inputs(pair.student.model, batch))
                 pair.student.finish(batch, stop=pair.last)
     finally:
@@ -277,15 +276,4 @@ def _fingerprint(pair: Pair, text: Text) -> str:
     """Return a hash of all that decides the result, but for the machine."""
     tensors = {f"{name}/{part}": getattr(core, part) for name, core in pair.cores.items() for part in _PARTS}
     decides = {name: value for name, value in pair.config.to_dict().items() if name not in ("workers", "save_every")}
-    return digest(tensors, decides, text.digest(), _teacher_digest(pair))
-
-
-def _teacher_digest(pair: Pair) -> str:
-    """Return a hash of the dense layers that were compressed, which stand for the teacher."""
-    dense = {name: dense_weight(pair.teacher.model.get_submodule(name), name)[0] for name in pair.cores}
-    return digest(dense)
-
-
-def _teacher_key(pair: Pair) -> str:
-    """Return a hash of what the teacher's part of a batch depends on."""
-    return digest({}, _teacher_digest(pair), pair.config.precision, pair.kept, pair.watched, pair.stop)
+    return digest(tensors, decides, text.digest(), pair.key())

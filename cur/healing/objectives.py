@@ -64,7 +64,7 @@ def relative_distance(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     teacher = teacher.detach().float()
     each = weights[..., None]
     size = (each * teacher.square()).sum((0, 1))
-    floor = size.mean().clamp(min=torch.finfo(torch.float32).tiny) * torch.finfo(torch.float32).eps
+    floor = (size.mean() * torch.finfo(torch.float32).eps ** 2).clamp(min=torch.finfo(torch.float32).tiny)
     size = torch.where(size > floor, size, size.mean().clamp(min=floor))
     return ((each * (student.float() - teacher).square()).sum((0, 1)) / size).mean()
 

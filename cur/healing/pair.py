@@ -17,7 +17,9 @@ from cur.healing.cores import Core, cores_of
 from cur.healing.objectives import output_losses, relative_distance, token_weights
 from cur.healing.sharing import check_pair
 from cur.healing.stack import Stack
+from cur.healing.state import digest
 from cur.integrations._forward import model_inputs, padding_mask
+from cur.integrations.nn import dense_weight
 
 __all__ = ["Loss", "Pair"]
 
@@ -91,6 +93,11 @@ class Pair:
     def inside(self, index: int) -> list[str]:
         """Return the names of the compressed layers in a block."""
         return [name for name in self.cores if name.startswith(self.student.blocks[index][0] + ".")]
+
+    def key(self) -> str:
+        """Return a hash of what the teacher gives depends on; the layers that were compressed stand for it."""
+        dense = {name: dense_weight(self.teacher.model.get_submodule(name), name)[0] for name in self.cores}
+        return digest({}, digest(dense), self.config.precision, self.kept, self.watched, self.stop)
 
     def autocast(self) -> Any:
         """Return the context of a pass in the precision of this pair."""

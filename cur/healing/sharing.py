@@ -16,7 +16,7 @@ from cur.integrations.checkpoint import CheckpointError, read_config
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.quantizer import CURQuantizer, mark_
 
-__all__ = ["check_pair", "load_student", "share_"]
+__all__ = ["check_pair", "load_student", "share_", "twin"]
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
@@ -107,8 +107,7 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
     """
     config = read_config(directory)
     stored = _Files(Path(directory), config.weights or "model.safetensors")
-    held = [*teacher.parameters(), *teacher.buffers()]
-    student = copy.deepcopy(teacher, {id(tensor): tensor for tensor in held})
+    student = twin(teacher)
     # The factors get the shapes that the checkpoint names, and their values after that, as in `from_pretrained`.
     quantizer = CURQuantizer(config, pre_quantized=True)
     quantizer.preprocess_model(student, checkpoint_files=stored.files)
@@ -121,6 +120,12 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
     check_pair(student, teacher)
     _check_shared(student, stored)
     return student
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a second set of modules around the same tensors: what is swapped in one leaves the other as it is."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
 
 
 def _check_shared(student: nn.Module, stored: _Files) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import cur.healing.train
 from cur._errors import NumericalError
-from cur.healing import HealingConfig, Objectives, StateError, heal
+from cur.healing import HealingConfig, Objectives, StateError, Status, heal
 from cur.integrations.nn import LAYOUTS, compressed_modules
 
 ROOT = Path(__file__).parents[2]
@@ -192,15 +192,14 @@ def show(status):
     if status.stage == "heal" and status.step == int(sys.argv[6]):
         sys.stdin.readline()  # waits here until it is killed
 small = dict(steps=6, held_out=4, evaluate_every=3, save_every=2, warmup=2, precision="bfloat16")
-config = HealingConfig(**small, scope=sys.argv[7])
+config = HealingConfig(**small)
 heal(student, teacher, torch.load(sys.argv[4]), config, state=sys.argv[5], progress=show)
 torch.save({k: v for k, v in student.state_dict().items()}, sys.argv[5] + ".out")
 """
 
 
-@pytest.mark.parametrize("scope", ["model", "block"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
-    scope: str, teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor, tmp_path: Path
+    teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor, tmp_path: Path
 ) -> None:
     teacher.save_pretrained(tmp_path / "teacher")
     student.save_pretrained(tmp_path / "student")
@@ -209,27 +208,46 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     def run(state: str, stop: int) -> subprocess.Popen[str]:
         arguments = [ROOT, tmp_path / "teacher", tmp_path / "student", tmp_path / "windows.pt", tmp_path / state, stop]
         return subprocess.Popen(
-            [sys.executable, "-c", KILLED, *map(str, arguments), scope],
+            [sys.executable, "-c", KILLED, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    whole = run("whole", -1)
-    killed = run("killed", 5)
-    assert killed.stdout is not None
-    while killed.stdout.readline() != "5\n":
-        assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    with run("killed", 5) as killed:
+        assert killed.stdout is not None
+        while killed.stdout.readline() != "5\n":
+            assert killed.poll() is None
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed.out").exists()
-    again = run("killed", -1)
-    said = again.communicate()[0].split()
+    with run("whole", -1) as whole, run("killed", -1) as again:
+        said = again.communicate()[0].split()
+        whole.communicate()
     assert said == ["5", "6"]  # from the state of step 4, without the closed form
-    assert whole.wait() == 0 == again.returncode
+    assert whole.returncode == 0 == again.returncode
     assert same(torch.load(tmp_path / "whole.out"), torch.load(tmp_path / "killed.out"))
     lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_blocks_go_on_as_well(
+    stop: int, teacher: PreTrainedModel, make_student: Make, windows: torch.Tensor, settings: Settings, tmp_path: Path
+) -> None:
+    def interrupt(status: Status) -> None:
+        if status.stage == "heal" and status.step == stop:
+            raise KeyboardInterrupt
+
+    expected = make_student(teacher)
+    heal(expected, teacher, windows, settings(scope="block"))
+    with pytest.raises(KeyboardInterrupt):
+        heal(make_student(teacher), teacher, windows, settings(scope="block"), state=tmp_path, progress=interrupt)
+    student = make_student(teacher)
+    report = heal(student, teacher, windows, settings(scope="block"), state=tmp_path)
+    assert same(everything(student), everything(expected))
+    assert len(report.fits) == len(compressed_modules(student))
+    assert report.before
 
 
 def test_a_state_of_another_run_is_refused(

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cur.cli.app import app
+from cur.integrations.nn import compressed_modules
+
+QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "2", "--precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small random Llama with a tokenizer, a text, and a compressed checkpoint."""
+    base = tmp_path_factory.mktemp("heal")
+    words = {"<unk>": 0, **{f"w{index}": index for index in range(1, 60)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=60,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(base / "dense")
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(base / "dense")
+    (base / "text.txt").write_text(" ".join(f"w{1 + (7 * index) % 59}" for index in range(300)))
+    done = cur(
+        "compress", base / "dense", "--text", base / "text.txt", "--out", base / "small", "--windows", 8,
+        "--window-length", 12, "--layers", 2, "--rank", 6,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    return {name: base / name for name in ("dense", "small", "text.txt")}
+
+
+def cur(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_checkpoint_is_healed_and_loads(places: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "healed"
+    done = cur("heal", places["small"], "--text", places["text.txt"], "--out", out, *QUICK, "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] == 3
+    assert report["curve"][-1]["kl"] < report["before"]["kl"]
+    healed = AutoModelForCausalLM.from_pretrained(out)
+    small = AutoModelForCausalLM.from_pretrained(places["small"])
+    for name, layer in compressed_modules(healed).items():
+        before = small.get_submodule(name)
+        assert torch.equal(layer.C.weight, before.C.weight)
+        assert torch.equal(layer.R.weight, before.R.weight)
+        assert not torch.equal(layer.U.weight, before.U.weight)
+    assert {"healing.json", "healing.jsonl", "plan.json", "report.json", "tokenizer.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert not (tmp_path / "healed.healing").exists()
+
+
+def test_by_blocks(places: dict[str, Path], tmp_path: Path) -> None:
+    done = cur(
+        "heal", places["small"], "--teacher", places["dense"], "--text", places["text.txt"], "--out", tmp_path / "out",
+        *QUICK, "--scope", "block", "--windows", 20, "--state", tmp_path / "state",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "Healed" in done.stdout
+    assert (tmp_path / "state" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scope", "layer"], "`scope` must be one of model, block"),
+        (["--steps", "0", "--no-closed-form"], "nothing would be healed"),
+        (["--scope", "block", "--kl", "1"], "no loss reaches the output"),
+        (["--windows", "500"], "is too short"),
+        (["--teacher", "nowhere/at/all"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, places: dict[str, Path], tmp_path: Path) -> None:
+    done = cur("heal", places["small"], "--text", places["text.txt"], "--out", tmp_path / "out", *QUICK, *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_is_not_a_student(places: dict[str, Path], tmp_path: Path) -> None:
+    done = cur("heal", places["dense"], "--text", places["text.txt"], "--out", tmp_path / "out", *QUICK)
+    assert done.exit_code == 2
+    assert "is not a compressed checkpoint" in " ".join(done.stderr.split())
