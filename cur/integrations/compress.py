@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -354,8 +353,8 @@ def decompose(
             correction=plan.correction,
         )
         weight = dense_weight(module, name)[0].detach()
-        weighted = weight.to(torch.float64) * x_norm(statistics, name).to(weight.device)
-        layers[name], reports[name] = layer, replace(report, spectrum=spectrum(weighted))
+        layers[name] = layer
+        reports[name] = replace(report, spectrum=spectrum(weight, x_norm(statistics, name)))
         return layer
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:

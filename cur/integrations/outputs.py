@@ -20,6 +20,9 @@ from cur.integrations.spectra import EXACT_UP_TO, singular_values
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
 
+# Rows of a large matrix in double precision at once.
+_ROWS = 1024
+
 # Names of `cur.bounds.LIPSCHITZ` by the classes that compute them. Quick GELU, x s(1.702 x), is SiLU on another scale.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -79,6 +82,14 @@ def spectral_norm_bound(E: Tensor) -> float:
     # Errors of the product and of the eigenvalue, both of the order of the unit roundoff times ||E||_F^2.
     rounding = 4 * (max(E.shape) + min(E.shape)) * unit_roundoff(E.dtype, E) * total**2
     return min(math.sqrt(largest**2 + rounding), total * (1 + 1e-12))
+
+
+def _error_bound(W: Tensor, other: Tensor) -> float:
+    """Bound the 2-norm of a difference of weights; a large one is never in memory in double precision."""
+    if min(W.shape) <= EXACT_UP_TO:
+        return spectral_norm_bound(W.double() - other.double())
+    parts = zip(W.split(_ROWS), other.split(_ROWS), strict=True)  # type: ignore[no-untyped-call]
+    return math.hypot(*(float(torch.linalg.norm(one.double() - two.double())) for one, two in parts))
 
 
 def output_changes(
@@ -161,8 +172,7 @@ class _Watch:
         handles = []
         for name, layer in self.layers.items():
             module = self.model.get_submodule(name)
-            weight = dense_weight(module, name)[0].detach().double()
-            self.sums[name] = _Sums(spectral_norm_bound(weight - layer.weight.detach().double()))
+            self.sums[name] = _Sums(_error_bound(dense_weight(module, name)[0].detach(), layer.weight.detach()))
             handles.append(module.register_forward_hook(self._layer(name, layer)))
         for part in self.model.modules():
             if (kind := activation_of(part)) is not None:

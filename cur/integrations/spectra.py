@@ -27,11 +27,14 @@ def singular_values(X: Tensor) -> Tensor:
     return values
 
 
-def spectrum(X: Tensor) -> tuple[tuple[int, float], ...]:
-    """Return some singular values by number, relative to the largest; none for matrices too large for an SVD."""
+def spectrum(X: Tensor, x_norm: Tensor) -> tuple[tuple[int, float], ...]:
+    """Return some singular values by number, relative to the largest; none for matrices too large for an SVD.
+
+    Of the matrix with its columns multiplied by `x_norm`.
+    """
     if min(X.shape) > EXACT_UP_TO:
         return ()
-    values = singular_values(X)
+    values = singular_values(X.to(torch.float64) * x_norm.to(X.device))
     if float(values[0]) == 0:
         return ()
     numbers = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))

@@ -74,8 +74,6 @@ class Decomposition:
             if isinstance(config, BudgetConfig):
                 names = self.calibration.names
                 curves = self._curves(self._by_block(names), config)
-                # Layers are fitted to what arrives at them only where the whole model is in memory.
-                config = replace(config, correction=0.0)
                 return plan_budget(self.model, self.statistics, config, [curves[name] for name in names])
             chosen = chosen_blocks(self.model, self.statistics, config)
             wanted = set(linear_modules(self.model, config.targets, exclude=config.exclude, layers=chosen))

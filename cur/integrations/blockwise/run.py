@@ -33,11 +33,12 @@ from cur.integrations.report import CompressionReport, LayerReport, model_size, 
 __all__ = ["compress_blockwise"]
 
 _WHOLE = {
-    "gradients": "which flow back through all of it",
-    "own_text": "which is written word by word",
-    "correction": "whose layers are fitted to what those before them became",
+    "gradients": ("gradients=False", "--no-gradients"),
+    "own_text": ("own_text=False", "--no-own-text"),
+    "correction": ("correction=0.0", "--correction 0"),
 }
-"""What a budget can ask for that no single block gives, and why."""
+"""What a budget can ask for that no single block gives, and how to do without: gradients flow back through all blocks,
+text is written word by word, and corrected layers are fitted to what the compressed ones before them return."""
 
 
 def compress_blockwise(
@@ -174,12 +175,14 @@ def _run(
 
 def _refuse(config: CompressConfig | BudgetConfig) -> None:
     if isinstance(config, BudgetConfig):
-        for name, reason in _WHOLE.items():
-            if getattr(config, name, False):
-                raise ValueError(
-                    f"`{name}` needs the whole model in memory, {reason}: block by block pass {name}=False "
-                    f"(--no-{name.replace('_', '-')})"
-                )
+        asked = [name for name in _WHOLE if getattr(config, name)]
+        if asked:
+            names = " and ".join(f"`{name}`" for name in asked)
+            without = ", ".join(_WHOLE[name][0] for name in asked)
+            options = " ".join(_WHOLE[name][1] for name in asked)
+            raise ValueError(
+                f"{names} of a budget need the whole model in memory; block by block pass {without} ({options})"
+            )
     elif config.span > 1:
         raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
 

@@ -104,7 +104,7 @@ def test_a_budget_is_shared_in_two_passes(
     checkpoint: Callable[[str], Path], windows: torch.Tensor, method: str
 ) -> None:
     directory = checkpoint("llama")
-    config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=False)
+    config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=False, correction=0.0)
     whole, parts = both(directory, windows, config)
     assert len({entry.rank for entry in parts.plan.entries}) > 1
     same_layers(whole, parts)
@@ -146,8 +146,8 @@ def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BudgetConfig(keep=0.8, own_text=False), "`gradients` needs the whole model"),
-        (BudgetConfig(keep=0.8, gradients=False), "`own_text` needs the whole model"),
+        (BudgetConfig(keep=0.8), "`gradients` and `own_text` and `correction` of a budget need the whole model"),
+        (BudgetConfig(keep=0.8, gradients=False, correction=0.0), r"pass own_text=False \(--no-own-text\)"),
         (CompressConfig(layers=2, span=2), "`span` must be 1"),
         (CompressConfig(layers=9), "`layers` must be between 1 and 3"),
         (CompressConfig(layers=1, targets=("nothing",)), "`targets` 'nothing' matches no module"),
