@@ -186,6 +186,7 @@ class CURQuantizer(HfQuantizer):
                 _check_order(name, layer.order)
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
+        _keep_names_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -218,7 +219,9 @@ class CURQuantizer(HfQuantizer):
             tied[f"{name}.weight"] = f"{first}.weight"
         layers = compressed_modules(model)
         swap_(model, {name: layer.to_dense().to(dtype) for name, layer in layers.items()})
-        swap_(model, rolled(model))
+        if experts := rolled(model):
+            swap_(model, experts)
+            vars(model).pop("_weight_conversions", None)
         return model
 
 
@@ -252,7 +255,8 @@ def mark_(model: PreTrainedModel) -> None:
             "it "
             "in full precision"
         )
-    experts = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+    # Others are linear layers for the time of the compression alone.
+    experts = [name for name, part in model.named_modules() if isinstance(part, LinearExperts) and part.compressed()]
     config = CURConfig(describe(model), experts=experts)
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
@@ -260,6 +264,14 @@ def mark_(model: PreTrainedModel) -> None:
     state.quantization_method = METHOD
     state.config.quantization_config = config
     _retie_(model)
+    _keep_names_(model)
+
+
+def _keep_names_(model: PreTrainedModel) -> None:
+    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they stand for."""
+    if any(isinstance(module, LinearExperts) for module in model.modules()):
+        state: Any = model
+        state._weight_conversions = []
 
 
 def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
