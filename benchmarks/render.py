@@ -160,10 +160,12 @@ def quality(data: dict[str, Any]) -> str:
     ]
     parts.append(table(["Seconds; kept:", *(f"{keep:g}" for keep in keeps), "Peak memory, MiB"], cost))
     calibration = data["calibration"]
-    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in calibration["seconds"].items())
+    took = "".join(f", {part} {value:.0f} s" for part, value in calibration["seconds"].items())
+    products = sorted({row["products"] for row in data["rows"]})
     parts.append(
-        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, "
-        f"{seconds}. {windows_scored(data['rows'])}*"
+        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens of each text{took}. "
+        f"{windows_scored(data['rows'])} Products while scoring: {', '.join(products)}. The seconds of the row of a "
+        "method that was measured first include what its rows share.*"
     )
     return "\n\n".join([*parts, provenance(data)])
 
@@ -231,6 +233,64 @@ def windows_scored(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def healing(data: dict[str, Any]) -> str:
+    """Return perplexities and seconds of healing, the curves, forgetting, and the memory of teacher and student."""
+    texts = list(next(iter(data["rows"].values()))["perplexity"])
+    rows, curves = [], []
+    for name, row in data["rows"].items():
+        seconds = row.get("seconds", {})
+        rows.append(
+            [
+                name,
+                *(f"{row['perplexity'][text]:.1f}" for text in texts),
+                f"{row['trainable']:,}" if "trainable" in row else "",
+                *(cell(seconds.get(stage)) for stage in ("closed form", "heal", "a step")),
+            ]
+        )
+        looks = [look for look in row.get("curve", []) if "kl" in look and "step" in look]
+        if len(looks) > 1:
+            curves.append([name, ", ".join(f"{look['step']}: {look['kl']:.3f}" for look in looks)])
+    head = ["Perplexity, lower is better", *texts, "Numbers that learn", "s, closed form", "s, steps", "s, one step"]
+    parts = [table(head, rows)]
+    if curves:
+        parts.append(table(["Divergence from the teacher on held-out windows", "by step, in nats per token"], curves))
+    fits = next((row["fits"] for row in data["rows"].values() if row.get("fits")), [])
+    if fits and "floor" in fits[0]:
+        kinds = dict.fromkeys(fit["name"].rpartition(".")[2] for fit in fits)
+        spans = [
+            [
+                kind,
+                *(
+                    f"{min(values):.1%} to {max(values):.1%}"
+                    for values in (
+                        [fit[what] for fit in fits if fit["name"].endswith(kind)]
+                        for what in ("before", "after", "floor")
+                    )
+                ),
+            ]
+            for kind in kinds
+        ]
+        head = ["Squared error of the outputs, least squares", "before", "after", "left for any U"]
+        parts.append(table(head, spans))
+    if data["forgetting"]:
+        found = [
+            [
+                name,
+                f"{row['trainable']:,}",
+                *(f"{row['before'][text]:.1f} to {row['after'][text]:.1f}" for text in row["before"]),
+            ]
+            for name, row in data["forgetting"].items()
+        ]
+        steps = next(iter(data["forgetting"].values()))["steps"]
+        parts.append(table([f"Adapted to the reference in {steps} steps", "Numbers that learn", *texts], found))
+    if data["memory"]:
+        one, both = (data["memory"][f"peak, {who}"] / 2**20 for who in ("teacher", "teacher and student"))
+        parts.append(
+            f"Peak memory: {one:,.0f} MiB for the teacher alone, {both:,.0f} MiB for both ({both / one:.2f} x)."
+        )
+    return "\n\n".join([*parts, provenance(data)])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
     "core_accuracy": columns(
@@ -246,6 +306,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
     "paper": paper,
+    "healing": healing,
     "paper_setting": paper_setting,
     "quality": quality,
 }
