@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -140,6 +141,7 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
         "trainable": report.trainable,
         "seconds": {**report.seconds, "a step": report.seconds["heal"] / steps if steps else None},
         "curve": [report.before, *report.curve],
+        "fits": [asdict(fit) for fit in report.fits],
         "teacher from cache": bench.cache is not None,
     }
 

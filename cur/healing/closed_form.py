@@ -69,6 +69,7 @@ class LeastSquares:
         self.metric = None if metric is None else metric.to(place, torch.float64)
         self.gram = torch.zeros(r, r, dtype=torch.float64, device=place)
         self.cross = torch.zeros(m, r, dtype=torch.float64, device=place)
+        self.inside = torch.zeros(r, r, dtype=torch.float64, device=place)
         self.square = 0.0
 
     @torch.no_grad()
@@ -79,7 +80,10 @@ class LeastSquares:
         y = wanted.double() if bias is None else wanted.double() - bias.double()
         self.gram += z.T @ z
         self.cross += y.T @ z
-        self.square += float((y * self._weighted(y.T).T).sum())
+        weighed = self._weighted(y.T)
+        seen = self.core.left.double().T @ weighed
+        self.inside += seen @ seen.T
+        self.square += float((y * weighed.T).sum())
 
     def _weighted(self, columns: Tensor) -> Tensor:
         return columns if self.metric is None else self.metric @ columns
@@ -118,6 +122,13 @@ class LeastSquares:
         value = float((U * (M @ U @ self.gram - 2 * B)).sum()) + self.square
         return max(value, 0.0) / self.square if self.square else 0.0
 
+    def floor(self) -> float:
+        """Return the relative squared error that is left whatever the core: the outputs outside the span of L."""
+        left = self.core.left.double()
+        values, P = torch.linalg.eigh(left.T @ self._weighted(left))
+        reached = float(((P.T @ self.inside @ P).diagonal() * _reciprocal(values)).sum())
+        return max(self.square - reached, 0.0) / self.square if self.square else 0.0
+
 
 def _reciprocal(values: Tensor) -> Tensor:
     """Return ``1 / values``, zero where they are zero up to rounding."""
@@ -135,11 +146,14 @@ class LayerFit:
         The layer.
     before, after : float
         Squared error of its outputs, relative to the wanted ones, for the core as it was and as it is.
+    floor : float
+        The same for outputs that could be anything in the span of L: no core does better.
     """
 
     name: str
     before: float
     after: float
+    floor: float
 
 
 def closed_form_(
@@ -207,7 +221,7 @@ def closed_form_(
                 for name, problem in problems.items():
                     before = problem.error(cores[name].value)
                     cores[name].write_(problem.solve(ridge=ridge))
-                    fits.append(LayerFit(name, before, problem.error(cores[name].value)))
+                    fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
             if index >= pair.first:
                 ours = [replace(entry, hidden=student.block(index, entry)) for entry in ours]
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -166,7 +167,8 @@ class HealingConfig:
         _check("correction", self.correction, minimum=0.0)
         if self.correction > 1:
             raise ValueError(f"`correction` must be at most 1, got {self.correction!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        betas: Sequence[float] = self.betas
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}")
         if self.steps == 0 and not self.closed_form:
             raise ValueError("`steps` is 0 and `closed_form` is False: nothing would be healed")

@@ -40,6 +40,11 @@ def test_the_solution_is_that_of_dense_least_squares(
     assert torch.linalg.norm(U - best) <= 1e-4 * torch.linalg.norm(best)
     residual = (design @ best.T.reshape(-1, 1) - wanted).detach().square().sum() / wanted.detach().square().sum()
     assert problem.error(U) == pytest.approx(float(residual), rel=1e-4)
+    span = torch.linalg.qr(root @ layer.C.weight).Q
+    target = (y - layer.C.bias) @ root.T
+    outside = ((target - target @ span @ span.T).detach().square().sum() / target.detach().square().sum()).item()
+    assert problem.floor() == pytest.approx(outside, rel=1e-6)
+    assert problem.floor() <= problem.error(U)
 
 
 def test_the_ridge_pulls_towards_the_core_as_it_is(
@@ -88,7 +93,7 @@ def test_layers_of_one_input_are_solved_together_and_errors_fall(
 ) -> None:
     report = heal(student, teacher, windows, settings(steps=0, metric_windows=0, ridge=0.0))
     assert {fit.name for fit in report.fits} == set(compressed_modules(student))
-    assert all(fit.after <= fit.before * (1 + 1e-6) for fit in report.fits)
+    assert all(fit.floor <= fit.after <= fit.before * (1 + 1e-6) for fit in report.fits)
     ends = [fit.name.rpartition(".")[2] for fit in report.fits]
     assert ends == ["q_proj", "k_proj", "gate_proj"] * 2
     assert report.curve[0]["kl"] < report.before["kl"]
