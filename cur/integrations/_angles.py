@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cur.integrations._forward import Masks
+from cur.integrations._inputs import first_false
 
 __all__ = ["HiddenAngles"]
 
@@ -53,19 +54,22 @@ class HiddenAngles:
             else:
                 mask = self.mask.to(state.device)
                 last = state.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
-            state = state[rows, last]
-        self.states.append(state.to("cpu", torch.float64))
+            self.states.append(state[rows, last].to(torch.float64))
+        else:  # all tokens of all blocks would not fit onto a device
+            self.states.append(state.to("cpu", torch.float64))
 
     def finish(self) -> str | None:
         """Add the angles of one batch; name the first block whose output is not finite."""
         names = list(self.blocks)
         if len(self.states) != len(names) + 1:
             raise ValueError(f"`layers` must be blocks that run once each and in order, got {', '.join(names[:3])} ...")
-        for index, state in enumerate(self.states):
-            if not bool(torch.isfinite(state).all()):
-                return f"the input of {names[0]!r}" if index == 0 else f"the output of {names[index - 1]!r}"
+        index = first_false([torch.isfinite(state).all() for state in self.states])
+        if index is not None:
+            return f"the input of {names[0]!r}" if index == 0 else f"the output of {names[index - 1]!r}"
         if self.causal:
-            self.angles += _angular_distances(torch.stack(self.states, dim=1)).sum(0)  # (batch, blocks + 1, width)
+            place = self.states[0].device
+            states = torch.stack([state.to(place) for state in self.states], dim=1)  # (batch, blocks + 1, width)
+            self.angles += _angular_distances(states).sum(0).to(self.angles)
             return None
         for sample, tokens in enumerate(torch.stack(self.states, dim=2)):  # (batch, length, blocks + 1, width)
             mask = None if self.mask is None or self.mask.shape[1] != len(tokens) else self.mask[sample].cpu()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from cur import NumericalError
@@ -389,3 +390,30 @@ def test_the_hash_follows_the_text(llama: PreTrainedModel, windows: torch.Tensor
     assert text_hash(batches(windows.to(torch.int32), batch_size=5)) == whole
     assert text_hash([windows.flip(0)]) != whole
     assert text_hash([windows.reshape(12, 12)]) != whole
+
+
+class Questions(TorchDispatchMode):
+    """Counts the transfers for which a host waits for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_its_device_no_more_often_for_more_layers(
+    llama: PreTrainedModel, windows: torch.Tensor
+) -> None:
+    blocks = [name for name, _ in decoder_layers(llama)]
+
+    def waits(modules: list[str], batches: int) -> int:
+        with Questions() as questions:
+            collect(llama, [windows] * batches, modules=modules, layers=blocks)
+        return questions.count
+
+    one, every = ["model.layers.0.mlp.gate_proj"], linear_modules(llama, "all-linear")
+    assert len(every) > 30
+    assert waits(every, 3) - waits(every, 1) == waits(one, 3) - waits(one, 1) <= 8
