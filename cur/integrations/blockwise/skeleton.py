@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -17,11 +24,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.auto_factory import _get_model_class
 
 from cur.integrations._forward import body
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
-from cur.integrations.models import load_model, quiet
+from cur.integrations.models import LoadedModel, load_model, quiet
 
 __all__ = ["Skeleton", "load_skeleton"]
 
@@ -240,11 +248,39 @@ def load_skeleton(
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
-        shards = Shards(directory)  # before transformers speaks of it in many lines
-        loaded = load_model(model, dtype=dtype, device_map="meta")
+        shards = Shards(directory)
+        loaded = _hollow(shards, str(model), dtype)
     else:
         from huggingface_hub import snapshot_download
 
         loaded = load_model(model, dtype=dtype, device_map="meta")  # fetches what is not there yet
         shards = Shards(snapshot_download(str(model), local_files_only=True))
     return Skeleton(loaded.model, loaded.tokenizer, shards, torch.device(device))
+
+
+def _hollow(shards: Shards, source: str, dtype: torch.dtype) -> LoadedModel:
+    """Let transformers load a model of which it is given names, shapes and dtypes alone.
+
+    Given the files, it would map all of them into the address space at once.
+    """
+    place = str(shards.directory)
+    empty = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in shards.tensors.items()
+    }
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            config = AutoConfig.from_pretrained(place)
+            kind = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+            try:
+                generation = GenerationConfig.from_pretrained(place)
+            except OSError:  # not every checkpoint has one
+                generation = None
+            model = kind.from_pretrained(
+                None, config=config, state_dict=empty, device_map="meta", dtype=dtype, generation_config=generation
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(f"`model` {source!r} cannot be loaded: {reason}") from error
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
+    return LoadedModel(model.eval(), tokenizer, source)
