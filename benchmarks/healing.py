@@ -146,6 +146,30 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
     }
 
 
+def step_times(bench: Bench) -> dict[str, float]:
+    """Measure the processor seconds of one step in both scopes, with the teacher run and with it read from the cache.
+
+    Processor time, because the machine does other work meanwhile; the mean of three steps after one.
+    """
+    found = {}
+    student = bench.student()
+    for scope in ("model", "block"):
+        with tempfile.TemporaryDirectory() as scratch:
+            for what in ("teacher run", "teacher from cache"):
+                config = HealingConfig(steps=4, scope=scope, closed_form=False, metric_windows=0, held_out=0)
+                clock: list[float] = []
+                heal(
+                    student,
+                    bench.teacher,
+                    bench.valid,
+                    config,
+                    cache=scratch,
+                    progress=lambda _: clock.append(time.process_time()),
+                )
+                found[f"{scope}, {what}"] = (clock[-1] - clock[0]) / (len(clock) - 1)
+    return found
+
+
 def adapted(bench: Bench, name: str) -> dict[str, Any]:
     """Heal by an adapter of peft on the dense layers of the compressed blocks."""
     kind, rank, rate = ADAPTED[name]
@@ -274,7 +298,7 @@ def _show(name: str) -> Callable[..., None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["dense", "compressed", *HEALED, *ADAPTED, *FORGETTING, "memory"]
+    names = ["dense", "compressed", *HEALED, *ADAPTED, *FORGETTING, "memory", "time of a step"]
     parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--model", help="the dense model; default: SmolLM2-135M-Instruct")
@@ -287,7 +311,7 @@ def main() -> None:
     bench = Bench(options)
     kept: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     rows, forgetting = kept.get("rows", {}), kept.get("forgetting", {})
-    used = kept.get("memory")
+    used, times = kept.get("memory"), kept.get("processor seconds of a step")
     for name in options.only:
         if name == "dense":
             rows[name] = {"perplexity": bench.measure(bench.teacher)}
@@ -299,9 +323,11 @@ def main() -> None:
             rows[name] = adapted(bench, name)
         elif name in FORGETTING:
             forgetting[name] = adapt_to_domain(bench, name)
-        else:
+        elif name == "memory":
             used = memory(bench)
-        print(f"\n{name}: {rows.get(name) or forgetting.get(name) or used}")
+        else:
+            times = step_times(bench)
+        print(f"\n{name}: {rows.get(name) or forgetting.get(name) or (used, times)}")
         result = {
             "question": __doc__.splitlines()[0],
             "model": bench.source if options.model is None else "SmolLM2-135M-Instruct",
@@ -310,6 +336,7 @@ def main() -> None:
             "rows": {key: rows[key] for key in names if key in rows},
             "forgetting": {key: forgetting[key] for key in names if key in forgetting},
             "memory": used,
+            "processor seconds of a step": times,
             **environment(),
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Put the figures of ``benchmarks/results/*.json`` into ``docs/benchmarks.md``, between its markers.
+"""Put the figures of ``benchmarks/results/*.json`` into ``docs/benchmarks.md`` and ``docs/scale.md``, between markers.
 
-    python benchmarks/render.py           # rewrite the page
-    python benchmarks/render.py --check   # fail if that would change it
+    python benchmarks/render.py           # rewrite the pages
+    python benchmarks/render.py --check   # fail if that would change one
 
-A block of the page that starts with ``<!-- results: NAME -->`` and ends with ``<!-- end -->`` belongs to
+A block of a page that starts with ``<!-- results: NAME -->`` and ends with ``<!-- end -->`` belongs to
 ``results/NAME.json``, and ``core_PART`` to a part of ``results/core.json``. No figure is typed by hand.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md")
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -283,6 +283,9 @@ def healing(data: dict[str, Any]) -> str:
         ]
         steps = next(iter(data["forgetting"].values()))["steps"]
         parts.append(table([f"Adapted to the reference in {steps} steps", "Numbers that learn", *texts], found))
+    if data["processor seconds of a step"]:
+        times = [[what, cell(value)] for what, value in data["processor seconds of a step"].items()]
+        parts.append(table(["One step: scope, teacher", "processor seconds"], times))
     if data["memory"]:
         one, both = (data["memory"][f"peak, {who}"] / 2**20 for who in ("teacher", "teacher and student"))
         parts.append(
@@ -291,8 +294,66 @@ def healing(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, provenance(data)])
 
 
+def scale(data: dict[str, Any]) -> str:
+    """Return memory against depth and width, the large models, two processes, and the extrapolation."""
+
+    def rows_of(rows: list[dict[str, Any]]) -> str:
+        return table([name.capitalize() for name in rows[0]], [[cell(value) for value in row.values()] for row in rows])
+
+    parts = []
+    for name in ("depth", "width"):
+        if name in data:
+            parts += [f"**Peak memory against {name}**", rows_of(data[name])]
+    if "idle" in data:
+        parts.append(f"A process that has only imported everything takes {cell(data['idle']['peak, MB'])} MB of that.")
+    runs = {name: data[name] for name in ("limit", "eight") if name in data}
+    stages = ("calibrate", "plan", "decompose", "factorizations alone", "write")
+    titles = {"limit": "Llama-3.2-3B shape, 3 GB of address space", "eight": "Llama-3.1-8B shape"}
+    if runs:
+        rows = [
+            [
+                titles[name],
+                f"{run['parameters'] / 1e9:.2f} billion",
+                f"{run['peak resident, bytes'] / 1e9:.2f}",
+                f"{run['peak address space, bytes'] / 1e9:.2f}",
+                *(cell(run["seconds"][stage]) for stage in stages),
+                cell(run["total"]),
+            ]
+            for name, run in runs.items()
+        ]
+        head = [
+            "Model",
+            "Parameters",
+            "Peak memory, GB",
+            "Peak address space, GB",
+            *(f"{s.capitalize()}, s" for s in stages),
+        ]
+        parts += ["**Whole models at the setting of the paper**", table([*head, "Total, s"], rows)]
+    if "processes" in data:
+        two = data["processes"]
+        times = two["calibration, s"]
+        parts += [
+            "**Two processes**",
+            f"Calibration takes {cell(times['1'])} s in one process and {cell(times['2'])} s in two, a ratio of "
+            f"{two['ratio']}; load of the two cores by other work at the time: {two['load of the machine']:.1f}. Same "
+            f"indices: {'yes' if two['same indices'] else 'no'}.",
+        ]
+    if "extrapolation" in data:
+        parts += ["**On paper**", rows_of(data["extrapolation"])]
+    return "\n\n".join([*parts, provenance(data)])
+
+
+def gpu(data: dict[str, Any]) -> str:
+    """Return seconds of each stage and peak memory on a device."""
+    rows = [[stage, cell(value)] for stage, value in data["seconds"].items()]
+    rows.append(["peak memory, GB", cell(data["peak, GB"])])
+    return f"{table(['Stage', 'Seconds'], rows)}\n\n*{data['device']}.* {provenance(data)}"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
+    "gpu": gpu,
+    "scale": scale,
     "core_accuracy": columns(
         "matrix", "k", "rank", "error", "certified", "truncated SVD", "over SVD", "error, randomised subspace", "target"
     ),
@@ -326,12 +387,15 @@ def rendered(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the page, or check that it is up to date."""
-    page = PAGE.read_text(encoding="utf-8")
-    new = rendered(page)
-    if "--check" in sys.argv[1:]:
-        sys.exit("docs/benchmarks.md is out of date; run python benchmarks/render.py" if new != page else 0)
-    PAGE.write_text(new, encoding="utf-8")
+    """Rewrite the pages, or check that they are up to date."""
+    for file in PAGES:
+        page = file.read_text(encoding="utf-8")
+        new = rendered(page)
+        if new == page:
+            continue
+        if "--check" in sys.argv[1:]:
+            sys.exit(f"docs/{file.name} is out of date; run python benchmarks/render.py")
+        file.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
