@@ -319,6 +319,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = data["perplexity"]["before, held-out"], data["perplexity"]["after, held-out"]
     assert 5 < before < 40
     assert before < after < 40 * before
+    assert after < data["healing"]["compressed, held-out"]
     numbers = data["numerics"]
     assert numbers["error"] <= numbers["certified"] * (1 + 1e-12)
     assert numbers["certified"] <= numbers["projection_bound"]
