@@ -1,7 +1,8 @@
 """Measure how fast compressed models and layers run, each layout beside dense, in one run.
 
-Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs) at keep 0.8 and 0.5, on 1, 64 and 512 tokens at once; and the
-real model, SmolLM2-135M-Instruct with all its linear layers at keep 0.8 and 0.5: prefill and decode.
+Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs), and smaller ones, at keep 0.8 and 0.5, on 1, 64 and 512
+tokens at once; and the real model, SmolLM2-135M-Instruct with all its linear layers at keep 0.8 and 0.5: prefill and
+decode.
 
     python benchmarks/inference.py [--only layers] [--threads N] [--dtype float32]
 
@@ -30,7 +31,7 @@ from cur.integrations.layouts import choose_layout
 from cur.integrations.nn import LAYOUTS, dense_weight, swap_
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
-SHAPES = ((4096, 4096), (14336, 4096))
+SHAPES = ((4096, 4096), (14336, 4096), (2048, 2048), (1536, 576), (576, 576))
 KEEPS = (0.8, 0.5)
 TOKENS = (1, 64, 512)
 # Of `1 / keep`, what the saved numbers promise; asked of 1 and 64 tokens at once.
@@ -94,7 +95,7 @@ def measure_layers(shape: tuple[int, int], *, dtype: torch.dtype, least: float) 
                     "ms": 1e3 * after,
                     "speed-up": ratio,
                     "promised": 1 / keep,
-                    "chosen by auto": layout == choose_layout(shape),
+                    "chosen by auto": layout == choose_layout(shape, rank=rank),
                 }
                 rows.append(row)
                 print(

@@ -262,6 +262,7 @@ class Seen:
     def __init__(self) -> None:
         self.samples = 0
         self.tokens = 0
+        self.reads_tokens = False
         self._digest = hashlib.sha256()
 
     def add(self, inputs: Mapping[str, Any], mask: torch.Tensor | None) -> None:
@@ -274,6 +275,7 @@ class Seen:
         named |= {key: value for key, value in inputs.items() if key == "decoder_input_ids"}
         first = next(iter(named.values()))
         before = self.tokens
+        self.reads_tokens = not first.is_floating_point()
         for index in range(len(first)):
             for values in named.values():
                 row = values[index].cpu()

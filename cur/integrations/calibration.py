@@ -146,6 +146,10 @@ def _collect(
             handle.remove()
     if seen.samples == 0:
         raise ValueError("`batches` is empty: calibration needs at least one batch")
+    if seen.tokens == 1 and seen.reads_tokens:
+        raise ValueError(
+            "`batches` holds one token: nothing can be said about what a model does from that; give more text"
+        )
     sums, products, counts = inputs_of.results()
     config = getattr(model, "config", None)
     return Statistics(

@@ -41,7 +41,9 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     if not layers:
         raise ValueError("`model` has no compressed layers; compress it first")
     wanted = {
-        name: choose_layout((layer.out_features, layer.in_features), purpose) if layout == "auto" else layout
+        name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank)
+        if layout == "auto"
+        else layout
         for name, layer in layers.items()
     }
     swap_(model, {name: layer.to_layout(wanted[name]) for name, layer in layers.items()})

@@ -94,7 +94,10 @@ def layer_entries(
         W = weight.to(PRECISIONS[config.precision])
         rank = _rank(W, entry, moments, config)
         if rank is not None:
-            entries.append(replace(entry, rank=rank, predicted=_least_error(W, rank, x_norm(statistics, name))))
+            if config.layout == "auto":
+                layout = choose_layout((m, n), config.purpose, rank=rank)
+            predicted = _least_error(W, rank, x_norm(statistics, name))
+            entries.append(replace(entry, rank=rank, layout=layout, predicted=predicted))
     return entries
 
 
