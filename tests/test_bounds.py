@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,3 +203,49 @@ def test_certificate_includes_the_rounding_of_the_factors():
         assert error <= result.certificate.value
         missed += error > result.certificate.value - result.certificate.rounding
     assert missed > 0
+
+
+ACTIVATIONS = {
+    "identity": lambda t: t,
+    "relu": lambda t: np.maximum(t, 0),
+    "tanh": np.tanh,
+    "silu": lambda t: t * scipy.special.expit(t),
+    "gelu": lambda t: t * (1 + scipy.special.erf(t / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda t: t * (1 + np.tanh(np.sqrt(2 / np.pi) * (t + 0.044715 * t**3))) / 2,
+}
+
+
+@pytest.mark.parametrize("name", bounds.LIPSCHITZ)
+def test_the_output_of_a_layer_behind_an_activation(name: str, rng: np.random.Generator) -> None:
+    act = ACTIVATIONS[name]
+    for _ in range(50):
+        m, n = rng.integers(1, 20, 2)
+        W, E = rng.standard_normal((2, m, n)) * 10.0 ** rng.integers(-3, 2, (2, 1, 1))
+        X = rng.standard_normal((n, 30)) * rng.exponential(3, (1, 30))
+        change = np.linalg.norm(act(W @ X) - act((W + E) @ X), axis=0)
+        spectral = np.linalg.norm(E, 2)
+        for moved, x in zip(change, X.T, strict=True):
+            assert moved <= bounds.layer_output_bound(spectral, float(np.linalg.norm(x)), activation=name) * (1 + 1e-9)
+        weighted = np.linalg.norm(E @ X) / np.sqrt(X.shape[1])  # ||E G^(1/2)||_F
+        bound = bounds.layer_output_bound(float(weighted), activation=name)
+        assert np.sqrt((change**2).mean()) <= bound * (1 + 1e-9)
+        if name == "identity":
+            assert np.sqrt((change**2).mean()) == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", bounds.LIPSCHITZ)
+def test_lipschitz_constants_are_reached(name: str) -> None:
+    t = np.arange(-10, 10, 1e-4)
+    slopes = np.abs(np.diff(ACTIVATIONS[name](t))) / 1e-4
+    assert 0.9999 * bounds.LIPSCHITZ[name] <= slopes.max() <= bounds.LIPSCHITZ[name] * (1 + 1e-9)
+
+
+def test_activations_that_are_not_known() -> None:
+    assert bounds.layer_output_bound(2.0, 3.0, activation=0.5) == 3.0
+    assert bounds.layer_output_bound(0.0, math.inf) == 0.0
+    with pytest.raises(ValueError, match=r"`activation` must be one of identity, relu, .*got 'swish'"):
+        bounds.layer_output_bound(1.0, activation="swish")
+    with pytest.raises(ValueError, match="`error` must be a number that is at least 0; got -1"):
+        bounds.layer_output_bound(-1.0)
+    with pytest.raises(ValueError, match="`size` must be"):
+        bounds.layer_output_bound(1.0, math.nan)
