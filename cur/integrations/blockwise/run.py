@@ -240,11 +240,10 @@ def _fill(
     """Write the weights of the compressed model, one block of the dense one in memory at a time."""
     count = len(skeleton.blocks)
     with CheckpointWriter(final, directory, max_shard_size) as writer:
-        skeleton.load_outside(head=True)
-        for name, tensor in skeleton.model.state_dict().items():
-            if name in writer and not tensor.is_meta:
-                writer.write(name, tensor)
-        skeleton.free_outside()
+        for name in skeleton.outside():  # one by one: embeddings and head can be larger than a block
+            if name in writer:
+                writer.write(name, skeleton.load_tensor(name))
+                skeleton.free_outside()
         for index, (block, module) in enumerate(skeleton.blocks):
             if progress is not None:
                 progress("write", index, count)

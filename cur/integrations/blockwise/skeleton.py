@@ -108,8 +108,18 @@ class Skeleton:
 
     def load_outside(self, *, head: bool = False) -> None:
         """Bring everything but the blocks into memory; what comes behind the body of the model only on request."""
-        names = {name for name in self.model.state_dict() if not name.startswith(self._inside)}
+        names = set(self.outside())
         self._load(*sorted(names if head else names & self._body))
+
+    def outside(self) -> list[str]:
+        """Name what lies outside the blocks."""
+        return [name for name in self.model.state_dict() if not name.startswith(self._inside)]
+
+    def load_tensor(self, name: str) -> torch.Tensor:
+        """Bring one tensor outside the blocks into memory, and what is tied to it."""
+        self._load(name)
+        found: torch.Tensor = self.model.get_parameter_or_buffer(name)
+        return found.detach()
 
     def free_outside(self) -> None:
         """Let go of everything but the blocks; buffers stay."""
@@ -128,14 +138,6 @@ class Skeleton:
         tables = {f"{self._prefix()}{name}.weight" for name in self.embeddings()}
         tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
         self._free(tables | tied)
-
-    def outside_bytes(self) -> int:
-        """Bytes of what lies outside the blocks, as loaded."""
-        return sum(
-            p.numel() * p.element_size()
-            for name, p in self.model.named_parameters()
-            if not name.startswith(self._inside)
-        )
 
     def _free(self, names: Iterable[str]) -> None:
         # The parameters of the beginning come back, so that what is tied stays tied.
