@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cur.cli import blockwise
+from cur.cli.app import app
+from cur.integrations.blockwise import Shards, available_memory, fits
+
+
+@pytest.fixture
+def directory(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("llama")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(str(number * 7 % 101) for number in range(600)))
+    return file
+
+
+def command(*arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + result.stderr
+    return result.stdout if code == 0 else " ".join(result.stderr.split())
+
+
+def test_compress_and_evaluate(directory: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--layers", "1", "--rank", "4", "--text", text, "--windows", "4", "--window-length", "16", "--json"]
+    whole = json.loads(command("compress", directory, "--out", directory.parent / "whole", *options))
+    # A machine on which nothing fits: the choice is made by itself.
+    monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda: 1000)
+    parts = json.loads(command("compress", directory, "--out", directory.parent / "parts", *options))
+    assert "write" in parts["seconds"]
+    assert "write" not in whole["seconds"]
+    assert [layer["rows"] for layer in parts["layers"]] == [layer["rows"] for layer in whole["layers"]]
+    weights = [(directory.parent / name / "cur_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+    scored = ["--text", text, "--windows", "4", "--window-length", "16", "--json"]
+    values = [
+        json.loads(command("evaluate", directory.parent / "parts", how, *scored))["value"]
+        for how in ("--in-memory", "--low-memory")
+    ]
+    assert values[0] == values[1]
+
+
+def test_what_does_not_go_together(directory: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = directory.parent / "out"
+    said = command("compress", "--low-memory", "--out", out, code=2)
+    assert "are read; name a directory or a hub id as MODEL" in said
+    said = command("compress", directory, "--low-memory", "--out", out, "--stats", directory / "stats", code=2)
+    assert "need the model in memory" in said
+    said = command("compress", directory, "--low-memory", "--out", out, "--text", text, "--keep", "0.8", code=2)
+    assert "of a budget need the whole model in memory" in said or "too short" in said
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no such device" in command("compress", directory, "--device", "cuda", "--out", out, code=2)
+    assert "must be cpu, cuda or the like" in command("evaluate", directory, "--device", "nowhere", code=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "leave out --in-memory" in command("compress", directory, "--in-memory", "--out", out, code=2)
+    assert "runs in one process" in command("evaluate", directory, code=2)
+
+
+def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert blockwise.place("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [blockwise.place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+def test_what_fits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards(directory)
+    assert (available_memory() or 1) > 0
+    for free, expected in ((shards.bytes, False), (2 * shards.bytes, True), (None, True)):
+        monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda free=free: free)
+        assert fits(shards, torch.float32) is expected
+    monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda: shards.bytes)
+    assert fits(shards, torch.bfloat16)
