@@ -350,6 +350,41 @@ def gpu(data: dict[str, Any]) -> str:
     return f"{table(['Stage', 'Seconds'], rows)}\n\n*{data['device']}.* {provenance(data)}"
 
 
+def inference(data: dict[str, Any]) -> str:
+    """Return the speed of each layout over dense, of single layers and of the real model."""
+    found = {(row["shape"], row["keep"], row["layout"], row["tokens"]): row for row in data["layers"]}
+    tokens = sorted({row["tokens"] for row in data["layers"]})
+    layers = [
+        [
+            f"{shape}, keep {keep:g}",
+            layout,
+            *(f"{found[shape, keep, layout, count]['speed-up']:.2f}" for count in tokens),
+            f"{1 / keep:.2f}",
+            "yes" if found[shape, keep, layout, 1]["chosen by auto"] else "",
+        ]
+        for shape, keep, layout in dict.fromkeys((row["shape"], row["keep"], row["layout"]) for row in data["layers"])
+    ]
+    models = [
+        [
+            f"keep {row['keep of linear layers']:g}",
+            row["layout"],
+            f"{row['prefill, speed-up']:.2f}",
+            f"{row['decode, speed-up']:.2f}",
+            f"{1 / row['parameters kept']:.2f}",
+        ]
+        for row in data["model"]
+    ]
+    head = ["Layer", "layout", *(f"{count} tokens" for count in tokens), "1 / keep", "chosen by `auto`"]
+    return "\n\n".join(
+        [
+            table(head, layers),
+            table(["Whole model", "layout", "prefill", "decode", "1 / parameters kept"], models),
+            f"*Times faster than dense, {data['dtype']}, {data['threads']} thread(s).*",
+            provenance(data),
+        ]
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
     "gpu": gpu,
@@ -366,6 +401,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_selectors": columns("matrix", "select", "error over SVD", "worst of 5", "seconds"),
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
+    "inference": inference,
     "paper": paper,
     "healing": healing,
     "paper_setting": paper_setting,
