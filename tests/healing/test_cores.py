@@ -69,7 +69,7 @@ def test_equal_steps_in_whitened_coordinates_change_the_output_equally(metric: b
     z, y = x @ core.right.T, layer(x)
 
     def size(output: torch.Tensor) -> float:
-        return float(torch.einsum("ti,ij,tj->", output, H, output)) / len(x)
+        return float(torch.einsum("ti,ij,tj->", output, H, output).detach()) / len(x)
 
     coordinates = Coordinates(core, z.T @ z / len(x), size(y), damping=1e-12, metric=H if metric else None)
     for place in ((0, 0), (RANK - 1, RANK - 1), (0, RANK - 1)):

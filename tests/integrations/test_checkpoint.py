@@ -77,6 +77,8 @@ def reload(directory: Path, **options: Any) -> Any:
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # the command line sets it for its process, which here is that of the tests
+    environment.pop("TRANSFORMERS_VERBOSITY", None)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
