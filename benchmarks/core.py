@@ -229,8 +229,7 @@ def selectors(options: argparse.Namespace) -> list[dict[str, Any]]:
 def tolerance(options: argparse.Namespace) -> list[dict[str, Any]]:
     """7 matrices x 3 tolerances x seeds, dense and as an operator: misses of the tolerance, SciPy beside.
 
-    The matrices are wide enough for the operators to be certified by a sketch, and decay fast enough for that to be
-    of use.
+    The matrices are a little smaller than the sketch of an operator would be, so that operators are checked exactly.
     """
     n = 440
     rng = np.random.default_rng(0)
