@@ -5,7 +5,7 @@ from __future__ import annotations
 from cur._array import Array, namespace, take_device
 
 BLOCK = 8
-"""Columns eliminated one by one; 4 and 16 took longer at 4096 x 256."""
+"""Columns eliminated one by one; at 4096 x 256, 4 took longer, and 16 and 32 as long."""
 
 
 def eliminate(X: Array) -> Array:
