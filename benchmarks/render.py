@@ -111,6 +111,11 @@ def core_tolerance(data: dict[str, Any]) -> str:
     return f"{table(head, totals)}\n\n{columns(*names)(data)}"
 
 
+def core_paper(data: dict[str, Any]) -> str:
+    """Return the seconds of the matrices one after another and several at a time."""
+    return columns("shape", *(name for name in data["rows"][0] if name != "shape"), "target")(data)
+
+
 def core_growth(data: dict[str, Any]) -> str:
     """Return the exponents of time, and the memory of streams."""
     times = [
@@ -394,7 +399,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "core_floor": columns("shape", "products, s", "cur, s", "ratio", "target"),
     "core_growth": core_growth,
-    "core_paper": columns("shape", "seconds", "target"),
+    "core_paper": core_paper,
     "core_power": columns(
         "spectrum", "exact", "0 power iterations", "1 power iterations", "2 power iterations", "lupp"
     ),
