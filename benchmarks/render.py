@@ -303,7 +303,8 @@ def scale(data: dict[str, Any]) -> str:
     """Return memory against depth and width, the large models, two processes, and the extrapolation."""
 
     def rows_of(rows: list[dict[str, Any]]) -> str:
-        return table([name.capitalize() for name in rows[0]], [[cell(value) for value in row.values()] for row in rows])
+        head = [name[0].upper() + name[1:] for name in rows[0]]
+        return table(head, [[cell(value) for value in row.values()] for row in rows])
 
     parts = []
     for name in ("depth", "width"):
@@ -321,6 +322,8 @@ def scale(data: dict[str, Any]) -> str:
                 f"{run['parameters'] / 1e9:.2f} billion",
                 f"{run['peak resident, bytes'] / 1e9:.2f}",
                 f"{run['peak address space, bytes'] / 1e9:.2f}",
+                f"{run.get('processes', 1)} x {run.get('threads', 1)}",
+                cell(run.get("load before")),
                 *(cell(run["seconds"][stage]) for stage in stages),
                 cell(run["total"]),
             ]
@@ -331,6 +334,8 @@ def scale(data: dict[str, Any]) -> str:
             "Parameters",
             "Peak memory, GB",
             "Peak address space, GB",
+            "Processes x threads",
+            "Load by other work",
             *(f"{s.capitalize()}, s" for s in stages),
         ]
         parts += ["**Whole models at the setting of the paper**", table([*head, "Total, s"], rows)]
@@ -340,8 +345,8 @@ def scale(data: dict[str, Any]) -> str:
         parts += [
             "**Two processes**",
             f"Calibration takes {cell(times['1'])} s in one process and {cell(times['2'])} s in two, a ratio of "
-            f"{two['ratio']}; load of the two cores by other work at the time: {two['load of the machine']:.1f}. Same "
-            f"indices: {'yes' if two['same indices'] else 'no'}.",
+            f"{two['ratio']}; load of the two cores by other work before: {two['load before']:.1f}. Same indices: "
+            f"{'yes' if two['same indices'] else 'no'}.",
         ]
     if "extrapolation" in data:
         parts += ["**On paper**", rows_of(data["extrapolation"])]

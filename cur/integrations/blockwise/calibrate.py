@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,11 @@ class Calibration:
         The processes.
     full : bool
         Whether full second moments are gathered.
+
+    Attributes
+    ----------
+    earlier : float
+        Seconds that runs before this one, ended in some way, spent on blocks that this one need not measure.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Calibration:
         self.full = full
         self.states = States(journal.directory / "states", skeleton.device)
         self.tunnel = Tunnel(skeleton, self.states)
+        self.earlier = 0.0
         self._inputs = body(skeleton.model)
 
     def of_block(self, index: int) -> Statistics:
@@ -79,10 +86,11 @@ class Calibration:
         """
         own = self.team.share(self.given)
         count = len(self.skeleton.blocks)
-        first = self.team.agree(self._finished())
+        spent = self.team.agree(self._finished())
         # The states of another number of processes, or of a run that was killed, may be incomplete.
-        if 0 < first < count and not all(self.team.gather(self._ready(first - 1, own))):
-            first = 0
+        if 0 < len(spent) < count and not all(self.team.gather(self._ready(len(spent) - 1, own))):
+            spent = []
+        first, self.earlier = len(spent), sum(spent)
         with self.tunnel.open():
             if first < count:
                 self.skeleton.load_outside()
@@ -93,10 +101,15 @@ class Calibration:
         self.skeleton.free_outside()
         return self._merged()
 
-    def _finished(self) -> int:
-        """Return the number of blocks, from the first on, whose statistics are there."""
-        count = len(self.skeleton.blocks)
-        return next((index for index in range(count) if self.journal.facts(_step(index)) is None), count)
+    def _finished(self) -> list[float]:
+        """Return the seconds of all blocks, from the first on, whose statistics are there."""
+        spent: list[float] = []
+        for index in range(len(self.skeleton.blocks)):
+            facts = self.journal.facts(_step(index))
+            if facts is None:
+                break
+            spent.append(facts["seconds"])
+        return spent
 
     def _keys(self, batches: Sequence[Any]) -> list[str]:
         return [self.tunnel.key(model_inputs(self._inputs, batch)) for batch in batches]
@@ -112,6 +125,7 @@ class Calibration:
         before = index * len(self.given)
         whole = len(self.skeleton.blocks) * len(self.given)
         each = len(self.given) / len(own)
+        begin = time.perf_counter()
         done = 0
 
         def step(*_: Any) -> None:
@@ -141,7 +155,7 @@ class Calibration:
             file = self._file(index)
             file.parent.mkdir(parents=True, exist_ok=True)
             replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
-            self.journal.finish(_step(index), [file])
+            self.journal.finish(_step(index), [file], seconds=time.perf_counter() - begin)
         self.team.agree(True)  # nobody removes what a run that is killed now would need
         if index not in self.skeleton.starts and self.team.leads:
             # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +44,11 @@ class Decomposition:
         What is wanted.
     progress : callable, optional
         As for :func:`~cur.integrations.compress`.
+
+    Attributes
+    ----------
+    earlier : float
+        Seconds that runs before this one, ended in some way, spent on blocks that this one need not factor.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Decomposition:
         self.statistics = statistics
         self.config = config
         self.progress = progress
+        self.earlier = 0.0
 
     def plan(self) -> Plan:
         """Decide which layers are replaced at which rank; every block that may be is loaded once.
@@ -87,6 +94,7 @@ class Decomposition:
         """Factor the layers of a plan, each process a share of the blocks; return reports in the order of the plan."""
         named = {entry.name: entry for entry in plan.entries}
         for index, names in self._each(self._by_block(list(named)), "factors", "decompose"):
+            begin = time.perf_counter()
             part = replace(plan, entries=tuple(named[name] for name in names))
             layers, reports = decompose(self.model, part, self.calibration.of_block(index))
             self.calibration.tunnel.active = index
@@ -99,7 +107,7 @@ class Decomposition:
                 file,
             )
             done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
-            self.journal.finish(f"factors-{index:04}", [file], reports=done)
+            self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=time.perf_counter() - begin)
         found: dict[str, LayerReport] = {}
         for index in self._by_block(list(named)):
             facts = self.journal.facts(f"factors-{index:04}") or {}
@@ -144,7 +152,10 @@ class Decomposition:
         for index in own:
             if self.progress is not None:
                 self.progress(stage, done, total)
-            if step is None or self.journal.facts(f"{step}-{index:04}") is None:
+            facts = None if step is None else self.journal.facts(f"{step}-{index:04}")
+            if facts is not None:
+                self.earlier += facts["seconds"]
+            else:
                 self.skeleton.load_block(index)
                 with unrolled(self.model):
                     yield index, blocks[index]

@@ -15,7 +15,7 @@ from cur._errors import CURError
 
 __all__ = ["Journal", "JournalError", "digest_of"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class JournalError(CURError, ValueError):

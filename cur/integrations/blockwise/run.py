@@ -59,7 +59,8 @@ def compress_blockwise(
     disk beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a width of ``d``,
     three times ``n d`` numbers, and with full second moments 8 bytes for every pair of input features of every block.
 
-    A run that was ended in any way goes on when it is started again with the same arguments. Under ``torchrun`` the
+    A run that was ended in any way goes on when it is started again with the same arguments; the seconds of blocks that
+    were finished before count in the report. Under ``torchrun`` the
     processes share calibration text and blocks; all of them must see the same directory.
 
     Parameters
@@ -143,6 +144,7 @@ def _run(
     with clock.stage("calibrate"):
         watch = None if progress is None else lambda done, total: progress("calibrate", done, total)
         statistics = measuring.run(watch)
+    clock.seconds["calibrate"] += measuring.earlier
     factoring = Decomposition(measuring, statistics, config, progress)
     with clock.stage("plan"):
         plan = factoring.plan()
@@ -151,6 +153,7 @@ def _run(
         skeleton.free_embeddings()
         reports = factoring.carry_out(plan, given[0])
         skeleton.free_outside()
+    clock.seconds["decompose"] += factoring.earlier
     final = _compressed_skeleton(skeleton, factoring, reports)
     report = CompressionReport(
         plan=as_done(plan, reports),
