@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ __all__ = ["InputSums", "add_gram_", "first_false", "mirror_"]
 # Blocks of features per second moment: (p + 1) / (2 p) of the products of a full matrix. Of 1, 2, 3, 5, 8 and 12 the
 # fastest for 576 and 1,536 features on a CPU.
 _TRIANGLE_BLOCKS = 8
+# Rows in double precision at once: they stay in the cache of a processor, which is three times as fast as all at once.
+_ROWS = 64
 
 
 class InputSums:
@@ -86,13 +88,12 @@ class InputSums:
             self.sums[key] = torch.zeros(n, dtype=torch.float64, device=x.device)
             if self.full:
                 self.products[key] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
-        wide = rows.to(torch.float64)
         self.counts[key] += len(rows)
         if self.full:
-            add_gram_(self.products[key], wide)
+            add_gram_(self.products[key], rows.to(torch.float64))
             self.sums[key] = self.products[key].diagonal()
         else:
-            self.sums[key] += wide.square().sum(0)
+            _add_squares_(self.sums[key], rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
         silent = [names[0] for key, names in self.names.items() if key not in self.leader]
@@ -125,13 +126,25 @@ def first_false(said: list[torch.Tensor]) -> int | None:
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add ``x^T x`` to the upper block triangle of `total`; :func:`mirror_` fills in the rest at the end."""
-    n = total.shape[0]
-    step = max(-(-n // _TRIANGLE_BLOCKS), 64)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start, stop in _triangle(len(total)):
         total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 
 def mirror_(total: torch.Tensor) -> None:
     """Copy the upper triangle onto the lower one."""
-    total.copy_(total.triu() + total.triu(1).T)
+    for start, stop in _triangle(len(total)):
+        square = total[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
+def _triangle(n: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and last row, exclusive, of each block row of a triangle."""
+    step = max(-(-n // _TRIANGLE_BLOCKS), 64)
+    for start in range(0, n, step):
+        yield start, min(start + step, n)
+
+
+def _add_squares_(total: torch.Tensor, x: torch.Tensor) -> None:
+    for rows in x.split(_ROWS if x.device.type == "cpu" else max(len(x), 1)):  # type: ignore[no-untyped-call]
+        total += rows.to(torch.float64).square().sum(0)
