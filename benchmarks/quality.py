@@ -66,7 +66,7 @@ from cur.integrations import (
     read_text,
     token_windows,
 )
-from cur.integrations.budget import error_curves, plan_budget
+from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
 from cur.integrations.sampling import sample_windows
 
@@ -188,12 +188,15 @@ def ours(text: str = BOTH, **options: Any) -> Callable[[Known, float], Made]:
 
     def run(known: Known, keep: float) -> Made:
         config, statistics = BudgetConfig(keep=keep, **options), known.statistics[text]
-        key = f"curves {text} {options.get('method')} {options.get('gradients')}"
+        key = f"curves {text} {config.method} {config.gradients} {config.neurons}"
         if key not in known.memory:
             known.memory.clear()
-            known.memory[key] = error_curves(known.dense, statistics, config, known.names, progress=count("curves"))
+            known.memory[key] = (
+                error_curves(known.dense, statistics, config, known.names, progress=count("curves")),
+                joint_curves(known.dense, statistics, config, known.names),
+            )
         model = copy.deepcopy(known.dense)
-        plan = plan_budget(model, statistics, config, known.memory[key])
+        plan = plan_budget(model, statistics, config, *known.memory[key])
         with half_products():
             carry_out_(model, plan, statistics, text=batches(known.windows[text], batch_size=4), progress=_stage)
         chosen = {entry.name: entry.parameters for entry in plan.entries}
@@ -241,6 +244,7 @@ METHODS: dict[str, Callable[[Known, float], Made]] = {
     "ours, `--method best`": ours(),
     "ours, `--method best`, int8": int8(ours()),
     "ours, `--method rows`": ours(method="rows"),
+    "ours, `--no-neurons`": ours(neurons=False),
     "ours, `--no-gradients`": ours(gradients=False),
     "ours, `--no-own-text`": ours(GIVEN),
     "ours, `--correction 0`": ours(correction=0.0),

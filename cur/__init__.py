@@ -8,7 +8,7 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, importance, linking, own_rows, ranks, selection, subspace, truncation
+from cur import bounds, importance, linking, own_inputs, own_rows, ranks, selection, subspace, truncation
 from cur._errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
 from cur.decompose import cur, deim_cur
@@ -34,6 +34,7 @@ __all__ = [
     "importance",
     "interpolative",
     "linking",
+    "own_inputs",
     "own_rows",
     "ranks",
     "select",

@@ -7,6 +7,7 @@ n)``. `allocate` shares a budget among many matrices.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from cur._validate import check_choice
 
-__all__ = ["LAYOUTS", "allocate", "break_even", "effective_rank", "energy", "parameters", "rank_for"]
+__all__ = ["LAYOUTS", "allocate", "break_even", "combinations", "effective_rank", "energy", "parameters", "rank_for"]
 
 LAYOUTS = ("cur", "folded", "interpolative")
 
@@ -179,6 +180,61 @@ def allocate(
             low, high = (middle, high) if spent(at(middle)) > budget else (low, middle)
         choice = at(high)
     return tuple(int(option) for option in _fill(E, K, choice, budget - spent(choice)))
+
+
+def combinations(
+    errors: Sequence[np.ndarray[Any, Any]], costs: Sequence[np.ndarray[Any, Any]], /
+) -> np.ndarray[Any, Any]:
+    """Return the choices for several matrices that are best together for some multiplier, as :func:`allocate` has it.
+
+    Each matrix goes along the lower convex hull of its own options, from the cheapest to the best, and the steps of all
+    are taken in the order of what they save for their cost.
+
+    Parameters
+    ----------
+    errors, costs : sequence of arrays
+        Of the options of each matrix.
+
+    Returns
+    -------
+    array of int, shape (k, matrices)
+        Options, from the cheapest combination on.
+
+    Examples
+    --------
+    >>> squares = [np.array([4.0, 1.0, 0.0]), np.array([9.0, 0.0])]
+    >>> combinations(squares, [np.array([0, 1, 2]), np.array([0, 2])]).tolist()
+    [[0, 0], [0, 1], [1, 1], [2, 1]]
+    """
+    steps = []
+    start = []
+    for index, (error, cost) in enumerate(zip(errors, costs, strict=True)):
+        hull = _hull(np.asarray(error, dtype=np.float64), np.asarray(cost, dtype=np.float64))
+        start.append(hull[0])
+        steps += [
+            ((error[last] - error[option]) / (cost[option] - cost[last]), index, option)
+            for last, option in itertools.pairwise(hull)
+        ]
+    choices = [start]
+    # the hulls are convex: sorted by rate, the steps of each matrix stay in their order
+    for _, index, option in sorted(steps, key=lambda step: -step[0]):
+        choices.append([*choices[-1][:index], option, *choices[-1][index + 1 :]])
+    return np.asarray(choices)
+
+
+def _hull(error: np.ndarray[Any, Any], cost: np.ndarray[Any, Any]) -> list[int]:
+    """Return the options on the lower left convex hull, from the cheapest to that of least error."""
+    hull: list[int] = []
+    for option in np.lexsort((error, cost)).tolist():
+        if hull and error[option] >= error[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (error[a] - error[b]) * (cost[option] - cost[b]) > (error[b] - error[option]) * (cost[b] - cost[a]):
+                break
+            hull.pop()
+        hull.append(option)
+    return hull
 
 
 def _fill(

@@ -65,6 +65,7 @@ def compress(
     target_parameters: o.TargetParameters = None,
     target_size: o.TargetSize = None,
     method: o.Method = None,
+    neurons: o.Neurons = True,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
     correction: o.Correction = 0.5,
@@ -110,6 +111,7 @@ def compress(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
+        neurons=neurons,
         gradients=gradients,
         own_text=own_text,
         correction=correction,
@@ -164,6 +166,7 @@ def plan(
     target_parameters: o.TargetParameters = None,
     target_size: o.TargetSize = None,
     method: o.Method = None,
+    neurons: o.Neurons = True,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
     correction: o.Correction = 0.5,
@@ -195,6 +198,7 @@ def plan(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
+        neurons=neurons,
         gradients=gradients,
         own_text=own_text,
         correction=correction,

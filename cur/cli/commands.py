@@ -31,7 +31,7 @@ from cur.integrations.convert import convert_
 from cur.integrations.evaluate import perplexity
 from cur.integrations.inspect import summarize
 from cur.integrations.models import LoadedModel, load_model
-from cur.integrations.nn import LAYOUTS
+from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
@@ -285,7 +285,7 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
         f"Parameters: {summary.parameters:,} (dense: {summary.dense_parameters:,}); weight files: "
         f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
     )
-    counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in LAYOUTS)
+    counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in FACTORED)
     output.print(f"Numbers in these layers at these ranks, by layout: {counts}.")
     if plan is not None:
         output.print(

@@ -90,6 +90,12 @@ Gradients = Annotated[
     bool,
     typer.Option(help="Whether gradients say how much each output matters; costs memory and time. For a budget."),
 ]
+Neurons = Annotated[
+    bool,
+    typer.Option(
+        help="Whether layers may give up neurons between them together, where that costs less. For --method best."
+    ),
+]
 OwnText = Annotated[
     bool,
     typer.Option(help="Whether the model also writes text itself to be calibrated on. For a budget."),

@@ -18,7 +18,8 @@ def compress_config(
     *,
     method: str | None,
     budget: Mapping[str, Any],
-    gradients: bool,
+    neurons: bool = True,
+    gradients: bool = True,
     own_text: bool = True,
     correction: float = 0.5,
     fixed: Mapping[str, Any],
@@ -32,7 +33,7 @@ def compress_config(
         A method of a budget, or "paper"; by default what the other options call for.
     budget : mapping
         ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
-    gradients, own_text : bool
+    neurons, gradients, own_text : bool
     correction : float
         For a budget.
     fixed : mapping
@@ -68,7 +69,15 @@ def compress_config(
     if own:
         names = ", ".join("--for" if name == "purpose" else f"--{name.replace('_', '-')}" for name in own)
         raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
-    return BudgetConfig(**asked, **shared, method=method, gradients=gradients, own_text=own_text, correction=correction)
+    return BudgetConfig(
+        **asked,
+        **shared,
+        method=method,
+        neurons=neurons,
+        gradients=gradients,
+        own_text=own_text,
+        correction=correction,
+    )
 
 
 def refuse_with_plan(config: CompressConfig | BudgetConfig) -> None:

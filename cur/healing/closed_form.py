@@ -12,8 +12,9 @@ were met on a real model), so that normal equations in float64 lose nothing that
 
 The wanted output is ``W (x + s (x' - x))`` with the dense weight ``W`` and the teacher's input ``x'``. ``s = 1`` is the
 teacher's output, and corrects what the blocks before did wrong; ``s = 0`` is what the dense layer would make of the
-student's input. Least squares against the teacher's output shrinks a layer wherever its input is uncertain, as every
-regression on noisy inputs does, and the next blocks suffer from that: a part of the correction does better than all.
+student's input (or, where neurons were given up and the dense layer cannot take it, what the student makes of it).
+Least squares against the teacher's output shrinks a layer wherever its input is uncertain, as every regression on noisy
+inputs does, and the next blocks suffer from that: a part of the correction does better than all.
 
 ``H`` says how much each output matters: the second moment of the gradients of the teacher's loss there.
 """
@@ -34,7 +35,7 @@ from cur.healing.pair import Pair
 from cur.healing.stack import Entry, ReachedError
 from cur.integrations._forward import model_inputs, padding_mask, token_rows
 
-__all__ = ["LeastSquares", "closed_form_"]
+__all__ = ["LayerFit", "LeastSquares", "closed_form_", "inputs_of", "solve_block_"]
 
 
 class LeastSquares:
@@ -203,32 +204,70 @@ def closed_form_(
         masks = [padding_mask(model_inputs(teacher.model, batch)) for batch in batches]
         ours = list(theirs)
         for index in range(pair.last + 1):
-            cores = {name: pair.cores[name] for name in pair.inside(index)}
-            after: list[Entry] = []
-            wanted: list[dict[str, Tensor]] = []
+            after, wanted = [], []
             for entry in theirs:
-                with _inputs_of(teacher.model, list(cores)) as seen:
+                with inputs_of(teacher.model, pair.inside(index)) as seen:
                     after.append(replace(entry, hidden=teacher.block(index, entry)))
                 wanted.append(seen)
-            for group in _groups(pair, index, ours[0], list(cores)) if cores else []:
-                problems = {name: LeastSquares(cores[name], (metrics or {}).get(name)) for name in group}
-                for entry, seen, mask in zip(ours, wanted, masks, strict=True):
-                    x = _input_of(pair, index, entry, group[0])
-                    target = x + correction * (seen[group[0]] - x)
-                    for name, problem in problems.items():
-                        dense = teacher.model.get_submodule(name)
-                        problem.add(token_rows(x, mask, name), token_rows(dense(target), mask, name))
-                for name, problem in problems.items():
-                    before = problem.error(cores[name].value)
-                    cores[name].write_(problem.solve(ridge=ridge))
-                    fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
+            solved = solve_block_(
+                pair, index, ours, wanted, masks, ridge=ridge, correction=correction, metrics=metrics or {}
+            )
             if index >= pair.first:
                 ours = [replace(entry, hidden=student.block(index, entry)) for entry in ours]
             else:
                 ours = after
             theirs = after
-            if cores and progress is not None:
+            fits += solved
+            if solved and progress is not None:
                 progress(student.compressed.index(index) + 1, len(student.compressed))
+    return fits
+
+
+def solve_block_(
+    pair: Pair,
+    index: int,
+    ours: Sequence[Entry],
+    wanted: Sequence[Mapping[str, Tensor]],
+    masks: Sequence[Tensor | None],
+    *,
+    ridge: float,
+    correction: float,
+    metrics: Mapping[str, Tensor],
+) -> list[LayerFit]:
+    """Put the best cores into one block, in place; nothing happens in a block without compressed layers.
+
+    Parameters
+    ----------
+    pair : Pair
+        Student and teacher, of which this block must be in memory.
+    index : int
+        Of the block.
+    ours : sequence of Entry
+        What the student's block is called with, batch by batch.
+    wanted : sequence of mapping
+        Inputs of the teacher's layers that were compressed, by name.
+    masks : sequence of Tensor or None
+        Of padding, as :func:`~cur.integrations._forward.padding_mask` has them.
+    ridge, correction, metrics
+        See :func:`closed_form_`.
+    """
+    cores = {name: pair.cores[name] for name in pair.inside(index)}
+    fits: list[LayerFit] = []
+    for group in _groups(pair, index, ours[0], list(cores)) if cores else []:
+        problems = {name: LeastSquares(cores[name], metrics.get(name)) for name in group}
+        for entry, seen, mask in zip(ours, wanted, masks, strict=True):
+            x = _input_of(pair, index, entry, group[0])
+            for name, problem in problems.items():
+                dense = pair.teacher.model.get_submodule(name)
+                # Behind neurons that were given up the dense layer cannot take what arrives.
+                same = seen[name].shape == x.shape
+                given = dense(x) if same else pair.student.model.get_submodule(name)(x)
+                target = (1.0 - correction) * given + correction * dense(seen[name])
+                problem.add(token_rows(x, mask, name), token_rows(target, mask, name))
+        for name, problem in problems.items():
+            before = problem.error(cores[name].value)
+            cores[name].write_(problem.solve(ridge=ridge))
+            fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
     return fits
 
 
@@ -257,7 +296,7 @@ def _groups(pair: Pair, index: int, entry: Entry, names: list[str]) -> list[list
 
 
 @contextmanager
-def _inputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+def inputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Gather what the named modules are called with while the block runs."""
     seen: dict[str, Tensor] = {}
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cur._errors import NumericalError
-from cur.integrations.nn import CompressedLinear, CURLinear, FoldedLinear, InterpolativeLinear, compressed_modules
+from cur.integrations.nn import (
+    CompressedLinear,
+    CURLinear,
+    FoldedLinear,
+    InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
+    compressed_modules,
+)
 
 __all__ = ["Coordinates", "Core", "cores_of"]
 
@@ -26,9 +34,11 @@ class Core:
     cur              ``C``                 ``U``                  ``U``
     folded           ``C U`` as it was     identity               ``CU``, as ``L U``
     interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
+    inputs           identity, m x m       identity               ``C``, as ``U C``
     ===============  ====================  =====================  ==========================
 
-    So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows.
+    So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows. The layer
+    behind neurons that were given up has its columns in the place of ``R``, and ``r = m``; the layers before them stay.
 
     Parameters
     ----------
@@ -63,13 +73,18 @@ class Core:
         elif isinstance(layer, InterpolativeLinear):
             self.factor = layer.R.weight
             self.left, self.right = left, right.clone()
+        elif isinstance(layer, KeptInputs):
+            self.factor = layer.C.weight
+            self.right = left.clone()
+            self.left = torch.eye(len(left), dtype=left.dtype, device=left.device)
+            self.start = self.value = self.left.double()
         else:
             raise TypeError(f"{name} is a {type(layer).__name__}, a layout that healing does not know")
 
     @property
     def rank(self) -> int:
         """Side r of the core."""
-        return self.layer.rank
+        return len(self.start)
 
     @torch.no_grad()
     def write_(self, U: Tensor) -> None:
@@ -167,7 +182,7 @@ class Coordinates:
 
 
 def cores_of(model: nn.Module) -> dict[str, Core]:
-    """Return the core of every compressed layer by name.
+    """Return the core of every compressed layer by name; layers before neurons that were given up have none.
 
     Raises
     ------
@@ -180,7 +195,7 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")
-    return {name: Core(name, layer) for name, layer in layers.items()}
+    return {name: Core(name, layer) for name, layer in layers.items() if not isinstance(layer, KeptOutputs)}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ _RIDGE = 1e-2
 # there was to gain, and the passes over text are what takes time.
 _TOKENS_PER_INPUT = 10
 
-Make: TypeAlias = "Callable[[str, Arriving], nn.Module]"
-"""From the name of a layer and what arrives at it, to the layer that will stand for it."""
+Make: TypeAlias = "Callable[[str, Arriving], Mapping[str, nn.Module]]"
+"""From the name of a layer and what arrives at it, to the layer that will stand for it, by its name, and for others of
+its block that go with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,9 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
             student = copy.deepcopy(block) if groups else block
             for group in groups:
                 arriving = _moments(student, group[0], at, ours, [inputs.pop(group[0]) for inputs in seen], masks)
-                swap_(student, {name: make(f"{prefix}.{name}", arriving) for name in group})
+                for name in group:
+                    made = make(f"{prefix}.{name}", arriving)
+                    swap_(student, {path.removeprefix(f"{prefix}."): layer for path, layer in made.items()})
                 changed = True
             ours = [call(student, hidden) for call, hidden in zip(at, ours, strict=True)] if changed else after
             theirs = after

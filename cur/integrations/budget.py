@@ -5,7 +5,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from cur.integrations.disk import ByteCosts
 from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
+from cur.integrations.neurons import NeuronCurve, neuron_curves
 from cur.integrations.plan import Plan, PlanEntry, fingerprint
 from cur.integrations.report import model_size, versions
 from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["METHODS", "BudgetConfig", "LayerCurve", "error_curves", "plan_budget"]
+__all__ = ["METHODS", "BudgetConfig", "LayerCurve", "error_curves", "joint_curves", "plan_budget"]
 
 METHODS = {"best": "weighted", "rows": "rows"}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.METHODS`."""
@@ -47,6 +48,9 @@ class BudgetConfig:
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
         rows and coefficients, in ``r (m + n - r)`` numbers.
+    neurons : bool, default True
+        Whether layers may give up neurons between them together, where that costs less than a lower rank of each. For
+        the method "best".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
@@ -76,6 +80,7 @@ class BudgetConfig:
     parameters: int | None = None
     size: int | None = None
     method: str = "best"
+    neurons: bool = True
     gradients: bool = True
     own_text: bool = True
     correction: float = 0.5
@@ -181,11 +186,27 @@ def error_curves(
     return curves
 
 
+def joint_curves(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: BudgetConfig,
+    names: Sequence[str],
+) -> list[NeuronCurve]:
+    """Compute the error at every number of neurons of the layers that have some between them, if the budget is for it.
+
+    The complement of :func:`error_curves`, under the same conditions.
+    """
+    if not config.neurons or config.method != "best":
+        return []
+    return neuron_curves(model, Moments(statistics), names, gradients=config.gradients, damping=config.damping)
+
+
 def plan_budget(
     model: PreTrainedModel,
     statistics: Statistics,
     config: BudgetConfig,
     curves: Sequence[LayerCurve],
+    neurons: Sequence[NeuronCurve] = (),
 ) -> Plan:
     """Share the budget among layers; those that are worth their numbers stay dense and have no entry.
 
@@ -199,6 +220,8 @@ def plan_budget(
         The budget.
     curves : sequence of LayerCurve
         Of :func:`error_curves`, for the targeted layers.
+    neurons : sequence of NeuronCurve
+        Of :func:`joint_curves`, what some of these layers can do together instead.
 
     Returns
     -------
@@ -213,28 +236,25 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    costs = [curve.costs for curve in curves]
+    costs = {curve.name: curve.costs for curve in curves}
+    together = {curve.consumer: curve.costs for curve in neurons}
     if config.size is not None:
         on_disk = ByteCosts(model, [curve.name for curve in curves])
-        costs = [on_disk.options(curve.name, curve.shape, curve.costs) for curve in curves]
-        budget = _size_budget(config.size, on_disk, least=int(sum(cost.min() for cost in costs)))
+        costs = {curve.name: on_disk.options(curve.name, curve.shape, curve.costs) for curve in curves}
+        together = {curve.consumer: on_disk.neurons(curve.names, curve.shapes, curve.costs) for curve in neurons}
+    options = _options(curves, costs, neurons, together)
+    least = int(sum(option.costs.min() for option in options))
+    if config.size is not None:
+        budget = _size_budget(config.size, on_disk, least=least)
     else:
-        budget = _budget(config, targeted, whole, least=int(sum(cost.min() for cost in costs)))
-    chosen = ranks.allocate([curve.errors for curve in curves], costs, budget)
-    entries = tuple(
-        PlanEntry(
-            name=curve.name,
-            shape=curve.shape,
-            rank=option + 1,
-            layout="interpolative",
-            method=METHODS[config.method],
-            gradients=config.gradients,
-            damping=config.damping,
-            predicted=float(curve.errors[option]),
-        )
-        for curve, option in zip(curves, chosen, strict=True)
-        if option < len(curve.errors) - 1
-    )
+        budget = _budget(config, targeted, whole, least=least)
+    chosen = ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
+    made = {
+        entry.name: entry
+        for option, number in zip(options, chosen, strict=True)
+        for entry in option.entries(int(number), config)
+    }
+    entries = tuple(made[curve.name] for curve in curves if curve.name in made)
     return Plan(
         entries=entries,
         fingerprint=fingerprint(model),
@@ -249,6 +269,96 @@ def plan_budget(
         targeted_parameters=targeted,
         model_parameters=whole,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    """What one layer, or layers with neurons between them, can take.
+
+    Attributes
+    ----------
+    curves : sequence of LayerCurve
+        Of the layers.
+    choices : array of int, shape (k, layers)
+        Options of each layer alone; the first k options of all together.
+    neurons : NeuronCurve or None
+        Its options follow.
+    errors, costs : array
+        Of all options.
+    """
+
+    curves: Sequence[LayerCurve]
+    choices: np.ndarray[Any, Any]
+    neurons: NeuronCurve | None
+    errors: np.ndarray[Any, Any]
+    costs: np.ndarray[Any, Any]
+
+    def entries(self, number: int, config: BudgetConfig) -> Iterator[PlanEntry]:
+        """Yield what one of the options makes of the layers; one left dense has no entry."""
+        common: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping}
+        if number < len(self.choices):
+            for curve, option in zip(self.curves, self.choices[number].tolist(), strict=True):
+                if option < len(curve.errors) - 1:
+                    yield PlanEntry(
+                        name=curve.name,
+                        shape=curve.shape,
+                        rank=option + 1,
+                        layout="interpolative",
+                        method=METHODS[config.method],
+                        predicted=float(curve.errors[option]),
+                        **common,
+                    )
+            return
+        assert self.neurons is not None
+        count = number - len(self.choices) + 1
+        for name, shape in zip(self.neurons.names, self.neurons.shapes, strict=True):
+            behind = name == self.neurons.consumer
+            yield PlanEntry(
+                name=name,
+                shape=shape,
+                rank=count,
+                layout="inputs" if behind else "outputs",
+                method="neurons",
+                consumer=None if behind else self.neurons.consumer,
+                predicted=float(self.neurons.errors[count - 1]) if behind else 0.0,
+                **common,
+            )
+
+
+def _options(
+    curves: Sequence[LayerCurve],
+    costs: Mapping[str, np.ndarray[Any, Any]],
+    neurons: Sequence[NeuronCurve],
+    together: Mapping[str, np.ndarray[Any, Any]],
+) -> list[_Options]:
+    """Return the options of layers that choose alone, and of those that have neurons between them.
+
+    Of what several layers do each for themselves there are as many options as combinations; those are offered that some
+    multiplier would choose, which are all that allocation by one multiplier would ever take.
+    """
+    by_name = {curve.name: curve for curve in curves}
+    grouped = {name for curve in neurons for name in curve.names}
+    found = [
+        _Options([curve], np.arange(len(curve.errors))[:, None], None, curve.errors, costs[curve.name])
+        for curve in curves
+        if curve.name not in grouped
+    ]
+    for group in neurons:
+        alone = [by_name[name] for name in group.names]
+        sums = [costs[curve.name] for curve in alone]
+        choices = ranks.combinations([curve.errors for curve in alone], sums)
+        errors = sum(curve.errors[choices[:, i]] for i, curve in enumerate(alone))
+        spent = sum(cost[choices[:, i]] for i, cost in enumerate(sums))
+        found.append(
+            _Options(
+                alone,
+                choices,
+                group,
+                np.concatenate([errors, group.errors]),
+                np.concatenate([spent, together[group.consumer]]),
+            )
+        )
+    return found
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:

@@ -111,6 +111,8 @@ def _how(plan: Plan) -> list[str]:
                 "cur": f"Rows and columns were chosen by DEIM on the importance `{importance}`.",
                 "weighted": f"Weights are the nearest of their rank under {moments}.",
                 "rows": f"The rows kept are the original weights' own, chosen by DEIM under {moments}.",
+                "neurons": "Between some layers neurons are gone: the rows kept of the layers before them are the "
+                f"original weights' own, and the layer behind was fitted to the neurons left under {moments}.",
             }[method]
         )
     return lines

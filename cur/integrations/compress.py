@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cur.integrations.arriving import Arriving, in_order, spread
@@ -25,6 +25,7 @@ from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
+from cur.integrations.neurons import keep_neurons
 from cur.integrations.nn import CompressedLinear, dense_weight, swap_
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
@@ -339,33 +340,40 @@ def decompose(
     reports: dict[str, LayerReport] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
-    def make(name: str, arriving: Arriving | None = None) -> CompressedLinear:
+    def make(name: str, arriving: Arriving | None = None) -> dict[str, nn.Module]:
         if progress is not None:
             progress("decompose", len(layers), len(entries))
-        module = model.get_submodule(name)
-        layer, report = factorize(
-            module,
-            entries[name],
-            moments,
-            dtype=PRECISIONS[plan.precision],
-            seed=plan.seed,
-            arriving=arriving,
-            correction=plan.correction,
-        )
-        weight = dense_weight(module, name)[0].detach()
-        layers[name] = layer
-        reports[name] = replace(report, spectrum=spectrum(weight, x_norm(statistics, name)))
-        return layer
+        entry = entries[name]
+        if entry.method == "neurons":
+            before = [other for other in plan.entries if other.consumer == name]
+            done = keep_neurons(model, entry, before, moments, arriving=arriving, correction=plan.correction)
+        else:
+            one = factorize(
+                model.get_submodule(name),
+                entry,
+                moments,
+                dtype=PRECISIONS[plan.precision],
+                seed=plan.seed,
+                arriving=arriving,
+                correction=plan.correction,
+            )
+            done = {name: one}
+        for each, (layer, report) in done.items():
+            weight = dense_weight(model.get_submodule(each), each)[0].detach()
+            layers[each] = layer
+            reports[each] = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
+        return {each: layer for each, (layer, _) in done.items()}
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
-        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
+        # Layers before neurons are cut together with the one behind.
+        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur" and entry.consumer is None}
         widest = max((entry.shape[1] for entry in fitted.values()), default=1)
         in_order(model, spread(text, widest), list(fitted), make)
         for name, layer in layers.items():  # made while the model was in evaluation mode
             layer.train(model.get_submodule(name).training)
-    for name in entries:
+    for name, entry in entries.items():
         if name not in layers:
-            make(name)
+            make(entry.consumer or name)
     if progress is not None:
         progress("decompose", len(entries), len(entries))
     return {name: layers[name] for name in entries}, [reports[name] for name in entries]

@@ -7,7 +7,7 @@ from typing import Any
 
 from cur.integrations.choice import CHOICES
 from cur.integrations.layouts import PURPOSES
-from cur.integrations.nn import LAYOUTS
+from cur.integrations.nn import FACTORED
 from cur.integrations.plan import IMPORTANCES, LINKS, PRECISIONS, SUBSPACES
 
 __all__ = ["DEFAULT_RANK", "CompressConfig"]
@@ -107,7 +107,7 @@ class CompressConfig:
                 raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {share!r}")
         choices = {
             "choose": CHOICES,
-            "layout": ("auto", *LAYOUTS),
+            "layout": ("auto", *FACTORED),
             "purpose": PURPOSES,
             "importance": IMPORTANCES,
             "link": LINKS,

@@ -5,14 +5,16 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cur.integrations.layouts import PURPOSES, choose_layout
-from cur.integrations.nn import LAYOUTS, compressed_modules, swap_
+from cur.integrations.nn import FACTORED, compressed_modules, swap_
 from cur.integrations.quantizer import mark_
 
 __all__ = ["convert_"]
 
 
 def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "inference") -> dict[str, str]:
-    """Bring every compressed layer of a model to a layout, in place; the function stays the same up to rounding.
+    """Bring every factored layer of a model to a layout, in place; the function stays the same up to rounding.
+
+    Layers that keep some neurons have one layout only and stay as they are.
 
     Parameters
     ----------
@@ -26,20 +28,20 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     Returns
     -------
     dict of str to str
-        The layout of each layer now.
+        The layout of each of these layers now.
 
     Raises
     ------
     ValueError
-        If the layout or the purpose is unknown, or the model has no compressed layers.
+        If the layout or the purpose is unknown, or the model has no factored layers.
     """
-    if layout not in ("auto", *LAYOUTS):
-        raise ValueError(f"`layout` must be one of auto, {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout not in ("auto", *FACTORED):
+        raise ValueError(f"`layout` must be one of auto, {', '.join(FACTORED)}, got {layout!r}")
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
-    layers = compressed_modules(model)
+    layers = {name: layer for name, layer in compressed_modules(model).items() if layer.layout in FACTORED}
     if not layers:
-        raise ValueError("`model` has no compressed layers; compress it first")
+        raise ValueError("`model` has no factored layers; compress it first")
     wanted = {
         name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank)
         if layout == "auto"

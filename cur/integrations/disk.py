@@ -67,6 +67,27 @@ class ByteCosts:
         bytes_[-1] = self._dense(name)
         return bytes_
 
+    def neurons(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], costs: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Return the bytes of layers for each number of neurons kept between them, from the numbers they take.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Of `names`, the layer behind the neurons first.
+        shapes : sequence of (int, int)
+            Outputs m and inputs n of each.
+        costs : array
+            Numbers in all of them.
+        """
+        width = shapes[0][1]
+        headers = 0
+        for factor, name, shape in zip("C" + "R" * len(names), names, shapes, strict=False):
+            parts = {f"{factor}.weight": shape, "kept": (width,), "weight": (0,)}
+            headers += sum(self._entry(f"{name}.{part}", sizes) for part, sizes in parts.items())
+        return costs * self._weights[names[0]].element_size() + width * len(names) + headers
+
     def _dense(self, name: str) -> int:
         weight = self._weights[name]
         return weight.nbytes + self._entry(f"{name}.weight", weight.shape)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cur import importance as scores
-from cur import ranks
 from cur._array import unit_roundoff
 from cur._certify import evaluation_rounding
 from cur._errors import NumericalError, RankWarning
 from cur.bounds import Certificate
 from cur.decompose import deim_cur
 from cur.factors import CUR, Interpolative
+from cur.integrations._forward import all_finite
 from cur.integrations.arriving import Arriving
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
@@ -27,13 +27,13 @@ from cur.integrations.report import LayerReport
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["factorize", "finite_weight", "guide", "link_weights"]
+__all__ = ["as_json", "factorize", "finite_weight", "guide", "link_weights", "plain_certificate", "report_on"]
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
     """Return the weight of a dense layer (out x in, a view), if it is finite; a NumericalError names it otherwise."""
     weight = dense_weight(module, name)[0].detach()
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(all_finite(weight)):
         raise NumericalError(f"the weight of {name} holds NaN or infinity; it cannot be factorized")
     return weight
 
@@ -94,21 +94,53 @@ def factorize(
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
-    residual = W - done.factors.toarray()
-    return layer, LayerReport(
+    near = done.factors.toarray()
+    parts = list(done.factors) if isinstance(done.factors, CUR) else list(done.factors.folded().factors)
+    return layer, report_on(
+        W,
+        near,
+        entry,
+        layer,
+        norm=norm,
+        certificate=as_json(done.certificate),
+        rounding=evaluation_rounding(*parts, u=unit_roundoff(W.dtype, W)),
+        rows=_indices(done.rows),
+        columns=_indices(done.columns),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def report_on(
+    W: Tensor,
+    near: Tensor,
+    entry: PlanEntry,
+    layer: CompressedLinear,
+    *,
+    norm: Tensor,
+    certificate: dict[str, Any],
+    rounding: float,
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    seconds: float,
+) -> LayerReport:
+    """Say what was lost of a weight, where `near` stands for it, multiplied out with some rounding."""
+    (missed, missed_weighted), (size, size_weighted) = _norms(W - near, norm), _norms(W, norm)
+    bound = missed_weighted + rounding * float(norm.max())
+    m, n = entry.shape
+    return LayerReport(
         name=entry.name,
         shape=entry.shape,
         rank=layer.rank,
         layout=entry.layout,
         parameters_before=entry.dense_parameters,
-        parameters_after=ranks.parameters(*entry.shape, layer.rank, layout=entry.layout),
-        certificate=_plain(done.certificate),
-        relative_error=_ratio(residual, W),
-        weighted_error=_ratio(residual * norm, W * norm),
-        weighted_bound=_weighted_bound(residual, W, norm, done.factors),
-        rows=_indices(done.rows),
-        columns=_indices(done.columns),
-        seconds=time.perf_counter() - start,
+        parameters_after=layer.numbers(m, n, layer.rank),
+        certificate=certificate,
+        relative_error=_ratio(missed, size),
+        weighted_error=_ratio(missed_weighted, size_weighted),
+        weighted_bound=_ratio(bound, size_weighted),
+        rows=rows,
+        columns=columns,
+        seconds=seconds,
     )
 
 
@@ -167,13 +199,17 @@ def _under_moments(
             kept = factors.skeleton
             fitted = torch.linalg.solve(kept @ G @ kept.mT, wanted[factors.others] @ kept.mT, left=False)
             factors = replace(factors, coefficients=fitted)
-    # In the plain norm, like that of the default method: the weighted error is what the plan predicts.
     left, right = factors.factors
     rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
-    error, scale = (float(torch.linalg.norm(X)) for X in (W - left @ right, W))
-    dtype = str(W.dtype).removeprefix("torch.")
-    certificate = Certificate("fro", error + rounding, "exact", 0.0, dtype, scale, rounding=rounding)
+    certificate = plain_certificate(W, left @ right, rounding)
     return _Done(factors, certificate, factors.chosen if entry.method == "rows" else ())
+
+
+def plain_certificate(W: Tensor, near: Tensor, rounding: float) -> Certificate:
+    """Certify in the plain norm, like that of the default method: the weighted error is what the plan predicts."""
+    error, scale = (float(torch.linalg.norm(X)) for X in (W - near, W))
+    dtype = str(W.dtype).removeprefix("torch.")
+    return Certificate("fro", error + rounding, "exact", 0.0, dtype, scale, rounding=rounding)
 
 
 def guide(W: Tensor, entry: PlanEntry, moments: Moments) -> Tensor | None:
@@ -201,24 +237,20 @@ def link_weights(W: Tensor, entry: PlanEntry, moments: Moments) -> Any:
     return moments.input_weight(entry.name, W) if entry.link == "covariance" else None
 
 
-def _weighted_bound(residual: Tensor, W: Tensor, norm: Tensor, factors: CUR | Interpolative) -> float:
-    """Bound the weighted error relative to the weighted norm: as computed, and the rounding of the product."""
-    parts = list(factors) if isinstance(factors, CUR) else list(factors.folded().factors)
-    rounding = evaluation_rounding(*parts, u=unit_roundoff(W.dtype, W)) * float(norm.max())
-    scale = float(torch.linalg.norm(W * norm))
-    return (float(torch.linalg.norm(residual * norm)) + rounding) / scale if scale > 0 else 0.0
+def _norms(X: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Return the Frobenius norm of a matrix, and that of the matrix with its columns weighted."""
+    return float(torch.linalg.norm(X)), float(torch.linalg.norm(X * norm))
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = float(torch.linalg.norm(whole))
-    return float(torch.linalg.norm(part)) / norm if norm > 0 else 0.0
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _indices(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _plain(certificate: Certificate | None) -> dict[str, Any]:
+def as_json(certificate: Certificate | None) -> dict[str, Any]:
     """Return the fields of a certificate as JSON types; what is not finite becomes null."""
     if certificate is None:  # only for matrices that are never held, which a weight is not
         return {}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from cur import ranks
 from cur.integrations.checkpoint import CheckpointError, read_config
-from cur.integrations.nn import LAYOUTS
+from cur.integrations.nn import FACTORED, LAYOUTS
 
 __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
 
@@ -30,7 +30,7 @@ class LayerSummary:
     @property
     def parameters(self) -> int:
         """Numbers in the factors."""
-        return ranks.parameters(*self.shape, self.rank, layout=self.layout)
+        return int(LAYOUTS[self.layout].numbers(*self.shape, self.rank))
 
     @property
     def dense_parameters(self) -> int:
@@ -66,15 +66,16 @@ class CheckpointSummary:
     file_bytes: int
 
     def in_layout(self, layout: str) -> int:
-        """Return the numbers that the factors of all layers would take in one layout at their ranks."""
-        return sum(ranks.parameters(*layer.shape, layer.rank, layout=layout) for layer in self.layers)
+        """Return the numbers that the factors of all factored layers would take in one layout at their ranks."""
+        factored = [layer for layer in self.layers if layer.layout in FACTORED]
+        return sum(ranks.parameters(*layer.shape, layer.rank, layout=layout) for layer in factored)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON types."""
         layers = [
             {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters} for layer in self.layers
         ]
-        return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in LAYOUTS}}
+        return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in FACTORED}}
 
 
 def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
@@ -99,23 +100,36 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
         except SafetensorError as error:
             raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
+    # Of neurons that were given up the entries of the bias are gone, too.
+    biases = sum(
+        layer.shape[0] - layer.rank
+        for layer in layers
+        if layer.layout == "outputs" and f"{layer.name}.R.bias" in tensors
+    )
     parameters = sum(math.prod(shape) for shape, dtype in tensors.values() if dtype.startswith(("F", "BF")))
     return CheckpointSummary(
         directory=str(directory),
         format_version=config.format_version,
         layers=layers,
         parameters=parameters,
-        dense_parameters=parameters + sum(layer.dense_parameters - layer.parameters for layer in layers),
+        dense_parameters=parameters + sum(layer.dense_parameters - layer.parameters for layer in layers) + biases,
         file_bytes=sum(file.stat().st_size for file in files),
     )
 
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
     layout, rank = spec["layout"], spec["rank"]
-    left = {"cur": "C.weight", "folded": "CU.weight", "interpolative": "order"}[layout]
+    # What tells the rank, the outputs and the inputs: a tensor and its axis.
+    rank_of, m_of, n_of = {
+        "cur": (("R.weight", 0), ("C.weight", 0), ("R.weight", 1)),
+        "folded": (("R.weight", 0), ("CU.weight", 0), ("R.weight", 1)),
+        "interpolative": (("R.weight", 0), ("order", 0), ("R.weight", 1)),
+        "outputs": (("R.weight", 0), ("kept", 0), ("R.weight", 1)),
+        "inputs": (("C.weight", 1), ("C.weight", 0), ("kept", 0)),
+    }[layout]
     try:
-        (stored, n), dtype = tensors[f"{name}.R.weight"]
-        m = tensors[f"{name}.{left}"][0][0]
+        stored, m, n = (tensors[f"{name}.{key}"][0][axis] for key, axis in (rank_of, m_of, n_of))
+        dtype = tensors[f"{name}.{rank_of[0]}"][1]
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
     if stored != rank:

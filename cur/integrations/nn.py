@@ -10,6 +10,15 @@ layout                    children                                    numbers ke
 :class:`InterpolativeLinear`  ``R`` (r x n), ``T`` ((m - r) x r)       ``r (m + n - r)``
 ========================  ==========================================  ======================
 
+Two more layouts belong together, where neurons between layers are given up (r of k kept):
+
+========================  ==========================================  ======================
+layout                    children                                    numbers kept
+========================  ==========================================  ======================
+:class:`KeptOutputs`      ``R`` (r x n), of the layers before          ``r n``
+:class:`KeptInputs`       ``C`` (m x r), of the layer behind           ``r m``
+========================  ==========================================  ======================
+
 Every factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.
 """
@@ -23,17 +32,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cur import ranks
 from cur.selection import deim
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "FACTORED",
     "LAYOUTS",
     "CURLinear",
     "CompressedLinear",
     "FoldedLinear",
     "InterpolativeLinear",
+    "KeptInputs",
+    "KeptOutputs",
     "compressed_modules",
     "dense_weight",
     "swap_",
@@ -41,14 +54,14 @@ __all__ = [
 
 
 class CompressedLinear(nn.Module):
-    """Stand in for a linear layer with a weight of low rank.
+    """Stand in for a linear layer with a weight that takes fewer numbers.
 
     The base of the layouts; it is not a layer by itself.
 
     Parameters
     ----------
     in_features, out_features, rank : int
-        Sizes n, m and r; ``1 <= rank <= min(m, n)``.
+        Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``.
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
@@ -58,21 +71,21 @@ class CompressedLinear(nn.Module):
     Raises
     ------
     ValueError
-        If the rank is below one or above the smaller side.
+        If the rank is below one or above the largest.
     """
 
     layout: ClassVar[str]
     """Name of the layout in plans and checkpoints."""
+    _limit: ClassVar[str] = "the smaller side"
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, bias: bool = True, transposed: bool = False
     ) -> None:
         super().__init__()
-        limit = min(in_features, out_features)
+        limit = self.largest_rank(out_features, in_features)
         if not 1 <= rank <= limit:
             raise ValueError(
-                f"`rank` must be between 1 and {limit}, the smaller side of a {out_features} x "
-                f"{in_features} layer, "
+                f"`rank` must be between 1 and {limit}, {self._limit} of a {out_features} x {in_features} layer, "
                 f"got {rank}; choose a rank in that range"
             )
         self.in_features = in_features
@@ -80,6 +93,16 @@ class CompressedLinear(nn.Module):
         self.rank = rank
         self.has_bias = bias
         self.transposed = transposed
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the largest rank of an m x n layer in this layout."""
+        return min(m, n)
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int) -> int:
+        """Count the numbers of an m x n layer of a rank, but for the bias."""
+        return ranks.parameters(m, n, rank, layout=cls.layout)
 
     @classmethod
     def from_two_factors(
@@ -115,9 +138,10 @@ class CompressedLinear(nn.Module):
         """
         if layout == self.layout:
             return self
+        if layout not in FACTORED:
+            raise ValueError(f"`layout` must be one of {', '.join(FACTORED)}, got {layout!r}")
         left, right = self.two_factors()
-        target = layer_class(layout)
-        layer: CompressedLinear = target.from_two_factors(
+        layer: CompressedLinear = LAYOUTS[layout].from_two_factors(
             left.detach(), right.detach(), bias=_detached(self.bias_tensor()), transposed=self.transposed
         )
         return layer.train(self.training)
@@ -393,7 +417,153 @@ class InterpolativeLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias
 
 
-LAYOUTS: dict[str, type[Any]] = {cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear)}
+class _Kept(CompressedLinear):
+    """What the two sides of a layer of neurons share: which of them are kept, one truth value for each."""
+
+    kept: Tensor
+
+    def _one_hot(self) -> Tensor:
+        """Return the columns of the identity at the kept neurons."""
+        places = self.kept.nonzero()[:, 0]
+        weight = next(self.parameters())
+        eye = torch.zeros(len(self.kept), self.rank, dtype=weight.dtype, device=weight.device)
+        eye[places, torch.arange(self.rank, device=weight.device)] = 1
+        return eye
+
+    def to_layout(self, layout: str) -> CompressedLinear:
+        """Return the layer itself, the only layout it has.
+
+        Raises
+        ------
+        ValueError
+            If another is asked for: the layers at the other side of the neurons would no longer fit.
+        """
+        if layout != self.layout:
+            raise ValueError(f"`layout` of a layer that keeps some neurons must stay {self.layout!r}, got {layout!r}")
+        return self
+
+
+class KeptOutputs(_Kept):
+    """Apply the rows of a layer that belong to kept neurons; the output has r entries.
+
+    Its weight has zeros elsewhere, which is exact where the layer behind is a :class:`KeptInputs` of the same neurons.
+    """
+
+    layout = "outputs"
+    _limit = "the outputs"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias=bias, transposed=transposed)
+        self.R = nn.Linear(in_features, rank, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("kept", torch.arange(out_features, device=device) < rank)
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the number of outputs."""
+        return m
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int) -> int:
+        """Count the numbers of the kept rows."""
+        return rank * n
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, kept: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> Self:
+        """Build the layer from kept rows (r x n), truth values (m) with r of them true, and a bias of r entries."""
+        _check_bias(bias, len(rows))
+        layer = cls(rows.shape[1], len(kept), len(rows), bias=bias is not None, transposed=transposed, device="meta")
+        _fill(layer.R, rows, bias)
+        layer.kept = kept.clone()  # tensors that are saved must not be shared
+        return layer
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the columns of the identity at the kept outputs, and the kept rows."""
+        return self._one_hot(), self.R.weight
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries, zero at the others), or None."""
+        return self._one_hot() @ self.R.bias if self.has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., r)."""
+        y: Tensor = self.R(x)
+        return y
+
+
+class KeptInputs(_Kept):
+    """Apply a layer to kept neurons alone, the entries of its input that a :class:`KeptOutputs` gives."""
+
+    layout = "inputs"
+    _limit = "the inputs"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias=bias, transposed=transposed)
+        self.C = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("kept", torch.arange(in_features, device=device) < rank)
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the number of inputs."""
+        return n
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int) -> int:
+        """Count the numbers of the kept columns."""
+        return rank * m
+
+    @classmethod
+    def from_columns(
+        cls, columns: Tensor, kept: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer from columns (m x r), truth values (n) with r of them true, and a bias of m entries."""
+        _check_bias(bias, len(columns))
+        layer = cls(
+            len(kept), len(columns), columns.shape[1], bias=bias is not None, transposed=transposed, device="meta"
+        )
+        _fill(layer.C, columns, bias)
+        layer.kept = kept.clone()  # tensors that are saved must not be shared
+        return layer
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the columns, and the rows of the identity at the kept inputs."""
+        return self.C.weight, self._one_hot().mT
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        return self.C.bias if self.has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., r); returns (..., m)."""
+        y: Tensor = self.C(x)
+        return y
+
+
+FACTORED = ranks.LAYOUTS
+"""Layouts of factored weights, of which any can be had from any other."""
+
+LAYOUTS: dict[str, type[Any]] = {
+    cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs)
+}
 """Layer class of each layout name."""
 
 

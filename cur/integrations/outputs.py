@@ -15,7 +15,7 @@ from transformers import activations
 from cur._array import unit_roundoff
 from cur.bounds import LIPSCHITZ, layer_output_bound
 from cur.integrations._forward import Masks, body, evaluating, model_inputs, run, token_rows
-from cur.integrations.nn import CompressedLinear, dense_weight
+from cur.integrations.nn import FACTORED, CompressedLinear, dense_weight
 from cur.integrations.spectra import EXACT_UP_TO, singular_values
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
@@ -102,7 +102,8 @@ def output_changes(
     model : nn.Module
         The dense model; not changed.
     layers : mapping
-        By name, what would stand for its layers.
+        By name, what would stand for its layers; those that keep some neurons, whose inputs or outputs are others, are
+        passed over.
     batch : mapping
         Keyword arguments of the model, as for :func:`~cur.integrations.collect`.
 
@@ -111,6 +112,7 @@ def output_changes(
     dict
         By name; a layer that the batch did not reach has no entry.
     """
+    layers = {name: layer for name, layer in layers.items() if layer.layout in FACTORED}
     inner = body(model)
     masks = Masks(model)
     inputs = model_inputs(inner, batch)

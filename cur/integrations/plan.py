@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cur import ranks
 from cur._atomic import replace_file
 from cur._errors import CURError
 from cur.integrations.experts import unrolled
-from cur.integrations.nn import LAYOUTS, dense_weight
+from cur.integrations.nn import FACTORED, LAYOUTS, dense_weight, layer_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,9 +41,10 @@ __all__ = [
 FORMAT_VERSION = 1
 """Version of the JSON written; a reader refuses newer ones."""
 
-METHODS = ("cur", "weighted", "rows")
+METHODS = ("cur", "weighted", "rows", "neurons")
 """What stands for the weight: chosen columns and rows of it with a core between them; the nearest matrix of the rank
-under second moments; chosen rows of it and the best coefficients of the others under second moments."""
+under second moments; chosen rows of it and the best coefficients of the others under second moments; what belongs to
+the neurons that are kept between it and the layers before or behind, fitted under second moments."""
 
 IMPORTANCES = ("wanda", "magnitude", "weights", "activation", "covariance")
 """Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself,
@@ -77,7 +77,8 @@ class PlanEntry:
     rank : int
         Rows and columns kept.
     layout : str
-        ``"cur"``, ``"folded"`` or ``"interpolative"``.
+        ``"cur"``, ``"folded"`` or ``"interpolative"``; for the method ``"neurons"`` ``"inputs"``, or, in the layers
+        before, ``"outputs"``.
     method : str
         One of :data:`METHODS`.
     importance : str
@@ -90,6 +91,8 @@ class PlanEntry:
         Whether outputs are weighted by the second moments of their gradients. For the other methods.
     damping : float
         Multiple of the mean eigenvalue that is added to second moments. For the other methods.
+    consumer : str or None
+        For the layout ``"outputs"``: the layer behind, whose entry chooses the neurons and has the same rank.
     predicted : float or None
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
         order; without, the squared relative error of its outputs. For the method "cur" the squared error that no
@@ -98,7 +101,7 @@ class PlanEntry:
     Raises
     ------
     PlanError
-        If a value is not one of these, or the rank is outside ``1 .. min(m, n)``.
+        If a value is not one of these, or the rank is not one that the layout has for the shape.
     """
 
     name: str
@@ -111,6 +114,7 @@ class PlanEntry:
     subspace: str = "exact"
     gradients: bool = False
     damping: float = 0.0
+    consumer: str | None = None
     predicted: float | None = None
 
     def __post_init__(self) -> None:
@@ -118,13 +122,6 @@ class PlanEntry:
         shape: tuple[Any, ...] = self.shape  # read from JSON, it may be anything
         if len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
             raise PlanError(f"`shape` of {self.name} must be two positive integers, got {self.shape!r}")
-        limit = min(self.shape)
-        if type(self.rank) is not int or not 1 <= self.rank <= limit:
-            m, n = self.shape
-            raise PlanError(
-                f"`rank` of {self.name} must be an integer between 1 and {limit}, the smaller side of "
-                f"{m} x {n}, got {self.rank!r}"
-            )
         choices = {
             "layout": tuple(LAYOUTS),
             "method": METHODS,
@@ -135,6 +132,23 @@ class PlanEntry:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+        m, n = self.shape
+        limit = layer_class(self.layout).largest_rank(m, n)
+        if type(self.rank) is not int or not 1 <= self.rank <= limit:
+            raise PlanError(
+                f"`rank` of {self.name} must be an integer between 1 and {limit}, the largest of {m} x {n} in the "
+                f"layout {self.layout!r}, got {self.rank!r}"
+            )
+        if (self.method == "neurons") != (self.layout not in FACTORED):
+            raise PlanError(
+                f"`layout` of {self.name} must be 'inputs' or 'outputs' for the method 'neurons' and for no other, "
+                f"got {self.layout!r} for {self.method!r}"
+            )
+        if (self.layout == "outputs") != isinstance(self.consumer, str):
+            raise PlanError(
+                f"`consumer` of {self.name} must name the layer behind if the layout is 'outputs', and be null "
+                f"otherwise, got {self.consumer!r}"
+            )
         if self.method == "rows" and self.layout != "interpolative":
             raise PlanError(
                 f"`layout` of {self.name} must be 'interpolative' for the method 'rows', got {self.layout!r}"
@@ -148,7 +162,7 @@ class PlanEntry:
     @property
     def parameters(self) -> int:
         """Numbers kept in the factors (the bias, which stays, is not counted)."""
-        return ranks.parameters(*self.shape, self.rank, layout=self.layout)
+        return int(layer_class(self.layout).numbers(*self.shape, self.rank))
 
     @property
     def dense_parameters(self) -> int:
@@ -236,6 +250,13 @@ class Plan:
         names = [entry.name for entry in self.entries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PlanError(f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once")
+        ranks = {entry.name: entry.rank for entry in self.entries if entry.layout == "inputs"}
+        for entry in self.entries:
+            if entry.consumer is not None and ranks.get(entry.consumer) != entry.rank:
+                raise PlanError(
+                    f"`rank` of {entry.name} must be that of {entry.consumer}, an entry of the layout 'inputs', got "
+                    f"{entry.rank} and {ranks.get(entry.consumer)}: they have the same neurons, so change both"
+                )
 
     @property
     def parameters(self) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cur import ranks
 from cur._errors import NumericalError
 from cur.decompose import deim_cur
-from cur.integrations.budget import BudgetConfig, error_curves, plan_budget
+from cur.integrations.budget import BudgetConfig, error_curves, joint_curves, plan_budget
 from cur.integrations.choice import choose_layers, inner_blocks
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import unrolled
@@ -53,7 +53,7 @@ def make_plan(
         if isinstance(config, BudgetConfig):
             watch = None if progress is None else lambda done, total: progress("plan", done, total)
             curves = error_curves(model, statistics, config, names, progress=watch)
-            return plan_budget(model, statistics, config, curves)
+            return plan_budget(model, statistics, config, curves, joint_curves(model, statistics, config, names))
         return _plan(model, statistics, config, names)
 
 

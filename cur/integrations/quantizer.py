@@ -25,6 +25,8 @@ from cur.integrations.nn import (
     LAYOUTS,
     CompressedLinear,
     InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
     compressed_modules,
     dense_weight,
     swap_,
@@ -148,7 +150,7 @@ class CURQuantizer(HfQuantizer):
         specs = self.quantization_config.modules
         # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
         # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.R.weight" in shapes for name in specs)
+        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C"))
         for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
@@ -184,6 +186,8 @@ class CURQuantizer(HfQuantizer):
         for name, layer in compressed_modules(model).items():
             if isinstance(layer, InterpolativeLinear):
                 _check_order(name, layer.order)
+            elif isinstance(layer, (KeptInputs, KeptOutputs)):
+                _check_kept(name, layer.kept, layer.rank)
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
         _keep_names_(model)
@@ -349,6 +353,13 @@ def _check_order(name: str, order: torch.Tensor) -> None:
         return
     if not torch.equal(order.sort().values, torch.arange(order.shape[0], device=order.device)):
         raise CheckpointError(f"{name}.order is not a permutation of the outputs: the checkpoint is corrupt")
+
+
+def _check_kept(name: str, kept: torch.Tensor, rank: int) -> None:
+    if not kept.is_meta and int(kept.sum()) != rank:
+        raise CheckpointError(
+            f"{name}.kept marks {int(kept.sum())} neurons, where {rank} are stored: the checkpoint is corrupt"
+        )
 
 
 def _retie_(model: PreTrainedModel) -> None:

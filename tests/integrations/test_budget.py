@@ -110,6 +110,9 @@ def test_the_prediction_is_the_weighted_error(llama: PreTrainedModel, statistics
     config = BudgetConfig(keep=0.7, damping=0.0)
     report = compress(llama, statistics, config)
     for entry in report.plan.entries:
+        if entry.layout == "outputs":  # the layer behind the neurons stands for these
+            assert entry.predicted == 0
+            continue
         new = llama.get_submodule(entry.name).weight.detach()
         D = dense.get_parameter(f"{entry.name}.weight").detach().double() - new.double()
         H, G = statistics.output_moment(entry.name), statistics.second_moment(entry.name)
@@ -176,7 +179,7 @@ def test_best_loses_less_than_rows(llama: PreTrainedModel, statistics: Statistic
 
 
 def test_coefficients_stay_moderate(llama: PreTrainedModel, statistics: Statistics) -> None:
-    compress(llama, statistics, BudgetConfig(keep=0.6))
+    compress(llama, statistics, BudgetConfig(keep=0.6, neurons=False))
     for layer in compressed_modules(llama).values():
         assert isinstance(layer, InterpolativeLinear)
         assert layer.T is not None

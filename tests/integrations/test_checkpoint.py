@@ -34,7 +34,7 @@ import cur.integrations.checkpoint as checkpoint
 from cur.integrations.checkpoint import CheckpointError, dense_export, read_config, save
 from cur.integrations.compress import CompressConfig, compress
 from cur.integrations.inspect import summarize
-from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules
+from cur.integrations.nn import FACTORED, LAYOUTS, CompressedLinear, compressed_modules
 from cur.integrations.plan import Plan
 from cur.integrations.quantizer import FORMAT_VERSION, CURConfig
 from cur.integrations.report import CompressionReport
@@ -88,7 +88,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FACTORED)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_reload_is_bit_identical(
     kind: str, layout: str, make_model: MakeModel, windows: torch.Tensor, tmp_path: Path
@@ -287,7 +287,7 @@ class SharedLayer(LlamaForCausalLM):
         self.model.layers[2].mlp.gate_proj = self.model.layers[1].mlp.gate_proj
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FACTORED)
 def test_a_shared_layer_is_stored_once_and_stays_shared(
     layout: str, llama: PreTrainedModel, windows: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cur import NumericalError, deim_cur, importance, ranks
 from cur.integrations import Statistics, batches, collect, decoder_layers, planning
 from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
-from cur.integrations.nn import LAYOUTS, CURLinear, compressed_modules
+from cur.integrations.nn import FACTORED, CURLinear, compressed_modules
 from cur.integrations.plan import PlanError
 from cur.integrations.report import model_size
 
@@ -108,7 +108,7 @@ def test_statistics_and_windows_give_the_same(
     assert reports[0].plan.calibration_tokens == windows.numel()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FACTORED)
 def test_rank_is_the_smaller_of_asked_and_break_even(
     layout: str, llama: PreTrainedModel, windows: torch.Tensor
 ) -> None:
@@ -122,7 +122,7 @@ def test_rank_is_the_smaller_of_asked_and_break_even(
 
 def test_layouts_hold_the_same_weights(make_model: Callable[..., PreTrainedModel], windows: torch.Tensor) -> None:
     logits = []
-    for layout in LAYOUTS:
+    for layout in FACTORED:
         model = make_model("llama")
         compress(model, windows, replace(SMALL, layout=layout))
         with torch.no_grad():

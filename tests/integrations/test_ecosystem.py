@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cur.integrations import CompressConfig, compress, perplexity, save
-from cur.integrations.nn import LAYOUTS, compressed_modules
+from cur.integrations.nn import FACTORED, compressed_modules
 from tests.integrations.architectures import batch, make
 
 CONFIG = CompressConfig(layers=2, rank=6, targets=("q_proj", "gate_proj", "down_proj"))
@@ -46,7 +46,7 @@ def compressed(llama: PreTrainedModel, windows: torch.Tensor) -> PreTrainedModel
 # ------------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FACTORED)
 def test_layers_compile_into_one_graph(
     layout: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
 ) -> None:

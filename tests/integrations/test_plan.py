@@ -76,13 +76,13 @@ def test_fingerprint_sees_shapes_only(make_model: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 33}, "`rank` of .* between 1 and 32, the smaller side of 32 x 32, got 33"),
+        ({"rank": 33}, "`rank` of .* between 1 and 32, the largest of 32 x 32 in the layout .cur., got 33"),
         ({"rank": 0}, "`rank`"),
         ({"rank": True}, "`rank`"),
         ({"rank": 2.0}, "`rank`"),
         ({"shape": (32,)}, "`shape`"),
         ({"shape": (32, -1)}, "`shape`"),
-        ({"layout": "lu"}, "`layout` of .* must be one of cur, folded, interpolative, got 'lu'"),
+        ({"layout": "lu"}, "`layout` of .* must be one of cur, folded, interpolative, outputs, inputs, got 'lu'"),
         ({"importance": "luck"}, "`importance`"),
         ({"link": "luck"}, "`link`"),
         ({"subspace": "luck"}, "`subspace`"),

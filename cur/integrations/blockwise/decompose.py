@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cur.integrations.blockwise.calibrate import Calibration
-from cur.integrations.budget import BudgetConfig, LayerCurve, error_curves, plan_budget
+from cur.integrations.budget import BudgetConfig, LayerCurve, error_curves, joint_curves, plan_budget
 from cur.integrations.compress import decompose
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import unrolled
 from cur.integrations.layers import linear_modules
+from cur.integrations.neurons import NeuronCurve
 from cur.integrations.nn import CompressedLinear, dense_weight, layer_class
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import Plan, PlanEntry
@@ -80,8 +81,8 @@ class Decomposition:
         with unrolled(self.model):
             if isinstance(config, BudgetConfig):
                 names = self.calibration.names
-                curves = self._curves(self._by_block(names), config)
-                return plan_budget(self.model, self.statistics, config, [curves[name] for name in names])
+                curves, neurons = self._curves(self._by_block(names), config)
+                return plan_budget(self.model, self.statistics, config, [curves[name] for name in names], neurons)
             chosen = chosen_blocks(self.model, self.statistics, config)
             wanted = set(linear_modules(self.model, config.targets, exclude=config.exclude, layers=chosen))
             names = [name for name in self.calibration.names if name in wanted]
@@ -130,12 +131,18 @@ class Decomposition:
         with safe_open(self._file(index), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def _curves(self, blocks: dict[int, list[str]], config: BudgetConfig) -> dict[str, LayerCurve]:
+    def _curves(
+        self, blocks: dict[int, list[str]], config: BudgetConfig
+    ) -> tuple[dict[str, LayerCurve], list[NeuronCurve]]:
         found: dict[str, LayerCurve] = {}
+        neurons: dict[int, list[NeuronCurve]] = {}
         for index, names in self._each(blocks, None, "plan"):
-            curves = error_curves(self.model, self.calibration.of_block(index), config, names)
-            found |= {curve.name: curve for curve in curves}
-        return {name: curve for part in self.team.gather(found) for name, curve in part.items()}
+            statistics = self.calibration.of_block(index)
+            found |= {curve.name: curve for curve in error_curves(self.model, statistics, config, names)}
+            neurons[index] = joint_curves(self.model, statistics, config, names)
+        layers = {name: curve for part in self.team.gather(found) for name, curve in part.items()}
+        groups = {index: curves for part in self.team.gather(neurons) for index, curves in part.items()}
+        return layers, [curve for index in sorted(groups) for curve in groups[index]]
 
     def _entries(self, blocks: dict[int, list[str]], config: CompressConfig) -> dict[str, PlanEntry]:
         found: dict[str, PlanEntry] = {}

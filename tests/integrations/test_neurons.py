@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur.integrations import (
+    BudgetConfig,
+    Plan,
+    Statistics,
+    apply_plan_,
+    batches,
+    collect,
+    collect_gradients,
+    compress,
+    decoder_layers,
+    dense_export,
+    linear_modules,
+    make_plan,
+    save,
+)
+from cur.integrations.checkpoint import CheckpointError
+from cur.integrations.convert import convert_
+from cur.integrations.inspect import summarize
+from cur.integrations.neurons import neuron_groups
+from cur.integrations.nn import KeptInputs, KeptOutputs, compressed_modules
+from cur.integrations.plan import PlanError
+from tests.integrations.architectures import make
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def statistics(llama: PreTrainedModel, windows: Tensor) -> Statistics:
+    given = list(batches(windows, batch_size=3))
+    names = linear_modules(llama, "all-linear", layers=range(len(decoder_layers(llama))))
+    return collect_gradients(llama, given, collect(llama, given, modules=names, moments="full"), modules=names)
+
+
+def in_feed_forward(keep: float) -> BudgetConfig:
+    return BudgetConfig(keep=keep, targets=MLP)
+
+
+def kept(model: PreTrainedModel) -> dict[str, KeptInputs | KeptOutputs]:
+    return {
+        name: layer for name, layer in compressed_modules(model).items() if isinstance(layer, (KeptInputs, KeptOutputs))
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3"])
+def test_the_neurons_of_feed_forward_networks_are_found(name: str) -> None:
+    model = make(name)
+    blocks = decoder_layers(model)
+    groups = neuron_groups(model, linear_modules(model, "all-linear", layers=range(len(blocks))))
+    assert len(groups) == len(blocks)
+    for consumer, producers in groups.items():
+        width = consumer.rpartition(".")[0]
+        assert "mlp" in consumer
+        assert all(producer.startswith(width) for producer in producers)
+
+
+class Feed(nn.Module):
+    """A feed-forward network of which something is special."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.up(x)
+        if self.kind == "normalised":  # each neuron depends on all
+            z = nn.functional.layer_norm(z, (12,))
+        elif self.kind == "reversed":
+            z = z.flip(-1)
+        y: Tensor = self.down(z.relu())
+        return y + z[..., :8] if self.kind == "beside" else y
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "reversed", "beside"])
+def test_only_neurons_that_nothing_else_needs(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": Feed(kind)})
+    found = neuron_groups(model, ["mlp.up", "mlp.down"])
+    assert found == ({"mlp.down": ("mlp.up",)} if kind == "plain" else {})
+
+
+def test_a_budget_takes_them_where_they_pay(llama: PreTrainedModel, statistics: Statistics) -> None:
+    models = {neurons: copy.deepcopy(llama) for neurons in (True, False)}
+    cost = {}
+    for neurons, model in models.items():
+        report = compress(model, statistics, replace(in_feed_forward(0.6), neurons=neurons))
+        assert 0.99 * 0.6 <= (report.plan.kept or 0) <= 0.6
+        cost[neurons] = sum(entry.predicted or 0.0 for entry in report.plan.entries)
+    assert kept(models[True])
+    assert not kept(models[False])
+    assert cost[True] < cost[False]
+
+
+def test_rows_are_the_models_own_and_columns_fit(llama: PreTrainedModel, statistics: Statistics) -> None:
+    dense = copy.deepcopy(llama)
+    plan = make_plan(llama, statistics, in_feed_forward(0.5))
+    apply_plan_(llama, plan, statistics)
+    layers = kept(llama)
+    assert layers
+    for name, layer in layers.items():
+        W = dense.get_submodule(name).weight.detach()
+        if isinstance(layer, KeptOutputs):
+            torch.testing.assert_close(layer.R.weight.detach(), W[layer.kept], rtol=0, atol=0)
+            behind = layers[next(entry.consumer for entry in plan.entries if entry.name == name)]
+            assert torch.equal(behind.kept, layer.kept)
+        else:
+            G = statistics.second_moment(name)
+            G = G + 1e-4 * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype)
+            wanted = (W.double() @ G)[:, layer.kept]
+            torch.testing.assert_close(
+                layer.C.weight.double() @ G[layer.kept][:, layer.kept], wanted, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_the_fit_to_what_arrives_is_better(llama: PreTrainedModel, windows: Tensor) -> None:
+    divergence = {}
+    with torch.no_grad():
+        expected = llama(windows).logits.log_softmax(-1)
+        for correction in (0.0, 0.5):
+            model = copy.deepcopy(llama)
+            compress(model, windows, replace(in_feed_forward(0.4), correction=correction, own_text=False))
+            got = model(windows).logits.log_softmax(-1)
+            divergence[correction] = float((expected.exp() * (expected - got)).sum(-1).mean())
+    assert divergence[0.5] < divergence[0.0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
+    model = make(name).eval()
+    ids = torch.randint(3, model.config.vocab_size, (4, 12))
+    report = compress(model, ids, BudgetConfig(keep=0.5, gradients=False, own_text=False))
+    assert {entry.layout for entry in report.plan.entries} >= {"inputs", "outputs"}
+    save(model, None, tmp_path / "small", report=report)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)
+        dense_export(again, None, tmp_path / "dense")
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+        torch.testing.assert_close(dense(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    summary = summarize(tmp_path / "small")
+    assert summary.parameters == sum(p.numel() for p in again.parameters())
+    assert summary.dense_parameters == sum(p.numel() for p in dense.parameters())
+    # A layer of neurons has one layout; the factored ones change theirs.
+    before = {name: layer.layout for name, layer in kept(again).items()}
+    convert_(again, "folded")
+    assert {name: layer.layout for name, layer in kept(again).items()} == before
+    with pytest.raises(ValueError, match="must stay 'outputs', got 'folded'"):
+        next(layer for layer in kept(again).values() if layer.layout == "outputs").to_layout("folded")
+
+
+def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: Statistics, tmp_path: Path) -> None:
+    plan = make_plan(llama, statistics, in_feed_forward(0.5))
+    consumer = next(entry.name for entry in plan.entries if entry.layout == "inputs")
+    data = plan.to_dict()
+    group = [entry for entry in data["entries"] if consumer in (entry["name"], entry["consumer"])]
+    group[0]["rank"] = 7
+    with pytest.raises(PlanError, match="same neurons, so change both"):
+        Plan.from_dict(data)
+    for entry in group:
+        entry["rank"] = 7
+    apply_plan_(llama, Plan.from_dict(json.loads(json.dumps(data))), statistics)
+    assert [layer.rank for name, layer in kept(llama).items() if name in [entry["name"] for entry in group]] == [7] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 97}, "between 1 and 96, the largest of 96 x 32 in the layout .outputs., got 97"),
+        ({"consumer": None}, "`consumer` of gate must name the layer behind"),
+        (
+            {"layout": "folded", "consumer": None, "rank": 20},
+            "'inputs' or 'outputs' for the method 'neurons' and for no other",
+        ),
+    ],
+)
+def test_entries_that_no_plan_has(changes: dict[str, object], message: str) -> None:
+    from cur.integrations.plan import PlanEntry
+
+    good = {"name": "gate", "shape": (96, 32), "rank": 40, "layout": "outputs", "method": "neurons", "consumer": "down"}
+    PlanEntry(**good)
+    with pytest.raises(PlanError, match=message):
+        PlanEntry(**{**good, **changes})
+
+
+def test_a_checkpoint_that_marks_other_neurons(llama: PreTrainedModel, statistics: Statistics, tmp_path: Path) -> None:
+    compress(llama, statistics, in_feed_forward(0.5))
+    save(llama, None, tmp_path / "small")
+    file = tmp_path / "small" / "cur_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(".kept"))
+    tensors[key] = torch.ones_like(tensors[key])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"marks .* neurons, where .* are stored: the checkpoint is corrupt"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
