@@ -4,10 +4,12 @@
 >>> report = heal(student, teacher, windows, HealingConfig(steps=100))  # doctest: +SKIP
 """
 
+from cur.healing.blockwise import heal_blockwise
 from cur.healing.closed_form import LayerFit, LeastSquares, closed_form_
 from cur.healing.config import HealingConfig, Objectives
 from cur.healing.heal import heal
 from cur.healing.report import HealingReport
+from cur.healing.saving import save_healed
 from cur.healing.sharing import load_student, share_, twin
 from cur.healing.state import StateError
 from cur.healing.train import Status
@@ -22,7 +24,9 @@ __all__ = [
     "Status",
     "closed_form_",
     "heal",
+    "heal_blockwise",
     "load_student",
+    "save_healed",
     "share_",
     "twin",
 ]

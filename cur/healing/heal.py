@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,22 @@ from cur.healing.cores import Coordinates
 from cur.healing.data import Text
 from cur.healing.learner import Learner
 from cur.healing.logs import Log
-from cur.healing.pair import Pair
+from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
+from cur.healing.pair import Pair, only_cores
 from cur.healing.report import HealingReport
 from cur.healing.sharing import share_
 from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
-from cur.integrations._forward import evaluating, model_inputs, padding_mask, token_rows
+from cur.integrations._forward import evaluating, model_inputs, padding_mask
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
 
-__all__ = ["heal"]
+__all__ = ["LOG", "fingerprint", "heal"]
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
 
-# Samples over which the second moments behind the whitened coordinates are taken.
-_MOMENT_SAMPLES = 16
 _PROBE = 8
 
 # Least weight of an output in the metric, relative to the mean.
@@ -120,12 +118,12 @@ def heal(
     seconds: dict[str, float] = {}
     with evaluating(student), evaluating(teacher):
         pair = Pair(student, teacher, config, probe=probe)
-        run = _fingerprint(pair, text)
+        run = fingerprint(pair, text)
         if cache is not None:
             pair.cache = TeacherCache(cache, pair.key())
         shared = share_(student, teacher)
         file = None if kept is None else StateFile(kept / STATE, run)
-        with _only(pair):
+        with only_cores(pair):
             found = None if file is None else file.read()
             start = _start(pair, text, log, seconds, progress) if found is None else _resumed(pair, found[1])
             tasks = _tasks(pair, start.coordinates)
@@ -224,55 +222,16 @@ def _tasks(pair: Pair, coordinates: Mapping[str, Coordinates]) -> list[Task]:
 
 
 def _moments(pair: Pair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
-    """Return ``E[(R x)(R x)^T]`` and ``E[y^T H y]`` of every compressed layer in the student as it is."""
-    sums: dict[str, tuple[Tensor, float, int]] = {}
-    mask: Tensor | None = None
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        right = pair.cores[name].right.float()
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            z = (token_rows(args[0], mask, name).float() @ right.T).double()
-            y = token_rows(output, mask, name).float()
-            weighed = y if name not in metrics else y @ metrics[name].to(y)
-            gram, square, count = sums.get(name, (torch.zeros((), dtype=torch.float64), 0.0, 0))
-            sums[name] = (gram.to(z.device) + z.T @ z, square + float((y * weighed).sum()), count + len(z))
-
-        return after
-
-    handles = [pair.student.model.get_submodule(name).register_forward_hook(keep(name)) for name in pair.cores]
-    try:
-        with torch.no_grad(), pair.autocast():
-            for batch in text.spread(_MOMENT_SAMPLES):
-                mask = padding_mask(model_inputs(pair.student.model, batch))
-                pair.student.finish(batch, stop=pair.last)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (gram / count, square / count) for name, (gram, square, count) in sums.items()}
+    """Return the moments of every compressed layer in the student as it is."""
+    moments = LayerMoments(pair, metrics)
+    with torch.no_grad(), pair.autocast(), moments.watching():
+        for batch in text.spread(MOMENT_SAMPLES):
+            moments.mask = padding_mask(model_inputs(pair.student.model, batch))
+            pair.student.finish(batch, stop=pair.last)
+    return moments.results()
 
 
-@contextmanager
-def _only(pair: Pair) -> Iterator[None]:
-    """Let nothing but the cores ask for gradients, in either model, for a while."""
-    asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
-    factors = [core.factor for core in pair.cores.values()]
-    before = [factor.requires_grad for factor in factors]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        for factor in factors:
-            factor.requires_grad_(True)
-        yield
-    finally:
-        for factor, was in zip(factors, before, strict=True):
-            factor.grad = None
-            factor.requires_grad_(was)
-        for parameter in asked:
-            parameter.requires_grad_(True)
-
-
-def _fingerprint(pair: Pair, text: Text) -> str:
+def fingerprint(pair: Pair, text: Text) -> str:
     """Return a hash of all that decides the result, but for the machine."""
     tensors = {f"{name}/{part}": getattr(core, part) for name, core in pair.cores.items() for part in _PARTS}
     decides = {name: value for name, value in pair.config.to_dict().items() if name not in ("workers", "save_every")}

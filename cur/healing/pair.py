@@ -21,7 +21,7 @@ from cur.healing.state import digest
 from cur.integrations._forward import model_inputs, padding_mask
 from cur.integrations.nn import dense_weight
 
-__all__ = ["Loss", "Pair"]
+__all__ = ["Loss", "Pair", "autocast", "only_cores", "outputs_of"]
 
 
 @dataclass
@@ -47,6 +47,9 @@ class Pair:
         A few token ids, shape (1, tokens).
     cache : TeacherCache, optional
         Where the teacher's part is kept and looked up.
+    block : int, optional
+        The only block that is in memory, of models that are not: nothing else is healed, and the teacher's part must be
+        in the cache.
 
     Attributes
     ----------
@@ -56,6 +59,8 @@ class Pair:
         The blocks of both.
     first, last : int
         Indices of the first and the last block with compressed layers.
+    entrance : int
+        Index of the block at which the teacher is entered, for healing by blocks.
     kept, watched, stop : list of int, list of str, int or None
         What the teacher is asked for: hidden states after these blocks, outputs of these layers, and whether it ends
         behind a block.
@@ -67,19 +72,28 @@ class Pair:
         teacher: nn.Module,
         config: HealingConfig,
         *,
-        probe: Tensor,
+        probe: Tensor | None,
         cache: TeacherCache | None = None,
+        block: int | None = None,
     ) -> None:
         check_pair(student, teacher)
-        self.cores: dict[str, Core] = cores_of(student)
         self.config = config
         self.student, self.teacher = Stack(student, probe), Stack(teacher, probe)
+        self.entrance = block or 0
+        if block is None:
+            self.cores: dict[str, Core] = cores_of(student)
+        else:
+            name, module = self.student.blocks[block]
+            self.student.compressed = [block]
+            self.cores = {f"{name}.{key}": core for key, core in cores_of(module).items()}
+            for key, core in self.cores.items():
+                core.name = key
         outside = [n for n in self.cores if not n.startswith(tuple(name + "." for name, _ in self.student.blocks))]
         if outside:
             raise ValueError(f"{', '.join(outside)} of `student` lie outside its blocks; healing reaches blocks only")
         self.first, self.last = self.student.compressed[0], self.student.compressed[-1]
         self.cache = cache
-        self.device = next(student.parameters()).device
+        self.device = next(parameter.device for parameter in student.parameters() if not parameter.is_meta)
         goals, count = config.matched, len(self.student.blocks)
         if config.scope == "block":
             kept = {index + shift for index in self.student.compressed for shift in (-1, 0)}
@@ -101,9 +115,7 @@ class Pair:
 
     def autocast(self) -> Any:
         """Return the context of a pass in the precision of this pair."""
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.config, self.device)
 
     def teach(self, batch: Mapping[str, Any]) -> Taught:
         """Run the teacher, or look up what it gave for this batch before."""
@@ -113,11 +125,11 @@ class Pair:
             if self.cache is not None and found is None:
                 self.cache.write(batch, taught)
             if self.config.scope == "block":
-                taught = replace(taught, entry=self.teacher.enter(batch))
+                taught = replace(taught, entry=self.teacher.enter(batch, self.entrance))
         return taught
 
     def _ask(self, batch: Mapping[str, Any]) -> Taught:
-        with _outputs_of(self.teacher.model, self.watched) as modules:
+        with outputs_of(self.teacher.model, self.watched) as modules:
             outputs = self.teacher.finish(batch, stop=self.stop)
         return Taught({index: outputs.hidden[index] for index in self.kept if index >= 0}, modules, outputs.last)
 
@@ -134,7 +146,7 @@ class Pair:
         with (
             torch.set_grad_enabled(learning),
             self.autocast(),
-            _outputs_of(self.student.model, self.watched) as modules,
+            outputs_of(self.student.model, self.watched) as modules,
         ):
             outputs = self.student.finish(batch, self.first, taught.hidden.get(self.first - 1))
         terms: dict[str, Tensor] = {}
@@ -176,12 +188,12 @@ class Pair:
             raise ValueError(
                 "`taught` was made for the scope 'model'; `scope` 'block' needs what blocks are called with"
             )
-        if index > 0:
+        if index != self.entrance:
             entry = replace(entry, hidden=taught.hidden[index - 1])
         with (
             torch.set_grad_enabled(learning),
             self.autocast(),
-            _outputs_of(self.student.model, names if goals.modules else []) as modules,
+            outputs_of(self.student.model, names if goals.modules else []) as modules,
         ):
             found = self.student.block(index, entry)
         terms: dict[str, Tensor] = {}
@@ -194,6 +206,34 @@ class Pair:
 
     def _mask(self, batch: Mapping[str, Any]) -> Tensor | None:
         return padding_mask(model_inputs(self.student.model, batch))
+
+
+def autocast(config: HealingConfig, device: torch.device) -> Any:
+    """Return the context of a pass in the precision of a configuration."""
+    if config.precision == "float32":
+        return nullcontext()
+    # The cache would go on with the core that a layer had at its first call, after another was put there.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def only_cores(pair: Pair) -> Iterator[None]:
+    """Let nothing but the cores ask for gradients, in either model, for a while."""
+    asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
+    factors = [core.factor for core in pair.cores.values()]
+    before = [factor.requires_grad for factor in factors]
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        for factor in factors:
+            factor.requires_grad_(True)
+        yield
+    finally:
+        for factor, was in zip(factors, before, strict=True):
+            factor.grad = None
+            factor.requires_grad_(was)
+        for parameter in asked:
+            parameter.requires_grad_(True)
 
 
 def _weighed(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
@@ -222,7 +262,7 @@ def _labels(batch: Mapping[str, Any], mask: Tensor | None, device: torch.device)
 
 
 @contextmanager
-def _outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+def outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Gather what the named modules return while the block runs."""
     seen: dict[str, Tensor] = {}
 

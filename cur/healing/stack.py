@@ -66,8 +66,10 @@ class Stack:
     ----------
     model : nn.Module
         A causal language model of transformers, in evaluation mode.
-    probe : Tensor
-        A few token ids, shape (1, tokens), with which it is tried out.
+    probe : Tensor or None
+        A few token ids, shape (1, tokens), with which it is tried out. None for a model of which one block is in
+        memory: then the blocks before return by themselves what they returned when they were, and :meth:`finish` is
+        not for it.
 
     Attributes
     ----------
@@ -77,19 +79,21 @@ class Stack:
         Indices of the blocks with compressed layers.
     """
 
-    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+    def __init__(self, model: nn.Module, probe: Tensor | None) -> None:
         self.model = model
         self.head = output_head(model)
         self.blocks = decoder_layers(model)
         self.compressed = [i for i, (_, block) in enumerate(self.blocks) if compressed_modules(block)]
         self._list: Any = model.get_submodule(self.blocks[0][0].rpartition(".")[0])
-        with torch.no_grad():
-            self.separate = head_is_separate(model, self.head, probe)
-            entry = self.enter({"input_ids": probe})
-            self._tuples = isinstance(self._call(0, entry), tuple)
+        self.separate, self._tuples = False, False
+        if probe is not None:
+            with torch.no_grad():
+                self.separate = head_is_separate(model, self.head, probe)
+                entry = self.enter({"input_ids": probe})
+                self._tuples = isinstance(self._call(0, entry), tuple)
 
-    def enter(self, batch: Mapping[str, Any]) -> Entry:
-        """Run the model up to its first block and return what that is called with."""
+    def enter(self, batch: Mapping[str, Any], index: int = 0) -> Entry:
+        """Run the model up to a block, by default the first, and return what that is called with."""
         caught: list[Entry] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,7 +105,7 @@ class Stack:
             raise ReachedError
 
         inner = body(self.model)
-        handle = self.blocks[0][1].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.blocks[index][1].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             run(inner, model_inputs(inner, batch))
         except ReachedError:

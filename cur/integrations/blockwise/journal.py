@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cur._atomic import replace_file
 from cur._errors import CURError
+from cur.integrations._directory import is_full
 
 __all__ = ["Journal", "JournalError", "digest_of"]
 
@@ -102,6 +105,20 @@ class Journal:
                 return None
         found: dict[str, Any] = record["facts"]
         return found
+
+    @contextmanager
+    def explaining(self, target: Path) -> Iterator[None]:
+        """Let an error that means a full disk say what is kept and what to do."""
+        try:
+            yield
+        except OSError as error:
+            if is_full(error):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no space left for {target} and {self.directory}; free some and start the same command again: "
+                    "it goes on where it stopped",
+                ) from error
+            raise
 
     def remove(self) -> None:
         """Remove the run, which is complete."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cur.integrations._directory import check_target, is_full
+from cur.integrations._directory import check_target
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.team import Team
-from cur.integrations.blockwise.writer import CheckpointWriter
+from cur.integrations.blockwise.writer import fill
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import save
 from cur.integrations.compress import Clock, as_batches, as_done
@@ -108,15 +107,10 @@ def compress_blockwise(
     with Team().joined() as team:
         _begin(team, journal, _inputs(skeleton, given, config))
         try:
-            report = _run(skeleton, given, target, config, names, journal, team, overwrite, max_shard_size, progress)
-        except OSError as error:
-            if is_full(error):
-                raise OSError(
-                    errno.ENOSPC,
-                    f"no space left for {target} and {journal.directory}; free some and start the same command again: "
-                    "it goes on where it stopped",
-                ) from error
-            raise
+            with journal.explaining(target):
+                report = _run(
+                    skeleton, given, target, config, names, journal, team, overwrite, max_shard_size, progress
+                )
         finally:
             journal.release()
         team.gather(None)
@@ -171,7 +165,9 @@ def _run(
                 target,
                 report=report,
                 overwrite=overwrite,
-                weights=lambda place: _fill(final, skeleton, factoring, place, max_shard_size, progress),
+                weights=lambda place: fill(
+                    final, skeleton, place, max_shard_size, replaced=factoring.factors, progress=progress
+                ),
             )
     return report
 
@@ -230,35 +226,3 @@ def _compressed_skeleton(skeleton: Skeleton, factoring: Decomposition, reports: 
     release_(final)
     mark_(final)
     return final
-
-
-def _fill(
-    final: Any,
-    skeleton: Skeleton,
-    factoring: Decomposition,
-    directory: Path,
-    max_shard_size: int | str,
-    progress: Callable[[str, int, int | None], object] | None,
-) -> None:
-    """Write the weights of the compressed model, one block of the dense one in memory at a time."""
-    count = len(skeleton.blocks)
-    with CheckpointWriter(final, directory, max_shard_size) as writer:
-        for name in skeleton.outside():  # one by one: embeddings and head can be larger than a block
-            if name in writer:
-                writer.write(name, skeleton.load_tensor(name))
-                skeleton.free_outside()
-        for index, (block, module) in enumerate(skeleton.blocks):
-            if progress is not None:
-                progress("write", index, count)
-            skeleton.load_block(index)
-            tensors = {f"{block}.{key}": value for key, value in module.state_dict().items()}
-            with unrolled(module):
-                tensors |= {f"{block}.{key}": value for key, value in module.state_dict().items()}
-                tensors |= factoring.factors(index)
-                for name, tensor in tensors.items():
-                    if name in writer:
-                        writer.write(name, tensor)
-            del tensors
-            skeleton.free_block(index)
-        if progress is not None:
-            progress("write", count, count)

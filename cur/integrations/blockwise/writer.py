@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -14,11 +14,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from cur.integrations.blockwise.shards import DTYPES
+from cur.integrations.blockwise.skeleton import Skeleton
+from cur.integrations.experts import unrolled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "fill"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PATTERN = "model{suffix}.safetensors"
@@ -116,6 +118,55 @@ class CheckpointWriter:
         file.truncate(8 + len(text) + end)
         for name in ordered:
             self._places[name] = (file, 8 + len(text) + starts[name])
+
+
+def fill(
+    final: Any,
+    skeleton: Skeleton,
+    directory: Path,
+    max_shard_size: int | str,
+    *,
+    replaced: Callable[[int], Mapping[str, torch.Tensor]],
+    progress: Callable[[str, int, int | None], object] | None = None,
+) -> None:
+    """Write the weight files of a model, one block of the one that it was made from in memory at a time.
+
+    Parameters
+    ----------
+    final : PreTrainedModel
+        On the meta device.
+    skeleton : Skeleton
+        Where everything comes from that is not replaced.
+    directory : Path
+        Where the files go.
+    max_shard_size : int or str
+        Largest size of one file.
+    replaced : callable
+        Returns, for the number of a block, tensors by name that are new or other than the skeleton's.
+    progress : callable, optional
+        Called as ``progress("write", done, total)``, in blocks.
+    """
+    count = len(skeleton.blocks)
+    with CheckpointWriter(final, directory, max_shard_size) as writer:
+        for name in skeleton.outside():  # one by one: embeddings and head can be larger than a block
+            if name in writer:
+                writer.write(name, skeleton.load_tensor(name))
+                skeleton.free_outside()
+        for index, (block, module) in enumerate(skeleton.blocks):
+            if progress is not None:
+                progress("write", index, count)
+            skeleton.load_block(index)
+            tensors = {f"{block}.{key}": value for key, value in module.state_dict().items()}
+            with unrolled(module):
+                tensors |= {f"{block}.{key}": value for key, value in module.state_dict().items()}
+                tensors |= replaced(index)
+                for name, tensor in tensors.items():
+                    if name in writer:
+                        writer.write(name, tensor)
+            del tensors
+            skeleton.free_block(index)
+        if progress is not None:
+            progress("write", count, count)
 
 
 # Of dtypes in safetensors files, from the last to the first.

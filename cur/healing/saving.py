@@ -1,0 +1,54 @@
+"""A healed checkpoint: that of the student with other cores, and what healing did."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cur.healing.report import HealingReport
+from cur.integrations._directory import new_directory
+from cur.integrations.checkpoint import PLAN, REPORT, save
+
+__all__ = ["save_healed"]
+
+
+def save_healed(
+    student: Any,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    report: HealingReport,
+    *,
+    source: Path,
+    log: Path,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    weights: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a healed model, whole or not at all; see :func:`~cur.integrations.save`.
+
+    Parameters
+    ----------
+    student : PreTrainedModel
+        With the cores that were found.
+    tokenizer : PreTrainedTokenizerBase
+        Saved beside it.
+    directory : path
+        What to create.
+    report : HealingReport
+        Written as ``healing.json``.
+    source : Path
+        The checkpoint that was healed; its plan and report stay true and are copied.
+    log : Path
+        Copied to ``healing.jsonl`` where it is there.
+    overwrite, max_shard_size, weights
+        As for :func:`~cur.integrations.save`.
+    """
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        save(student, tokenizer, scratch, overwrite=True, max_shard_size=max_shard_size, weights=weights)
+        report.save(scratch / "healing.json")
+        for file, name in ((source / PLAN, PLAN), (source / REPORT, REPORT), (log, "healing.jsonl")):
+            if file.exists():
+                shutil.copyfile(file, scratch / name)
