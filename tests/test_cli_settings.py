@@ -14,6 +14,7 @@ def config(**given: Any) -> CompressConfig | BudgetConfig:
     return compress_config(
         method=given.pop("method", None),
         budget={name: given.pop(name, None) for name in ("keep", "parameters")},
+        allocation=given.pop("allocation", "loss"),
         gradients=given.pop("gradients", True),
         own_text=given.pop("own_text", True),
         correction=given.pop("correction", 0.5),
@@ -31,6 +32,8 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     assert config(keep=0.8) == BudgetConfig(keep=0.8, method="best", targets="all-linear")
     assert config(parameters=10**6) == BudgetConfig(parameters=10**6)
     assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
+    d_rank = config(keep=0.8, allocation="d-rank", gradients=False)
+    assert d_rank == BudgetConfig(keep=0.8, allocation="d-rank", gradients=False)
     assert config(keep=0.8, own_text=False) == BudgetConfig(keep=0.8, own_text=False)
     assert config(keep=0.8, correction=0.2) == BudgetConfig(keep=0.8, correction=0.2)
 
@@ -43,6 +46,8 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
         ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),
+        ({"allocation": "d-rank"}, "--allocation d-rank needs a budget to share"),
+        ({"keep": 0.5, "allocation": "d-rank"}, "--allocation d-rank is for --method best with --no-gradients"),
         ({"keep": 1.5}, "`keep` must be between 0 and 1"),
     ],
 )

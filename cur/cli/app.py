@@ -65,6 +65,7 @@ def compress(
     target_parameters: o.TargetParameters = None,
     target_size: o.TargetSize = None,
     method: o.Method = None,
+    allocation: o.Allocation = "loss",
     neurons: o.Neurons = True,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
@@ -111,6 +112,7 @@ def compress(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
+        allocation=allocation,
         neurons=neurons,
         gradients=gradients,
         own_text=own_text,
@@ -166,6 +168,7 @@ def plan(
     target_parameters: o.TargetParameters = None,
     target_size: o.TargetSize = None,
     method: o.Method = None,
+    allocation: o.Allocation = "loss",
     neurons: o.Neurons = True,
     gradients: o.Gradients = True,
     own_text: o.OwnText = True,
@@ -198,6 +201,7 @@ def plan(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
+        allocation=allocation,
         neurons=neurons,
         gradients=gradients,
         own_text=own_text,

@@ -90,6 +90,13 @@ Gradients = Annotated[
     bool,
     typer.Option(help="Whether gradients say how much each output matters; costs memory and time. For a budget."),
 ]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        help="How layers share a budget: loss (least predicted loss), or d-rank (by effective ranks; with "
+        "--no-gradients)."
+    ),
+]
 Neurons = Annotated[
     bool,
     typer.Option(

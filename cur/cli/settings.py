@@ -18,6 +18,7 @@ def compress_config(
     *,
     method: str | None,
     budget: Mapping[str, Any],
+    allocation: str = "loss",
     neurons: bool = True,
     gradients: bool = True,
     own_text: bool = True,
@@ -33,6 +34,7 @@ def compress_config(
         A method of a budget, or "paper"; by default what the other options call for.
     budget : mapping
         ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
+    allocation : str
     neurons, gradients, own_text : bool
     correction : float
         For a budget.
@@ -63,9 +65,13 @@ def compress_config(
     if method == PAPER:
         if asked:
             raise ValueError("--method paper has no budget; give --rank and --layers instead, or --method best")
+        if allocation != "loss":
+            raise ValueError(f"--allocation {allocation} needs a budget to share: give --keep, for instance --keep 0.8")
         return CompressConfig(**own, **shared)
     if not asked:
         raise ValueError(f"--method {method} needs a budget: give --keep, for instance --keep 0.8")
+    if allocation == "d-rank" and (gradients or method != "best"):
+        raise ValueError(f"--allocation d-rank is for --method best with --no-gradients, got --method {method}")
     if own:
         names = ", ".join("--for" if name == "purpose" else f"--{name.replace('_', '-')}" for name in own)
         raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
@@ -73,6 +79,7 @@ def compress_config(
         **asked,
         **shared,
         method=method,
+        allocation=allocation,
         neurons=neurons,
         gradients=gradients,
         own_text=own_text,

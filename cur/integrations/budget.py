@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cur import ranks
 from cur.integrations.disk import ByteCosts
+from cur.integrations.dynamic import by_effective_rank
 from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
@@ -25,10 +26,13 @@ from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["METHODS", "BudgetConfig", "LayerCurve", "error_curves", "joint_curves", "plan_budget"]
+__all__ = ["ALLOCATIONS", "METHODS", "BudgetConfig", "LayerCurve", "error_curves", "joint_curves", "plan_budget"]
 
 METHODS = {"best": "weighted", "rows": "rows"}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.METHODS`."""
+
+ALLOCATIONS = ("loss", "d-rank")
+"""How layers share a budget: so that the sum of what they are predicted to cost is least; by their effective ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +52,13 @@ class BudgetConfig:
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
         rows and coefficients, in ``r (m + n - r)`` numbers.
+    allocation : {"loss", "d-rank"}, default "loss"
+        How layers share the budget: ``"loss"``, so that the sum of what they are predicted to cost is least;
+        ``"d-rank"``, ranks in proportion to ``sqrt(effective rank / (m + n))`` (arXiv 2509.25622), for the method
+        "best" without `gradients`.
     neurons : bool, default True
         Whether layers may give up neurons between them together, where that costs less than a lower rank of each. For
-        the method "best".
+        the method "best" and the allocation "loss".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
@@ -80,6 +88,7 @@ class BudgetConfig:
     parameters: int | None = None
     size: int | None = None
     method: str = "best"
+    allocation: str = "loss"
     neurons: bool = True
     gradients: bool = True
     own_text: bool = True
@@ -110,6 +119,13 @@ class BudgetConfig:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
+        if self.allocation == "d-rank" and (self.gradients or self.method != "best"):
+            raise ValueError(
+                "`allocation` 'd-rank' is for the method 'best' without `gradients`, got "
+                f"method={self.method!r} and gradients={self.gradients!r}"
+            )
         if not 0.0 <= self.correction <= 1.0:
             raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         if not self.damping >= 0:
@@ -150,6 +166,10 @@ class LayerCurve:
         rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(squares) - 1) + 1)
         costs = np.append(rank * (m + n - rank), m * n)
         return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
+
+    def effective_rank(self) -> float:
+        """Return the exponential of the entropy of the squared singular values; for a curve without gradients."""
+        return ranks.effective_rank(np.maximum(-np.diff(self.errors, prepend=1.0), 0.0))
 
 
 def error_curves(
@@ -196,7 +216,7 @@ def joint_curves(
 
     The complement of :func:`error_curves`, under the same conditions.
     """
-    if not config.neurons or config.method != "best":
+    if not config.neurons or config.method != "best" or config.allocation != "loss":
         return []
     return neuron_curves(model, Moments(statistics), names, gradients=config.gradients, damping=config.damping)
 
@@ -248,7 +268,11 @@ def plan_budget(
         budget = _size_budget(config.size, on_disk, least=least)
     else:
         budget = _budget(config, targeted, whole, least=least)
-    chosen = ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
+    if config.allocation == "d-rank":
+        effective, shapes = [curve.effective_rank() for curve in curves], [curve.shape for curve in curves]
+        chosen = by_effective_rank(effective, shapes, [option.costs for option in options], budget)
+    else:
+        chosen = ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
     made = {
         entry.name: entry
         for option, number in zip(options, chosen, strict=True)
