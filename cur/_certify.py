@@ -237,7 +237,7 @@ def _projection(
             lost: tuple[float | None, float | None] = (found.sigma_next(kc), found.sigma_next(kr))
         else:
             lost = (found.tail(kc), found.tail(kr))
-    elif problem.total is None:
+    elif problem.total is None or not problem.bounds:
         return None
     else:
         squares = problem.total**2

@@ -54,6 +54,8 @@ class Problem:
     row_weight, column_weight : Weight or None
     total : float or None
         ``||B||_F``; None for an operator.
+    bounds : bool
+        Whether bounds that take products of their own are wanted.
     """
 
     A: Array
@@ -62,6 +64,7 @@ class Problem:
     row_weight: Weight | None
     column_weight: Weight | None
     total: float | None
+    bounds: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -88,6 +88,7 @@ def cur(
     norm: Literal["fro", 2] = "fro",
     power_iterations: int = 0,
     failure_probability: float = 1e-6,
+    bounds: bool = True,
     rng: np.random.Generator | int | None = 0,
 ) -> CUR:
     """Factor a matrix into its own columns and rows, ``A ~ C U R``, with a certificate.
@@ -128,6 +129,9 @@ def cur(
     failure_probability : float, default 1e-6
         Of certificates by sketches, which only operators and very large sparse matrices get; with `tol`, of the whole
         search.
+    bounds : bool, default True
+        Whether the certificate has (B1) also where that takes two products of its own, with `importance`. The error
+        itself is certified in any case.
     rng : Generator, int or None, default 0
         Seed; the same seed chooses the same indices in every library, up to rounding. None draws fresh entropy.
 
@@ -156,6 +160,7 @@ def cur(
     scale = safe_scale(problem.A, problem.total)
     if scale != 1.0:
         problem = prepare(scaled(problem.A, 1 / scale), importance, row_weights, column_weights)
+    problem = replace(problem, bounds=bounds)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     link = link or ("weighted" if problem.weighted else "optimal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -312,3 +313,12 @@ def test_dask_arrays_are_never_computed_as_a_whole(select, rng):
 
 def test_every_kind_of_matrix_is_named_in_the_backends():
     assert {"numpy", "torch", "jax", "array-api-strict", "dask", "sparse", "operator", "cupy"} <= set(BACKENDS)
+
+
+def test_the_bound_that_takes_products_can_be_left_out(rng):
+    A = rng.standard_normal((30, 20))
+    with_it, without = (cur.cur(A, rank=5, importance=np.abs(A), bounds=bounds).certificate for bounds in (True, False))
+    assert with_it.projection >= with_it.value
+    assert without == replace(with_it, projection=None)
+    # Where it costs nothing it is there.
+    assert cur.cur(A, rank=5, bounds=False).certificate == cur.cur(A, rank=5).certificate

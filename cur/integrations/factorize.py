@@ -177,6 +177,7 @@ def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) 
             importance=guide(W, entry, moments),
             column_weights=link_weights(W, entry, moments),
             subspace=entry.subspace,
+            bounds=entry.subspace == "exact",  # in large layers products are what takes time
             rng=seed,
         )
     return _Done(factors, factors.certificate, factors.rows, factors.columns)
