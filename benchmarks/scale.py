@@ -39,6 +39,8 @@ WIDTHS = (512, 1024, 2048)
 DEVICE = 400e12
 """Operations per second of one accelerator, for the extrapolation: taken, not measured; less than half of what H100
 promise in bfloat16."""
+HELD = 80
+"""Gigabytes of memory of such an accelerator."""
 SHOWN_EVERY = 20.0
 
 
@@ -236,7 +238,6 @@ def extrapolated(measured: dict[str, Any]) -> list[dict[str, Any]]:
         blocks = shape["depth"] * block_parameters(shape)
         numbers = blocks + 2 * shape["vocabulary"] * shape["hidden"]
         work = 2 * blocks * tokens
-        on_one = work / DEVICE
         rows.append(
             {
                 "shape": "Llama" + name.removeprefix("llama").upper(),
@@ -250,8 +251,8 @@ def extrapolated(measured: dict[str, Any]) -> list[dict[str, Any]]:
                     measured["seconds"]["factorizations alone"] * area[name] / area["base"] / 60, 1
                 ),
                 "copy here, h": round(measured["seconds"]["write"] * numbers / measured["parameters"] / 3600, 2),
-                "calibration on one GPU, h": round(on_one / 3600, 2),
-                "GPUs for one hour": math.ceil(on_one / 3600),
+                "calibration on one GPU, min": round(work / DEVICE / 60, 2),
+                "GPUs that hold the weights": math.ceil(2e-9 * numbers / HELD),
             }
         )
     return rows
