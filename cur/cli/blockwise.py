@@ -24,6 +24,7 @@ from cur.integrations.blockwise import (
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.config import CompressConfig
 from cur.integrations.evaluate import Perplexity
+from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport
 
 __all__ = ["block_by_block", "compress_by_blocks", "evaluate_by_blocks", "place"]
@@ -69,18 +70,28 @@ def block_by_block(model: str | None, asked: bool | None, dtype: torch.dtype) ->
 def compress_by_blocks(
     model: str,
     out: Path,
-    config: CompressConfig | BudgetConfig,
+    config: CompressConfig | BudgetConfig | Plan,
     *,
     read: Callable[[Any], torch.Tensor],
+    held_out: Callable[[Any], torch.Tensor] | None,
+    stats: Path | None,
     dtype: torch.dtype,
     device: str,
     overwrite: bool,
 ) -> CompressionReport:
-    """Compress a checkpoint into another; `read` turns a tokenizer into calibration windows."""
+    """Compress a checkpoint into another; `read` and `held_out` turn a tokenizer into windows."""
     with _watched() as watch:
         skeleton = _open(model, dtype, device)
-        windows = read(skeleton.tokenizer)
-        return compress_blockwise(skeleton, windows, out, config, overwrite=overwrite, progress=watch)
+        return compress_blockwise(
+            skeleton,
+            read(skeleton.tokenizer),
+            out,
+            config,
+            statistics=stats,
+            held_out=None if held_out is None else held_out(skeleton.tokenizer),
+            overwrite=overwrite,
+            progress=watch,
+        )
 
 
 def evaluate_by_blocks(

@@ -109,16 +109,22 @@ def run_compress(
     """Run `cur compress`, by a configuration or by the plan in a file."""
     check_target(out, overwrite=overwrite)
     kind, where = _dtype(dtype), place(device)
+    asked = Plan.load(how) if isinstance(how, Path) else how
     if block_by_block(model, low_memory, kind):
-        if isinstance(how, Path) or source.stats is not None or held_out is not None:
-            raise ValueError("--plan, --stats and --held-out need the model in memory: leave them out, or --low-memory")
         report = compress_by_blocks(
-            str(model), out, how, read=source.read, dtype=kind, device=device, overwrite=overwrite
+            str(model),
+            out,
+            asked,
+            read=source.read,
+            held_out=None if held_out is None else held_out.read,
+            stats=source.stats,
+            dtype=kind,
+            device=device,
+            overwrite=overwrite,
         )
         if Team().leads:
             _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
         return
-    asked = Plan.load(how) if isinstance(how, Path) else how
     clock = Clock()
     perplexities: dict[str, float] = {}
     with bars() as bar:

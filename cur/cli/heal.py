@@ -14,6 +14,8 @@ from cur.cli import options as o
 from cur.cli._run import Bars, bars, guarded, note, output
 
 if TYPE_CHECKING:
+    import torch
+
     from cur.healing import HealingConfig, HealingReport, Status
 
 __all__ = ["heal", "show_status"]
@@ -41,9 +43,12 @@ def heal(
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
     scope: Annotated[
-        str,
-        typer.Option(help="model (one loss through the whole network) or block (each block by itself; less memory)."),
-    ] = "model",
+        str | None,
+        typer.Option(
+            help="model (one loss through the whole network) or block (each block by itself; less memory).",
+            show_default="model, block with --low-memory",
+        ),
+    ] = None,
     closed_form: Annotated[bool, typer.Option(help="Whether least squares come first.")] = True,
     kl: Annotated[
         float | None,
@@ -81,6 +86,15 @@ def heal(
         typer.Option(help="Directory that keeps what the teacher says, for other runs on the same text."),
     ] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Directory of TensorBoard events.")] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--low-memory/--in-memory",
+            help="Whether student and teacher pass through memory block by block, which leaves out gradients of the "
+            "whole model; for safetensors files.",
+            show_default="if the teacher does not fit",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
@@ -90,14 +104,33 @@ def heal(
     First the best U for the text are found by least squares, then gradient steps refine them. Rows and columns stay as
     they are. Run the same command again after an interruption: it continues where it was.
     """
-    from cur.healing import HealingConfig, Objectives
+    import torch
 
-    by_blocks = scope == "block"
+    from cur.cli.blockwise import block_by_block
+    from cur.healing import HealingConfig, Objectives
+    from cur.integrations.checkpoint import check_target
+    from cur.integrations.inspect import summarize
+
+    check_target(out, overwrite=overwrite)
+    summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
+    dtype = getattr(torch, str(stored or "float32"))
+    dense = _teacher(directory, teacher)
+    # Whoever asks for a loss through the whole network wants the whole network.
+    if low_memory and dense is None:
+        raise ValueError("--low-memory reads safetensors checkpoints; name that of the dense model with --teacher")
+    low = block_by_block(dense, False if low_memory is None and scope == "model" else low_memory, dtype)
+    if low and scope == "model":
+        raise ValueError("--low-memory heals block by block; leave out --scope model")
+    if low and (state is not None or cache is not None):
+        raise ValueError("--state and --cache are not for --low-memory, which keeps its state beside the output")
+    by_blocks = low or scope == "block"
+    fixed: dict[str, Any] = {"metric_windows": 0} if low else {}
     config = HealingConfig(
         steps=steps,
         batch_size=batch_size,
         accumulate=accumulate,
-        scope=scope,
+        scope=scope or ("block" if low else "model"),
         closed_form=closed_form,
         objectives=Objectives(
             kl=(0.0 if by_blocks else 1.0) if kl is None else kl,
@@ -116,94 +149,112 @@ def heal(
         save_every=save_every,
         workers=workers,
         seed=seed,
+        **fixed,
     )
-    _heal(
-        directory,
-        out,
-        config,
-        teacher=teacher,
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        windows=windows,
-        window_length=window_length,
-        state=state,
-        cache=cache,
-        tensorboard=tensorboard,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
-
-
-def _heal(
-    directory: Path,
-    out: Path,
-    config: HealingConfig,
-    *,
-    teacher: str | None,
-    text: Path | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    windows: int | None,
-    window_length: int,
-    state: Path | None,
-    cache: Path | None,
-    tensorboard: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    import torch
-
-    from cur.cli.commands import Source
-    from cur.healing import heal as heal_
-    from cur.healing import load_student
-    from cur.integrations.checkpoint import check_target
-    from cur.integrations.inspect import summarize
-    from cur.integrations.models import load_model
-    from cur.integrations.text import embedded_text, read_text, token_windows
-
-    check_target(out, overwrite=overwrite)
-    summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    source = Source(
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        windows=windows or 512,
-        length=window_length,
-        stats=None,
-    )
-    kept = out.with_name(f"{out.name}.healing") if state is None else state
-    with bars() as bar:
-        with bar.busy("Loading the models"):
-            dense = load_model(_teacher(directory, teacher), dtype=getattr(torch, str(stored or "float32")))
-            student = load_student(directory, dense.model)
-            if windows is None and dataset is None:
-                whole = embedded_text("calibrate") if text is None else read_text(text)
-                samples = token_windows(
-                    dense.tokenizer, whole, length=window_length, name=str(text or "the embedded text")
-                )
-            else:
-                samples = source.read(dense.tokenizer)
-        report = heal_(
-            student,
-            dense.model,
-            samples,
-            config,
-            state=kept,
-            cache=cache,
-            tensorboard=tensorboard,
-            progress=show_status(bar),
-        )
-        with bar.busy("Saving"):
-            _save(student, dense.tokenizer, directory, out, report, kept, overwrite=overwrite)
-    if state is None:
-        shutil.rmtree(kept, ignore_errors=True)
+    read = _reader(text, dataset, dataset_config, windows, window_length)
+    options: dict[str, Any] = {"dtype": dtype, "read": read, "tensorboard": tensorboard, "overwrite": overwrite}
+    if low:
+        report = _heal_by_blocks(directory, str(dense), out, config, **options)
+    else:
+        kept = out.with_name(f"{out.name}.healing") if state is None else state
+        report = _heal_in_memory(directory, dense, out, config, state=kept, cache=cache, **options)
+        if state is None:
+            shutil.rmtree(kept, ignore_errors=True)
     if as_json:
         print(json.dumps({"directory": str(out.absolute()), **report.to_dict()}))
         return
     output.print(f"{report}.")
     note.print(f"Saved to {out}. Next: cur evaluate {out}")
+
+
+def _reader(
+    text: Path | None, dataset: str | None, dataset_config: str | None, windows: int | None, length: int
+) -> Callable[[Any], torch.Tensor]:
+    """Return what turns a tokenizer into windows."""
+    from cur.cli.commands import Source
+    from cur.integrations.text import embedded_text, read_text, token_windows
+
+    source = Source(
+        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows or 512, length=length, stats=None
+    )
+
+    def read(tokenizer: Any) -> torch.Tensor:
+        if windows is not None or dataset is not None:
+            return source.read(tokenizer)
+        whole = embedded_text("calibrate") if text is None else read_text(text)
+        return token_windows(tokenizer, whole, length=length, name=str(text or "the embedded text"))
+
+    return read
+
+
+def _heal_in_memory(
+    directory: Path,
+    teacher: str | None,
+    out: Path,
+    config: HealingConfig,
+    *,
+    dtype: torch.dtype,
+    read: Callable[[Any], torch.Tensor],
+    state: Path,
+    cache: Path | None,
+    tensorboard: Path | None,
+    overwrite: bool,
+) -> HealingReport:
+    from cur.healing import heal as heal_
+    from cur.healing import load_student, save_healed
+    from cur.healing.heal import LOG
+    from cur.integrations.models import load_model
+
+    with bars() as bar:
+        with bar.busy("Loading the models"):
+            dense = load_model(teacher, dtype=dtype)
+            student = load_student(directory, dense.model)
+            samples = read(dense.tokenizer)
+        report = heal_(
+            student,
+            dense.model,
+            samples,
+            config,
+            state=state,
+            cache=cache,
+            tensorboard=tensorboard,
+            progress=show_status(bar),
+        )
+        with bar.busy("Saving"):
+            save_healed(student, dense.tokenizer, out, report, source=directory, log=state / LOG, overwrite=overwrite)
+    return report
+
+
+def _heal_by_blocks(
+    directory: Path,
+    teacher: str,
+    out: Path,
+    config: HealingConfig,
+    *,
+    dtype: torch.dtype,
+    read: Callable[[Any], torch.Tensor],
+    tensorboard: Path | None,
+    overwrite: bool,
+) -> HealingReport:
+    from cur.healing import heal_blockwise
+    from cur.integrations.blockwise import Team, load_skeleton
+
+    if Team().size > 1:
+        raise ValueError("`cur heal` runs in one process; start it without torchrun")
+    with bars() as bar:
+        with bar.busy("Opening the models"):
+            student, dense = load_skeleton(directory, dtype=dtype), load_skeleton(teacher, dtype=dtype)
+            samples = read(dense.tokenizer)
+        return heal_blockwise(
+            student,
+            dense,
+            samples,
+            out,
+            config,
+            overwrite=overwrite,
+            tensorboard=tensorboard,
+            progress=show_status(bar),
+        )
 
 
 def _teacher(directory: Path, given: str | None) -> str | None:
@@ -220,25 +271,6 @@ def _teacher(directory: Path, given: str | None) -> str | None:
         raise ValueError(f"{directory} does not say which model it was made from; name it with --teacher")
     # The default model may be there as an installed file, which needs no hub.
     return None if name == DEFAULT_MODEL else name
-
-
-def _save(
-    student: Any, tokenizer: Any, directory: Path, out: Path, report: HealingReport, state: Path, *, overwrite: bool
-) -> None:
-    from cur.healing.heal import LOG
-    from cur.integrations._directory import new_directory
-    from cur.integrations.checkpoint import PLAN, REPORT, save
-
-    with new_directory(out, overwrite=overwrite) as scratch:
-        save(student, tokenizer, scratch, overwrite=True)
-        report.save(scratch / "healing.json")
-        for source, target in (
-            (directory / PLAN, PLAN),
-            (directory / REPORT, REPORT),
-            (state / LOG, "healing.jsonl"),
-        ):
-            if source.exists():
-                shutil.copyfile(source, scratch / target)
 
 
 def show_status(bar: Bars) -> Callable[[Status], None]:

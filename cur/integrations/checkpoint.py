@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from cur._atomic import replace_file
 from cur.integrations._directory import check_target, new_directory
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
@@ -90,9 +91,6 @@ def save(
     OSError
         If the disk is full.
     """
-    from cur.integrations.card import model_card
-    from cur.integrations.page import can_draw, report_page
-
     if not compressed_modules(model):
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
     mark_(model)
@@ -106,13 +104,26 @@ def save(
         _rename_weights(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        if report is not None:
-            report.plan.save(scratch / PLAN)
-            report.save(scratch / REPORT)
-            if can_draw():
-                (scratch / PAGE).write_text(report_page(report), encoding="utf-8")
-        (scratch / "README.md").write_text(model_card(model, report), encoding="utf-8")
+        describe(model, scratch, report)
     return Path(directory).expanduser().absolute()
+
+
+def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:
+    """Write what is said beside the weights: plan, report, page and model card, each whole or not at all."""
+    from cur.integrations.card import model_card
+    from cur.integrations.page import can_draw, report_page
+
+    if report is not None:
+        report.plan.save(directory / PLAN)
+        report.save(directory / REPORT)
+        if can_draw():
+            _write(directory / PAGE, report_page(report))
+    _write(directory / "README.md", model_card(model, report))
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as stream:
+        stream.write(text.encode())
 
 
 def dense_export(

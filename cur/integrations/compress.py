@@ -272,13 +272,12 @@ def measure_plan(
         If the plan was made for another model.
     """
     plan.check(model)
-    full = any(entry.method != "cur" or "covariance" in (entry.importance, entry.link) for entry in plan.entries)
     with unrolled(model):
         return _collect(
             model,
             given,
             [entry.name for entry in plan.entries],
-            full=full,
+            full=plan.needs_moments,
             gradients=any(entry.gradients for entry in plan.entries),
             seed=plan.seed,
             progress=progress,

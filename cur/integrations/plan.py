@@ -281,6 +281,11 @@ class Plan:
     def _share(self, whole: int | None) -> float | None:
         return None if not whole else 1.0 - (self.dense_parameters - self.parameters) / whole
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether full second moments of inputs are needed to carry it out."""
+        return any(entry.method != "cur" or "covariance" in (entry.importance, entry.link) for entry in self.entries)
+
     def check(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this architecture and these shapes.
 

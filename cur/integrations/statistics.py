@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,8 @@ __all__ = ["Statistics", "by_stack"]
 
 _FORMAT = "cur-statistics"
 _FORMAT_VERSION = 1
-_KINDS = ("square_sums", "products", "output_products")
+_SUMS = "square_sums"
+_KINDS = (_SUMS, "products", "output_products")
 
 
 def _versions() -> dict[str, str]:
@@ -113,7 +115,13 @@ class Statistics:
         first = corner = 0
         for names in by_stack(self.layers):
             for index in range(len(names) - span + 1):
-                found[first + index] = float(self.angles[corner + index, corner + index + span])
+                angle = float(self.angles[corner + index, corner + index + span])
+                if math.isnan(angle):
+                    raise ValueError(
+                        f"the statistics hold no angles over {span} blocks: they were measured block by block, between "
+                        "neighbours alone; collect them in memory, or pass `span=1`"
+                    )
+                found[first + index] = angle
             first += len(names)
             corner += len(names) + 1
         return found
@@ -177,6 +185,20 @@ class Statistics:
                     tensors[f"{kind}/{name}"] = tensor.contiguous()
         if self.angles is not None:
             tensors["angles"] = self.angles
+        path = Path(path).expanduser()
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            try:
+                save_file(tensors, temporary, metadata=self.metadata(shared))
+            except SafetensorError as error:
+                raise OSError(f"the statistics could not be written to {str(path)!r}: {error}") from error
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def metadata(self, shared: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Return the header of a file of statistics; `shared` says by kind under which name a tensor is stored."""
         facts = {
             "tokens": self.tokens,
             "samples": self.samples,
@@ -188,22 +210,20 @@ class Statistics:
             "versions": dict(self.versions),
             "shared": shared,
         }
-        metadata = {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), "facts": json.dumps(facts)}
-        path = Path(path).expanduser()
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise OSError(f"the statistics could not be written to {str(path)!r}: {error}") from error
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        return {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), "facts": json.dumps(facts)}
 
     @classmethod
-    def load(cls, path: str | Path, /) -> Statistics:
+    def load(cls, path: str | Path, /, *, modules: Collection[str] | None = None, moments: bool = True) -> Statistics:
         """Read what :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        modules : collection of str, optional
+            Read only what is there of these. Default: everything.
+        moments : bool, default True
+            Whether full second moments are read where they are there.
 
         Raises
         ------
@@ -222,12 +242,20 @@ class Statistics:
                         f"to {_FORMAT_VERSION}; upgrade it: pip install -U cur-decomposition"
                     )
                 facts = json.loads(metadata["facts"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                shared: dict[str, dict[str, str]] = {
+                    kind: {
+                        name: owner
+                        for name, owner in (facts["shared"][kind] if moments or kind == _SUMS else {}).items()
+                        if modules is None or name in modules
+                    }
+                    for kind in _KINDS
+                }
+                wanted = {f"{kind}/{owner}" for kind in _KINDS for owner in shared[kind].values()}
+                tensors = {key: file.get_tensor(key) for key in wanted | ({"angles"} & set(file.keys()))}
         except FileNotFoundError:
             raise ValueError(f"statistics file {str(path)!r} does not exist") from None
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}") from error
-        shared: dict[str, dict[str, str]] = facts["shared"]
         parts: dict[str, dict[str, torch.Tensor]] = {
             kind: {name: tensors[f"{kind}/{owner}"] for name, owner in shared[kind].items()} for kind in _KINDS
         }

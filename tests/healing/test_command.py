@@ -77,6 +77,31 @@ def test_by_blocks(places: dict[str, Path], tmp_path: Path) -> None:
     assert (tmp_path / "state" / "log.jsonl").exists()
 
 
+def test_low_memory(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [places["small"], "--teacher", places["dense"], "--text", places["text.txt"], *QUICK, "--json"]
+    done = cur("heal", *given, "--out", tmp_path / "asked", "--low-memory")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["config"]["scope"], report["config"]["metric_windows"]) == ("block", 0)
+    assert report["curve"][-1]["loss"] < report["before"]["loss"]
+    # A machine on which nothing fits: the choice is made by itself.
+    monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda: 1000)
+    done = cur("heal", *given, "--out", tmp_path / "chosen")
+    assert done.exit_code == 0, done.stderr
+    weights = [(tmp_path / name / "cur_model.safetensors").read_bytes() for name in ("asked", "chosen")]
+    assert weights[0] == weights[1]
+    for more, message in (
+        (["--scope", "model"], "--low-memory heals block by block; leave out --scope model"),
+        (["--state", tmp_path / "state"], "--state and --cache are not for --low-memory"),
+        (["--workers", "2"], "`workers` must be 1"),
+    ):
+        done = cur("heal", *given, "--out", tmp_path / "out", "--low-memory", *more)
+        assert done.exit_code == 2
+        assert message in " ".join(done.stderr.split())
+    names = {path.name for path in (tmp_path / "asked").iterdir()}
+    assert {"healing.json", "healing.jsonl", "plan.json", "report.json", "tokenizer.json"} <= names
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from cur.integrations._forward import Masks, Seen, body, model_inputs
+from cur.integrations._forward import Masks, Seen, body, evaluating, model_inputs, run
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.team import Team
 from cur.integrations.blockwise.tunnel import Tunnel
+from cur.integrations.blockwise.writer import TensorFile
 from cur.integrations.calibration import collect
 from cur.integrations.statistics import Statistics, by_stack
 
@@ -39,6 +43,9 @@ class Calibration:
         The processes.
     full : bool
         Whether full second moments are gathered.
+    stored : Path, optional
+        A file of statistics that stand for what would be measured; then only the first batch is run, on which the
+        change of each layer's output is measured.
 
     Attributes
     ----------
@@ -55,6 +62,7 @@ class Calibration:
         journal: Journal,
         team: Team,
         full: bool,
+        stored: Path | None = None,
     ) -> None:
         if len(given) < team.size:
             raise ValueError(
@@ -67,6 +75,8 @@ class Calibration:
         self.journal = journal
         self.team = team
         self.full = full
+        self.stored = stored
+        self.running = self.given if stored is None else self.given[:1]
         self.states = States(journal.directory / "states", skeleton.device)
         self.tunnel = Tunnel(skeleton, self.states)
         self.earlier = 0.0
@@ -74,6 +84,9 @@ class Calibration:
 
     def of_block(self, index: int) -> Statistics:
         """Return the statistics of one block, as they were stored."""
+        if self.stored is not None:
+            inside = f"{self.skeleton.blocks[index][0]}."
+            return Statistics.load(self.stored, modules=[name for name in self.names if name.startswith(inside)])
         return Statistics.load(self._file(index))
 
     def run(self, progress: Callable[[int, int | None], object] | None = None) -> Statistics:
@@ -84,7 +97,7 @@ class Calibration:
         Statistics
             Of all blocks, without second moments, which :meth:`of_block` has.
         """
-        own = self.team.share(self.given)
+        own = self.team.share(self.running)
         count = len(self.skeleton.blocks)
         spent = self.team.agree(self._finished())
         # The states of another number of processes, or of a run that was killed, may be incomplete.
@@ -99,7 +112,35 @@ class Calibration:
             for index in range(first, count):
                 self._measure(index, own, progress)
         self.skeleton.free_outside()
-        return self._merged()
+        return self._merged() if self.stored is None else Statistics.load(self.stored, moments=False)
+
+    def save(self, path: Path) -> None:
+        """Write the statistics of all blocks into one file, as :meth:`Statistics.save` does, block by block."""
+        whole = self._merged()
+        shared: dict[str, dict[str, str]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for index in range(len(self.skeleton.blocks)):
+            with safe_open(self._file(index), framework="pt") as part:
+                for kind, owners in json.loads(part.metadata()["facts"])["shared"].items():
+                    shared.setdefault(kind, {}).update(owners)
+                for key in set(part.keys()) - {"angles"}:
+                    shape = part.get_slice(key).get_shape()
+                    tensors[key] = torch.empty(shape, dtype=torch.float64, device="meta")
+        if whole.angles is not None:
+            tensors["angles"] = whole.angles
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            file = TensorFile(scratch, tensors, whole.metadata(shared))
+            for index in range(len(self.skeleton.blocks)):
+                with safe_open(self._file(index), framework="pt") as part:
+                    for key in set(part.keys()) - {"angles"}:
+                        file.write(key, part.get_tensor(key))
+            if whole.angles is not None:
+                file.write("angles", whole.angles)
+            file.close()
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def _finished(self) -> list[float]:
         """Return the seconds of all blocks, from the first on, whose statistics are there."""
@@ -122,9 +163,9 @@ class Calibration:
 
     def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
         name = self.skeleton.blocks[index][0]
-        before = index * len(self.given)
-        whole = len(self.skeleton.blocks) * len(self.given)
-        each = len(self.given) / len(own)
+        before = index * len(self.running)
+        whole = len(self.skeleton.blocks) * len(self.running)
+        each = len(self.running) / max(len(own), 1)
         begin = time.perf_counter()
         done = 0
 
@@ -137,25 +178,34 @@ class Calibration:
         self.skeleton.load_block(index)
         self.tunnel.active, self.tunnel.recording = index, True
         try:
-            statistics = collect(
-                self.skeleton.model,
-                own,
-                modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
-                moments="full" if self.full else "diagonal",
-                layers=[name],
-                progress=step,
-            )
+            if self.stored is None:
+                statistics = collect(
+                    self.skeleton.model,
+                    own,
+                    modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
+                    moments="full" if self.full else "diagonal",
+                    layers=[name],
+                    progress=step,
+                )
+            else:
+                with evaluating(self.skeleton.model):
+                    for batch in own:
+                        run(self._inputs, model_inputs(self._inputs, batch))
+                        step()
         finally:
             self.tunnel.recording = False
         self.skeleton.free_block(index)
         if index == 0:
             self.skeleton.free_embeddings()
-        statistics = self.team.reduce(statistics)
+        files = []
+        if self.stored is None:
+            statistics = self.team.reduce(statistics)
+            files.append(self._file(index))
         if self.team.leads:
-            file = self._file(index)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
-            self.journal.finish(_step(index), [file], seconds=time.perf_counter() - begin)
+            for file in files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
+            self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin)
         self.team.agree(True)  # nobody removes what a run that is killed now would need
         if index not in self.skeleton.starts and self.team.leads:
             # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:

@@ -41,7 +41,7 @@ class Decomposition:
         Run, with its journal and processes.
     statistics : Statistics
         What it returned.
-    config : CompressConfig or BudgetConfig
+    config : CompressConfig, BudgetConfig or Plan
         What is wanted.
     progress : callable, optional
         As for :func:`~cur.integrations.compress`.
@@ -56,7 +56,7 @@ class Decomposition:
         self,
         calibration: Calibration,
         statistics: Statistics,
-        config: CompressConfig | BudgetConfig,
+        config: CompressConfig | BudgetConfig | Plan,
         progress: Progress | None = None,
     ) -> None:
         self.calibration = calibration
@@ -78,6 +78,8 @@ class Decomposition:
             That of the whole model, the same in all processes.
         """
         config = self.config
+        if isinstance(config, Plan):
+            return config
         with unrolled(self.model):
             if isinstance(config, BudgetConfig):
                 names = self.calibration.names

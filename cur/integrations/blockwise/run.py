@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,30 @@ from torch import Tensor
 from cur.integrations._directory import check_target
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
-from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.skeleton import Skeleton
+from cur.integrations.blockwise.journal import Journal, digest_of
+from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
 from cur.integrations.blockwise.team import Team
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.budget import BudgetConfig
-from cur.integrations.checkpoint import save
+from cur.integrations.checkpoint import describe, save
 from cur.integrations.compress import Clock, as_batches, as_done
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.nn import swap_
+from cur.integrations.plan import Plan
 from cur.integrations.planning import candidates
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
+from cur.integrations.statistics import Statistics
 
 __all__ = ["compress_blockwise"]
+
+# Windows in a forward pass where a plan has decided everything else.
+_PLAN_BATCH = 4
+
+# The step of the journal that says that the statistics are in the file that was asked for.
+_SAVED = "statistics-saved"
 
 _WHOLE = {
     "gradients": ("gradients=False", "--no-gradients"),
@@ -44,8 +54,10 @@ def compress_blockwise(
     skeleton: Skeleton,
     calibration: Tensor | Iterable[Mapping[str, Tensor]],
     directory: str | os.PathLike[str],
-    config: CompressConfig | BudgetConfig | None = None,
+    config: CompressConfig | BudgetConfig | Plan | None = None,
     *,
+    statistics: str | os.PathLike[str] | None = None,
+    held_out: Tensor | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int, int | None], object] | None = None,
@@ -70,15 +82,20 @@ def compress_blockwise(
         Token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
     directory : path
         What to create.
-    config : CompressConfig or BudgetConfig, optional
+    config : CompressConfig, BudgetConfig or Plan, optional
         Default: the paper's setting. A budget must do without gradients and without text of the model's own, for which
-        the whole model has to run.
+        the whole model has to run. A plan is carried out as it is.
+    statistics : path, optional
+        File of statistics, as for :meth:`Statistics.save`: used in the place of the text if it is there, else written.
+    held_out : Tensor, optional
+        Token windows whose perplexity is measured before and after, for the report.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
     progress : callable, optional
-        As for :func:`~cur.integrations.compress`; ``calibrate`` is told in batches, block after block.
+        As for :func:`~cur.integrations.compress`; ``calibrate`` is told in batches, block after block, ``before`` and
+        ``after`` in windows.
 
     Returns
     -------
@@ -100,17 +117,26 @@ def compress_blockwise(
     config = config or CompressConfig()
     _refuse(config)
     target = check_target(directory, overwrite=overwrite)
-    given = as_batches(calibration, config.batch_size)
-    with unrolled(skeleton.model):
-        names = candidates(skeleton.model, config, offloaded=True)
+    given = as_batches(calibration, _PLAN_BATCH if isinstance(config, Plan) else config.batch_size)
+    names = _names(skeleton, config)
     journal = Journal(target)
-    with Team().joined() as team:
-        _begin(team, journal, _inputs(skeleton, given, config))
+    file = None if statistics is None else Path(statistics).expanduser().absolute()
+    # What this run wrote itself, before it was ended, is not what it was begun with.
+    stored = file if file is not None and file.exists() and journal.facts(_SAVED) is None else None
+    if stored is not None:
+        Statistics.load(stored, moments=False).check(skeleton.model)
+    with Team().joined(skeleton.device) as team:
+        _begin(team, journal, _inputs(skeleton, given, config, stored, held_out))
         try:
             with journal.explaining(target):
-                report = _run(
-                    skeleton, given, target, config, names, journal, team, overwrite, max_shard_size, progress
-                )
+                full = isinstance(config, BudgetConfig) or config.needs_moments
+                measuring = Calibration(skeleton, given, names, journal=journal, team=team, full=full, stored=stored)
+                perplexities = _before(measuring, held_out, progress)
+                report, final = _run(measuring, file, target, config, overwrite, max_shard_size, progress)
+                if held_out is not None and team.leads:
+                    value = _score(target, skeleton, held_out, journal, progress)
+                    report = replace(report, perplexity={**perplexities, "after, held-out": value})
+                    describe(final, target, report)
         finally:
             journal.release()
         team.gather(None)
@@ -120,24 +146,24 @@ def compress_blockwise(
 
 
 def _run(
-    skeleton: Skeleton,
-    given: list[Any],
+    measuring: Calibration,
+    file: Path | None,
     target: Path,
-    config: CompressConfig | BudgetConfig,
-    names: list[str],
-    journal: Journal,
-    team: Team,
+    config: CompressConfig | BudgetConfig | Plan,
     overwrite: bool,
     max_shard_size: int | str,
     progress: Callable[[str, int, int | None], object] | None,
-) -> CompressionReport:
+) -> tuple[CompressionReport, Any]:
+    """Measure, plan, decompose and write; returns what was done, and the compressed model on the meta device."""
+    skeleton, team = measuring.skeleton, measuring.team
     clock = Clock()
     before = model_size(skeleton.model)
-    full = isinstance(config, BudgetConfig) or config.needs_moments
-    measuring = Calibration(skeleton, given, names, journal=journal, team=team, full=full)
     with clock.stage("calibrate"):
         watch = None if progress is None else lambda done, total: progress("calibrate", done, total)
         statistics = measuring.run(watch)
+        if file is not None and measuring.stored is None and team.leads:
+            measuring.save(file)
+            measuring.journal.finish(_SAVED)
     clock.seconds["calibrate"] += measuring.earlier
     factoring = Decomposition(measuring, statistics, config, progress)
     with clock.stage("plan"):
@@ -145,7 +171,7 @@ def _run(
     with clock.stage("decompose"):
         skeleton.load_outside()
         skeleton.free_embeddings()
-        reports = factoring.carry_out(plan, given[0])
+        reports = factoring.carry_out(plan, measuring.given[0])
         skeleton.free_outside()
     clock.seconds["decompose"] += factoring.earlier
     final = _compressed_skeleton(skeleton, factoring, reports)
@@ -169,11 +195,56 @@ def _run(
                     final, skeleton, place, max_shard_size, replaced=factoring.factors, progress=progress
                 ),
             )
-    return report
+    return report, final
 
 
-def _refuse(config: CompressConfig | BudgetConfig) -> None:
-    if isinstance(config, BudgetConfig):
+def _before(
+    measuring: Calibration, held_out: Tensor | None, progress: Callable[[str, int, int | None], object] | None
+) -> dict[str, float]:
+    """Return the perplexity of the dense model, which rank 0 measures once."""
+    journal = measuring.journal
+    if held_out is None or not measuring.team.leads:
+        return {}
+    facts = journal.facts("before")
+    if facts is None:
+        watch = None if progress is None else functools.partial(progress, "before")
+        scored = perplexity_blockwise(measuring.skeleton, held_out, scratch=journal.directory, progress=watch)
+        facts = {"value": scored.value}
+        journal.finish("before", **facts)
+    return {"before, held-out": facts["value"]}
+
+
+def _score(
+    target: Path,
+    skeleton: Skeleton,
+    held_out: Tensor,
+    journal: Journal,
+    progress: Callable[[str, int, int | None], object] | None,
+) -> float:
+    """Return the perplexity of what was written."""
+    written = load_skeleton(target, dtype=skeleton.dtype, device=skeleton.device)
+    watch = None if progress is None else functools.partial(progress, "after")
+    return perplexity_blockwise(written, held_out, scratch=journal.directory, progress=watch).value
+
+
+def _names(skeleton: Skeleton, config: CompressConfig | BudgetConfig | Plan) -> list[str]:
+    """Name the layers that are measured."""
+    if isinstance(config, Plan):
+        config.check(skeleton.model)
+        return [entry.name for entry in config.entries]
+    with unrolled(skeleton.model):
+        return candidates(skeleton.model, config, offloaded=True)
+
+
+def _refuse(config: CompressConfig | BudgetConfig | Plan) -> None:
+    if isinstance(config, Plan):
+        if config.own_text or config.correction or any(entry.gradients for entry in config.entries):
+            raise ValueError(
+                "the plan was made with text of the model's own, gradients or a correction, which need the whole model "
+                "in memory; block by block carry out one that was made without (--no-own-text --no-gradients "
+                "--correction 0)"
+            )
+    elif isinstance(config, BudgetConfig):
         asked = [name for name in _WHOLE if getattr(config, name)]
         if asked:
             names = " and ".join(f"`{name}`" for name in asked)
@@ -186,12 +257,21 @@ def _refuse(config: CompressConfig | BudgetConfig) -> None:
         raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
 
 
-def _inputs(skeleton: Skeleton, given: list[Any], config: CompressConfig | BudgetConfig) -> dict[str, Any]:
+def _inputs(
+    skeleton: Skeleton,
+    given: list[Any],
+    config: CompressConfig | BudgetConfig | Plan,
+    stored: Path | None,
+    held_out: Tensor | None,
+) -> dict[str, Any]:
     """Return everything that the result depends on."""
+    decided = config.to_dict() if isinstance(config, Plan) else asdict(config)
     return {
         "checkpoint": skeleton.shards.digest(),
         "calibration text": text_hash(skeleton.model, given),
-        "configuration": {"kind": type(config).__name__, **asdict(config)},
+        "configuration": {"kind": type(config).__name__, **decided},
+        "statistics": None if stored is None else digest_of(stored),
+        "held-out text": None if held_out is None else text_hash(skeleton.model, [held_out]),
         "dtype": str(skeleton.dtype),
         "versions": versions(),
     }

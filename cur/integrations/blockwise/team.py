@@ -36,11 +36,14 @@ class Team:
         Number of this process; 0 writes what is written once.
     size : int
         How many there are.
+    device : torch.device
+        Where sums are added up.
     """
 
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
+        self.device = torch.device("cpu")
 
     @property
     def leads(self) -> bool:
@@ -48,14 +51,23 @@ class Team:
         return self.rank == 0
 
     @contextmanager
-    def joined(self) -> Iterator[Team]:
-        """Meet the other processes, and part from them at the end."""
+    def joined(self, device: torch.device | None = None) -> Iterator[Team]:
+        """Meet the other processes, and part from them at the end.
+
+        Parameters
+        ----------
+        device : torch.device, optional
+            This process's own. On CUDA devices sums are added up there, by NCCL; everything else goes over gloo.
+        """
+        self.device = device or self.device
         if self.size == 1 or dist.is_initialized():
             yield self
             return
-        # What is reduced are sums, which lie on the CPU on every device: gloo carries them.
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(self.device)
         with _told():
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=_PATIENCE)
         try:
             yield self
         finally:
@@ -112,10 +124,10 @@ class Team:
         return {name: done[id(tensor)] for name, tensor in tensors.items()}
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.clone()
+        total = tensor.to(self.device, copy=True)
         with _told():
             dist.all_reduce(total)
-        return total
+        return total.to(tensor.device)
 
 
 @contextmanager

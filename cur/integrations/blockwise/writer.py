@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,7 +20,7 @@ from cur.integrations.experts import unrolled
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointWriter", "fill"]
+__all__ = ["CheckpointWriter", "TensorFile", "fill"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PATTERN = "model{suffix}.safetensors"
@@ -46,11 +46,11 @@ class CheckpointWriter:
             state.pop(name, None)
         state = remove_tied_weights_from_state_dict(state, model)
         split = split_torch_state_dict_into_shards(state, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._places: dict[str, TensorFile] = {}
         self._expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        self._files: list[IO[bytes]] = []
         for file, names in split.filename_to_tensors.items():
-            self._start(directory / file, {name: state[name] for name in names}, {**metadata, "format": "pt"})
+            place = TensorFile(directory / file, {name: state[name] for name in names}, {**metadata, "format": "pt"})
+            self._places |= dict.fromkeys(names, place)
         if split.is_sharded:
             index = {
                 "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
@@ -69,7 +69,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
+        for file in set(self._places.values()):
             file.close()
         if error is None and self._expected:
             raise ValueError(f"the checkpoint lacks {next(iter(self._expected))}: it was never written")
@@ -88,14 +88,23 @@ class CheckpointWriter:
         dtype, shape = self._expected.pop(name)
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, its place is for {dtype} {shape}")
-        file, start = self._places[name]
-        if tensor.numel():
-            file.seek(start)
-            data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
-            while data:  # one call writes at most 2 GiB
-                data = data[file.write(data) :]
+        self._places[name].write(name, tensor)
 
-    def _start(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+
+class TensorFile:
+    """One safetensors file of known tensors, whose values come one by one, in any order.
+
+    Parameters
+    ----------
+    path : Path
+        The file, which is made.
+    tensors : mapping of str to Tensor
+        Names, dtypes and shapes; may be on the meta device.
+    metadata : mapping of str to str
+        For its header.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         # The order and the padding of safetensors itself.
         ordered = sorted(tensors, key=lambda name: (-_rank(tensors[name].dtype), name))
         header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -112,12 +121,22 @@ class CheckpointWriter:
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        file = path.open("w+b", buffering=0)
-        self._files.append(file)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-        for name in ordered:
-            self._places[name] = (file, 8 + len(text) + starts[name])
+        self._file = path.open("w+b", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(8 + len(text) + end)
+        self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put the values of one tensor into their place."""
+        if tensor.numel():
+            self._file.seek(self._starts[name])
+            data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
+            while data:  # one call writes at most 2 GiB
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def fill(

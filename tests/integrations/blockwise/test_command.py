@@ -51,12 +51,24 @@ def test_compress_and_evaluate(directory: Path, text: Path, monkeypatch: pytest.
     assert values[0] == values[1]
 
 
+def test_a_plan_statistics_and_held_out_text(directory: Path, text: Path) -> None:
+    place = directory.parent
+    given = [directory, "--text", text, "--windows", "4", "--window-length", "16", "--stats", place / "stats"]
+    command("plan", *given, "--layers", "1", "--rank", "4", "--out", place / "plan.json")
+    rest = ["--plan", place / "plan.json", "--json"]
+    reports = [
+        json.loads(command("compress", *given, *rest, "--out", place / how.strip("-"), how))
+        for how in ("--in-memory", "--low-memory")
+    ]
+    assert [layer["rows"] for layer in reports[0]["layers"]] == [layer["rows"] for layer in reports[1]["layers"]]
+    weights = [(place / name / "cur_model.safetensors").read_bytes() for name in ("in-memory", "low-memory")]
+    assert weights[0] == weights[1]
+
+
 def test_what_does_not_go_together(directory: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = directory.parent / "out"
     said = command("compress", "--low-memory", "--out", out, code=2)
     assert "are read; name a directory or a hub id as MODEL" in said
-    said = command("compress", directory, "--low-memory", "--out", out, "--stats", directory / "stats", code=2)
-    assert "need the model in memory" in said
     said = command("compress", directory, "--low-memory", "--out", out, "--text", text, "--keep", "0.8", code=2)
     assert "of a budget need the whole model in memory" in said or "too short" in said
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -69,6 +69,46 @@ def test_two_processes_do_what_one_does(checkpoint: Callable[[str], Path], windo
     assert {path.name for path in directory.parent.iterdir()} == {"llama", "one", "two", "rank.py"}
 
 
+def test_the_command_in_two_processes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, text = checkpoint("llama"), tmp_path / "text.txt"
+    text.write_text(" ".join(str(number * 7 % 101) for number in range(300)))
+    options = ["--layers", "2", "--rank", "4", "--windows", "8", "--window-length", "16", "--text", str(text), "--json"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    found = []
+    for name, start in (("one", []), ("two", several)):
+        command = [sys.executable, *start, "-m", "cur", "compress", str(directory), "--low-memory", *options]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / name)], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        # One report, from the process that leads.
+        found.append(json.loads(done.stdout))
+    indices = [[(layer["name"], layer["rows"], layer["columns"]) for layer in report["layers"]] for report in found]
+    assert len(indices[0]) == 6
+    assert indices[0] == indices[1]
+    assert filecmp.cmp(tmp_path / "one" / "cur_model.safetensors", tmp_path / "two" / "cur_model.safetensors", False)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")])
+def test_sums_are_added_up_on_the_device(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cur.integrations.blockwise import team as module
+
+    said: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(module.torch.cuda, "set_device", lambda place: said.append(("device", str(place))))
+    monkeypatch.setattr(module.dist, "init_process_group", lambda name, **_: said.append(("backend", name)))
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(module.dist, "all_reduce", lambda total: total.mul_(2))
+    own = torch.arange(3.0, dtype=torch.float64)
+    with module.Team().joined(torch.device(device)) as team:
+        assert str(team.device) == device
+        team.device = torch.device("cpu")  # the sums themselves need a device that is there
+        assert torch.equal(team._sum(own), 2 * own)
+    assert torch.equal(own, torch.arange(3.0, dtype=torch.float64))
+    assert said == [*([("device", device)] if device != "cpu" else []), ("backend", backend)]
+
+
 def test_more_processes_than_batches(
     checkpoint: Callable[[str], Path], windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
