@@ -1,13 +1,13 @@
 """Measure how fast compressed models and layers run, each layout beside dense, in one run.
 
-Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs), and smaller ones, at keep 0.8 and 0.5, on 1, 64 and 512
+Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs), and smaller ones down to 192 x 576, at keep 0.8 and 0.5, on 1, 64 and 512
 tokens at once; and the real model, SmolLM2-135M-Instruct with all its linear layers at keep 0.8 and 0.5: prefill and
 decode.
 
     python benchmarks/inference.py [--only layers] [--threads N] [--dtype float32]
 
 prints tables and writes ``benchmarks/results/inference.json``. Dense and compressed are timed in turns, and the median
-of the ratios of their times is taken.
+of the ratios of their times is taken; with one thread of processor time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -31,7 +31,18 @@ from cur.integrations.layouts import choose_layout
 from cur.integrations.nn import LAYOUTS, dense_weight, swap_
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
-SHAPES = ((4096, 4096), (14336, 4096), (2048, 2048), (1536, 576), (576, 576))
+SHAPES = (
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 1024),
+    (1024, 4096),
+    (2048, 2048),
+    (1024, 1024),
+    (1536, 576),
+    (576, 1536),
+    (576, 576),
+    (192, 576),
+)
 KEEPS = (0.8, 0.5)
 TOKENS = (1, 64, 512)
 # Of `1 / keep`, what the saved numbers promise; asked of 1 and 64 tokens at once.
@@ -111,13 +122,14 @@ def compare(dense: Callable[[], Any], compressed: Callable[[], Any], *, least: f
     for _ in range(2):
         dense()
         compressed()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     while time.perf_counter() - start < least or len(times[0]) < 7:
         for run, kept in zip((dense, compressed), times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            kept.append(time.perf_counter() - begin)
+            kept.append(clock() - begin)
     ratio = statistics.median(one / other for one, other in zip(*times, strict=True))
     return ratio, statistics.median(times[0]), statistics.median(times[1])
 

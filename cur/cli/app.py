@@ -233,7 +233,8 @@ def convert(
     directory: o.Checkpoint,
     out: o.Out,
     layout: Annotated[
-        str, typer.Option(help="cur (C, U, R; to train U), folded, interpolative (smallest) or auto.")
+        str,
+        typer.Option(help="cur (C, U, R; to train U), folded, interpolative (smallest) or auto (faster than dense)."),
     ] = "auto",
     purpose: Annotated[str, typer.Option("--for", help="What auto is to serve: training or inference.")] = "inference",
     overwrite: o.Overwrite = False,

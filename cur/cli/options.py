@@ -167,7 +167,8 @@ EffectiveRank = Annotated[
 Layout = Annotated[
     str | None,
     typer.Option(
-        help="How factors are stored: cur (C, U, R; to train U), folded, interpolative (smallest) or auto. For paper.",
+        help="How factors are stored: cur (C, U, R; to train U), folded, interpolative (smallest) or auto (faster than "
+        "dense, or left dense). For paper.",
         show_default="cur, or auto with --for",
     ),
 ]

@@ -47,7 +47,8 @@ class CompressConfig:
     effective_rank : bool, default False
         Instead: the effective rank, the exponential of the entropy of the singular values of the guiding matrix.
     layout : {"cur", "folded", "interpolative", "auto"}, default "cur"
-        How the factors are stored. ``"auto"``: the smallest and fastest that serves the purpose.
+        How the factors are stored. ``"auto"``: the smallest that serves the purpose. For inference that is one in which
+        the layer is faster than dense, at ranks up to where there is one; layers for which no rank is stay dense.
     purpose : {"inference", "training"}, default "inference"
         For the layout "auto": training keeps U apart.
     importance : {"wanda", "magnitude", "weights", "activation", "covariance"}, default "wanda"

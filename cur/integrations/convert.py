@@ -21,7 +21,8 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     model : PreTrainedModel
         A model with compressed layers.
     layout : {"auto", "cur", "folded", "interpolative"}, default "auto"
-        ``"auto"``: what serves the purpose best, layer by layer.
+        ``"auto"``: what serves the purpose best, layer by layer; a layer that no layout would make faster than dense
+        keeps its own.
     purpose : {"inference", "training"}, default "inference"
         For "auto".
 
@@ -43,7 +44,7 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     if not layers:
         raise ValueError("`model` has no factored layers; compress it first")
     wanted = {
-        name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank)
+        name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank) or layer.layout
         if layout == "auto"
         else layout
         for name, layer in layers.items()

@@ -18,7 +18,7 @@ from cur.integrations.config import CompressConfig
 from cur.integrations.experts import unrolled
 from cur.integrations.factorize import finite_weight, guide, link_weights
 from cur.integrations.layers import block_stacks, linear_modules
-from cur.integrations.layouts import choose_layout
+from cur.integrations.layouts import choose_layout, fastest_rank
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import compressed_modules, dense_weight
 from cur.integrations.plan import PRECISIONS, Plan, PlanEntry, fingerprint
@@ -67,17 +67,25 @@ def _plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig
 def layer_entries(
     model: PreTrainedModel, statistics: Statistics, config: CompressConfig, names: list[str]
 ) -> list[PlanEntry]:
-    """Decide the rank of each of some layers; one that would not get smaller within a tolerance has no entry."""
+    """Decide the rank of each of some layers.
+
+    One that would not get smaller within a tolerance, or faster if the layout is "auto", has no entry.
+    """
     moments = Moments(statistics)
     entries = []
     for name in names:
         weight = finite_weight(model.get_submodule(name), name)
         m, n = weight.shape
-        layout = choose_layout((m, n), config.purpose) if config.layout == "auto" else config.layout
         live = int((x_norm(statistics, name) > 0).sum())
         if live == 0:
             raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
-        limit = min(ranks.break_even(m, n, layout=layout), live)
+        if config.layout == "auto":
+            limit = fastest_rank((m, n), config.purpose)
+            if limit < 1:
+                continue
+        else:
+            limit = ranks.break_even(m, n, layout=config.layout)
+        limit = min(limit, live)
         if limit < 1:
             raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
         if config.largest_rank is not None:
@@ -86,7 +94,7 @@ def layer_entries(
             name=name,
             shape=(m, n),
             rank=limit,
-            layout=layout,
+            layout=_layout((m, n), limit, config),
             importance=config.importance,
             link=config.link,
             subspace=_subspace(config.subspace, min(m, n)),
@@ -94,11 +102,15 @@ def layer_entries(
         W = weight.to(PRECISIONS[config.precision])
         rank = _rank(W, entry, moments, config)
         if rank is not None:
-            if config.layout == "auto":
-                layout = choose_layout((m, n), config.purpose, rank=rank)
             predicted = _least_error(W, rank, x_norm(statistics, name))
-            entries.append(replace(entry, rank=rank, layout=layout, predicted=predicted))
+            entries.append(replace(entry, rank=rank, layout=_layout((m, n), rank, config), predicted=predicted))
     return entries
+
+
+def _layout(shape: tuple[int, int], rank: int, config: CompressConfig) -> str:
+    if config.layout != "auto":
+        return config.layout
+    return str(choose_layout(shape, config.purpose, rank=rank))  # there is one up to `fastest_rank`
 
 
 def plan_of(
@@ -109,6 +121,11 @@ def plan_of(
     names: list[str],
 ) -> Plan:
     """Return the plan of these entries, for the layers `names`."""
+    if not entries and config.tolerance is None:
+        raise ValueError(
+            f"`layout` 'auto' leaves all {len(names)} layers dense ({names[0]} first): none would be faster factored; "
+            "name a layout, for instance 'interpolative', the smallest"
+        )
     if not entries:
         raise ValueError(
             f"`tolerance` {config.tolerance} must be larger: no layer gets smaller within it ({names[0]} first of "
