@@ -1,8 +1,8 @@
 """Measure how fast compressed models and layers run, each layout beside dense, in one run.
 
-Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs), and smaller ones down to 192 x 576, at keep 0.8 and 0.5, on 1, 64 and 512
-tokens at once; and the real model, SmolLM2-135M-Instruct with all its linear layers at keep 0.8 and 0.5: prefill and
-decode.
+Layers of 4096 x 4096 and 14336 x 4096 (outputs x inputs), and smaller ones down to 192 x 576, at keep 0.8 and 0.5, on
+1, 64 and 512 tokens at once; and the real model, SmolLM2-135M-Instruct with all its linear layers at keep 0.8 and 0.5:
+prefill and decode.
 
     python benchmarks/inference.py [--only layers] [--threads N] [--dtype float32]
 

@@ -395,10 +395,32 @@ def inference(data: dict[str, Any]) -> str:
     )
 
 
+def cost(data: dict[str, Any]) -> str:
+    """Return the time of compressing over plain forward passes, and the peak memory over the model."""
+    stages = ("plain forward passes", "calibrate", "plan", "decompose")
+    times = [[row["setting"], *(cell(row[key]) for key in (*stages, "over plain", "target"))] for row in data["time"]]
+    parts = ("peak", "imports", "model", "statistics")
+    memory = [
+        [
+            f"{row['setting']}; {row['dtype']}",
+            *(f"{row[f'{part}, bytes'] / 2**20:,.0f}" for part in parts),
+            cell(row["over model"]),
+            cell(row["target"]),
+        ]
+        for row in data["memory"]
+    ]
+    head = ["Processor seconds", *(stage.capitalize() for stage in stages), "Over plain", "Target"]
+    sizes = ["MiB", *(part.capitalize() for part in parts), "(Peak - imports - statistics) / model", "Target"]
+    tables = [table(head, times)] + ([table(sizes, memory)] if memory else [])
+    text = f"*{data['model']}; {data['windows']} windows of {data['length']} tokens, float32, one thread.*"
+    return "\n\n".join([*tables, text, provenance(data)])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
     "gpu": gpu,
     "scale": scale,
+    "cost": cost,
     "core_accuracy": columns(
         "matrix", "k", "rank", "error", "certified", "truncated SVD", "over SVD", "error, randomised subspace", "target"
     ),
