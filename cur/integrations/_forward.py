@@ -12,6 +12,8 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import nn
 
+from cur.integrations.experts import LinearExperts
+
 __all__ = [
     "Masks",
     "Progress",
@@ -212,7 +214,7 @@ class Masks:
     """Which positions count in what a module is called with.
 
     In an encoder-decoder the modules of the decoder see its own positions, except where they are called with what the
-    encoder returned.
+    encoder returned. An expert sees the tokens that are routed to it.
 
     Parameters
     ----------
@@ -226,6 +228,12 @@ class Masks:
         self._inside: set[int] = set()
         self._encoder: nn.Module | None = None
         self._encoded: weakref.ref[torch.Tensor] | None = None
+        self._experts = {
+            id(part): experts
+            for experts in model.modules()
+            if isinstance(experts, LinearExperts)
+            for part in experts.modules()
+        }
         if _is_encoder_decoder(model):
             known: Any = model
             self._inside = {id(part) for part in known.get_decoder().modules()}
@@ -243,7 +251,12 @@ class Masks:
     def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Return the mask of `x`, with which `module` is called, or that it returns."""
         encoded = self._encoded is not None and self._encoded() is x
-        return self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
+        mask = self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
+        experts = self._experts.get(id(module))
+        if mask is None or experts is None or experts.routed is None:
+            return mask
+        count, token = experts.routed
+        return mask.reshape(-1).to(token.device)[token] if count == mask.numel() else mask
 
     def _after(self, _: nn.Module, __: Any, output: Any) -> None:
         self._encoded = weakref.ref(output[0])

@@ -96,7 +96,11 @@ class InputSums:
             _add_squares_(self.sums[key], rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
-        silent = [names[0] for key, names in self.names.items() if key not in self.leader]
+        silent = [
+            names[0]
+            for key, names in self.names.items()
+            if key not in self.leader or self.counts[self.leader[key]] == 0  # an expert that got padding alone
+        ]
         if silent:
             raise ValueError(f"no input reached {', '.join(silent[:5])}; leave out modules that the text does not use")
         for product in self.products.values():

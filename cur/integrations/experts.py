@@ -53,6 +53,7 @@ class LinearExperts(nn.Module):
             weight = experts._parameters[name]
             bias = experts._parameters.get(f"{name}_bias")
             setattr(self, name, nn.ModuleList(_linears(weight, bias, transposed=bool(self.shell.is_transposed))))
+        self.routed: tuple[int, Tensor] | None = None
         self.train(experts.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -72,12 +73,15 @@ class LinearExperts(nn.Module):
             if expert >= len(up):
                 continue
             token, place = torch.where(top_k_index == expert)
+            # For those who watch an expert: how many tokens there are, and which of them it gets.
+            self.routed = len(hidden_states), token
             state = up[expert](hidden_states[token])
             state = self.shell._apply_gate(state) if self.shell.has_gate else self.shell.act_fn(state)
             state = down[expert](state)
             if getattr(self.shell, "has_post_expert_norm", False):
                 state = self.shell.post_expert_norm(state)
             total.index_add_(0, token, (state * top_k_weights[token, place, None]).to(total.dtype))
+        self.routed = None
         return total
 
     def compressed(self) -> bool:

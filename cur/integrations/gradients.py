@@ -12,6 +12,7 @@ from torch import nn
 
 from cur._errors import NumericalError
 from cur.integrations._forward import (
+    Masks,
     Progress,
     Seen,
     evaluating,
@@ -91,11 +92,12 @@ def collect_gradients(
     if not isinstance(embeddings, nn.Module):
         raise TypeError(f"gradients need a transformer with input embeddings, {type(model).__name__} has none")
     total = total_samples(batches)
-    outputs_of = _Outputs(measured)
+    masks = Masks(model)
+    outputs_of = _Outputs(measured, masks)
     seen = Seen()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Gradients flow from the embeddings on; no weight gets one, which would double time and memory.
-    handles = [embeddings.register_forward_hook(_start_graph), *outputs_of.attach()]
+    handles = [*masks.attach(), embeddings.register_forward_hook(_start_graph), *outputs_of.attach()]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -105,7 +107,7 @@ def collect_gradients(
                 mask = padding_mask(inputs)
                 first = seen.samples
                 seen.add(inputs, mask)
-                outputs_of.mask = mask
+                masks.start(inputs, batch)
                 logits = getattr(run(model, inputs), "logits", None)
                 if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
                     raise TypeError(f"gradients need logits per token, which {type(model).__name__} does not give")
@@ -160,29 +162,30 @@ def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) ->
 class _Outputs:
     """Sums of ``g g^T`` over the gradients at the outputs of modules."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], masks: Masks) -> None:
+        self.masks = masks
         self.modules = {id(module): module for module in modules.values()}
         self.names: dict[int, list[str]] = {}
         for name, module in modules.items():
             self.names.setdefault(id(module), []).append(name)
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
-        self.mask: torch.Tensor | None = None
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         return [module.register_forward_hook(self._hook(key)) for key, module in self.modules.items()]
 
     def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
-        def watch(_: nn.Module, __: Any, output: Any) -> None:
+        def watch(module: nn.Module, _: Any, output: Any) -> None:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._add(key, gradient))  # type: ignore[no-untyped-call]
+                mask = self.masks.of(module, output)
+                output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
 
         return watch
 
-    def _add(self, key: int, gradient: torch.Tensor) -> None:
-        rows = token_rows(gradient.detach(), self.mask, f"the output of {self.names[key][0]!r}")
+    def _add(self, key: int, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
+        rows = token_rows(gradient.detach(), mask, f"the output of {self.names[key][0]!r}")
         if key not in self.products:
             n = rows.shape[1]
             self.products[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)

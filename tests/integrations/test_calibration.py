@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from cur import NumericalError
-from cur.integrations import Statistics, batches, collect, decoder_layers, linear_modules
+from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
+from cur.integrations.experts import unrolled
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
 
@@ -90,6 +91,37 @@ def test_neither_batch_size_nor_padding_matters(
     assert plain.tokens == sum(LENGTHS)
     other = collect(any_model, padded(windows, side, size), modules=modules, moments="full", layers=layers)
     assert_same(other, plain)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_experts_see_no_padding(windows: torch.Tensor, side: str) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    model = MixtralForCausalLM(config).eval()
+    modules, layers = names_of(model)
+    assert "model.layers.1.mlp.experts.down_proj.3" in modules
+    plain = collect(model, unpadded(windows), modules=modules, moments="full", layers=layers)
+    assert plain.counts["model.layers.1.mlp.experts.down_proj.3"] < plain.tokens
+    other = collect(model, padded(windows, side, 3), modules=modules, moments="full", layers=layers)
+    assert_same(other, plain)
+    with unrolled(model):
+        drawn = [
+            collect_gradients(model, text, plain, modules=modules)
+            for text in (unpadded(windows), padded(windows, side, 3))
+        ]
+    for name, product in drawn[0].output_products.items():
+        scale = float(product.abs().max())
+        torch.testing.assert_close(drawn[1].output_products[name], product, rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
 def test_a_model_that_numbers_its_positions_itself(windows: torch.Tensor) -> None:
