@@ -292,7 +292,7 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
         f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
     )
     counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in FACTORED)
-    output.print(f"Numbers in these layers at these ranks, by layout: {counts}.")
+    output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")
     if plan is not None:
         output.print(
             f"Made from {plan.model or 'a model of unknown origin'} with {plan.calibration_tokens:,} "

@@ -400,7 +400,7 @@ def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> i
             )
     if budget < least:
         raise ValueError(
-            f"{given}, the least that the targeted layers can be brought to (rank 1 everywhere); got {got}"
+            f"{given}, the least that the targeted layers can be brought to (rank 1 or one neuron); got {got}"
         )
     return budget
 
@@ -415,6 +415,6 @@ def _size_budget(size: int, on_disk: ByteCosts, *, least: int) -> int:
     if size < on_disk.fixed + least:
         raise ValueError(
             f"`size` must be at least {on_disk.fixed + least:,} bytes, of which {on_disk.fixed:,} belong to what is "
-            f"not targeted (the rest is rank 1 everywhere); got {size:,}"
+            f"not targeted (the rest is rank 1 or one neuron); got {size:,}"
         )
     return size - on_disk.fixed

@@ -358,9 +358,11 @@ def decompose(
             )
             done = {name: one}
         for each, (layer, report) in done.items():
-            weight = dense_weight(model.get_submodule(each), each)[0].detach()
             layers[each] = layer
-            reports[each] = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
+            if entry.method != "neurons":  # whose number has nothing to do with singular values
+                weight = dense_weight(model.get_submodule(each), each)[0].detach()
+                report = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
+            reports[each] = report
         return {each: layer for each, (layer, _) in done.items()}
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:

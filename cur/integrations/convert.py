@@ -42,7 +42,8 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
     layers = {name: layer for name, layer in compressed_modules(model).items() if layer.layout in FACTORED}
     if not layers:
-        raise ValueError("`model` has no factored layers; compress it first")
+        why = "all its compressed layers keep neurons, which have one layout" if compressed_modules(model) else ""
+        raise ValueError(f"`model` has no factored layers; {why or 'compress it first'}")
     wanted = {
         name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank) or layer.layout
         if layout == "auto"

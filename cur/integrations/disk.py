@@ -86,7 +86,8 @@ class ByteCosts:
         for factor, name, shape in zip("C" + "R" * len(names), names, shapes, strict=False):
             parts = {f"{factor}.weight": shape, "kept": (width,), "weight": (0,)}
             headers += sum(self._entry(f"{name}.{part}", sizes) for part, sizes in parts.items())
-        return costs * self._weights[names[0]].element_size() + width * len(names) + headers
+            headers += len("R.")  # of the name of a bias, of which all entries are counted
+        return costs * max(self._weights[name].element_size() for name in names) + width * len(names) + headers
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from cur.integrations.arriving import Arriving
 from cur.integrations.factorize import as_json, finite_weight, plain_certificate, report_on
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import CompressedLinear, KeptInputs, KeptOutputs, dense_weight
-from cur.integrations.plan import PlanEntry
+from cur.integrations.plan import PlanEntry, PlanError
 from cur.integrations.report import LayerReport
 from cur.own_inputs import fit, own_inputs
 
@@ -78,42 +78,57 @@ def neuron_groups(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str
     inside: dict[str, list[str]] = {}
     for name in names:
         inside.setdefault(name.rpartition(".")[0], []).append(name)
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
     with evaluating(model):
         for parent, layers in inside.items():
             module = model.get_submodule(parent)
+            if isinstance(module, nn.ModuleList):  # cannot be called
+                continue
+            sides = {name: tuple(dense_weight(model.get_submodule(name), name)[0].shape) for name in layers}
             for consumer in layers:
-                width = _sides(model, consumer)[1]
-                before = [name for name in layers if name != consumer and _sides(model, name)[0] == width]
-                if before and _are_neurons(model, module, consumer, before):
+                width = sides[consumer][1]
+                before = [name for name in layers if name != consumer and sides[name][0] == width]
+                if before and taken.isdisjoint((consumer, *before)) and _are_neurons(model, module, consumer, before):
                     found[consumer] = tuple(before)
+                    taken.update((consumer, *before))
     return found
 
 
-def _sides(model: nn.Module, name: str) -> tuple[int, int]:
-    m, n = finite_weight(model.get_submodule(name), name).shape
-    return m, n
-
-
 def _are_neurons(model: nn.Module, parent: nn.Module, consumer: str, producers: Sequence[str]) -> bool:
-    """Tell whether outputs of the producers are seen in the same entries of the consumer's input, and nowhere else."""
-    width = _sides(model, consumer)[1]
-    weight = finite_weight(model.get_submodule(producers[0]), producers[0])
+    """Tell whether outputs of the producers are seen in the same entries of the consumer's input, and nowhere else.
+
+    And whether the module runs, and gives the same, where some of these outputs are cut away.
+    """
+    weight = dense_weight(model.get_submodule(producers[0]), producers[0])[0]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _TOKENS, weight.shape[1], generator=generator).to(weight)
+    width = weight.shape[0]
     places = torch.arange(width, device=weight.device) % 2 == 0
-    plain = _called(model, parent, hidden, consumer, {})
+
+    def changed(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.where(places.to(output.device), output + 1.0, output)
+
+    def cut(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output[..., places.to(output.device)]
+
+    plain = _called(model, parent, hidden, consumer, width, {})
     if plain is None or plain.neurons.shape[-1] != width:
         return False
     for name in producers:
-        changed = _called(model, parent, hidden, consumer, {name: places})
-        if changed is None or not torch.equal(changed.beside, plain.beside):
+        other = _called(model, parent, hidden, consumer, width, {name: changed})
+        if other is None or not torch.equal(other.beside, plain.beside):
             return False
-        moved = (changed.neurons != plain.neurons).flatten(0, -2).any(0)
+        moved = (other.neurons != plain.neurons).flatten(0, -2).any(0)
         # An activation may swallow the change of a neuron, so not all need to have moved.
         if bool(moved[~places].any()) or int(moved.sum()) < int(places.sum()) // 2:
             return False
-    return True
+    less = _called(model, parent, hidden, consumer, width, dict.fromkeys(producers, cut))
+    return (
+        less is not None
+        and torch.equal(less.neurons, plain.neurons[..., places])
+        and torch.equal(less.beside, plain.beside)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,25 +140,33 @@ class _Call:
 
 
 def _called(
-    model: nn.Module, parent: nn.Module, hidden: Tensor, consumer: str, change: dict[str, Tensor]
+    model: nn.Module,
+    parent: nn.Module,
+    hidden: Tensor,
+    consumer: str,
+    width: int,
+    hooks: Mapping[str, Callable[..., Tensor]],
 ) -> _Call | None:
-    """Call a module, with one layer's outputs changed at some places.
+    """Call a module, with forward hooks on some of its layers.
 
     None if the module cannot be called with one tensor, gives more than one, or does not call the consumer once.
     """
     seen: list[Tensor] = []
 
-    def changed(places: Tensor) -> Callable[..., Tensor]:
-        return lambda _, __, output: torch.where(places, output + 1.0, output)
-
-    def silenced(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def widened(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         seen.append(args[0])
+        return (args[0].new_zeros(*args[0].shape[:-1], width),)
+
+    def silenced(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return torch.zeros_like(output)
 
-    handles = [model.get_submodule(name).register_forward_hook(changed(places)) for name, places in change.items()]
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    handles.append(model.get_submodule(consumer).register_forward_pre_hook(widened))
     handles.append(model.get_submodule(consumer).register_forward_hook(silenced))
     try:
         output = parent(hidden)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # noqa: BLE001  (whatever a module says that is not called so)
         return None
     finally:
@@ -171,7 +194,8 @@ def neuron_curves(
     curves = []
     for done, (consumer, producers) in enumerate(groups.items(), start=1):
         squares = _order(model, moments, consumer, gradients=gradients, damping=damping).square_errors
-        shapes = tuple(_sides(model, name) for name in (consumer, *producers))
+        weights = (dense_weight(model.get_submodule(name), name)[0] for name in (consumer, *producers))
+        shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in weights)
         count = np.arange(1, len(squares) - 1)
         scale = 0.5 if gradients else 1.0 / (float(squares[0]) or 1.0)
         each = shapes[0][0] + sum(n for _, n in shapes[1:])
@@ -221,8 +245,16 @@ def keep_neurons(
         If a weight is NaN or infinite.
     ValueError
         If the statistics do not cover the layer behind.
+    PlanError
+        If the layers before are not all that give its neurons, or others.
     """
     start = time.perf_counter()
+    names = [part.name for part in before]
+    if set(neuron_groups(model, [entry.name, *names]).get(entry.name, ())) != set(names) or not names:
+        raise PlanError(
+            f"the plan gives up neurons between {', '.join(names) or 'no layer'} and {entry.name}, which are not the "
+            "layers around some; cut all of the layers that give them, or none"
+        )
     W = finite_weight(model.get_submodule(entry.name), entry.name).to(torch.float64)
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
     if arriving is None:
@@ -242,12 +274,13 @@ def keep_neurons(
         module = model.get_submodule(part.name)
         weight = finite_weight(module, part.name)
         _, bias, transposed = dense_weight(module, part.name)
+        here, mask = places.to(weight.device), kept.to(weight.device)
         layer: CompressedLinear
         if part is entry:
-            layer = KeptInputs.from_columns(columns.to(weight.dtype), kept, bias=bias, transposed=transposed)
+            layer = KeptInputs.from_columns(columns.to(weight.dtype), mask, bias=bias, transposed=transposed)
         else:
-            some = None if bias is None else bias[places]
-            layer = KeptOutputs.from_rows(weight[places], kept, bias=some, transposed=transposed)
+            some = None if bias is None else bias[here]
+            layer = KeptOutputs.from_rows(weight[here], mask, bias=some, transposed=transposed)
         layer.train(module.training)
         layer.requires_grad_(next(module.parameters()).requires_grad)
         wide, near = weight.to(torch.float64), layer.weight.to(torch.float64)
@@ -262,7 +295,7 @@ def keep_neurons(
                 certificate=as_json(plain_certificate(wide, near, 0.0)),
                 rounding=0.0,  # nothing is multiplied out
                 rows=() if part is entry else indices,
-                columns=(),
+                columns=(),  # those of the layer behind are fitted, no longer the weight's own
                 seconds=time.perf_counter() - start,
             ),
         )

@@ -61,7 +61,7 @@ class CompressedLinear(nn.Module):
     Parameters
     ----------
     in_features, out_features, rank : int
-        Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``.
+        Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``. Of the layouts for neurons, r is how many are kept.
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
@@ -490,9 +490,20 @@ class KeptOutputs(_Kept):
         """Return the columns of the identity at the kept outputs, and the kept rows."""
         return self._one_hot(), self.R.weight
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, m x n: the kept rows, and zeros."""
+        full = self.R.weight.new_zeros(self.out_features, self.in_features)
+        full[self.kept] = self.R.weight
+        return full
+
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries, zero at the others), or None."""
-        return self._one_hot() @ self.R.bias if self.has_bias else None
+        if not self.has_bias:
+            return None
+        full = self.R.bias.new_zeros(self.out_features)
+        full[self.kept] = self.R.bias
+        return full
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` of shape (..., n); returns (..., r)."""
@@ -547,6 +558,13 @@ class KeptInputs(_Kept):
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns, and the rows of the identity at the kept inputs."""
         return self.C.weight, self._one_hot().mT
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, m x n: the columns of the kept inputs, and zeros."""
+        full = self.C.weight.new_zeros(self.out_features, self.in_features)
+        full[:, self.kept] = self.C.weight
+        return full
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""

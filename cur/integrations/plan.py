@@ -250,13 +250,25 @@ class Plan:
         names = [entry.name for entry in self.entries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise PlanError(f"`entries` must name a module once, got {', '.join(sorted(twice))} more than once")
-        ranks = {entry.name: entry.rank for entry in self.entries if entry.layout == "inputs"}
+        self._check_neurons()
+
+    def _check_neurons(self) -> None:
+        """Refuse entries around neurons that do not belong together."""
+        behind = {entry.name: entry for entry in self.entries if entry.layout == "inputs"}
         for entry in self.entries:
-            if entry.consumer is not None and ranks.get(entry.consumer) != entry.rank:
+            if entry.consumer is None:
+                continue
+            consumer = behind.get(entry.consumer)
+            if consumer is None or (consumer.rank, consumer.shape[1]) != (entry.rank, entry.shape[0]):
+                got = "none" if consumer is None else f"{consumer.rank} of {consumer.shape[1]}"
                 raise PlanError(
                     f"`rank` of {entry.name} must be that of {entry.consumer}, an entry of the layout 'inputs', got "
-                    f"{entry.rank} and {ranks.get(entry.consumer)}: they have the same neurons, so change both"
+                    f"{entry.rank} of {entry.shape[0]} and {got}: they have the same neurons, so change both"
                 )
+        if alone := behind.keys() - {entry.consumer for entry in self.entries}:
+            raise PlanError(
+                f"`entries` must hold, beside {', '.join(sorted(alone))}, the layers before, whose `consumer` it is"
+            )
 
     @property
     def parameters(self) -> int:

@@ -154,6 +154,7 @@ def _rank(W: Tensor, entry: PlanEntry, moments: Moments, config: CompressConfig)
                 importance=guide(W, entry, moments),
                 column_weights=link_weights(W, entry, moments),
                 subspace=entry.subspace,
+                bounds=False,
                 rng=config.seed,
             ).rank
         except NumericalError:  # rounding is in the way of so small an error

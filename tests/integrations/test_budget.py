@@ -251,7 +251,7 @@ def test_without_gradients_there_is_no_backward_pass(
 def test_budgets_that_cannot_be_met(llama: PreTrainedModel, statistics: Statistics) -> None:
     whole = sum(p.numel() for p in llama.parameters())
     with pytest.raises(
-        ValueError, match=r"`keep` must be at least 0\.0\d+, the least .* \(rank 1 everywhere\); got 0.01"
+        ValueError, match=r"`keep` must be at least 0\.0\d+, the least .* \(rank 1 or one neuron\); got 0.01"
     ):
         compress(llama, statistics, BudgetConfig(keep=0.01))
     with pytest.raises(ValueError, match=r"`parameters` must be at least [\d,]+, the least .*; got 100"):

@@ -72,7 +72,7 @@ class Feed(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.up, self.down, self.scale = nn.Linear(8, 12), nn.Linear(12, 8), nn.Parameter(torch.rand(12))
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.up(x)
@@ -80,16 +80,23 @@ class Feed(nn.Module):
             z = nn.functional.layer_norm(z, (12,))
         elif self.kind == "reversed":
             z = z.flip(-1)
+        elif self.kind == "scaled":  # something of the width of all
+            z = z * self.scale
         y: Tensor = self.down(z.relu())
         return y + z[..., :8] if self.kind == "beside" else y
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalised", "reversed", "beside"])
+@pytest.mark.parametrize("kind", ["plain", "normalised", "reversed", "scaled", "beside"])
 def test_only_neurons_that_nothing_else_needs(kind: str) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"mlp": Feed(kind)})
     found = neuron_groups(model, ["mlp.up", "mlp.down"])
     assert found == ({"mlp.down": ("mlp.up",)} if kind == "plain" else {})
+
+
+def test_not_where_one_of_the_layers_is_left_out(llama: PreTrainedModel) -> None:
+    names = linear_modules(llama, ("up_proj", "down_proj"), layers=range(len(decoder_layers(llama))))
+    assert neuron_groups(llama, names) == {}
 
 
 def test_a_budget_takes_them_where_they_pay(llama: PreTrainedModel, statistics: Statistics) -> None:
@@ -170,6 +177,14 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
     group[0]["rank"] = 7
     with pytest.raises(PlanError, match="same neurons, so change both"):
         Plan.from_dict(data)
+    without = [entry for entry in plan.entries if entry.consumer != consumer]
+    with pytest.raises(PlanError, match=r"must hold, beside .*down_proj, the layers before"):
+        replace(plan, entries=tuple(without))
+    gate = next(entry for entry in plan.entries if entry.consumer == consumer)
+    fewer = replace(plan, entries=tuple(entry for entry in plan.entries if entry is not gate))
+    with pytest.raises(PlanError, match="cut all of the layers that give them, or none"):
+        apply_plan_(llama, fewer, statistics)
+    assert not compressed_modules(llama)
     for entry in group:
         entry["rank"] = 7
     apply_plan_(llama, Plan.from_dict(json.loads(json.dumps(data))), statistics)
