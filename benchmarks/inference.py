@@ -28,7 +28,7 @@ from cur import ranks
 from cur.integrations import embedded_text, linear_modules, load_model, token_windows
 from cur.integrations.layers import decoder_layers
 from cur.integrations.layouts import choose_layout
-from cur.integrations.nn import LAYOUTS, dense_weight, swap_
+from cur.integrations.nn import FACTORED, LAYOUTS, dense_weight, swap_
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 SHAPES = (
@@ -87,7 +87,7 @@ def measure_layers(shape: tuple[int, int], *, dtype: torch.dtype, least: float) 
     dense = torch.nn.Linear(n, m, bias=False).to(dtype)
     rows = []
     for keep in KEEPS:
-        for layout, kind in LAYOUTS.items():
+        for layout, kind in ((layout, LAYOUTS[layout]) for layout in FACTORED):
             rank = ranks.rank_for(m, n, keep * m * n, layout=layout)
             layer = kind(n, m, rank, bias=False).to(dtype)
             if layout == "interpolative":
@@ -141,7 +141,7 @@ def measure_model(dtype: torch.dtype) -> list[dict[str, Any]]:
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
     rows = []
     for keep in KEEPS:
-        for layout, kind in LAYOUTS.items():
+        for layout, kind in ((layout, LAYOUTS[layout]) for layout in FACTORED):
             model = copy.deepcopy(dense)
             layers = {}
             for name in names:

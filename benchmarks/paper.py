@@ -44,6 +44,7 @@ from cur.integrations import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper.json"
+PICTURE = ROOT / "docs" / "paper.svg"
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 
 TARGETS = ("q_proj", "k_proj", "gate_proj")
@@ -268,6 +269,42 @@ QUESTIONS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 }
 
 
+def draw(questions: dict[str, list[dict[str, Any]]], dense: dict[str, float], path: Path) -> None:
+    """Draw perplexity over the dense model's against blocks, rank and calibration text, for the first text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "cur"
+    text, whole = next(iter(dense.items()))
+    curves: list[tuple[str, str, dict[str, list[dict[str, Any]]]]] = [
+        ("blocks", "blocks compressed", _by(questions["layers"], "choice")),
+        ("rank at most", "rank at most", _by(questions["rank"], "stored as")),
+        ("windows", "calibration windows", _by(questions["calibration"], "calibrated on")),
+    ]
+    figure, panels = plt.subplots(1, len(curves), figsize=(11, 3.6), layout="constrained")
+    for panel, (key, label, groups) in zip(panels, curves, strict=True):
+        for name, rows in groups.items():
+            points = sorted((row[key], row["perplexity"][text] / whole) for row in rows)
+            panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set_yscale("log")
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("perplexity / that of the dense model")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _by(rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if key in row:
+            groups.setdefault(row[key], []).append(row)
+    return groups
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
@@ -296,6 +333,8 @@ def main() -> None:
         result["questions"][name] = rows
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result["questions"].keys() >= {"layers", "rank", "calibration"}:
+        draw(result["questions"], result["dense"], PICTURE)
     print(f"written: {options.out}")
 
 
