@@ -7,7 +7,7 @@ prefill and decode.
     python benchmarks/inference.py [--only layers] [--threads N] [--dtype float32]
 
 prints tables and writes ``benchmarks/results/inference.json``. Dense and compressed are timed in turns, and the median
-of the ratios of their times is taken; with one thread of processor time, which other processes disturb less.
+of the ratios of their times is taken.
 """
 
 from __future__ import annotations
@@ -122,14 +122,13 @@ def compare(dense: Callable[[], Any], compressed: Callable[[], Any], *, least: f
     for _ in range(2):
         dense()
         compressed()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     while time.perf_counter() - start < least or len(times[0]) < 7:
         for run, kept in zip((dense, compressed), times, strict=True):
-            begin = clock()
+            begin = time.perf_counter()
             run()
-            kept.append(clock() - begin)
+            kept.append(time.perf_counter() - begin)
     ratio = statistics.median(one / other for one, other in zip(*times, strict=True))
     return ratio, statistics.median(times[0]), statistics.median(times[1])
 
