@@ -183,7 +183,7 @@ def test_evaluate(model: Path, small: Path, text: Path) -> None:
 def test_inspect(small: Path) -> None:
     done = cur("inspect", small)
     assert done.exit_code == 0, done.stderr
-    assert "Numbers in these layers at these ranks" in " ".join(done.stdout.split())
+    assert "Numbers in the factored layers at these ranks" in " ".join(done.stdout.split())
     data = json.loads(cur("inspect", small, "--json").stdout)
     report = json.loads((small / "report.json").read_text())
     assert data["report"] == report
@@ -332,7 +332,11 @@ def test_compress_to_a_budget(model: Path, text: Path, tmp_path: Path) -> None:
     plan = json.loads(done.stdout)["plan"]
     assert 0.69 <= plan["kept"] <= 0.7
     assert plan["kept"] < plan["model_kept"] < 1
-    assert {entry["method"] for entry in plan["entries"]} == {"weighted"}
+    assert {entry["method"] for entry in plan["entries"]} == {"weighted", "neurons"}
+    without = cur("plan", model, *calibration, "--keep", "0.7", "--no-neurons", "--out", tmp_path / "plan.json")
+    assert without.exit_code == 0, without.stderr
+    entries = json.loads((tmp_path / "plan.json").read_text())["entries"]
+    assert {entry["method"] for entry in entries} == {"weighted"}
     shown = cur("compress", model, *calibration, "--keep", "0.7", "--method", "rows", "--out", tmp_path / "rows")
     assert shown.exit_code == 0, shown.stderr
     words = " ".join(shown.stdout.split())

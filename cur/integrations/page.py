@@ -187,7 +187,7 @@ def _figure(title: str, caption: str, draw: Callable[[Any], None], *, height: fl
     with rc_context({**colours, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.linewidth": 0.8}):
         figure = Figure(figsize=(9.2, height))
         # Room for the names of axes and, on the right, of kinds of layers; in inches, so that all pictures are alike.
-        axes = figure.add_axes((0.85 / 9.2, 0.5 / height, 6.6 / 9.2, 1 - 0.6 / height))
+        axes = figure.add_axes((1.0 / 9.2, 0.5 / height, 6.45 / 9.2, 1 - 0.6 / height))
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
@@ -240,7 +240,7 @@ def _ranks(ax: Axes, layers: Sequence[LayerReport]) -> None:
         points = [(_block(layer.name), layer.rank) for layer in layers if _kind(layer.name) == kind]
         ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=0.8)
     ax.set(xlabel="block", ylabel="rank")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * max(layer.rank for layer in layers))
     _legend(ax, kinds)
 
 

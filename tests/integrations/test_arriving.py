@@ -61,9 +61,9 @@ def test_moments_are_those_of_the_whole_models(
     seen: dict[str, Arriving] = {}
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, arriving: Arriving) -> nn.Module:
+    def make(name: str, arriving: Arriving) -> dict[str, nn.Module]:
         seen[name], made[name] = arriving, halved(causal_model, name)
-        return made[name]
+        return {name: made[name]}
 
     in_order(causal_model, given, names, make)
     assert set(seen) == set(names)
@@ -82,9 +82,9 @@ def test_only_the_layers_asked_for_and_outside_blocks_none(llama: PreTrainedMode
     asked = ["model.layers.3.mlp.down_proj", "model.layers.1.self_attn.v_proj", "lm_head"]
     seen: list[str] = []
 
-    def make(name: str, _: Arriving) -> nn.Module:
+    def make(name: str, _: Arriving) -> dict[str, nn.Module]:
         seen.append(name)
-        return halved(llama, name)
+        return {name: halved(llama, name)}
 
     in_order(llama, batches(windows, batch_size=6), asked, make)
     assert seen == ["model.layers.1.self_attn.v_proj", "model.layers.3.mlp.down_proj"]
