@@ -5,7 +5,7 @@ import torch
 
 from cur._errors import NumericalError
 from cur.healing.cores import Coordinates, Core
-from cur.integrations.nn import FACTORED, CompressedLinear, CURLinear
+from cur.integrations.nn import FACTORED, CompressedLinear, CURLinear, KeptInputs
 
 M, N, RANK = 9, 14, 4
 
@@ -78,3 +78,20 @@ def test_equal_steps_in_whitened_coordinates_change_the_output_equally(metric: b
         coordinates.write_(step)
         # One of r^2 coordinates: the mean square change is (0.01 / r)^2 of the mean square output.
         assert size(layer(x) - y) == pytest.approx((0.01 / RANK) ** 2 * size(y), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [5, 12])
+def test_the_core_of_a_layer_behind_neurons(kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns, bias = torch.randn(M, kept, generator=generator), torch.randn(M, generator=generator)
+    layer = KeptInputs.from_columns(columns.clone(), torch.arange(N) < kept, bias=bias)
+    core = Core("layer", layer)
+    assert core.rank == M
+    x = torch.randn(20, kept, generator=generator)
+    U = torch.eye(M).requires_grad_(True)
+    (expected,) = torch.autograd.grad((x @ (U @ columns).T + bias).square().sum(), U)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(core.take_gradient(), expected, rtol=1e-4, atol=1e-3)
+    U = torch.randn(M, M, generator=generator)
+    core.write_(U)
+    torch.testing.assert_close(layer.C.weight.detach(), U @ columns, rtol=1e-4, atol=1e-5)

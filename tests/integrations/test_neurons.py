@@ -221,3 +221,23 @@ def test_a_checkpoint_that_marks_other_neurons(llama: PreTrainedModel, statistic
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"marks .* neurons, where .* are stored: the checkpoint is corrupt"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_healing_moves_the_layer_behind_alone(llama: PreTrainedModel, windows: Tensor, scope: str) -> None:
+    from cur.healing import HealingConfig, Objectives, heal
+
+    student = copy.deepcopy(llama)
+    compress(student, windows, replace(in_feed_forward(0.4), own_text=False))
+    before = {
+        name: layer.state_dict() for name, layer in copy.deepcopy(student).named_modules() if name in kept(student)
+    }
+    objectives = Objectives(kl=0.0 if scope == "block" else 1.0, hidden=1.0, modules=1.0)
+    config = HealingConfig(
+        scope=scope, objectives=objectives, steps=5, batch_size=1, held_out=1, closed_form_windows=4, metric_windows=2
+    )
+    heal(student, llama, windows, config)
+    for name, layer in kept(student).items():
+        key = "C.weight" if layer.layout == "inputs" else "R.weight"
+        moved = not torch.equal(layer.state_dict()[key], before[name][key])
+        assert moved == (layer.layout == "inputs")
