@@ -11,7 +11,7 @@ PURPOSES = ("inference", "training")
 
 # A layout is faster than the dense layer, for 1, 64 and 512 tokens at once, if it saves this many numbers and this
 # share of the dense ones besides: two products cost more than one, and putting outputs into their places takes time
-# that grows with the layer. Measured by benchmarks/inference.py on one core, from 192 x 576 to 14336 x 4096.
+# that grows with the layer. From trials of benchmarks/inference.py on one core, 192 x 576 to 14336 x 4096.
 _PAYS = {"interpolative": (200_000, 0.17), "folded": (200_000, 0.02)}
 
 
