@@ -21,7 +21,7 @@ from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, unrolled
-from cur.integrations.factorize import factorize
+from cur.integrations.factorize import factorize, refitted
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
@@ -337,15 +337,22 @@ def decompose(
     moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
     reports: dict[str, LayerReport] = {}
+    whole: dict[str, nn.Module] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
     def make(name: str, arriving: Arriving | None = None) -> dict[str, nn.Module]:
         if progress is not None:
             progress("decompose", len(layers), len(entries))
         entry = entries[name]
+        if entry.consumer is not None and arriving is not None:
+            # Fitted at its full width for now: which of its rows to keep, the layer behind will say.
+            whole[name] = refitted(model.get_submodule(name), entry, arriving, correction=plan.correction)
+            return {name: whole[name]}
         if entry.method == "neurons":
             before = [other for other in plan.entries if other.consumer == name]
-            done = keep_neurons(model, entry, before, moments, arriving=arriving, correction=plan.correction)
+            done = keep_neurons(
+                model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=whole
+            )
         else:
             one = factorize(
                 model.get_submodule(name),
@@ -366,8 +373,7 @@ def decompose(
         return {each: layer for each, (layer, _) in done.items()}
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
-        # Layers before neurons are cut together with the one behind.
-        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur" and entry.consumer is None}
+        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
         widest = max((entry.shape[1] for entry in fitted.values()), default=1)
         in_order(model, spread(text, widest), list(fitted), make)
         for name, layer in layers.items():  # made while the model was in evaluation mode

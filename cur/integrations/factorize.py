@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -27,7 +28,16 @@ from cur.integrations.report import LayerReport
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["as_json", "factorize", "finite_weight", "guide", "link_weights", "plain_certificate", "report_on"]
+__all__ = [
+    "as_json",
+    "factorize",
+    "finite_weight",
+    "guide",
+    "link_weights",
+    "plain_certificate",
+    "refitted",
+    "report_on",
+]
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
@@ -108,6 +118,16 @@ def factorize(
         columns=_indices(done.columns),
         seconds=time.perf_counter() - start,
     )
+
+
+@torch.no_grad()
+def refitted(module: nn.Module, entry: PlanEntry, arriving: Arriving, *, correction: float) -> nn.Module:
+    """Return a dense layer of the same shape that is fitted to what arrives; see :meth:`Arriving.problem`."""
+    W = finite_weight(module, entry.name)
+    M, wanted = arriving.problem(W.to(torch.float64), correction=correction, damping=entry.damping)
+    layer = copy.deepcopy(module)
+    dense_weight(layer, entry.name)[0].copy_(torch.linalg.solve(M, wanted, left=False))
+    return layer
 
 
 def report_on(

@@ -220,6 +220,7 @@ def keep_neurons(
     *,
     arriving: Arriving | None = None,
     correction: float = 0.0,
+    fitted: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, tuple[CompressedLinear, LayerReport]]:
     """Choose the neurons to keep, cut the layers before them, and fit the layer behind to what is left.
 
@@ -233,6 +234,8 @@ def keep_neurons(
         Of the layers before.
     moments, arriving, correction
         As for :func:`~cur.integrations.factorize.factorize`, of the layer behind.
+    fitted : mapping, optional
+        By name, layers before of full width that were fitted to what arrives; without, their own rows are kept.
 
     Returns
     -------
@@ -280,7 +283,8 @@ def keep_neurons(
             layer = KeptInputs.from_columns(columns.to(weight.dtype), mask, bias=bias, transposed=transposed)
         else:
             some = None if bias is None else bias[here]
-            layer = KeptOutputs.from_rows(weight[here], mask, bias=some, transposed=transposed)
+            whole = dense_weight((fitted or {}).get(part.name, module), part.name)[0]
+            layer = KeptOutputs.from_rows(whole[here], mask, bias=some, transposed=transposed)
         layer.train(module.training)
         layer.requires_grad_(next(module.parameters()).requires_grad)
         wide, near = weight.to(torch.float64), layer.weight.to(torch.float64)
@@ -294,7 +298,7 @@ def keep_neurons(
                 norm=x_norm(moments.statistics, part.name).to(wide),
                 certificate=as_json(plain_certificate(wide, near, 0.0)),
                 rounding=0.0,  # nothing is multiplied out
-                rows=() if part is entry else indices,
+                rows=() if part is entry or part.name in (fitted or {}) else indices,
                 columns=(),  # those of the layer behind are fitted, no longer the weight's own
                 seconds=time.perf_counter() - start,
             ),

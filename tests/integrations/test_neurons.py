@@ -26,6 +26,7 @@ from cur.integrations import (
     make_plan,
     save,
 )
+from cur.integrations.arriving import Arriving
 from cur.integrations.checkpoint import CheckpointError
 from cur.integrations.convert import convert_
 from cur.integrations.inspect import summarize
@@ -142,6 +143,35 @@ def test_the_fit_to_what_arrives_is_better(llama: PreTrainedModel, windows: Tens
             got = model(windows).logits.log_softmax(-1)
             divergence[correction] = float((expected.exp() * (expected - got)).sum(-1).mean())
     assert divergence[0.5] < divergence[0.0]
+
+
+def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: Tensor) -> None:
+    dense = copy.deepcopy(llama)
+    report = compress(llama, windows, replace(in_feed_forward(0.4), own_text=False))
+    producers = {name: layer for name, layer in kept(llama).items() if isinstance(layer, KeptOutputs)}
+    assert any(".0." not in name for name in producers)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in producers}
+    for model in (dense, llama):
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, to=to: to.append(args[0]))
+            for name, to in inputs.items()
+        ]
+        with torch.no_grad():
+            model(windows)
+        for hook in hooks:
+            hook.remove()
+    rows = {done.name: done.rows for done in report.layers}
+    for name, layer in producers.items():
+        X, Z = (x.flatten(0, -2).double() for x in inputs[name])
+        W = dense.get_submodule(name).weight.detach().double()[layer.kept]
+        moments = Arriving(Z.T @ Z / len(Z), X.T @ Z / len(Z))
+        M, B = moments.problem(W, correction=0.5, damping=report.plan.entries[0].damping)
+        fitted = torch.linalg.solve(M, B, left=False)
+        torch.testing.assert_close(
+            layer.R.weight.detach().double(), fitted, rtol=1e-2, atol=1e-3 * float(W.abs().max())
+        )
+        assert ".0." in name or float((fitted - W).norm()) > 0.02 * float(W.norm())
+        assert rows[name] == ()  # no longer the model's own
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
