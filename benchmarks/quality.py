@@ -433,10 +433,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     matplotlib.rcParams["svg.hashsalt"] = "cur"
     texts = result["dense"]["perplexity"]
-    figure, panels = plt.subplots(1, len(texts), figsize=(10, 4.2), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(texts), figsize=(10, 5), sharex=True, layout="constrained")
     for panel, (text, dense) in zip(panels, texts.items(), strict=True):
         for title in METHODS:
             rows = sorted((row for row in result["rows"] if row["method"] == title), key=lambda row: row["bytes"])
@@ -448,11 +449,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 panel.plot(*zip(*points, strict=True), label=title.replace("`", ""), **style)
         panel.axhline(1, color="grey", linestyle=":", label="dense")
         panel.set_yscale("log")
+        panel.set_yticks([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50])
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.autoscale(axis="y")
         panel.set_xlabel("MiB of the linear layers (two bytes a number, or int8)")
         panel.set_title(text)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity / that of the dense model")
-    panels[-1].legend(fontsize=8)
+    lines = {line.get_label(): line for panel in panels for line in panel.lines}
+    figure.legend(lines.values(), lines.keys(), fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
