@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -12,11 +10,8 @@ from cur.integrations.nn import (
     LAYOUTS,
     CompressedLinear,
     CURLinear,
-    FoldedLinear,
     InterpolativeLinear,
-    compressed_modules,
     dense_weight,
-    swap_,
 )
 
 M, N, RANK = 7, 11, 3
@@ -188,29 +183,3 @@ def test_shapes_that_do_not_chain() -> None:
 def test_unknown_layout() -> None:
     with pytest.raises(ValueError, match="`layout` must be one of cur, folded, interpolative, got 'lu'"):
         layer_of("cur").to_layout("lu")
-
-
-def test_dense_weight_refuses_other_modules_by_name() -> None:
-    class Quantized(nn.Linear):
-        pass
-
-    with pytest.raises(TypeError, match=r"block\.q_proj is a Quantized"):
-        dense_weight(Quantized(2, 2), "block.q_proj")
-
-
-def test_swap_replaces_a_shared_layer_under_every_parent() -> None:
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(N, M)), "b": nn.Sequential(nn.Linear(N, M))})
-    model["b"][0] = model["a"][0]
-    new = layer_of("cur")
-    swap_(model, {"a.0": new})
-    assert model["a"][0] is new
-    assert model["b"][0] is new
-    assert list(compressed_modules(model)) == ["a.0"]
-
-
-def test_swap_leaves_the_rest_alone() -> None:
-    model = nn.Sequential(nn.Linear(N, M), nn.ReLU(), nn.Linear(M, M))
-    before = copy.copy(model._modules)
-    swap_(model, {"0": FoldedLinear(N, M, RANK)})
-    assert isinstance(model[0], FoldedLinear)
-    assert [model[1], model[2]] == [before["1"], before["2"]]

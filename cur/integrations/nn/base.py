@@ -1,0 +1,143 @@
+"""What every layer with fewer numbers has: sizes, a dense weight to compare with, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
+
+
+class CompressedLinear(nn.Module):
+    """Stand in for a linear layer with a weight that takes fewer numbers.
+
+    The base of the layouts; it is not a layer by itself.
+
+    Parameters
+    ----------
+    in_features, out_features, rank : int
+        Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``. Of the layouts for neurons, r is how many are kept.
+    bias : bool
+        Whether the layer adds a bias of m entries.
+    transposed : bool
+        Whether the dense layer it stands for is a transformers ``Conv1D`` (weight n x m), to be restored by
+        :meth:`to_dense`.
+    device, dtype : optional
+        Of the factors, which are random as in a new ``nn.Linear``.
+
+    Raises
+    ------
+    ValueError
+        If the rank is below one or above the largest.
+    """
+
+    layout: ClassVar[str]
+    """Name of the layout in plans and checkpoints."""
+    _limit: ClassVar[str]
+    """What the largest rank is, in words."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        limit = self.largest_rank(out_features, in_features)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"`rank` must be between 1 and {limit}, {self._limit} of a {out_features} x {in_features} layer, "
+                f"got {rank}; choose a rank in that range"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.has_bias = bias
+        self.transposed = transposed
+        self._make_(device=device, dtype=dtype)
+
+    def _make_(self, **place: Any) -> None:
+        """Make the factors, the bias and the buffers, on a device and of a dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the largest rank of an m x n layer in this layout."""
+        raise NotImplementedError
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int) -> int:
+        """Count the numbers of an m x n layer of a rank, but for the bias."""
+        raise NotImplementedError
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``left`` (m x r) and ``right`` (r x n) with ``weight == left @ right``."""
+        raise NotImplementedError
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, m x n, multiplied out at every access (half precision through float32)."""
+        left, right = self.two_factors()
+        return (wide(left) @ wide(right)).to(right.dtype)
+
+    def to_layout(self, layout: str) -> CompressedLinear:
+        """Return the same function in another layout; a layer that has the layout already is returned itself.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be brought to the layout.
+        """
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Linear:
+        """Return an ``nn.Linear`` of the same function."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.has_bias, device="meta")
+        fill_(linear, self.weight, self.bias_tensor())
+        return linear.train(self.training)
+
+    def to_dense(self) -> nn.Module:
+        """Return a dense layer of the kind this one replaced: ``nn.Linear``, or transformers' ``Conv1D``."""
+        linear = self.to_linear()
+        if not self.transposed:
+            return linear
+        with torch.device("meta"):
+            conv: nn.Module = Conv1D(self.out_features, self.in_features)
+        conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        conv.bias = nn.Parameter(linear.bias.detach() if self.has_bias else linear.weight.new_zeros(self.out_features))
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Return the line that ``print(model)`` shows."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.has_bias}"
+
+
+def fill_(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give a linear layer a weight, and a copy of a bias if there is one."""
+    linear.weight = nn.Parameter(weight.detach().contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return what products of a tensor are formed in: itself, or float32 for half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def check_bias(bias: Tensor | None, m: int) -> None:
+    """Raise a ValueError if a bias does not have m entries."""
+    if bias is not None and tuple(bias.shape) != (m,):
+        raise ValueError(f"`bias` must have shape {(m,)}, one entry for each output, got {tuple(bias.shape)}")

@@ -1,0 +1,266 @@
+"""Layers that hold a factored weight, in three layouts, and the exact conversions between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cur import ranks
+from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, wide
+from cur.selection import deim
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FACTORED", "CURLinear", "FactoredLinear", "FoldedLinear", "InterpolativeLinear"]
+
+FACTORED = ranks.LAYOUTS
+"""Layouts of factored weights, of which any can be had from any other."""
+
+
+class FactoredLinear(CompressedLinear):
+    """Stand in for a linear layer with a weight of rank r, a product of factors.
+
+    The base of three layouts; it is not a layer by itself.
+    """
+
+    _limit = "the smaller side"
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the smaller side."""
+        return min(m, n)
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int) -> int:
+        """Count the numbers of an m x n layer of a rank, but for the bias."""
+        return ranks.parameters(m, n, rank, layout=cls.layout)
+
+    @classmethod
+    def from_two_factors(
+        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
+        raise NotImplementedError
+
+    def to_layout(self, layout: str) -> CompressedLinear:
+        """Return the same function in another layout, exact up to rounding.
+
+        A layer that has the layout already is returned itself. One brought *to* the layout ``"cur"`` gets ``U = I``:
+        what its core was is no longer known.
+
+        Raises
+        ------
+        ValueError
+            If the layout is unknown.
+        """
+        if layout == self.layout:
+            return self
+        if layout not in FACTORED:
+            raise ValueError(f"`layout` must be one of {', '.join(FACTORED)}, got {layout!r}")
+        kind = next(cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear) if cls.layout == layout)
+        left, right = (factor.detach() for factor in self.two_factors())
+        layer = kind.from_two_factors(left, right, bias=self.bias_tensor(), transposed=self.transposed)
+        return layer.train(self.training)
+
+
+class CURLinear(FactoredLinear):
+    """Apply ``x -> C (U (R x)) + bias``: the layout to train, with the small core ``U`` apart.
+
+    ``R`` are rows of the dense weight and ``C`` columns of it when the layer comes from a CUR factorization.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = CURLinear(6, 4, 2, bias=False)
+    >>> [tuple(p.shape) for p in layer.parameters()]
+    [(2, 6), (2, 2), (4, 2)]
+    >>> layer(torch.zeros(3, 6)).shape
+    torch.Size([3, 4])
+    """
+
+    layout = "cur"
+
+    def _make_(self, **place: Any) -> None:
+        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
+        self.U = nn.Linear(self.rank, self.rank, bias=False, **place)
+        self.C = nn.Linear(self.rank, self.out_features, bias=self.has_bias, **place)
+
+    @classmethod
+    def from_factors(
+        cls, C: Tensor, U: Tensor, R: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer from ``C`` (m x r), ``U`` (r x r), ``R`` (r x n) and a bias of m entries.
+
+        The factors keep their dtype and device.
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not chain.
+        """
+        if C.ndim != 2 or R.ndim != 2 or U.shape != (C.shape[1], R.shape[0]) or C.shape[1] != R.shape[0]:
+            raise ValueError(
+                f"`C`, `U`, `R` must have shapes (m, r), (r, r), (r, n), got {tuple(C.shape)}, {tuple(U.shape)}, "
+                f"{tuple(R.shape)}; pass the factors of one CUR factorization with as many rows as columns"
+            )
+        check_bias(bias, C.shape[0])
+        layer = cls(R.shape[1], C.shape[0], R.shape[0], bias=bias is not None, transposed=transposed, device="meta")
+        fill_(layer.R, R)
+        fill_(layer.U, U)
+        fill_(layer.C, C, bias)
+        return layer
+
+    @classmethod
+    def from_two_factors(
+        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer with ``C = left``, ``U = I``, ``R = right``."""
+        eye = torch.eye(right.shape[0], dtype=right.dtype, device=right.device)
+        return cls.from_factors(left, eye, right, bias=bias, transposed=transposed)
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``C U`` and ``R``."""
+        return (wide(self.C.weight) @ wide(self.U.weight)).to(self.C.weight.dtype), self.R.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``C U R``, m x n, multiplied out at every access."""
+        # Not through `two_factors`, which rounds C U to the stored dtype first: in bfloat16 that would be
+        # lost twice.
+        product = wide(self.C.weight) @ (wide(self.U.weight) @ wide(self.R.weight))
+        return product.to(self.R.weight.dtype)
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        return self.C.bias if self.has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        y: Tensor = self.C(self.U(self.R(x)))
+        return y
+
+
+class FoldedLinear(FactoredLinear):
+    """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer numbers than :class:`CURLinear`."""
+
+    layout = "folded"
+
+    def _make_(self, **place: Any) -> None:
+        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
+        self.CU = nn.Linear(self.rank, self.out_features, bias=self.has_bias, **place)
+
+    @classmethod
+    def from_two_factors(
+        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer with ``C U = left``, ``R = right``."""
+        check_bias(bias, left.shape[0])
+        rank, n = right.shape
+        layer = cls(n, left.shape[0], rank, bias=bias is not None, transposed=transposed, device="meta")
+        fill_(layer.R, right)
+        fill_(layer.CU, left, bias)
+        return layer
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``C U`` and ``R``."""
+        return self.CU.weight, self.R.weight
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        return self.CU.bias if self.has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        y: Tensor = self.CU(self.R(x))
+        return y
+
+
+class InterpolativeLinear(FactoredLinear):
+    """Keep r rows of the weight and write the other m - r as combinations of them.
+
+    With ``z = R x`` the outputs are ``z`` (the kept rows) and ``T z`` (the others), put into their places by
+    ``order``: output ``i`` is entry ``order[i]`` of ``(z, T z)``. Smaller than dense for every ``r < min(m,
+    n)``.
+    """
+
+    layout = "interpolative"
+    order: Tensor
+
+    def _make_(self, **place: Any) -> None:
+        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
+        others = self.out_features - self.rank
+        # A child without entries would warn when it is initialised.
+        self.T = nn.Linear(self.rank, others, bias=False, **place) if others else None
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **place)) if self.has_bias else None
+        self.register_buffer("order", torch.arange(self.out_features, device=place["device"]))
+
+    @classmethod
+    def from_two_factors(
+        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer from any two factors: r independent rows of ``left`` are chosen by DEIM.
+
+        With ``left = Q S`` (thin QR) and the chosen rows ``p``, ``left = (Q Q_p^-1) left_p`` also when
+        ``left`` is rank-deficient, and DEIM keeps ``Q_p`` well conditioned.
+        """
+        check_bias(bias, left.shape[0])
+        m = left.shape[0]
+        basis = torch.linalg.qr(wide(left)).Q
+        kept = torch.as_tensor(deim(basis), device=left.device)
+        mask = torch.ones(m, dtype=torch.bool, device=left.device)
+        mask[kept] = False
+        rest = torch.arange(m, device=left.device)[mask]
+        rows = (wide(left)[kept] @ wide(right)).to(right.dtype)
+        coefficients = torch.linalg.solve(basis[kept].mT, basis[rest].mT).mT.to(left.dtype)
+        order = torch.empty(m, dtype=torch.int64, device=left.device)
+        order[torch.cat([kept, rest])] = torch.arange(m, device=left.device)
+        return cls.from_rows(rows, coefficients, order, bias=bias, transposed=transposed)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Tensor,
+        coefficients: Tensor,
+        order: Tensor,
+        *,
+        bias: Tensor | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """Build the layer from ``rows`` (r x n), ``coefficients`` ((m - r) x r), ``order`` (m, int64)."""
+        m = order.shape[0]
+        rank, n = rows.shape
+        if tuple(coefficients.shape) != (m - rank, rank):
+            raise ValueError(
+                f"`coefficients` must have shape {(m - rank, rank)} for {m} outputs and {rank} kept rows, "
+                f"got {tuple(coefficients.shape)}"
+            )
+        check_bias(bias, m)
+        layer = cls(n, m, rank, bias=bias is not None, transposed=transposed, device="meta")
+        fill_(layer.R, rows)
+        if layer.T is not None:
+            fill_(layer.T, coefficients)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        layer.order = order.to(torch.int64)
+        return layer
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the coefficients of all m rows (identity at the kept ones) and the kept rows."""
+        left = torch.eye(self.rank, dtype=self.R.weight.dtype, device=self.R.weight.device)
+        if self.T is not None:
+            left = torch.cat([left, self.T.weight])
+        return left[self.order], self.R.weight
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        z: Tensor = self.R(x)
+        y = z if self.T is None else torch.cat([z, self.T(z)], dim=-1)
+        y = y.index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,76 @@
+"""Compressed layers in a model: which class a layout has, which layers can be compressed, and putting them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.factored import CURLinear, FoldedLinear, InterpolativeLinear
+from cur.integrations.nn.kept import KeptInputs, KeptOutputs
+
+__all__ = ["LAYOUTS", "compressed_modules", "dense_weight", "layer_class", "swap_"]
+
+LAYOUTS: dict[str, type[Any]] = {
+    cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs)
+}
+"""Layer class of each layout name."""
+
+
+def layer_class(layout: str) -> type[Any]:
+    """Return the layer class of a layout name; a ValueError names the known ones."""
+    try:
+        return LAYOUTS[layout]
+    except KeyError:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}") from None
+
+
+def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
+    """Return weight (out x in, a view), bias and whether the layer stores its weight transposed.
+
+    Raises
+    ------
+    TypeError
+        If the module is neither a plain ``nn.Linear`` nor a transformers ``Conv1D``; a subclass may keep its
+        weight in another form (quantized, adapted), so it is refused by name.
+    """
+    if type(module) is nn.Linear:
+        return module.weight, module.bias, False
+    if type(module) is Conv1D:
+        return module.weight.T, module.bias, True
+    raise TypeError(
+        f"{name} is a {type(module).__name__}; only plain nn.Linear and Conv1D layers can be compressed, "
+        "so exclude it from the targets"
+    )
+
+
+def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
+    """Return every compressed layer of a model by name; a layer shared by two parents appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put other modules in the place of named ones, in place.
+
+    A module that several parents share is replaced under each of them by the same new module, so it stays
+    shared.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    replacements : mapping of str to nn.Module
+        New module by the dotted name of the one it replaces.
+    """
+    new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    places = [
+        (parent, child_name, new[id(child)])
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if id(child) in new
+    ]
+    for parent, child_name, module in places:
+        setattr(parent, child_name, module)
