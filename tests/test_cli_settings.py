@@ -7,6 +7,7 @@ import pytest
 from cur.cli.settings import compress_config
 from cur.integrations import BudgetConfig, CompressConfig
 
+SHARING = ("allocation", "neurons", "gradients", "own_text", "correction")
 FIXED = ("layers", "rank", "layout", "importance", "link")
 
 
@@ -14,10 +15,7 @@ def config(**given: Any) -> CompressConfig | BudgetConfig:
     return compress_config(
         method=given.pop("method", None),
         budget={name: given.pop(name, None) for name in ("keep", "parameters")},
-        allocation=given.pop("allocation", "loss"),
-        gradients=given.pop("gradients", True),
-        own_text=given.pop("own_text", True),
-        correction=given.pop("correction", 0.5),
+        sharing={name: given.pop(name, getattr(BudgetConfig, name)) for name in SHARING},
         fixed={name: given.pop(name, None) for name in FIXED},
         common={"targets": given.pop("targets", None), "exclude": (), "seed": 0},
     )
@@ -46,7 +44,10 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
         ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),
-        ({"allocation": "d-rank"}, "--allocation d-rank needs a budget to share"),
+        ({"allocation": "d-rank"}, "--allocation d-rank belong to a budget: give --keep"),
+        ({"gradients": False, "own_text": False}, "--no-gradients, --no-own-text belong to a budget"),
+        ({"method": "paper", "correction": 0.2}, "--correction 0.2 belong to a budget"),
+        ({"neurons": False}, "--no-neurons belong to a budget"),
         ({"keep": 0.5, "allocation": "d-rank"}, "--allocation d-rank is for --method best with --no-gradients"),
         ({"keep": 1.5}, "`keep` must be between 0 and 1"),
     ],

@@ -112,11 +112,13 @@ def compress(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
-        allocation=allocation,
-        neurons=neurons,
-        gradients=gradients,
-        own_text=own_text,
-        correction=correction,
+        sharing={
+            "allocation": allocation,
+            "neurons": neurons,
+            "gradients": gradients,
+            "own_text": own_text,
+            "correction": correction,
+        },
         fixed={
             "layers": layers,
             "choose": choose,
@@ -201,11 +203,13 @@ def plan(
     config = compress_config(
         method=method,
         budget={"keep": keep, "parameters": target_parameters, "size": target_size},
-        allocation=allocation,
-        neurons=neurons,
-        gradients=gradients,
-        own_text=own_text,
-        correction=correction,
+        sharing={
+            "allocation": allocation,
+            "neurons": neurons,
+            "gradients": gradients,
+            "own_text": own_text,
+            "correction": correction,
+        },
         fixed={
             "layers": layers,
             "choose": choose,

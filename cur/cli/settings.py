@@ -18,11 +18,7 @@ def compress_config(
     *,
     method: str | None,
     budget: Mapping[str, Any],
-    allocation: str = "loss",
-    neurons: bool = True,
-    gradients: bool = True,
-    own_text: bool = True,
-    correction: float = 0.5,
+    sharing: Mapping[str, Any],
     fixed: Mapping[str, Any],
     common: Mapping[str, Any],
 ) -> CompressConfig | BudgetConfig:
@@ -34,10 +30,8 @@ def compress_config(
         A method of a budget, or "paper"; by default what the other options call for.
     budget : mapping
         ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
-    allocation : str
-    neurons, gradients, own_text : bool
-    correction : float
-        For a budget.
+    sharing : mapping
+        How a budget is shared: ``allocation``, ``neurons``, ``gradients``, ``own_text`` and ``correction``.
     fixed : mapping
         Options of the paper's setting; ``layers`` as text.
     common : mapping
@@ -65,26 +59,25 @@ def compress_config(
     if method == PAPER:
         if asked:
             raise ValueError("--method paper has no budget; give --rank and --layers instead, or --method best")
-        if allocation != "loss":
-            raise ValueError(f"--allocation {allocation} needs a budget to share: give --keep, for instance --keep 0.8")
+        if changed := [_option(name, value) for name, value in sharing.items() if value != getattr(BudgetConfig, name)]:
+            raise ValueError(f"{', '.join(changed)} belong to a budget: give --keep, for instance --keep 0.8")
         return CompressConfig(**own, **shared)
     if not asked:
         raise ValueError(f"--method {method} needs a budget: give --keep, for instance --keep 0.8")
-    if allocation == "d-rank" and (gradients or method != "best"):
+    if sharing["allocation"] == "d-rank" and (sharing["gradients"] or method != "best"):
         raise ValueError(f"--allocation d-rank is for --method best with --no-gradients, got --method {method}")
     if own:
-        names = ", ".join("--for" if name == "purpose" else f"--{name.replace('_', '-')}" for name in own)
+        names = ", ".join(_option(name) for name in own)
         raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
-    return BudgetConfig(
-        **asked,
-        **shared,
-        method=method,
-        allocation=allocation,
-        neurons=neurons,
-        gradients=gradients,
-        own_text=own_text,
-        correction=correction,
-    )
+    return BudgetConfig(**asked, **shared, **sharing, method=method)
+
+
+def _option(name: str, value: Any = True) -> str:
+    """Return how an option is typed."""
+    dashed = "for" if name == "purpose" else name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {value}"
 
 
 def refuse_with_plan(config: CompressConfig | BudgetConfig) -> None:

@@ -20,8 +20,9 @@ from cur.integrations.spectra import EXACT_UP_TO, singular_values
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
 
-# Rows of a large matrix in double precision at once.
+# Rows of a large matrix, and tokens, in double precision at once.
 _ROWS = 1024
+_TOKENS = 128
 
 # Names of `cur.bounds.LIPSCHITZ` by the classes that compute them. Quick GELU, x s(1.702 x), is SiLU on another scale.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -139,10 +140,14 @@ class _Sums:
 
     def add(self, x: Tensor, y: Tensor, other: Tensor) -> None:
         self.tokens += len(x)
-        x, y, change = x.double(), y.double(), (y - other).double()
-        norms, moved = torch.linalg.norm(x, dim=1), torch.linalg.norm(change, dim=1)
+        # All tokens of a batch in double precision at once took more memory than the whole calibration.
+        for parts in zip(*(whole.split(_TOKENS) for whole in (x, y, other)), strict=True):  # type: ignore[no-untyped-call]
+            self._add(*(part.double() for part in parts))
+
+    def _add(self, x: Tensor, y: Tensor, other: Tensor) -> None:
+        norms, moved = torch.linalg.norm(x, dim=1), torch.linalg.norm(y - other, dim=1)
         self.inputs += float(norms.square().sum())
-        self.outputs += float(y.square().sum())
+        self.outputs += float(torch.linalg.norm(y)) ** 2
         self.change += float(moved.square().sum())
         bounds = LIPSCHITZ[self.activation] * self.spectral * norms
         ratios = torch.where(bounds > 0, moved / bounds, torch.zeros_like(moved))
