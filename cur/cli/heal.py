@@ -62,8 +62,8 @@ def heal(
     next_token: Annotated[float, typer.Option(help="Weight of the negative log-likelihood of the text.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Of the predictions that are compared.")] = 1.0,
     learning_rate: Annotated[
-        float, typer.Option(help="Relative change of a layer's output in one step, at most.")
-    ] = 0.02,
+        float, typer.Option(help="Largest size of a step, relative to what the loss itself asks for.")
+    ] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Pull back to where the steps began.")] = 0.0,
     precision: Annotated[str, typer.Option(help="Of the passes: bfloat16 or float32.")] = "bfloat16",
     gradient_checkpointing: Annotated[

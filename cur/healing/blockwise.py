@@ -25,7 +25,7 @@ from cur.healing.learner import Learner
 from cur.healing.logs import Log
 from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
 from cur.healing.pair import Pair, autocast, only_cores, outputs_of
-from cur.healing.report import HealingReport
+from cur.healing.report import HealingReport, best_step
 from cur.healing.saving import save_healed
 from cur.healing.sharing import check_pair, share_
 from cur.healing.stack import Entry, Stack
@@ -309,7 +309,8 @@ class _Run:
                 self._log(index).unlink(missing_ok=True)
                 found, coordinates = self._start(pair, index, cache, log)
             mine = {name: coordinates.get(name) or Coordinates.plain(core) for name, core in pair.cores.items()}
-            task = Task(Goal(pair, index), Learner(mine, self.config))
+            learner = Learner(mine, self.config, before=found["before"].get("loss"))
+            task = Task(Goal(pair, index), learner)
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
@@ -417,15 +418,15 @@ class _Run:
         curve = [
             {"step": step, **summary([_without_step(_latest(one.curve, step)) for one in healed])} for step in looks
         ]
-        best = min(curve, key=lambda look: look["loss"], default=None)
+        before = summary([one.before for one in healed if one.before])
         return HealingReport(
             config=self.config.to_dict(),
             trainable=sum(one.trainable for one in healed),
             fits=tuple(fit for one in healed for fit in one.fits),
-            before=summary([one.before for one in healed if one.before]),
+            before=before,
             curve=tuple(curve),
             steps=max(one.steps for one in healed),
-            best_step=None if best is None else int(best["step"]),
+            best_step=best_step(before, curve),
             shared_bytes=0,
             seconds={stage: sum(one.seconds[stage] for one in healed) for stage in ("closed form", "heal")},
             versions=versions(),

@@ -68,6 +68,10 @@ class LeastSquares:
         m, r = core.left.shape
         place = core.left.device
         self.metric = None if metric is None else metric.to(place, torch.float64)
+        left = core.left.double()
+        # The metric of every output costs more than all else, and only serves the report: single precision will do.
+        self._seen = left.T if self.metric is None else left.T @ self.metric
+        self._single = None if self.metric is None else self.metric.float()
         self.gram = torch.zeros(r, r, dtype=torch.float64, device=place)
         self.cross = torch.zeros(m, r, dtype=torch.float64, device=place)
         self.inside = torch.zeros(r, r, dtype=torch.float64, device=place)
@@ -81,10 +85,10 @@ class LeastSquares:
         y = wanted.double() if bias is None else wanted.double() - bias.double()
         self.gram += z.T @ z
         self.cross += y.T @ z
-        weighed = self._weighted(y.T)
-        seen = self.core.left.double().T @ weighed
+        seen = self._seen @ y.T
         self.inside += seen @ seen.T
-        self.square += float((y * weighed.T).sum())
+        single = y.float()
+        self.square += float((single * (single if self._single is None else single @ self._single)).sum())
 
     def _weighted(self, columns: Tensor) -> Tensor:
         return columns if self.metric is None else self.metric @ columns

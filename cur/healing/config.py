@@ -77,7 +77,7 @@ class HealingConfig:
         Default: ``Objectives(kl=1)``; for the scope ``"block"``, ``Objectives(kl=0, hidden=1)``.
     closed_form : bool, default True
         Whether the best cores for the teacher's outputs are found by least squares before the first step.
-    closed_form_windows : int, default 32
+    closed_form_windows : int, default 64
         Windows of the text, evenly spread, that this looks at.
     ridge : float, default 0.01
         Pull of the least-squares problem towards the cores as they are, relative to the mean eigenvalue of the inputs'
@@ -87,8 +87,9 @@ class HealingConfig:
     metric_windows : int, default 8
         Windows over which gradients say how much each output matters to the closed form and to the whitened
         coordinates; 0 lets all count alike.
-    learning_rate : float, default 0.02
-        Largest rate of AdamW, in whitened coordinates: the relative change of a layer's output that one step makes.
+    learning_rate : float, default 1.0
+        Largest size of a step, relative to what the quadratic model of the loss asks for; see
+        :meth:`~cur.healing.learner.Learner.rate`.
     warmup : int, default 5
         Steps over which the rate rises; it falls as a cosine afterwards.
     final_rate : float, default 0.0
@@ -131,11 +132,11 @@ class HealingConfig:
     scope: str = "model"
     objectives: Objectives | None = None
     closed_form: bool = True
-    closed_form_windows: int = 32
+    closed_form_windows: int = 64
     ridge: float = 0.01
     correction: float = 0.3
     metric_windows: int = 8
-    learning_rate: float = 0.02
+    learning_rate: float = 1.0
     warmup: int = 5
     final_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)

@@ -20,7 +20,7 @@ from cur.healing.learner import Learner
 from cur.healing.logs import Log
 from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
 from cur.healing.pair import Pair, only_cores
-from cur.healing.report import HealingReport
+from cur.healing.report import HealingReport, best_step
 from cur.healing.sharing import share_
 from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
@@ -126,7 +126,7 @@ def heal(
         with only_cores(pair):
             found = None if file is None else file.read()
             start = _start(pair, text, log, seconds, progress) if found is None else _resumed(pair, found[1])
-            tasks = _tasks(pair, start.coordinates)
+            tasks = _tasks(pair, start)
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
@@ -134,7 +134,6 @@ def heal(
                 )
             seconds["heal"] = time.perf_counter() - begin
     log.close()
-    best = min(curve, key=lambda look: look["loss"], default=None)
     return HealingReport(
         config=config.to_dict(),
         trainable=sum(core.rank**2 for core in pair.cores.values()),
@@ -142,7 +141,7 @@ def heal(
         before=start.before,
         curve=tuple(curve),
         steps=steps,
-        best_step=None if best is None else int(best["step"]),
+        best_step=best_step(start.before, curve),
         shared_bytes=shared,
         seconds=seconds,
         versions=versions(),
@@ -151,9 +150,10 @@ def heal(
 
 @dataclass(frozen=True)
 class _Start:
-    """What was found before the first step, and the coordinates in which steps are taken."""
+    """What was found before the first step, of the model and of each task, and the coordinates of the steps."""
 
     before: dict[str, float]
+    each: list[dict[str, float]]
     fits: list[LayerFit]
     coordinates: dict[str, Coordinates]
 
@@ -164,7 +164,8 @@ class _Start:
 def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress: Progress | None) -> _Start:
     """Look at the student as it is, measure what its outputs matter, solve the closed form, and take coordinates."""
     config = pair.config
-    before = summary(look(pair, [Goal(pair, block) for block in _blocks(pair)], text))
+    each = look(pair, [Goal(pair, block) for block in _blocks(pair)], text)
+    before = summary(each)
     log.write("before", 0, before)
     begin = time.perf_counter()
     metrics = _metrics(pair, text)
@@ -183,13 +184,13 @@ def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress
         coordinates[name] = Coordinates(
             pair.cores[name], gram, output, damping=config.damping, metric=metrics.get(name)
         )
-    return _Start(before, fits, coordinates)
+    return _Start(before, each, fits, coordinates)
 
 
 def _resumed(pair: Pair, facts: Mapping[str, Any]) -> _Start:
     """Return what was found before the first step, from a state; the coordinates themselves follow from there."""
     fits = [LayerFit(**fit) for fit in facts["fits"]]
-    return _Start(facts["before"], fits, {})
+    return _Start(facts["before"], [], fits, {})
 
 
 def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
@@ -211,13 +212,14 @@ def _blocks(pair: Pair) -> list[int | None]:
     return list(pair.student.compressed) if pair.config.scope == "block" else [None]
 
 
-def _tasks(pair: Pair, coordinates: Mapping[str, Coordinates]) -> list[Task]:
+def _tasks(pair: Pair, start: _Start) -> list[Task]:
     """Return what learns; a resumed run gets its coordinates later, and a run without steps needs none."""
     tasks = []
-    for block in _blocks(pair):
+    for index, block in enumerate(_blocks(pair)):
         names = list(pair.cores) if block is None else pair.inside(block)
-        mine = {name: coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
-        tasks.append(Task(Goal(pair, block), Learner(mine, pair.config)))
+        mine = {name: start.coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
+        before = start.each[index]["loss"] if start.each else None
+        tasks.append(Task(Goal(pair, block), Learner(mine, pair.config, before=before)))
     return tasks
 
 

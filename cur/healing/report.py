@@ -10,7 +10,7 @@ from typing import Any
 
 from cur.healing.closed_form import LayerFit
 
-__all__ = ["HealingReport"]
+__all__ = ["HealingReport", "best_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class HealingReport:
     steps : int
         Steps taken.
     best_step : int or None
-        The step whose state was kept; None without held-out text, when the last one is.
+        The step whose state was kept: 0 is the closed form, -1 the model as it came, where nothing was better on the
+        held-out text; None without such text, when the last state is kept. By blocks, each of which keeps its own best,
+        that of the mean.
     shared_bytes : int
         Bytes that student and teacher use together.
     seconds : mapping of str to float
@@ -61,11 +63,17 @@ class HealingReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        first, last = (
-            self.before.get("perplexity"),
-            min((look["perplexity"] for look in self.curve if "perplexity" in look), default=None),
-        )
+        looks = {-1: self.before, **{int(look["step"]): look for look in self.curve}}
+        first = self.before.get("perplexity")
+        last = None if self.best_step is None else looks[self.best_step].get("perplexity")
         text = f"Healed {self.trainable:,} numbers in {self.steps} steps"
         if first is None or last is None:
             return text
         return f"{text}; perplexity on held-out text {first:.2f} before, {last:.2f} after"
+
+
+def best_step(before: Mapping[str, float], curve: Sequence[Mapping[str, float]]) -> int | None:
+    """Return the step of the least held-out loss, -1 for the loss before anything, None if there was no look."""
+    looks = [(before["loss"], -1)] if before else []
+    looks += [(look["loss"], int(look["step"])) for look in curve]
+    return min(looks)[1] if looks else None

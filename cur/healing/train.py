@@ -109,20 +109,26 @@ class _Loop:
     def step(self, number: int) -> dict[str, float]:
         """Take one step of every task; returns losses, their parts and norms, each the mean over tasks."""
         config = self.config
-        found: list[dict[str, float]] = []
+        found: list[list[dict[str, float]]] = []
+        tokens = 0
         try:
             for part in range(config.accumulate):
                 batch = self.text.batch(number * config.accumulate + part)
+                tokens += _token_count(batch)
                 taught = self.pair.teach(batch)
-                found += self._all(lambda task: task.goal.learn(batch, taught))  # noqa: B023
-            norms = self._all(lambda task: {"gradient_norm": task.learner.step(number, config.accumulate)})
+                found.append(self._all(lambda task: task.goal.learn(batch, taught)))  # noqa: B023
+            losses = [_mean(each) for each in zip(*found, strict=True)]
+            of_task = dict(zip(map(id, self.tasks), losses, strict=True))
+            steps = self._all(
+                lambda task: task.learner.step(number, config.accumulate, loss=of_task[id(task)]["loss"], tokens=tokens)
+            )
         except NumericalError as error:
             self.keep_best()
             raise NumericalError(
                 f"{error}, at step {number + 1}; the best state so far is kept. Try a smaller `learning_rate` than "
                 f"{config.learning_rate:g}, or `precision` 'float32'"
             ) from error
-        return {**_mean(found), **_mean(norms), "learning_rate": config.rate(number)}
+        return {**_mean(losses), **_mean(steps)}
 
     def stale(self) -> bool:
         """Say whether no task has become better for as many looks as the patience allows."""
@@ -131,7 +137,13 @@ class _Loop:
     def keep_best(self) -> None:
         """Put the best state of every task into the model."""
         for task in self.tasks:
-            task.learner.write_(task.learner.best)
+            task.learner.write_best_()
+
+    def try_(self) -> None:
+        """Measure for every task what a step costs."""
+        batch = self.text.batch(0)
+        taught = self.pair.teach(batch)
+        self._all(lambda task: task.learner.try_(lambda: task.goal.look(batch, taught)["loss"]))
 
 
 def look(pair: Pair, goals: Sequence[Goal], text: Text) -> list[dict[str, float]]:
@@ -234,6 +246,10 @@ def train(
     if done < 0:
         done = 0
         watch()
+        for task in tasks:
+            task.learner.stale = 0  # patience is for steps
+        if config.steps:
+            loop.try_()
         keep()
     first, begin = done, time.perf_counter()
     with checkpointing(_learning(pair)) if config.gradient_checkpointing else nullcontext():
@@ -252,6 +268,12 @@ def train(
     if curve:
         loop.keep_best()
     return done, curve
+
+
+def _token_count(batch: Mapping[str, Any]) -> int:
+    """Return the number of tokens in a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
 def _learning(pair: Pair) -> list[torch.nn.Module]:
