@@ -61,8 +61,7 @@ SETTINGS: dict[str, tuple[str, str | tuple[str, ...], CompressConfig | BudgetCon
     ),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH = PAPER.batch_size
-CHILDS_WINDOWS = 8
+BATCH = 4
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def main() -> None:
         "windows": options.windows,
         "length": 512,
         "time": kept.get("time", []) if options.only == "memory" else measure_time(model, windows),
-        "memory": kept.get("memory", []) if options.only == "time" else measure_memory(model, windows[:CHILDS_WINDOWS]),
+        "memory": kept.get("memory", []) if options.only == "time" else measure_memory(model, windows[: 2 * BATCH]),
         **environment(),
     }
     result["machine"]["threads"] = 1

@@ -313,7 +313,7 @@ def scale(data: dict[str, Any]) -> str:
     if "idle" in data:
         parts.append(f"A process that has only imported everything takes {cell(data['idle']['peak, MB'])} MB of that.")
     runs = {name: data[name] for name in ("limit", "eight") if name in data}
-    stages = ("calibrate", "plan", "decompose", "factorizations alone", "write")
+    stages = ("calibrate", "plan", "decompose", "factorizations alone", "outputs", "write")
     titles = {"limit": "Llama-3.2-3B shape, 3 GB of address space", "eight": "Llama-3.1-8B shape"}
     if runs:
         rows = [
@@ -324,7 +324,7 @@ def scale(data: dict[str, Any]) -> str:
                 f"{run['peak address space, bytes'] / 1e9:.2f}",
                 f"{run.get('processes', 1)} x {run.get('threads', 1)}",
                 cell(run.get("load before")),
-                *(cell(run["seconds"][stage]) for stage in stages),
+                *(cell(run["seconds"].get(stage)) for stage in stages),
                 cell(run["total"]),
             ]
             for name, run in runs.items()

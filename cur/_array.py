@@ -7,6 +7,7 @@ standard where it has none.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat as compat
@@ -156,21 +157,18 @@ def take(A: Array, indices: Array, axis: int) -> Array:
 def qr(X: Array) -> tuple[Array, Array]:
     """Return the thin QR factorization of a tall matrix.
 
-    NumPy: by Cholesky factorization of the Gram matrix, which is all matrix products, and once more where the first
-    time is not orthogonal to rounding; by Householder reflections where the matrix is far from that. SciPy's LAPACK
-    would be as fast alone, but its threads and NumPy's wait for each other: calls that alternate between the two took
-    up to six times as long.
+    NumPy and torch: by Cholesky factorization of the Gram matrix, which is all matrix products, and once more where the
+    first time is not orthogonal to rounding; by Householder reflections, which take several times as long on any
+    device, where the matrix is far from that. SciPy's LAPACK would be as fast alone, but its threads and NumPy's wait
+    for each other: calls that alternate between the two took up to six times as long.
     """
-    if compat.is_numpy_array(X) and X.shape[0] >= X.shape[1]:
-        try:
-            Q, R, condition = _cholesky_qr(X)
-            if condition < CHOLESKY_ONCE:
-                return Q, R
-            if condition < CHOLESKY_TWICE:
-                Q, R_again, _ = _cholesky_qr(Q)
-                return Q, R_again @ R
-        except np.linalg.LinAlgError:
-            pass  # numerically dependent columns
+    if (compat.is_numpy_array(X) or compat.is_torch_array(X)) and X.shape[0] >= X.shape[1]:
+        Q, R, condition = _cholesky_qr(X)
+        if condition < CHOLESKY_ONCE:
+            return Q, R
+        if condition < CHOLESKY_TWICE:
+            Q, R_again, _ = _cholesky_qr(Q)
+            return Q, R_again @ R
     Q, R = namespace(X).linalg.qr(X, mode="reduced")
     return Q, R
 
@@ -186,13 +184,25 @@ CHOLESKY_TWICE = 100.0
 
 
 def _cholesky_qr(X: Any) -> tuple[Any, Any, float]:
+    """Return Q, R and the condition number; infinity, or NaN, where columns are numerically dependent."""
+    if compat.is_torch_array(X):
+        import torch
+
+        # cholesky would raise where a failure shows in the condition number as well
+        L = torch.linalg.cholesky_ex(X.mH @ X)[0]
+        eye = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
+        inverse = torch.linalg.solve_triangular(L, eye, upper=False).mH
+        condition = float(torch.linalg.norm(L) * torch.linalg.norm(inverse)) / L.shape[0]
+        return X @ inverse, L.mH, condition
     # a nearly singular X may overflow, which shows in the condition number
     with np.errstate(over="ignore", invalid="ignore"):
-        L = np.linalg.cholesky(X.conj().T @ X)
-        R = L.conj().T
-        inverse = np.linalg.inv(L).conj().T
+        try:
+            L = np.linalg.cholesky(X.conj().T @ X)
+            inverse = np.linalg.inv(L).conj().T
+        except np.linalg.LinAlgError:
+            return X, X, math.inf
         condition = float(np.linalg.norm(L)) * float(np.linalg.norm(inverse)) / L.shape[0]
-        return X @ inverse, R, condition
+        return X @ inverse, L.conj().T, condition
 
 
 def solve_triangular(T: Array, B: Array) -> Array:

@@ -132,7 +132,12 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
                 "one score per entry is needed"
             )
         importance = _array.detach(importance)
-        target = namespace(importance).astype(importance, dtype) if is_dense(importance) else importance.astype(dtype)
+        if importance.dtype == dtype:
+            target = importance
+        elif is_dense(importance):
+            target = namespace(importance).astype(importance, dtype)
+        else:
+            target = importance.astype(dtype)
         if not is_operator(target):
             check_finite_norm(frobenius(target), importance, "importance")
     return Problem(A, B, target, row_weight, column_weight, None if is_operator(B) else frobenius(B))

@@ -257,4 +257,8 @@ def wanda(W: Array, x_norm: Array, /) -> Array:
         raise ValueError(
             "`x_norm` must be finite and non-negative; it holds NaN, inf or negative entries; check the calibration"
         )
-    return xp.abs(W) * x_norm[None, :]
+    score = xp.abs(W)
+    if score.dtype == x_norm.dtype:
+        score *= x_norm[None, :]  # a second matrix of this size takes as long as the product with it
+        return score
+    return score * x_norm[None, :]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.sparse
+import torch
 
 from cur import _array
 from tests.backends import REQUIRED, to_numpy
@@ -72,11 +73,13 @@ def test_qr_and_triangular_solve(dense, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("small", [1.0, 0.1, 0.06, 0.05, 0.01, 1e-3])
-def test_one_cholesky_is_orthogonal_where_it_is_trusted(rng, dtype, small):
+@pytest.mark.parametrize("small", [1.0, 0.1, 0.06, 0.05, 0.01, 1e-3, 0.0])
+@pytest.mark.parametrize("to_library", [np.asarray, torch.from_numpy])
+def test_one_cholesky_is_orthogonal_where_it_is_trusted(rng, to_library, dtype, small):
     """A single small singular value is the worst that the Frobenius condition number can hide."""
     X = with_spectrum(900, 256, np.r_[np.ones(255), small], rng).astype(dtype)
-    Q, _ = _array.qr(X)
+    Q, T = (to_numpy(factor) for factor in _array.qr(to_library(X)))
+    assert np.linalg.norm(Q @ T - X) <= 256 * np.finfo(dtype).eps * np.linalg.norm(X)
     assert np.linalg.norm(Q.T @ Q - np.eye(256)) <= 256 * np.finfo(dtype).eps / 2
 
 

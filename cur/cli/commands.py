@@ -199,8 +199,7 @@ def _decide(
 ) -> tuple[Statistics, Plan, list[Any]]:
     """Measure, or read what an earlier run measured, and plan; return the batches of text as well."""
     model = loaded.model
-    sized = (BudgetConfig if asked.own_text else CompressConfig) if isinstance(asked, Plan) else asked
-    given = as_batches(windows, sized.batch_size)
+    given = as_batches(windows, 4 if isinstance(asked, Plan) else asked.batch_size)
     known = stats is not None and stats.exists()
     with clock.stage("calibrate"):
         if not isinstance(asked, CompressConfig) and asked.own_text and (asked.correction > 0 or not known):

@@ -63,9 +63,8 @@ class CompressConfig:
         random sketch for larger ones, whose SVD takes minutes.
     precision : {"float32", "float64"}, default "float32"
         Of the factorizations; the factors are stored in the dtype of the weight.
-    batch_size : int, default 1
-        Windows per forward pass of the calibration; changes the statistics by rounding only. More take more memory,
-        and are faster on devices only.
+    batch_size : int, default 4
+        Windows per forward pass of the calibration; changes the statistics by rounding only.
     seed : int, default 0
         Of every random choice.
 
@@ -90,7 +89,7 @@ class CompressConfig:
     link: str = "optimal"
     subspace: str = "auto"
     precision: str = "float32"
-    batch_size: int = 1
+    batch_size: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,6 +39,9 @@ __all__ = [
     "refitted",
     "report_on",
 ]
+
+# Entries of a weight that are compared at once, few enough to stay in a processor's cache.
+_IN_CACHE = 1 << 19
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
@@ -104,11 +108,10 @@ def factorize(
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
-    near = done.factors.toarray()
-    parts = list(done.factors) if isinstance(done.factors, CUR) else list(done.factors.folded().factors)
+    left, right = done.factors.folded().factors
+    parts = list(done.factors) if isinstance(done.factors, CUR) else [left, right]
     return layer, report_on(
-        W,
-        near,
+        _errors(W, left, right),
         entry,
         layer,
         norm=norm,
@@ -130,9 +133,15 @@ def refitted(module: nn.Module, entry: PlanEntry, arriving: Arriving, *, correct
     return layer
 
 
+def _errors(W: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a few rows of a weight at a time, and what a product of two factors misses of them."""
+    rows = max(_IN_CACHE // W.shape[1], 1)
+    for some, factor in zip(W.split(rows), left.split(rows), strict=True):  # type: ignore[no-untyped-call]
+        yield some, torch.addmm(some, factor, right, alpha=-1)
+
+
 def report_on(
-    W: Tensor,
-    near: Tensor,
+    errors: Iterable[tuple[Tensor, Tensor]],
     entry: PlanEntry,
     layer: CompressedLinear,
     *,
@@ -143,8 +152,9 @@ def report_on(
     columns: tuple[int, ...],
     seconds: float,
 ) -> LayerReport:
-    """Say what was lost of a weight, where `near` stands for it, multiplied out with some rounding."""
-    (missed, missed_weighted), (size, size_weighted) = _norms(W - near, norm), _norms(W, norm)
+    """Say what was lost of a weight, from all its rows and what is missed of them, up to some rounding."""
+    of_weight, of_error = (sum(columns) for columns in zip(*map(_column_squares, errors), strict=True))
+    (missed, missed_weighted), (size, size_weighted) = _norms(of_error, norm), _norms(of_weight, norm)
     bound = missed_weighted + rounding * float(norm.max())
     m, n = entry.shape
     return LayerReport(
@@ -258,9 +268,15 @@ def link_weights(W: Tensor, entry: PlanEntry, moments: Moments) -> Any:
     return moments.input_weight(entry.name, W) if entry.link == "covariance" else None
 
 
-def _norms(X: Tensor, norm: Tensor) -> tuple[float, float]:
-    """Return the Frobenius norm of a matrix, and that of the matrix with its columns weighted."""
-    return float(torch.linalg.norm(X)), float(torch.linalg.norm(X * norm))
+def _column_squares(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of squares of each column of both, float64."""
+    weight, error = (X.square().sum(0, dtype=torch.float64) for X in rows)
+    return weight, error
+
+
+def _norms(squares: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Return the Frobenius norm of a matrix from the squares of its columns, and that with its columns weighted."""
+    return math.sqrt(float(squares.sum())), math.sqrt(float((squares * norm.double().square()).sum()))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -291,8 +291,7 @@ def keep_neurons(
         done[part.name] = (
             layer,
             report_on(
-                wide,
-                near,
+                [(wide, wide - near)],
                 part,
                 layer,
                 norm=x_norm(moments.statistics, part.name).to(wide),

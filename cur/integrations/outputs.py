@@ -20,9 +20,8 @@ from cur.integrations.spectra import EXACT_UP_TO, singular_values
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
 
-# Rows of a large matrix, and tokens, in double precision at once.
-_ROWS = 1024
-_TOKENS = 128
+# Rows of a large matrix, or tokens, that are compared at once.
+_ROWS = 128
 
 # Names of `cur.bounds.LIPSCHITZ` by the classes that compute them. Quick GELU, x s(1.702 x), is SiLU on another scale.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -141,7 +140,7 @@ class _Sums:
     def add(self, x: Tensor, y: Tensor, other: Tensor) -> None:
         self.tokens += len(x)
         # All tokens of a batch in double precision at once took more memory than the whole calibration.
-        for parts in zip(*(whole.split(_TOKENS) for whole in (x, y, other)), strict=True):  # type: ignore[no-untyped-call]
+        for parts in zip(*(whole.split(_ROWS) for whole in (x, y, other)), strict=True):  # type: ignore[no-untyped-call]
             self._add(*(part.double() for part in parts))
 
     def _add(self, x: Tensor, y: Tensor, other: Tensor) -> None:

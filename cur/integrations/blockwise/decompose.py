@@ -48,8 +48,10 @@ class Decomposition:
 
     Attributes
     ----------
-    earlier : float
-        Seconds that runs before this one, ended in some way, spent on blocks that this one need not factor.
+    outputs : float
+        Seconds of this run that the changes of outputs took.
+    earlier : dict of str to float
+        Seconds that runs before this one, ended in some way, spent on blocks that this one need not factor, by stage.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class Decomposition:
         self.statistics = statistics
         self.config = config
         self.progress = progress
-        self.earlier = 0.0
+        self.outputs = 0.0
+        self.earlier = {"decompose": 0.0, "outputs": 0.0}
 
     def plan(self) -> Plan:
         """Decide which layers are replaced at which rank; every block that may be is loaded once.
@@ -100,9 +103,12 @@ class Decomposition:
             begin = time.perf_counter()
             part = replace(plan, entries=tuple(named[name] for name in names))
             layers, reports = decompose(self.model, part, self.calibration.of_block(index))
+            middle = time.perf_counter()
             self.calibration.tunnel.active = index
             with self.calibration.tunnel.open():
                 changes = output_changes(self.model, layers, probe)
+            outputs = time.perf_counter() - middle
+            self.outputs += outputs
             file = self._file(index)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(
@@ -110,7 +116,8 @@ class Decomposition:
                 file,
             )
             done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
-            self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=time.perf_counter() - begin)
+            spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
+            self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
         found: dict[str, LayerReport] = {}
         for index in self._by_block(list(named)):
             facts = self.journal.facts(f"factors-{index:04}") or {}
@@ -163,7 +170,8 @@ class Decomposition:
                 self.progress(stage, done, total)
             facts = None if step is None else self.journal.facts(f"{step}-{index:04}")
             if facts is not None:
-                self.earlier += facts["seconds"]
+                for name, seconds in facts["seconds"].items():
+                    self.earlier[name] += seconds
             else:
                 self.skeleton.load_block(index)
                 with unrolled(self.model):

@@ -168,12 +168,14 @@ def _run(
     factoring = Decomposition(measuring, statistics, config, progress)
     with clock.stage("plan"):
         plan = factoring.plan()
-    with clock.stage("decompose"):
+    with clock.stage("outputs"):
         skeleton.load_outside()
         skeleton.free_embeddings()
+    with clock.stage("decompose"):
         reports = factoring.carry_out(plan, measuring.given[0])
-        skeleton.free_outside()
-    clock.seconds["decompose"] += factoring.earlier
+    skeleton.free_outside()
+    clock.seconds["decompose"] += factoring.earlier["decompose"] - factoring.outputs
+    clock.seconds["outputs"] += factoring.earlier["outputs"] + factoring.outputs
     final = _compressed_skeleton(skeleton, factoring, reports)
     report = CompressionReport(
         plan=as_done(plan, reports),
