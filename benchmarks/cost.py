@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct; 64 windows of 512 tokens of WikiText-2 ``valid.txt``. Plain forward passes are those of the model
 without its output head, which calibration does not run either. A copy of the model runs every batch plainly just before
 it is calibrated on; both are timed in processor seconds of one thread. Peak memory is that of a process of its own for
-each setting, loading included, in float32 and bfloat16.
+each setting that has a target, loading included, in float32 and bfloat16, with 4 windows and with one in a pass.
 
     python benchmarks/cost.py [--model DIR] [--wikitext DIR] [--only time]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -62,6 +63,8 @@ SETTINGS: dict[str, tuple[str, str | tuple[str, ...], CompressConfig | BudgetCon
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 4
+# Windows in a pass where memory is measured.
+MEMORY_BATCHES = (BATCH, 1)
 
 
 def main() -> None:
@@ -165,12 +168,14 @@ def measure_memory(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
         save_file({"windows": windows}, f"{place}/windows")
         for kind, dtype in DTYPES.items():
             model.to(dtype).save_pretrained(f"{place}/model")
-            for name, (*_, target) in SETTINGS.items():
-                row = spawn({"place": place, "setting": name})
+            asked = itertools.product(SETTINGS.items(), MEMORY_BATCHES)
+            for (name, (*_, target)), size in asked:
+                if target is None:
+                    continue
+                row = spawn({"place": place, "setting": name, "batch": size})
                 own = row["peak, bytes"] - row["imports, bytes"] - row["statistics, bytes"]
-                rows.append(
-                    {"setting": name, "dtype": kind, **row, "over model": own / row["model, bytes"], "target": target}
-                )
+                common = {"setting": name, "dtype": kind, "windows a pass": size, "target": target}
+                rows.append({**common, **row, "over model": own / row["model, bytes"]})
                 print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()})
     return rows
 
@@ -198,7 +203,7 @@ def child(asked: dict[str, Any]) -> None:
     size, loaded = model_size(model).bytes, peak()
     windows = load_file(f"{asked['place']}/windows")["windows"]
     moments, targets, config, *_ = SETTINGS[asked["setting"]]
-    given = list(batches(windows, batch_size=BATCH))
+    given = list(batches(windows, batch_size=asked["batch"]))
     statistics = calibrate(model, given, moments, targets)
     calibrated = peak()
     tensors = {id(one): one.nbytes for part in (statistics.square_sums, statistics.products) for one in part.values()}

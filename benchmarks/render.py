@@ -402,7 +402,7 @@ def cost(data: dict[str, Any]) -> str:
     parts = ("peak", "imports", "model", "statistics")
     memory = [
         [
-            f"{row['setting']}; {row['dtype']}",
+            f"{row['setting']}; {row['dtype']}, windows a pass: {row['windows a pass']}",
             *(f"{row[f'{part}, bytes'] / 2**20:,.0f}" for part in parts),
             cell(row["over model"]),
             cell(row["target"]),

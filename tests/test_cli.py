@@ -406,6 +406,27 @@ def test_statistics_are_saved_and_reused(model: Path, text: Path, small: Path, t
     )
 
 
+def test_windows_in_a_pass(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[list[int]] = []
+    measure = commands.measure
+
+    def spy(model: Any, given: list[Any], *rest: Any, **options: Any) -> Any:
+        sizes.append([len(batch["input_ids"]) for batch in given])
+        return measure(model, given, *rest, **options)
+
+    monkeypatch.setattr(commands, "measure", spy)
+    plans = []
+    for size in ("3", "1"):
+        path = tmp_path / f"{size}.json"
+        done = cur("plan", model, "--text", text, "--out", path, *SMALL, "--batch-size", size)
+        assert done.exit_code == 0, done.stderr
+        plans.append(json.loads(path.read_text()))
+    assert [max(size) for size in sizes] == [3, 1]
+    assert sum(sizes[0]) == sum(sizes[1])
+    assert [entry["rank"] for entry in plans[0]["entries"]] == [entry["rank"] for entry in plans[1]["entries"]]
+    refused(cur("compress", model, "--batch-size", 0, "--out", tmp_path / "x"), "--batch-size must be at least 1")
+
+
 def test_a_target_size(model: Path, text: Path, tmp_path: Path) -> None:
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     wanted = int(0.75 * dense)

@@ -60,6 +60,7 @@ def compress(
     dataset_config: o.DatasetConfig = None,
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
+    batch_size: o.BatchSize = 4,
     stats: o.Stats = None,
     keep: o.Keep = None,
     target_parameters: o.TargetParameters = None,
@@ -137,7 +138,13 @@ def compress(
     if plan is not None:
         refuse_with_plan(config)
     source = Source(
-        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length, stats=stats
+        text=text,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        windows=windows,
+        length=window_length,
+        batch_size=batch_size,
+        stats=stats,
     )
     run_compress(
         _one(model, model_option),
@@ -165,6 +172,7 @@ def plan(
     dataset_config: o.DatasetConfig = None,
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
+    batch_size: o.BatchSize = 4,
     stats: o.Stats = None,
     keep: o.Keep = None,
     target_parameters: o.TargetParameters = None,
@@ -226,7 +234,13 @@ def plan(
         common={"targets": _names(targets), "exclude": _names(exclude), "seed": seed},
     )
     source = Source(
-        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length, stats=stats
+        text=text,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        windows=windows,
+        length=window_length,
+        batch_size=batch_size,
+        stats=stats,
     )
     run_plan(_one(model, model_option), out, config, source=source, dtype=dtype, as_json=as_json)
 

@@ -72,14 +72,14 @@ def compress_by_blocks(
     out: Path,
     config: CompressConfig | BudgetConfig | Plan,
     *,
-    read: Callable[[Any], torch.Tensor],
+    read: Callable[[Any], list[Any]],
     held_out: Callable[[Any], torch.Tensor] | None,
     stats: Path | None,
     dtype: torch.dtype,
     device: str,
     overwrite: bool,
 ) -> CompressionReport:
-    """Compress a checkpoint into another; `read` and `held_out` turn a tokenizer into windows."""
+    """Compress a checkpoint into another; from a tokenizer `read` makes batches, and `held_out` windows."""
     with _watched() as watch:
         skeleton = _open(model, dtype, device)
         return compress_blockwise(

@@ -19,7 +19,6 @@ from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
 from cur.integrations.compress import (
     Clock,
-    as_batches,
     carry_out_,
     make_plan,
     measure,
@@ -35,7 +34,7 @@ from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
-from cur.integrations.text import dataset_texts, embedded_text, read_text, token_windows
+from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
 
 __all__ = [
     "HeldOut",
@@ -61,11 +60,14 @@ class Source:
     windows: int | None
     length: int
     stats: Path | None
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         """Refuse two texts."""
         if self.text is not None and self.dataset is not None:
             raise ValueError("--text and --dataset exclude each other; give one")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return windows of tokens."""
@@ -78,6 +80,10 @@ class Source:
             source, name = embedded_text("calibrate"), "the embedded text"
         count = self.windows or (128 if self.dataset is not None else 64)
         return token_windows(tokenizer, source, length=self.length, count=count, name=name)
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """Return batches of windows of tokens."""
+        return batches(self.read(tokenizer), batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def run_compress(
             str(model),
             out,
             asked,
-            read=source.read,
+            read=source.batches,
             held_out=None if held_out is None else held_out.read,
             stats=source.stats,
             dtype=kind,
@@ -132,12 +138,12 @@ def run_compress(
             loaded = load_model(model, dtype=kind, device_map=where)
             if isinstance(asked, Plan):
                 asked.check(loaded.model)
-            windows = source.read(loaded.tokenizer)
+            given = source.batches(loaded.tokenizer)
             judged = None if held_out is None else held_out.read(loaded.tokenizer)
         if judged is not None:
             watch = bar.of("before", len(judged))
             perplexities["before, held-out"] = perplexity(loaded.model, judged, progress=watch).value
-        statistics, plan, given = _decide(loaded, asked, windows, source.stats, clock, bar)
+        statistics, plan, given = _decide(loaded, asked, given, source.stats, clock, bar)
         if isinstance(asked, Plan) and asked.calibration not in (None, statistics.text_hash):
             note.print("The calibration text is another than the one that the plan was made from.")
         report = carry_out_(loaded.model, plan, statistics, text=given, clock=clock, progress=bar)
@@ -179,8 +185,8 @@ def run_plan(
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(model, dtype=_dtype(dtype))
-            windows = source.read(loaded.tokenizer)
-        _, plan, _ = _decide(loaded, config, windows, source.stats, Clock(), bar)
+            given = source.batches(loaded.tokenizer)
+        _, plan, _ = _decide(loaded, config, given, source.stats, Clock(), bar)
     plan.save(out)
     if as_json:
         print(json.dumps(plan.to_dict()))
@@ -192,14 +198,13 @@ def run_plan(
 def _decide(
     loaded: LoadedModel,
     asked: CompressConfig | BudgetConfig | Plan,
-    windows: torch.Tensor,
+    given: list[Any],
     stats: Path | None,
     clock: Clock,
     bar: Bars,
 ) -> tuple[Statistics, Plan, list[Any]]:
-    """Measure, or read what an earlier run measured, and plan; return the batches of text as well."""
+    """Measure, or read what an earlier run measured, and plan; return the batches with what the model wrote besides."""
     model = loaded.model
-    given = as_batches(windows, 4 if isinstance(asked, Plan) else asked.batch_size)
     known = stats is not None and stats.exists()
     with clock.stage("calibrate"):
         if not isinstance(asked, CompressConfig) and asked.own_text and (asked.correction > 0 or not known):

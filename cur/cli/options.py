@@ -50,6 +50,9 @@ Windows = Annotated[
     int | None, typer.Option(help="Windows of calibration text.", show_default="64, or 128 with --dataset")
 ]
 WindowLength = Annotated[int, typer.Option(help="Tokens in each.")]
+BatchSize = Annotated[
+    int, typer.Option(help="Windows in one forward pass: fewer take less memory, and give the same but for rounding.")
+]
 Stats = Annotated[
     Path | None,
     typer.Option(
