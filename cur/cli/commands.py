@@ -63,7 +63,7 @@ class Source:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        """Refuse two texts."""
+        """Refuse two texts, and passes without a window."""
         if self.text is not None and self.dataset is not None:
             raise ValueError("--text and --dataset exclude each other; give one")
         if self.batch_size < 1:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cur.integrations._directory import check_target
+from cur.integrations._forward import model_inputs
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
 from cur.integrations.blockwise.journal import Journal, digest_of
@@ -271,6 +272,9 @@ def _inputs(
     return {
         "checkpoint": skeleton.shards.digest(),
         "calibration text": text_hash(skeleton.model, given),
+        "number of windows in a pass": [
+            len(next(iter(model_inputs(skeleton.model, batch).values()))) for batch in given
+        ],
         "configuration": {"kind": type(config).__name__, **decided},
         "statistics": None if stored is None else digest_of(stored),
         "held-out text": None if held_out is None else text_hash(skeleton.model, [held_out]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cur.integrations import CompressConfig
+from cur.integrations import CompressConfig, batches
 from cur.integrations.blockwise import JournalError, Skeleton, compress_blockwise, load_skeleton
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.states import States
@@ -128,6 +128,10 @@ def test_a_run_with_other_inputs_is_not_continued(directory: Path, windows: torc
         compressed(directory, windows.flip(0))
     with pytest.raises(JournalError, match="unfinished run with another configuration"):
         compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", CompressConfig(layers=1))
+    # The hidden states that lie there are those of passes of two windows.
+    given = batches(windows, batch_size=3)
+    with pytest.raises(JournalError, match="unfinished run with another number of windows in a pass"):
+        compress_blockwise(load_skeleton(directory), given, directory.parent / "out", CONFIG)
     file = sorted(directory.glob("model-*.safetensors"))[2]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
