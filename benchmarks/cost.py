@@ -168,10 +168,8 @@ def measure_memory(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
         save_file({"windows": windows}, f"{place}/windows")
         for kind, dtype in DTYPES.items():
             model.to(dtype).save_pretrained(f"{place}/model")
-            asked = itertools.product(SETTINGS.items(), MEMORY_BATCHES)
-            for (name, (*_, target)), size in asked:
-                if target is None:
-                    continue
+            aimed = {name: target for name, (*_, target) in SETTINGS.items() if target is not None}
+            for (name, target), size in itertools.product(aimed.items(), MEMORY_BATCHES):
                 row = spawn({"place": place, "setting": name, "batch": size})
                 own = row["peak, bytes"] - row["imports, bytes"] - row["statistics, bytes"]
                 common = {"setting": name, "dtype": kind, "windows a pass": size, "target": target}
