@@ -56,7 +56,7 @@ SETTINGS: dict[str, tuple[str, str | tuple[str, ...], CompressConfig | BudgetCon
     "all linear layers share a budget of 0.8, without gradients": (
         "full",
         ALL,
-        BudgetConfig(keep=0.8, gradients=False, own_text=False, correction=0.0),
+        BudgetConfig(keep=0.8, gradients=False, own_text=0, correction=0.0),
         None,
         None,
     ),

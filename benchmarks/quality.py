@@ -1,8 +1,8 @@
 """Compare what methods keep of a model at the same number of parameters.
 
 SmolLM2-135M-Instruct, all linear layers of all blocks, the share of their parameters that is kept: 0.9, 0.8, 0.6.
-Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``, for rows with "own text" on as many that the model
-wrote itself, too. Perplexity over windows of 1024 tokens of WikiText-2
+Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``; ours, and baselines with "own text", on a quarter of
+that which the model wrote itself besides. Perplexity over windows of 1024 tokens of WikiText-2
 ``test.txt`` and of the CPython language reference, each window on its own, float32 on the CPU.
 
 The baselines (`benchmarks/baselines`) are written from their papers' formulas, in float64 and with the same
@@ -77,14 +77,14 @@ PICTURE = ROOT / "docs" / "quality.svg"
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 
 KEEP = (0.9, 0.8, 0.6)
-DAMPING = BudgetConfig(keep=0.5).damping
+DEFAULT = BudgetConfig(keep=0.5)
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-# Calibration texts: what is given, and the same with as much that the model wrote itself.
+# Calibration texts: what is given, and the same with what the model wrote itself.
 GIVEN, BOTH = "given", "both"
 # Windows for the squared gradients of FWSVD and the magnitudes of ASVD, which need few.
 DIAGONAL_WINDOWS = 16
@@ -108,7 +108,7 @@ class Known:
     def moment(self, name: str, text: str) -> Tensor:
         """Return the second moment of a layer's inputs on a calibration text, damped as for every method."""
         G = self.statistics[text].second_moment(name)
-        return G + DAMPING * float(G.diagonal().mean()) * torch.eye(len(G), dtype=G.dtype)
+        return G + DEFAULT.damping * float(G.diagonal().mean()) * torch.eye(len(G), dtype=G.dtype)
 
     @cached_property
     def diagonals(self) -> Any:
@@ -174,7 +174,7 @@ def mpifa(known: Known, keep: float, text: str = GIVEN) -> Made:
         rank = chosen[name]
         _, values, right = factors[name]
         left, right = refit(
-            known.weight(name), values[:rank, None].sqrt() * right[:rank], student, cross, damping=DAMPING
+            known.weight(name), values[:rank, None].sqrt() * right[:rank], student, cross, damping=DEFAULT.damping
         )
         return left @ right
 
@@ -215,9 +215,11 @@ def healed(method: Callable[[Known, float], Made]) -> Callable[[Known, float], M
 
     def run(known: Known, keep: float) -> Made:
         model, stored = method(known, keep)
-        given, own = known.windows[BOTH].reshape(2, -1, HEALING_LENGTH)
-        # in turn, so that the windows at the end, which are held out, are of both
-        windows = torch.stack([given, own], dim=1).flatten(0, 1)
+        windows = known.windows[BOTH].reshape(-1, HEALING_LENGTH)
+        given = known.windows[GIVEN].numel() // HEALING_LENGTH
+        # evenly mixed, so that the windows at the end, which are held out, are of both
+        places = torch.cat([torch.arange(0.5, n) / n for n in (given, len(windows) - given)])
+        windows = windows[places.argsort()]
         heal(model, known.dense, windows, HealingConfig(), progress=_healing)
         return model, stored
 
@@ -270,7 +272,7 @@ METHODS: dict[str, Callable[[Known, float], Made]] = {
     "ours, `--method rows`": ours(method="rows"),
     "ours, `--no-neurons`": ours(neurons=False),
     "ours, `--no-gradients`": ours(gradients=False),
-    "ours, `--no-own-text`": ours(GIVEN),
+    "ours, `--own-text 0`": ours(GIVEN),
     "ours, `--correction 0`": ours(correction=0.0),
     "dense, int8": int8(nothing),
 }
@@ -367,13 +369,14 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
     See :func:`half_products` for the passes.
     """
     written = _file(cache, f"own-{len(windows)}.safetensors")
+    more = math.ceil(DEFAULT.own_text * len(windows))
     seconds: dict[str, float] = {}
     with half_products():
         if written is not None and written.exists():
             own = load_file(written)["windows"]
         else:
             start = time.perf_counter()
-            own = sample_windows(model, count=len(windows), length=windows.shape[1], progress=count("sample"))
+            own = sample_windows(model, count=more, length=windows.shape[1], progress=count("sample"))
             seconds["sample"] = time.perf_counter() - start
             if written is not None:
                 save_file({"windows": own}, written)

@@ -430,7 +430,7 @@ def test_windows_in_a_pass(model: Path, text: Path, tmp_path: Path, monkeypatch:
 def test_a_target_size(model: Path, text: Path, tmp_path: Path) -> None:
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     wanted = int(0.75 * dense)
-    calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--no-own-text"]
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--own-text", "0"]
     done = cur("compress", model, *calibration, "--target-size", wanted, "--out", tmp_path / "small")
     assert done.exit_code == 0, done.stderr
     found = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))

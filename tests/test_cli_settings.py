@@ -32,7 +32,7 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
     d_rank = config(keep=0.8, allocation="d-rank", gradients=False)
     assert d_rank == BudgetConfig(keep=0.8, allocation="d-rank", gradients=False)
-    assert config(keep=0.8, own_text=False) == BudgetConfig(keep=0.8, own_text=False)
+    assert config(keep=0.8, own_text=0) == BudgetConfig(keep=0.8, own_text=0)
     assert config(keep=0.8, correction=0.2) == BudgetConfig(keep=0.8, correction=0.2)
 
 
@@ -45,7 +45,7 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),
         ({"allocation": "d-rank"}, "--allocation d-rank belong to a budget: give --keep"),
-        ({"gradients": False, "own_text": False}, "--no-gradients, --no-own-text belong to a budget"),
+        ({"gradients": False, "own_text": 0}, "--no-gradients, --own-text 0 belong to a budget"),
         ({"method": "paper", "correction": 0.2}, "--correction 0.2 belong to a budget"),
         ({"neurons": False}, "--no-neurons belong to a budget"),
         ({"keep": 0.5, "allocation": "d-rank"}, "--allocation d-rank is for --method best with --no-gradients"),

@@ -207,8 +207,8 @@ def _decide(
     model = loaded.model
     known = stats is not None and stats.exists()
     with clock.stage("calibrate"):
-        if not isinstance(asked, CompressConfig) and asked.own_text and (asked.correction > 0 or not known):
-            given = with_own_text(model, given, seed=asked.seed, progress=bar)
+        if not isinstance(asked, CompressConfig) and (asked.correction > 0 or not known):
+            given = with_own_text(model, given, asked.own_text, seed=asked.seed, progress=bar)
         if stats is not None and known:
             statistics = Statistics.load(stats)
             statistics.check(model)

@@ -107,8 +107,11 @@ Neurons = Annotated[
     ),
 ]
 OwnText = Annotated[
-    bool,
-    typer.Option(help="Whether the model also writes text itself to be calibrated on. For a budget."),
+    float,
+    typer.Option(
+        help="How much text the model writes itself to be calibrated on besides, as a multiple of what is given; 0 to "
+        "leave it out. For a budget."
+    ),
 ]
 Correction = Annotated[
     float,

@@ -5,6 +5,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from cur.integrations.moments import Moments
 from cur.integrations.neurons import NeuronCurve, neuron_curves
 from cur.integrations.plan import Plan, PlanEntry, fingerprint
 from cur.integrations.report import model_size, versions
+from cur.integrations.sampling import writes_text
 from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
@@ -62,9 +64,10 @@ class BudgetConfig:
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
-    own_text : bool, default True
-        Whether the model writes as much text as it is given, from random first tokens, to be calibrated on both: what
-        is kept then serves other domains than that of the given text, too. Not for models that write no text.
+    own_text : float, default 0.25
+        How much text the model writes, from random first tokens, to be calibrated on that, too, as a multiple of what
+        is given: what is kept then serves other domains than that of the given text as well. 0 leaves this out, and
+        models that write no text do without.
     correction : float, default 0.5
         How much of the difference between what a layer gets in the dense model and what the compressed layers before it
         give is corrected, from 0 to 1: layers are fitted block after block. 0 leaves this out.
@@ -91,7 +94,7 @@ class BudgetConfig:
     allocation: str = "loss"
     neurons: bool = True
     gradients: bool = True
-    own_text: bool = True
+    own_text: float = 0.25
     correction: float = 0.5
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
@@ -126,6 +129,8 @@ class BudgetConfig:
                 "`allocation` 'd-rank' is for the method 'best' without `gradients`, got "
                 f"method={self.method!r} and gradients={self.gradients!r}"
             )
+        if not 0.0 <= self.own_text < math.inf:
+            raise ValueError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
         if not 0.0 <= self.correction <= 1.0:
             raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         if not self.damping >= 0:
@@ -286,7 +291,7 @@ def plan_budget(
         seed=config.seed,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
-        own_text=config.own_text,
+        own_text=config.own_text if writes_text(model) else 0.0,
         correction=config.correction,
         angular=statistics.angular,
         versions=versions(),

@@ -136,8 +136,8 @@ def _compress(
             statistics = calibration
         else:
             text = as_batches(calibration, config.batch_size)
-            if isinstance(config, BudgetConfig) and config.own_text:
-                text = with_own_text(model, text, seed=config.seed, progress=progress)
+            if isinstance(config, BudgetConfig):
+                text = with_own_text(model, text, config.own_text, seed=config.seed, progress=progress)
             statistics = measure(model, text, config, modules=names, progress=progress)
     with clock.stage("plan"):
         plan = make_plan(model, statistics, config, progress=progress)
@@ -215,12 +215,12 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
 
 
 def with_own_text(
-    model: PreTrainedModel, given: list[Any], *, seed: int = 0, progress: StageProgress | None = None
+    model: PreTrainedModel, given: list[Any], share: float, *, seed: int = 0, progress: StageProgress | None = None
 ) -> list[Any]:
-    """Return batches, and as many that the model writes itself; see :func:`~cur.integrations.sampling.own_text`."""
+    """Return batches, and others that the model writes itself; see :func:`~cur.integrations.sampling.own_text`."""
     size = max(len(next(iter(batch.values()))) for batch in given)
     watch = None if progress is None else functools.partial(progress, "sample")
-    return [*given, *own_text(model, given, batch_size=size, seed=seed, progress=watch)]
+    return [*given, *own_text(model, given, share=share, batch_size=size, seed=seed, progress=watch)]
 
 
 def measure(

@@ -38,7 +38,7 @@ __all__ = [
     "fingerprint",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the JSON written; a reader refuses newer ones."""
 
 METHODS = ("cur", "weighted", "rows", "neurons")
@@ -213,8 +213,8 @@ class Plan:
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
         Versions of the libraries that made the plan.
-    own_text : bool
-        Whether the model wrote as much text itself, and was calibrated on both.
+    own_text : float
+        How much text the model wrote itself to be calibrated on that, too, as a multiple of what it was given.
     correction : float
         How much of the difference between what layers get in the dense model and what compressed ones before them give
         is corrected, from 0 to 1; 0 fits no layer to that. Needs the text again when the plan is carried out.
@@ -234,7 +234,7 @@ class Plan:
     calibration_tokens: int = 0
     angular: Mapping[int, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    own_text: bool = False
+    own_text: float = 0.0
     correction: float = 0.0
     targeted_parameters: int | None = None
     model_parameters: int | None = None
@@ -245,6 +245,8 @@ class Plan:
             raise PlanError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise PlanError(f"`seed` must be an integer that is at least 0, got {self.seed!r}")
+        if not 0.0 <= self.own_text < math.inf:
+            raise PlanError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
         if not 0.0 <= self.correction <= 1.0:
             raise PlanError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         names = [entry.name for entry in self.entries]
@@ -317,14 +319,12 @@ class Plan:
             if shape != entry.shape:
                 raise PlanError(
                     f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "
-                    "for "
-                    "another model"
+                    "for another model"
                 )
         if fingerprint(model) != self.fingerprint:
             raise PlanError(
                 f"the plan was made for another model ({self.model or 'of unknown origin'}): modules and "
-                "shapes "
-                "differ outside its entries; make a plan for this one"
+                "shapes differ outside its entries; make a plan for this one"
             )
 
     def to_dict(self) -> dict[str, Any]:

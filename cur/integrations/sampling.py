@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from cur.integrations._forward import Progress, evaluating
 from cur.integrations.gradients import draw
 from cur.integrations.text import batches
 
-__all__ = ["own_text", "sample_windows"]
+__all__ = ["own_text", "sample_windows", "writes_text"]
 
 
 def sample_windows(
@@ -85,24 +86,37 @@ def sample_windows(
 
 
 def own_text(
-    model: PreTrainedModel, given: Sequence[Any], /, *, batch_size: int, seed: int, progress: Progress | None = None
+    model: PreTrainedModel,
+    given: Sequence[Any],
+    /,
+    *,
+    share: float,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Let a model write as many windows as there are in given batches, of their length, to calibrate on both.
+    """Let a model write windows of the length of those in given batches, to calibrate on both.
+
+    There are `share` times as many, rounded up: of little text, too, there is some.
 
     Returns
     -------
     list of dict
-        Batches, as :func:`cur.integrations.batches` makes them; none if the model does not write text, or the batches
-        hold no token ids.
+        Batches, as :func:`cur.integrations.batches` makes them; none if `share` is 0, the model does not write text, or
+        the batches hold no token ids.
     """
     ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in given]
     written = [one for one in ids if isinstance(one, torch.Tensor) and one.ndim == 2 and not one.is_floating_point()]
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    if not written or encoder_decoder or not model.can_generate():
+    if not share or not written or not writes_text(model):
         return []
-    count, length = sum(len(one) for one in written), max(one.shape[1] for one in written)
+    count, length = math.ceil(share * sum(len(one) for one in written)), max(one.shape[1] for one in written)
     windows = sample_windows(model, count=count, length=length, seed=seed, progress=progress)
     return batches(windows, batch_size=batch_size)
+
+
+def writes_text(model: PreTrainedModel) -> bool:
+    """Return whether a model goes on with a text, token after token."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _write(model: PreTrainedModel, first: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:

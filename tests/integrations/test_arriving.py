@@ -229,7 +229,7 @@ def test_fitted_layers_lose_less(
     text = torch.cat([windows, torch.randint(3, 101, (90, 24), generator=torch.Generator().manual_seed(1))])
     for correction in (0.0, 0.5):
         model = make_model("llama")
-        config = BudgetConfig(keep=0.6, method=method, correction=correction, own_text=False)
+        config = BudgetConfig(keep=0.6, method=method, correction=correction, own_text=0)
         report = compress(model, text, config)
         assert report.plan.correction == correction
         found[correction] = lost(model, dense, text), report.after.parameters
@@ -251,11 +251,11 @@ def test_kept_rows_stay_the_models_own(llama: PreTrainedModel, windows: torch.Te
 def test_statistics_alone_fit_nothing(make_model: Callable[..., PreTrainedModel], windows: torch.Tensor) -> None:
     from cur.integrations.compress import measure
 
-    config = BudgetConfig(keep=0.6, own_text=False)
+    config = BudgetConfig(keep=0.6, own_text=0)
     models = [make_model("llama") for _ in range(2)]
     statistics = measure(models[0], batches(windows, batch_size=4), config)
     compress(models[0], statistics, config)
-    compress(models[1], windows, BudgetConfig(keep=0.6, own_text=False, correction=0.0))
+    compress(models[1], windows, BudgetConfig(keep=0.6, own_text=0, correction=0.0))
     ours, plain = (model.state_dict() for model in models)
     assert all(torch.equal(value, plain[key]) for key, value in ours.items())
 

@@ -36,7 +36,7 @@ def untouched(model: PreTrainedModel, before: PreTrainedModel) -> None:
 
 def test_text_of_one_token(llama: PreTrainedModel) -> None:
     before = copy.deepcopy(llama)
-    for config in (SMALL, BudgetConfig(keep=0.8, gradients=False, own_text=False)):
+    for config in (SMALL, BudgetConfig(keep=0.8, gradients=False, own_text=0)):
         with pytest.raises(ValueError, match="`batches` holds one token"):
             compress(llama, torch.tensor([[5]]), config)
     untouched(llama, before)

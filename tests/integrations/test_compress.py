@@ -102,7 +102,10 @@ def test_statistics_and_windows_give_the_same(
             (make_model("llama"), batches(windows, batch_size=2)),
         )
     ]
-    assert reports[0].plan == reports[1].plan == reports[2].plan
+    plans = [report.plan for report in reports]
+    for plan in plans[1:]:
+        assert plan.angular == pytest.approx(plans[0].angular, rel=1e-12)  # sums over batches of another size
+        assert replace(plan, angular={}) == replace(plans[0], angular={})
     assert [layer.rows for layer in reports[0].layers] == [layer.rows for layer in reports[1].layers]
     assert reports[0].plan.calibration is not None
     assert reports[0].plan.calibration_tokens == windows.numel()

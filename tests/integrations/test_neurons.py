@@ -139,7 +139,7 @@ def test_the_fit_to_what_arrives_is_better(llama: PreTrainedModel, windows: Tens
         expected = llama(windows).logits.log_softmax(-1)
         for correction in (0.0, 0.5):
             model = copy.deepcopy(llama)
-            compress(model, windows, replace(in_feed_forward(0.4), correction=correction, own_text=False))
+            compress(model, windows, replace(in_feed_forward(0.4), correction=correction, own_text=0))
             got = model(windows).logits.log_softmax(-1)
             divergence[correction] = float((expected.exp() * (expected - got)).sum(-1).mean())
     assert divergence[0.5] < divergence[0.0]
@@ -147,7 +147,7 @@ def test_the_fit_to_what_arrives_is_better(llama: PreTrainedModel, windows: Tens
 
 def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: Tensor) -> None:
     dense = copy.deepcopy(llama)
-    report = compress(llama, windows, replace(in_feed_forward(0.4), own_text=False))
+    report = compress(llama, windows, replace(in_feed_forward(0.4), own_text=0))
     producers = {name: layer for name, layer in kept(llama).items() if isinstance(layer, KeptOutputs)}
     assert any(".0." not in name for name in producers)
     inputs: dict[str, list[Tensor]] = {name: [] for name in producers}
@@ -178,7 +178,7 @@ def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: T
 def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
     model = make(name).eval()
     ids = torch.randint(3, model.config.vocab_size, (4, 12))
-    report = compress(model, ids, BudgetConfig(keep=0.5, gradients=False, own_text=False))
+    report = compress(model, ids, BudgetConfig(keep=0.5, gradients=False, own_text=0))
     assert {entry.layout for entry in report.plan.entries} >= {"inputs", "outputs"}
     save(model, None, tmp_path / "small", report=report)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
@@ -258,7 +258,7 @@ def test_healing_moves_the_layer_behind_alone(llama: PreTrainedModel, windows: T
     from cur.healing import HealingConfig, Objectives, heal
 
     student = copy.deepcopy(llama)
-    compress(student, windows, replace(in_feed_forward(0.4), own_text=False))
+    compress(student, windows, replace(in_feed_forward(0.4), own_text=0))
     before = {
         name: layer.state_dict() for name, layer in copy.deepcopy(student).named_modules() if name in kept(student)
     }

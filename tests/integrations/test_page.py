@@ -118,7 +118,7 @@ def test_other_families(name: str) -> None:
 
 
 def test_a_budget(llama: PreTrainedModel, windows: torch.Tensor) -> None:
-    report = compress(llama, windows, BudgetConfig(keep=0.7, own_text=False))
+    report = compress(llama, windows, BudgetConfig(keep=0.7, own_text=0))
     assert "The budget left" in report_page(report)
 
 

@@ -52,19 +52,21 @@ def test_numbers_are_positive(llama: PreTrainedModel, name: str) -> None:
         sample_windows(llama, **{"count": 1, "length": 2, name: 0})
 
 
-def test_own_text_is_as_much_as_was_given(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize(("share", "count"), [(1.0, 5), (0.25, 2), (0.01, 1)])
+def test_own_text_is_a_share_of_what_was_given(llama: PreTrainedModel, share: float, count: int) -> None:
     given = batches(torch.zeros(5, 7, dtype=torch.int64), batch_size=2)
-    extra = own_text(llama, given, batch_size=3, seed=0)
-    assert [tuple(batch["input_ids"].shape) for batch in extra] == [(3, 7), (2, 7)]
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in extra]), sample_windows(llama, count=5, length=7))
+    extra = own_text(llama, given, share=share, batch_size=3, seed=0)
+    assert [len(batch["input_ids"]) for batch in extra] == ([3, 2] if count == 5 else [count])
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in extra]), sample_windows(llama, count=count, length=7))
+    assert own_text(llama, given, share=0, batch_size=3, seed=0) == []
 
 
 def test_models_that_write_no_text_are_calibrated_on_the_given_one(
     make_model: Callable[..., PreTrainedModel],
 ) -> None:
     given = batches(torch.zeros(1, 4, dtype=torch.int64), batch_size=1)
-    assert own_text(make_model("bert"), given, batch_size=1, seed=0) == []
+    assert own_text(make_model("bert"), given, share=1, batch_size=1, seed=0) == []
 
 
 def test_batches_without_tokens_are_left_alone(llama: PreTrainedModel) -> None:
-    assert own_text(llama, [{"inputs_embeds": torch.zeros(1, 4, 32)}], batch_size=1, seed=0) == []
+    assert own_text(llama, [{"inputs_embeds": torch.zeros(1, 4, 32)}], share=1, batch_size=1, seed=0) == []

@@ -44,7 +44,7 @@ _SAVED = "statistics-saved"
 
 _WHOLE = {
     "gradients": ("gradients=False", "--no-gradients"),
-    "own_text": ("own_text=False", "--no-own-text"),
+    "own_text": ("own_text=0", "--own-text 0"),
     "correction": ("correction=0.0", "--correction 0"),
 }
 """What a budget can ask for that no single block gives, and how to do without: gradients flow back through all blocks,
@@ -244,7 +244,7 @@ def _refuse(config: CompressConfig | BudgetConfig | Plan) -> None:
         if config.own_text or config.correction or any(entry.gradients for entry in config.entries):
             raise ValueError(
                 "the plan was made with text of the model's own, gradients or a correction, which need the whole model "
-                "in memory; block by block carry out one that was made without (--no-own-text --no-gradients "
+                "in memory; block by block carry out one that was made without (--own-text 0 --no-gradients "
                 "--correction 0)"
             )
     elif isinstance(config, BudgetConfig):

@@ -108,7 +108,7 @@ def test_a_budget_is_shared_in_two_passes(
     checkpoint: Callable[[str], Path], windows: torch.Tensor, method: str
 ) -> None:
     directory = checkpoint("llama")
-    config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=False, correction=0.0)
+    config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=0, correction=0.0)
     whole, parts = both(directory, windows, config)
     assert len({entry.rank for entry in parts.plan.entries}) > 1
     same_layers(whole, parts)
@@ -151,7 +151,7 @@ def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
     ("config", "message"),
     [
         (BudgetConfig(keep=0.8), "`gradients` and `own_text` and `correction` of a budget need the whole model"),
-        (BudgetConfig(keep=0.8, gradients=False, correction=0.0), r"pass own_text=False \(--no-own-text\)"),
+        (BudgetConfig(keep=0.8, gradients=False, correction=0.0), r"pass own_text=0 \(--own-text 0\)"),
         (CompressConfig(layers=2, span=2), "`span` must be 1"),
         (CompressConfig(layers=9), "`layers` must be between 1 and 3"),
         (CompressConfig(layers=1, targets=("nothing",)), "`targets` 'nothing' matches no module"),
