@@ -313,6 +313,7 @@ def main() -> None:
             "calibration": {
                 "file": "valid.txt",
                 "windows": len(windows),
+                "own": len(known.windows[BOTH]) - len(windows),
                 "length": 512,
                 "sha256": known.statistics[GIVEN].text_hash,
                 "seconds": {**result.get("calibration", {}).get("seconds", {}), **seconds},
