@@ -168,7 +168,7 @@ def quality(data: dict[str, Any]) -> str:
     took = "".join(f", {part} {value:.0f} s" for part, value in calibration["seconds"].items())
     products = sorted({row["products"] for row in data["rows"]})
     parts.append(
-        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, and for the rows on own text "
+        f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, and for rows on own text "
         f"{calibration['own']} that the model wrote{took}. "
         f"{windows_scored(data['rows'])} Products while scoring: {', '.join(products)}. The seconds of the row of a "
         "method that was measured first include what its rows share.*"

@@ -25,6 +25,8 @@ __all__ = [
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one line for each compressed layer."""
+    from cur.integrations.layouts import ranks_of
+
     table = Table(title="Compressed layers", title_justify="left")
     table.add_column("layer", overflow="fold")
     for heading in ("shape", "rank", "numbers kept", "error", "bound", "weighted", "certified"):
@@ -33,7 +35,7 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
         table.add_row(
             layer.name,
             f"{layer.shape[0]} x {layer.shape[1]}",
-            str(layer.rank),
+            ranks_of(layer),
             f"{layer.parameters_after / layer.parameters_before:.1%}",
             f"{layer.certificate['relative']:.3f}",
             _bound(layer),
@@ -57,6 +59,8 @@ def _bound(layer: LayerReport) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """Return one line for each layer of a plan."""
+    from cur.integrations.layouts import ranks_of
+
     table = Table(title="Plan", title_justify="left", show_footer=True)
     table.add_column("layer", "all", overflow="fold")
     for heading, footer in (
@@ -72,7 +76,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             entry.name,
             f"{entry.shape[0]} x {entry.shape[1]}",
-            str(entry.rank),
+            ranks_of(entry),
             entry.layout,
             f"{entry.parameters:,}",
             f"{entry.parameters / entry.dense_parameters:.1%}",
@@ -127,6 +131,8 @@ def perplexity_table(values: Mapping[str, float], title: str) -> Table:
 
 def checkpoint_table(summary: CheckpointSummary) -> Table:
     """Return one line for each compressed layer of a checkpoint, and the totals."""
+    from cur.integrations.layouts import ranks_of
+
     table = Table(title=f"Compressed layers of {summary.directory}", title_justify="left", show_footer=True)
     dense = sum(layer.dense_parameters for layer in summary.layers)
     kept = sum(layer.parameters for layer in summary.layers)
@@ -142,7 +148,7 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
             layer.name,
             f"{layer.shape[0]} x {layer.shape[1]}",
             layer.layout,
-            str(layer.rank),
+            ranks_of(layer),
             f"{layer.parameters:,}",
             f"{layer.parameters / layer.dense_parameters:.1%}",
             layer.dtype,

@@ -35,6 +35,8 @@ class Core:
     folded           ``C U`` as it was     identity               ``CU``, as ``L U``
     interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
     inputs           identity, m x m       identity               ``C``, as ``U C``
+    inputs, of an    ``(I, T)`` of ``C``   identity               ``R`` of ``C``, as ``U R``
+    inner rank
     ===============  ====================  =====================  ==========================
 
     So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows. The layer
@@ -73,6 +75,11 @@ class Core:
         elif isinstance(layer, InterpolativeLinear):
             self.factor = layer.R.weight
             self.left, self.right = left, right.clone()
+        elif isinstance(layer, KeptInputs) and layer.inner_rank is not None:
+            left, right = (factor.detach() for factor in layer.C.two_factors())
+            self.factor = layer.C.R.weight
+            self.left, self.right = left, right.clone()
+            self.start = self.value = torch.eye(layer.inner_rank, dtype=torch.float64, device=right.device)
         elif isinstance(layer, KeptInputs):
             self.factor = layer.C.weight
             self.right = left.clone()

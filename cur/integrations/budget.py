@@ -6,7 +6,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from cur import ranks
+from cur.integrations.curves import Cut, LayerCurve, NeuronCurve, unit
 from cur.integrations.disk import ByteCosts
 from cur.integrations.dynamic import by_effective_rank
 from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
-from cur.integrations.neurons import NeuronCurve, neuron_curves
+from cur.integrations.neurons import neuron_curves
 from cur.integrations.plan import Plan, PlanEntry, fingerprint
 from cur.integrations.report import model_size, versions
 from cur.integrations.sampling import writes_text
@@ -28,7 +29,7 @@ from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
 
-__all__ = ["ALLOCATIONS", "METHODS", "BudgetConfig", "LayerCurve", "error_curves", "joint_curves", "plan_budget"]
+__all__ = ["ALLOCATIONS", "METHODS", "BudgetConfig", "error_curves", "joint_curves", "plan_budget"]
 
 METHODS = {"best": "weighted", "rows": "rows"}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.METHODS`."""
@@ -137,46 +138,6 @@ class BudgetConfig:
             raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")
 
 
-@dataclass(frozen=True, eq=False)
-class LayerCurve:
-    """What one layer offers to a budget.
-
-    Attributes
-    ----------
-    name : str
-        Of the layer.
-    shape : tuple of int
-        Outputs m and inputs n.
-    errors : array
-        Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
-    costs : array
-        Numbers stored at the same.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    errors: np.ndarray[Any, Any]
-    costs: np.ndarray[Any, Any]
-
-    @classmethod
-    def of(cls, name: str, shape: tuple[int, int], squares: np.ndarray[Any, Any], *, gradients: bool) -> LayerCurve:
-        """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
-
-        With gradients they are halved, which makes them loss per token; without, they are divided by the first, the
-        square of the whole.
-        """
-        m, n = shape
-        scale = 0.5 if gradients else 1.0 / (float(squares[0]) or 1.0)
-        # Ranks from the break-even on would cost as much as the dense layer and lose something.
-        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(squares) - 1) + 1)
-        costs = np.append(rank * (m + n - rank), m * n)
-        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
-
-    def effective_rank(self) -> float:
-        """Return the exponential of the entropy of the squared singular values; for a curve without gradients."""
-        return ranks.effective_rank(np.maximum(-np.diff(self.errors, prepend=1.0), 0.0))
-
-
 def error_curves(
     model: PreTrainedModel,
     statistics: Statistics,
@@ -205,7 +166,7 @@ def error_curves(
         approximate = own_rows if config.method == "rows" else weighted_svd
         squares = approximate(W, row_weights=H, column_weights=G).square_errors
         m, n = W.shape
-        curves.append(LayerCurve.of(name, (m, n), squares, gradients=config.gradients))
+        curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients)))
         if progress is not None:
             progress(done, len(names))
     return curves
@@ -261,15 +222,10 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    costs = {curve.name: curve.costs for curve in curves}
-    together = {curve.consumer: curve.costs for curve in neurons}
-    if config.size is not None:
-        on_disk = ByteCosts(model, [curve.name for curve in curves])
-        costs = {curve.name: on_disk.options(curve.name, curve.shape, curve.costs) for curve in curves}
-        together = {curve.consumer: on_disk.neurons(curve.names, curve.shapes, curve.costs) for curve in neurons}
-    options = _options(curves, costs, neurons, together)
+    on_disk = None if config.size is None else ByteCosts(model, [curve.name for curve in curves])
+    options = _options(curves, neurons, on_disk or _Numbers())
     least = int(sum(option.costs.min() for option in options))
-    if config.size is not None:
+    if on_disk is not None and config.size is not None:
         budget = _size_budget(config.size, on_disk, least=least)
     else:
         budget = _budget(config, targeted, whole, least=least)
@@ -306,88 +262,122 @@ class _Options:
 
     Attributes
     ----------
-    curves : sequence of LayerCurve
-        Of the layers.
-    choices : array of int, shape (k, layers)
-        Options of each layer alone; the first k options of all together.
-    neurons : NeuronCurve or None
-        Its options follow.
-    errors, costs : array
-        Of all options.
+    names : sequence of str
+        The layers; of those around neurons the one behind first.
+    shapes : sequence of (int, int)
+        Their outputs and inputs.
+    neurons : array of int, shape (k,)
+        How many neurons are kept; 0 for all.
+    ranks : array of int, shape (k, layers)
+        Of each layer, or of what kept neurons leave of it; 0 for whole.
+    predicted : array, shape (k, layers)
+        Errors.
+    costs : array, shape (k,)
+        Of all these layers together.
     """
 
-    curves: Sequence[LayerCurve]
-    choices: np.ndarray[Any, Any]
-    neurons: NeuronCurve | None
-    errors: np.ndarray[Any, Any]
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, int]]
+    neurons: np.ndarray[Any, Any]
+    ranks: np.ndarray[Any, Any]
+    predicted: np.ndarray[Any, Any]
     costs: np.ndarray[Any, Any]
+
+    @property
+    def errors(self) -> np.ndarray[Any, Any]:
+        """Of all these layers together."""
+        total: np.ndarray[Any, Any] = self.predicted.sum(axis=1)
+        return total
 
     def entries(self, number: int, config: BudgetConfig) -> Iterator[PlanEntry]:
         """Yield what one of the options makes of the layers; one left dense has no entry."""
-        common: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping}
-        if number < len(self.choices):
-            for curve, option in zip(self.curves, self.choices[number].tolist(), strict=True):
-                if option < len(curve.errors) - 1:
-                    yield PlanEntry(
-                        name=curve.name,
-                        shape=curve.shape,
-                        rank=option + 1,
-                        layout="interpolative",
-                        method=METHODS[config.method],
-                        predicted=float(curve.errors[option]),
-                        **common,
-                    )
-            return
-        assert self.neurons is not None
-        count = number - len(self.choices) + 1
-        for name, shape in zip(self.neurons.names, self.neurons.shapes, strict=True):
-            behind = name == self.neurons.consumer
-            yield PlanEntry(
-                name=name,
-                shape=shape,
-                rank=count,
-                layout="inputs" if behind else "outputs",
-                method="neurons",
-                consumer=None if behind else self.neurons.consumer,
-                predicted=float(self.neurons.errors[count - 1]) if behind else 0.0,
-                **common,
-            )
+        count = int(self.neurons[number])
+        for place, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True)):
+            rank = int(self.ranks[number, place])
+            common: dict[str, Any] = {
+                "name": name,
+                "shape": shape,
+                "predicted": float(self.predicted[number, place]),
+                "gradients": config.gradients,
+                "damping": config.damping,
+            }
+            if count:
+                yield PlanEntry(
+                    rank=count,
+                    layout="outputs" if place else "inputs",
+                    method="neurons",
+                    consumer=self.names[0] if place else None,
+                    inner_rank=rank or None,
+                    **common,
+                )
+            elif rank:
+                yield PlanEntry(rank=rank, layout="interpolative", method=METHODS[config.method], **common)
+
+
+class _Numbers:
+    """Counts numbers, where :class:`ByteCosts` counts bytes."""
+
+    def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
+        """Return what one layer takes at each rank, and dense."""
+        return curve.costs
+
+    def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
+        """Return what layers take for each number of neurons kept between them."""
+        return curve.costs
+
+    def inside(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
+        """Return what kept neurons leave of each of these layers, at each rank, and whole."""
+        return [layer.costs for layer in cut.layers]
 
 
 def _options(
-    curves: Sequence[LayerCurve],
-    costs: Mapping[str, np.ndarray[Any, Any]],
-    neurons: Sequence[NeuronCurve],
-    together: Mapping[str, np.ndarray[Any, Any]],
+    curves: Sequence[LayerCurve], neurons: Sequence[NeuronCurve], prices: _Numbers | ByteCosts
 ) -> list[_Options]:
-    """Return the options of layers that choose alone, and of those that have neurons between them.
-
-    Of what several layers do each for themselves there are as many options as combinations; those are offered that some
-    multiplier would choose, which are all that allocation by one multiplier would ever take.
-    """
+    """Return the options of layers that choose alone, and of those that have neurons between them."""
     by_name = {curve.name: curve for curve in curves}
     grouped = {name for curve in neurons for name in curve.names}
-    found = [
-        _Options([curve], np.arange(len(curve.errors))[:, None], None, curve.errors, costs[curve.name])
-        for curve in curves
-        if curve.name not in grouped
-    ]
+    found = []
+    for curve in curves:
+        if curve.name not in grouped:
+            rank = _as_ranks(np.arange(len(curve.errors)), curve)[:, None]
+            none = np.zeros(len(rank), dtype=np.int64)
+            found.append(
+                _Options([curve.name], [curve.shape], none, rank, curve.errors[:, None], prices.options(curve))
+            )
     for group in neurons:
         alone = [by_name[name] for name in group.names]
-        sums = [costs[curve.name] for curve in alone]
-        choices = ranks.combinations([curve.errors for curve in alone], sums)
-        errors = sum(curve.errors[choices[:, i]] for i, curve in enumerate(alone))
-        spent = sum(cost[choices[:, i]] for i, cost in enumerate(sums))
-        found.append(
-            _Options(
-                alone,
-                choices,
-                group,
-                np.concatenate([errors, group.errors]),
-                np.concatenate([spent, together[group.consumer]]),
-            )
-        )
+        forms: list[tuple[Any, ...]] = [(0, *_together(alone, [prices.options(curve) for curve in alone]))]
+        some = np.arange(1, len(group.errors) + 1)
+        whole = np.zeros((len(some), len(alone)), dtype=np.int64)
+        lost = np.zeros(whole.shape)
+        lost[:, 0] = group.errors
+        forms.append((some, whole, lost, prices.neurons(group)))
+        for cut in group.cuts:
+            rank, lost, costs = _together(cut.layers, prices.inside(group, cut))
+            lost[:, 0] += cut.error
+            forms.append((cut.count, rank, lost, costs))
+        counts = np.concatenate([np.broadcast_to(count, len(rank)) for count, rank, _, _ in forms])
+        parts = (np.concatenate(part) for part in zip(*(form[1:] for form in forms), strict=True))
+        found.append(_Options(group.names, group.shapes, counts, *parts))
     return found
+
+
+def _together(
+    curves: Sequence[LayerCurve], costs: Sequence[np.ndarray[Any, Any]]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return ranks, errors and costs of what several layers do each for itself.
+
+    Of the many combinations those that some multiplier would choose: allocation by one would never take another.
+    """
+    choices = ranks.combinations([curve.errors for curve in curves], costs)
+    rank = np.stack([_as_ranks(choices[:, i], curve) for i, curve in enumerate(curves)], axis=1)
+    lost = np.stack([curve.errors[choices[:, i]] for i, curve in enumerate(curves)], axis=1)
+    return rank, lost, np.asarray(sum(cost[choices[:, i]] for i, cost in enumerate(costs)))
+
+
+def _as_ranks(options: np.ndarray[Any, Any], curve: LayerCurve) -> np.ndarray[Any, Any]:
+    """Return the rank of options of a curve, the last of which is to leave the layer whole, as 0."""
+    return np.where(options == len(curve.errors) - 1, 0, options + 1)
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from cur.integrations.layouts import ranks_of
 from cur.integrations.nn import compressed_modules
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, Size, model_size
@@ -66,7 +67,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         after = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
         shape = f"{layer.out_features} x {layer.in_features}"
         dense = layer.out_features * layer.in_features
-        lines.append(f"| `{name}` | {shape} | {layer.layout} | {layer.rank} | {dense:,} | {after:,} |")
+        lines.append(f"| `{name}` | {shape} | {layer.layout} | {ranks_of(layer)} | {dense:,} | {after:,} |")
     if report is None:
         lines += ["", f"The model has {_size(model_size(model))}."]
     return "\n".join(lines) + "\n"

@@ -21,11 +21,11 @@ from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import Statistics, collect
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, unrolled
-from cur.integrations.factorize import factorize, refitted
+from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.neurons import keep_neurons
+from cur.integrations.neurons import FittedBefore, fit_before, keep_neurons
 from cur.integrations.nn import CompressedLinear, dense_weight, swap_
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
@@ -337,7 +337,7 @@ def decompose(
     moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
     reports: dict[str, LayerReport] = {}
-    whole: dict[str, nn.Module] = {}
+    whole: dict[str, FittedBefore] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
     def make(name: str, arriving: Arriving | None = None) -> dict[str, nn.Module]:
@@ -345,13 +345,14 @@ def decompose(
             progress("decompose", len(layers), len(entries))
         entry = entries[name]
         if entry.consumer is not None and arriving is not None:
-            # Fitted at its full width for now: which of its rows to keep, the layer behind will say.
-            whole[name] = refitted(model.get_submodule(name), entry, arriving, correction=plan.correction)
-            return {name: whole[name]}
+            # Of its full width for now: the other rows are needed to say what the layer behind should give.
+            whole[name] = fit_before(model, name, entries, moments, arriving, correction=plan.correction, fitted=whole)
+            return {name: whole[name].wide}
         if entry.method == "neurons":
             before = [other for other in plan.entries if other.consumer == name]
+            fitted = {other.name: whole[other.name] for other in before if other.name in whole}
             done = keep_neurons(
-                model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=whole
+                model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=fitted
             )
         else:
             one = factorize(

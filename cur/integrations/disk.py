@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from cur.integrations.curves import Cut, LayerCurve, NeuronCurve
+
 __all__ = ["ByteCosts"]
 
 # The longest description of a tensor in the header of a safetensors file, but for its name and numbers.
@@ -47,47 +49,47 @@ class ByteCosts:
         """Return the bytes of the dense checkpoint."""
         return self.fixed + sum(self._dense(name) for name in self._weights)
 
-    def options(self, name: str, shape: tuple[int, int], costs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the bytes of one layer for each rank, and dense, from the numbers it takes.
-
-        Parameters
-        ----------
-        name : str
-            One of `names`.
-        shape : tuple of int
-            Outputs m and inputs n.
-        costs : array
-            Numbers at the ranks 1, 2, ... in the layout "interpolative"; the last is for the dense layer.
-        """
-        weight = self._weights[name]
-        m, n = shape
-        parts = {"R.weight": (m, n), "T.weight": (m, m), "order": (m,), "weight": (0,)}
-        headers = sum(self._entry(f"{name}.{part}", sizes) for part, sizes in parts.items())
-        bytes_ = costs * weight.element_size() + _ORDER_ITEM * m + headers
-        bytes_[-1] = self._dense(name)
+    def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
+        """Return the bytes of one layer at each rank of its curve, in the layout "interpolative", and dense."""
+        bytes_ = self._factored(curve.name, curve)
+        bytes_[-1] = self._dense(curve.name)
         return bytes_
 
-    def neurons(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], costs: np.ndarray[Any, Any]
-    ) -> np.ndarray[Any, Any]:
-        """Return the bytes of layers for each number of neurons kept between them, from the numbers they take.
+    def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
+        """Return the bytes of layers for each number of neurons kept between them."""
+        sides = zip(curve.names, self._children(curve), curve.shapes, strict=True)
+        headers = sum(
+            self._kept(name, curve) + self._entry(f"{name}.{child}.weight", shape) for name, child, shape in sides
+        )
+        size = max(self._weights[name].element_size() for name in curve.names)
+        return curve.costs * size + headers
 
-        Parameters
-        ----------
-        names : sequence of str
-            Of `names`, the layer behind the neurons first.
-        shapes : sequence of (int, int)
-            Outputs m and inputs n of each.
-        costs : array
-            Numbers in all of them.
-        """
-        width = shapes[0][1]
-        headers = 0
-        for factor, name, shape in zip("C" + "R" * len(names), names, shapes, strict=False):
-            parts = {f"{factor}.weight": shape, "kept": (width,), "weight": (0,)}
-            headers += sum(self._entry(f"{name}.{part}", sizes) for part, sizes in parts.items())
-            headers += len("R.")  # of the name of a bias, of which all entries are counted
-        return costs * max(self._weights[name].element_size() for name in names) + width * len(names) + headers
+    def inside(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
+        """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole."""
+        found = []
+        for name, child, layer in zip(curve.names, self._children(curve), cut.layers, strict=True):
+            bytes_ = self._factored(f"{name}.{child}", layer)
+            bytes_[-1] = layer.costs[-1] * self._weights[name].element_size()
+            bytes_[-1] += self._entry(f"{name}.{child}.weight", layer.shape)
+            found.append(bytes_ + self._kept(name, curve))
+        return found
+
+    def _factored(self, key: str, curve: LayerCurve) -> np.ndarray[Any, Any]:
+        m, n = curve.shape
+        parts = {"R.weight": (m, n), "T.weight": (m, m), "order": (m,), "weight": (0,)}
+        headers = sum(self._entry(f"{key}.{part}", sizes) for part, sizes in parts.items())
+        return curve.costs * self._weights[curve.name].element_size() + _ORDER_ITEM * m + headers
+
+    def _kept(self, name: str, curve: NeuronCurve) -> int:
+        """Return the bytes that say which neurons a layer keeps, and of the longer name of its bias."""
+        width = curve.shapes[0][1]
+        headers = self._entry(f"{name}.kept", (width,)) + self._entry(f"{name}.weight", (0,)) + len("R.")
+        return width + headers
+
+    @staticmethod
+    def _children(curve: NeuronCurve) -> str:
+        """Return what holds the numbers of each of the layers."""
+        return "C" + "R" * len(curve.producers)
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -34,9 +33,9 @@ __all__ = [
     "factorize",
     "finite_weight",
     "guide",
+    "interpolative_layer",
     "link_weights",
     "plain_certificate",
-    "refitted",
     "report_on",
 ]
 
@@ -123,16 +122,6 @@ def factorize(
     )
 
 
-@torch.no_grad()
-def refitted(module: nn.Module, entry: PlanEntry, arriving: Arriving, *, correction: float) -> nn.Module:
-    """Return a dense layer of the same shape that is fitted to what arrives; see :meth:`Arriving.problem`."""
-    W = finite_weight(module, entry.name)
-    M, wanted = arriving.problem(W.to(torch.float64), correction=correction, damping=entry.damping)
-    layer = copy.deepcopy(module)
-    dense_weight(layer, entry.name)[0].copy_(torch.linalg.solve(M, wanted, left=False))
-    return layer
-
-
 def _errors(W: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a few rows of a weight at a time, and what a product of two factors misses of them."""
     rows = max(_IN_CACHE // W.shape[1], 1)
@@ -156,14 +145,14 @@ def report_on(
     of_weight, of_error = (sum(columns) for columns in zip(*map(_column_squares, errors), strict=True))
     (missed, missed_weighted), (size, size_weighted) = _norms(of_error, norm), _norms(of_weight, norm)
     bound = missed_weighted + rounding * float(norm.max())
-    m, n = entry.shape
     return LayerReport(
         name=entry.name,
         shape=entry.shape,
         rank=layer.rank,
         layout=entry.layout,
         parameters_before=entry.dense_parameters,
-        parameters_after=layer.numbers(m, n, layer.rank),
+        parameters_after=layer.stored,
+        inner_rank=layer.inner_rank,
         certificate=certificate,
         relative_error=_ratio(missed, size),
         weighted_error=_ratio(missed_weighted, size_weighted),
@@ -189,12 +178,19 @@ class _Done:
             three = (factor.to(dtype) for factor in factors)
             return CURLinear.from_factors(*three, bias=bias, transposed=transposed)
         if isinstance(factors, Interpolative) and layout == "interpolative":
-            order = torch.argsort(torch.cat([factors.chosen, factors.others]))
-            kept, rest = factors.skeleton.to(dtype), factors.coefficients.to(dtype)
-            return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
+            return interpolative_layer(factors, dtype=dtype, bias=bias, transposed=transposed)
         left, right = (factor.to(dtype) for factor in factors.folded().factors)
         layer: CompressedLinear = LAYOUTS[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
         return layer
+
+
+def interpolative_layer(
+    factors: Interpolative, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool = False
+) -> InterpolativeLinear:
+    """Return the layer of some rows of a weight and the coefficients of the others."""
+    order = torch.argsort(torch.cat([factors.chosen, factors.others]))
+    kept, rest = factors.skeleton.to(dtype), factors.coefficients.to(dtype)
+    return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
 
 
 def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:

@@ -19,18 +19,22 @@ __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors."""
+    """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors.
+
+    And the rank of what is kept of a layer that gave up neurons, where that is of a lower one.
+    """
 
     name: str
     shape: tuple[int, int]
     layout: str
     rank: int
     dtype: str
+    inner_rank: int | None = None
 
     @property
     def parameters(self) -> int:
         """Numbers in the factors."""
-        return int(LAYOUTS[self.layout].numbers(*self.shape, self.rank))
+        return int(LAYOUTS[self.layout].numbers(*self.shape, self.rank, self.inner_rank))
 
     @property
     def dense_parameters(self) -> int:
@@ -118,20 +122,23 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
 
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
-    layout, rank = spec["layout"], spec["rank"]
-    # What tells the rank, the outputs and the inputs: a tensor and its axis.
-    rank_of, m_of, n_of = {
+    layout, rank, inner = spec["layout"], spec["rank"], spec.get("inner_rank")
+    # What tells the rank, the outputs, the inputs and the inner rank: a tensor and its axis.
+    places = {
         "cur": (("R.weight", 0), ("C.weight", 0), ("R.weight", 1)),
         "folded": (("R.weight", 0), ("CU.weight", 0), ("R.weight", 1)),
         "interpolative": (("R.weight", 0), ("order", 0), ("R.weight", 1)),
         "outputs": (("R.weight", 0), ("kept", 0), ("R.weight", 1)),
         "inputs": (("C.weight", 1), ("C.weight", 0), ("kept", 0)),
-    }[layout]
+        "outputs, factored": (("R.order", 0), ("kept", 0), ("R.R.weight", 1), ("R.R.weight", 0)),
+        "inputs, factored": (("C.R.weight", 1), ("C.order", 0), ("kept", 0), ("C.R.weight", 0)),
+    }[layout if inner is None else f"{layout}, factored"]
     try:
-        stored, m, n = (tensors[f"{name}.{key}"][0][axis] for key, axis in (rank_of, m_of, n_of))
-        dtype = tensors[f"{name}.{rank_of[0]}"][1]
+        stored, m, n, *factored = (tensors[f"{name}.{key}"][0][axis] for key, axis in places)
+        dtype = next(tensors[f"{name}.{key}"][1] for key, _ in places if key.endswith(".weight"))
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
-    if stored != rank:
-        raise CheckpointError(f"`config.json` says {name} has rank {rank}, the stored weights have {stored}")
-    return LayerSummary(name=name, shape=(m, n), layout=layout, rank=rank, dtype=dtype)
+    for said, found in zip((rank, inner), (stored, *factored), strict=False):
+        if found != said:
+            raise CheckpointError(f"`config.json` says {name} has rank {said}, the stored weights have {found}")
+    return LayerSummary(name=name, shape=(m, n), layout=layout, rank=rank, inner_rank=inner, dtype=dtype)

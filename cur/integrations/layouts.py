@@ -1,10 +1,12 @@
-"""Which layout serves a purpose."""
+"""Which layout serves a purpose, and how its rank is written."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from cur import ranks
 
-__all__ = ["PURPOSES", "choose_layout", "fastest_rank"]
+__all__ = ["PURPOSES", "choose_layout", "fastest_rank", "ranks_of"]
 
 PURPOSES = ("inference", "training")
 """To be run, or to have its cores trained."""
@@ -64,3 +66,29 @@ def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
     if purpose == "training":
         return ranks.break_even(m, n)
     return max(ranks.rank_for(m, n, _budget(shape, layout), layout=layout) for layout in _PAYS)
+
+
+class Ranked(Protocol):
+    """What has a rank, or a number of kept neurons and perhaps an inner rank."""
+
+    @property
+    def rank(self) -> int:
+        """Rank, or number of neurons."""
+
+    @property
+    def inner_rank(self) -> int | None:
+        """Rank of what belongs to these neurons, if that is factored as well."""
+
+
+def ranks_of(layer: Ranked) -> str:
+    """Return the rank of a layer as tables have it.
+
+    Examples
+    --------
+    >>> from cur.integrations import PlanEntry
+    >>> ranks_of(PlanEntry(name="q", shape=(8, 6), rank=2))
+    '2'
+    >>> ranks_of(PlanEntry(name="down", shape=(6, 24), rank=20, layout="inputs", method="neurons", inner_rank=4))
+    '20, 4'
+    """
+    return str(layer.rank) if layer.inner_rank is None else f"{layer.rank}, {layer.inner_rank}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,49 +14,24 @@ from torch import Tensor, nn
 
 from cur.integrations._forward import evaluating
 from cur.integrations.arriving import Arriving
-from cur.integrations.factorize import as_json, finite_weight, plain_certificate, report_on
+from cur.integrations.curves import Cut, LayerCurve, NeuronCurve, unit
+from cur.integrations.factorize import as_json, finite_weight, interpolative_layer, plain_certificate, report_on
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.nn import CompressedLinear, KeptInputs, KeptOutputs, dense_weight
+from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInputs, KeptOutputs, dense_weight
 from cur.integrations.plan import PlanEntry, PlanError
 from cur.integrations.report import LayerReport
-from cur.own_inputs import fit, own_inputs
+from cur.own_inputs import OwnInputs, fit, own_inputs
+from cur.truncation import weighted_svd
 
-__all__ = ["NeuronCurve", "keep_neurons", "neuron_curves", "neuron_groups"]
+__all__ = ["FittedBefore", "fit_before", "keep_neurons", "neuron_curves", "neuron_groups"]
 
 _TOKENS = 3
 
+# Shares of neurons at which what is left may be factored as well. Between these the error hardly depends on the share.
+_SHARES = (0.9, 0.75, 0.6)
+
 # Units of rounding by which what is computed from fewer outputs may differ; what is wrong differs by all there is.
 _ROUNDING = 16
-
-
-@dataclass(frozen=True, eq=False)
-class NeuronCurve:
-    """What giving up neurons offers to a budget, as one more form that several layers can take together.
-
-    Attributes
-    ----------
-    consumer : str
-        The layer whose inputs are the neurons.
-    producers : tuple of str
-        The layers that have one output for each of them.
-    shapes : tuple of (int, int)
-        Outputs and inputs of the consumer, and of the producers in order.
-    errors : array
-        Error of the consumer's outputs with 1, 2, ... neurons kept, fewer than all.
-    costs : array
-        Numbers stored in all these layers at the same.
-    """
-
-    consumer: str
-    producers: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    errors: np.ndarray[Any, Any]
-    costs: np.ndarray[Any, Any]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The layers, the consumer first."""
-        return self.consumer, *self.producers
 
 
 def neuron_groups(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -192,28 +168,142 @@ def neuron_curves(
 ) -> list[NeuronCurve]:
     """Compute, for every layer behind neurons, the error at every number of neurons kept.
 
-    In the unit of :class:`~cur.integrations.budget.LayerCurve`: the error of the outputs of the layer behind, predicted
-    from the neurons that are kept.
+    In the unit of :class:`~cur.integrations.curves.LayerCurve`: the error of the outputs of the layer behind, predicted
+    from the neurons that are kept. At some of these numbers also the errors of what is left of the layers, at every
+    rank: a little of both loses less than much of either.
     """
     groups = neuron_groups(model, names)
     curves = []
     for done, (consumer, producers) in enumerate(groups.items(), start=1):
-        squares = _order(model, moments, consumer, gradients=gradients, damping=damping).square_errors
-        weights = (dense_weight(model.get_submodule(name), name)[0] for name in (consumer, *producers))
+        found = _order(model, moments, consumer, gradients=gradients, damping=damping)
+        squares = found.square_errors
+        weights = [_weight(model, name) for name in (consumer, *producers)]
         shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in weights)
         count = np.arange(1, len(squares) - 1)
-        scale = 0.5 if gradients else 1.0 / (float(squares[0]) or 1.0)
+        scale = unit(float(squares[0]), gradients=gradients)
         each = shapes[0][0] + sum(n for _, n in shapes[1:])
-        curves.append(NeuronCurve(consumer, producers, shapes, scale * squares[count], count * each))
+        cuts = tuple(
+            _cut(found, some, dict(zip((consumer, *producers), weights, strict=True)), moments, gradients, damping)
+            for some in dict.fromkeys(round(share * shapes[0][1]) for share in _SHARES)
+            if 1 < some < shapes[0][1]
+        )
+        curves.append(NeuronCurve(consumer, producers, shapes, scale * squares[count], count * each, cuts))
         if progress is not None:
             progress(done, len(groups))
     return curves
 
 
-def _order(model: nn.Module, moments: Moments, consumer: str, *, gradients: bool, damping: float) -> Any:
-    W = finite_weight(model.get_submodule(consumer), consumer).to(torch.float64)
+def _weight(model: nn.Module, name: str) -> Tensor:
+    return finite_weight(model.get_submodule(name), name).to(torch.float64)
+
+
+def _order(model: nn.Module, moments: Moments, consumer: str, *, gradients: bool, damping: float) -> OwnInputs:
+    W = _weight(model, consumer)
     H, G = moments.weights(consumer, W, gradients=gradients, damping=damping)
     return own_inputs(W, row_weights=H, column_weights=G)
+
+
+def _cut(
+    found: OwnInputs, count: int, weights: Mapping[str, Tensor], moments: Moments, gradients: bool, damping: float
+) -> Cut:
+    """Compute the curves of what a number of kept neurons leaves of layers, the first of them the one behind."""
+    places = found.kept(count)
+    layers: list[LayerCurve] = []
+    for name, W in weights.items():
+        behind = not layers
+        inside = found.truncate(count) if behind else W[places]
+        H, G = _weights_inside(name, W, places, moments, behind=behind, gradients=gradients, damping=damping)
+        squares = weighted_svd(inside, row_weights=H, column_weights=G).square_errors
+        whole = float(found.square_errors[0]) if behind else 0.0
+        if not behind and not gradients:
+            whole = float(torch.sum(W @ moments.inputs(name, W, damping=damping) * W))
+        m, n = inside.shape
+        layers.append(LayerCurve.of(name, (m, n), squares, unit(whole, gradients=gradients)))
+    lost = float(found.square_errors[count]) * unit(float(found.square_errors[0]), gradients=gradients)
+    return Cut(count, lost, tuple(layers))
+
+
+def _weights_inside(
+    name: str, W: Tensor, places: Tensor, moments: Moments, *, behind: bool, gradients: bool, damping: float
+) -> tuple[Any, Any]:
+    """Return the weights of the rows and columns of what kept neurons leave of a layer."""
+    H, G = moments.weights(name, W, gradients=gradients, damping=damping)
+    if behind:
+        return H, moments.inputs(name, W, damping=damping)[places][:, places]
+    return moments.outputs(name, W, damping=damping)[places][:, places] if gradients else None, G
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBefore:
+    """A layer before neurons, fitted to what arrives while those behind are still to be made.
+
+    Attributes
+    ----------
+    wide : nn.Module
+        Of full width. Rows that are known to be kept are already of the rank that they will have.
+    inside : InterpolativeLinear or None
+        These rows as a factored layer, if there is an inner rank.
+    places : Tensor or None
+        Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
+    """
+
+    wide: nn.Module
+    inside: InterpolativeLinear | None
+    places: Tensor | None
+
+
+@torch.no_grad()
+def fit_before(
+    model: nn.Module,
+    name: str,
+    entries: Mapping[str, PlanEntry],
+    moments: Moments,
+    arriving: Arriving,
+    *,
+    correction: float,
+    fitted: Mapping[str, FittedBefore],
+) -> FittedBefore:
+    """Fit a layer before neurons to what arrives.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it is not changed.
+    name : str
+        The layer.
+    entries : mapping
+        Of the plan, by name.
+    moments, arriving, correction
+        As for :func:`~cur.integrations.factorize.factorize`.
+    fitted : mapping
+        By name, what this function made of the layers beside it.
+    """
+    entry, module = entries[name], model.get_submodule(name)
+    W = _weight(model, name)
+    M, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+    wide = copy.deepcopy(module)
+    weight, bias, _ = dense_weight(wide, name)
+    weight.copy_(torch.linalg.solve(M, wanted, left=False))
+    beside = {other.name for other in entries.values() if other.consumer == entry.consumer}
+    if all(entries[other].inner_rank is None for other in beside):
+        return FittedBefore(wide, None, None)
+    places = next((fitted[other].places for other in beside if other in fitted), None)
+    if places is None:
+        behind = entries[entry.consumer or ""]
+        found = _order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
+        places = found.kept(behind.rank)
+    inside = None
+    if entry.inner_rank is not None:
+        H = moments.outputs(name, W, damping=entry.damping)[places][:, places] if entry.gradients else None
+        rows, some = weight[places].to(torch.float64), None if bias is None else bias[places]
+        inside = _factored(rows, entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
+        weight[places] = inside.weight
+    return FittedBefore(wide, inside, places)
+
+
+def _factored(X: Tensor, rank: int, H: Any, G: Any, *, dtype: torch.dtype, bias: Tensor | None) -> InterpolativeLinear:
+    near = weighted_svd(X, row_weights=H, column_weights=G).truncate(rank).interpolative()
+    return interpolative_layer(near, dtype=dtype, bias=bias)
 
 
 @torch.no_grad()
@@ -225,9 +315,11 @@ def keep_neurons(
     *,
     arriving: Arriving | None = None,
     correction: float = 0.0,
-    fitted: Mapping[str, nn.Module] | None = None,
+    fitted: Mapping[str, FittedBefore] | None = None,
 ) -> dict[str, tuple[CompressedLinear, LayerReport]]:
     """Choose the neurons to keep, cut the layers before them, and fit the layer behind to what is left.
+
+    What is left is brought to its inner rank, where the plan has one.
 
     Parameters
     ----------
@@ -263,20 +355,10 @@ def keep_neurons(
             f"the plan gives up neurons between {', '.join(names) or 'no layer'} and {entry.name}, which are not the "
             "layers around some; cut all of the layers that give them, or none"
         )
-    W = finite_weight(model.get_submodule(entry.name), entry.name).to(torch.float64)
-    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
-    if arriving is None:
-        found = own_inputs(W, row_weights=H, column_weights=G)
-        places, columns = found.kept(entry.rank), found.truncate(entry.rank)
-    else:
-        M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
-        # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
-        best = torch.linalg.solve(M, cross, left=False)
-        places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
-        columns = fit(cross, M, places)
-    kept = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
+    fitted = fitted or {}
+    places, columns, inputs = _behind(model, entry, moments, arriving, correction, fitted)
+    kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=columns.device)
     kept[places] = True
-    indices = tuple(places.tolist())
     done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
     for part in (entry, *before):
         module = model.get_submodule(part.name)
@@ -284,15 +366,28 @@ def keep_neurons(
         _, bias, transposed = dense_weight(module, part.name)
         here, mask = places.to(weight.device), kept.to(weight.device)
         layer: CompressedLinear
+        inside: Any
         if part is entry:
-            layer = KeptInputs.from_columns(columns.to(weight.dtype), mask, bias=bias, transposed=transposed)
+            inside = columns.to(weight.dtype)
+            if part.inner_rank is not None:
+                H, _ = moments.weights(part.name, weight.double(), gradients=part.gradients, damping=part.damping)
+                inside = _factored(columns, part.inner_rank, H, inputs, dtype=weight.dtype, bias=bias)
+            layer = KeptInputs.from_columns(inside, mask, bias=bias, transposed=transposed)
         else:
             some = None if bias is None else bias[here]
-            whole = dense_weight((fitted or {}).get(part.name, module), part.name)[0]
-            layer = KeptOutputs.from_rows(whole[here], mask, bias=some, transposed=transposed)
+            early = fitted.get(part.name)
+            inside = dense_weight(module if early is None else early.wide, part.name)[0][here]
+            if early is not None and early.inside is not None:
+                inside = early.inside
+            elif part.inner_rank is not None:
+                options: dict[str, Any] = {"gradients": part.gradients, "damping": part.damping}
+                H, G = _weights_inside(part.name, weight.double(), here, moments, behind=False, **options)
+                inside = _factored(inside.double(), part.inner_rank, H, G, dtype=weight.dtype, bias=some)
+            layer = KeptOutputs.from_rows(inside, mask, bias=some, transposed=transposed)
         layer.train(module.training)
         layer.requires_grad_(next(module.parameters()).requires_grad)
         wide, near = weight.to(torch.float64), layer.weight.to(torch.float64)
+        own = isinstance(layer, KeptOutputs) and part.name not in fitted and part.inner_rank is None
         done[part.name] = (
             layer,
             report_on(
@@ -301,11 +396,37 @@ def keep_neurons(
                 layer,
                 norm=x_norm(moments.statistics, part.name).to(wide),
                 certificate=as_json(plain_certificate(wide, near, 0.0)),
-                rounding=0.0,  # nothing is multiplied out
-                rows=() if part is entry or part.name in (fitted or {}) else indices,
+                rounding=0.0,  # of the layer as it is stored
+                rows=tuple(places.tolist()) if own else (),
                 columns=(),  # those of the layer behind are fitted, no longer the weight's own
                 seconds=time.perf_counter() - start,
             ),
         )
         start = time.perf_counter()
     return done
+
+
+def _behind(
+    model: nn.Module,
+    entry: PlanEntry,
+    moments: Moments,
+    arriving: Arriving | None,
+    correction: float,
+    fitted: Mapping[str, FittedBefore],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the neurons to keep, the columns that are fitted to them, and the second moment under which they are."""
+    if arriving is None:
+        found = _order(model, moments, entry.name, gradients=entry.gradients, damping=entry.damping)
+        places, columns = found.kept(entry.rank), found.truncate(entry.rank)
+        return places, columns, moments.inputs(entry.name, columns, damping=entry.damping)[places][:, places]
+    W = _weight(model, entry.name)
+    M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
+    known = [early.places for early in fitted.values() if early.places is not None]
+    if known:
+        places = known[0].to(W.device)
+    else:
+        # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
+        best = torch.linalg.solve(M, cross, left=False)
+        H, _ = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+        places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
+    return places, fit(cross, M, places), M[places][:, places]

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from cur.integrations.layouts import ranks_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -158,7 +160,7 @@ def _table(layers: Iterable[LayerReport]) -> str:
             html.escape(layer.name),
             f"{layer.shape[0]} x {layer.shape[1]}",
             layer.layout,
-            str(layer.rank),
+            ranks_of(layer),
             f"{layer.parameters_after / layer.parameters_before:.1%}",
             f"{layer.relative_error:.4f}",
             f"{layer.weighted_error:.4f}",

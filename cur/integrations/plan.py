@@ -93,6 +93,8 @@ class PlanEntry:
         Multiple of the mean eigenvalue that is added to second moments. For the other methods.
     consumer : str or None
         For the layout ``"outputs"``: the layer behind, whose entry chooses the neurons and has the same rank.
+    inner_rank : int or None
+        For the method ``"neurons"``: the rank of what belongs to the kept neurons, if that is factored as well.
     predicted : float or None
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
         order; without, the squared relative error of its outputs. For the method "cur" the squared error that no
@@ -115,6 +117,7 @@ class PlanEntry:
     gradients: bool = False
     damping: float = 0.0
     consumer: str | None = None
+    inner_rank: int | None = None
     predicted: float | None = None
 
     def __post_init__(self) -> None:
@@ -133,7 +136,8 @@ class PlanEntry:
             if getattr(self, key) not in known:
                 raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
         m, n = self.shape
-        limit = layer_class(self.layout).largest_rank(m, n)
+        kind = layer_class(self.layout)
+        limit = kind.largest_rank(m, n)
         if type(self.rank) is not int or not 1 <= self.rank <= limit:
             raise PlanError(
                 f"`rank` of {self.name} must be an integer between 1 and {limit}, the largest of {m} x {n} in the "
@@ -143,6 +147,15 @@ class PlanEntry:
             raise PlanError(
                 f"`layout` of {self.name} must be 'inputs' or 'outputs' for the method 'neurons' and for no other, "
                 f"got {self.layout!r} for {self.method!r}"
+            )
+        inner = kind.largest_inner_rank(m, n, self.rank)
+        if self.inner_rank is not None and not (type(self.inner_rank) is int and 1 <= self.inner_rank <= inner):
+            got = f"got {self.inner_rank!r}"
+            if not inner:
+                raise PlanError(f"`inner_rank` of {self.name} is for the method 'neurons' alone, {got}")
+            raise PlanError(
+                f"`inner_rank` of {self.name} must be null or an integer between 1 and {inner}, the largest of what "
+                f"belongs to {self.rank} neurons, {got}"
             )
         if (self.layout == "outputs") != isinstance(self.consumer, str):
             raise PlanError(
@@ -162,7 +175,7 @@ class PlanEntry:
     @property
     def parameters(self) -> int:
         """Numbers kept in the factors (the bias, which stays, is not counted)."""
-        return int(layer_class(self.layout).numbers(*self.shape, self.rank))
+        return int(layer_class(self.layout).numbers(*self.shape, self.rank, self.inner_rank))
 
     @property
     def dense_parameters(self) -> int:

@@ -25,8 +25,7 @@ from cur.integrations.nn import (
     LAYOUTS,
     CompressedLinear,
     InterpolativeLinear,
-    KeptInputs,
-    KeptOutputs,
+    KeptNeurons,
     compressed_modules,
     dense_weight,
     swap_,
@@ -37,7 +36,7 @@ __all__ = ["FORMAT_VERSION", "METHOD", "CURConfig", "CURQuantizer", "CheckpointE
 METHOD = "cur"
 """Value of ``quant_method`` in ``config.json``."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the checkpoints written; newer ones are refused."""
 
 _ADVICE = "run `import cur.integrations` before from_pretrained"
@@ -54,8 +53,8 @@ class CURConfig(QuantizationConfigMixin):
     Parameters
     ----------
     modules : mapping
-        By module name: ``{"layout": str, "rank": int}``, or ``{"shared_with": name}`` for a second name of a
-        layer.
+        By module name: ``{"layout": str, "rank": int}``, where neurons are given up perhaps with an ``"inner_rank"``,
+        or ``{"shared_with": name}`` for a second name of a layer.
     format_version : int
         See :data:`FORMAT_VERSION`.
     experts : sequence of str
@@ -150,7 +149,7 @@ class CURQuantizer(HfQuantizer):
         specs = self.quantization_config.modules
         # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
         # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C"))
+        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C", "R.R", "C.R"))
         for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
@@ -186,8 +185,10 @@ class CURQuantizer(HfQuantizer):
         for name, layer in compressed_modules(model).items():
             if isinstance(layer, InterpolativeLinear):
                 _check_order(name, layer.order)
-            elif isinstance(layer, (KeptInputs, KeptOutputs)):
+            elif isinstance(layer, KeptNeurons):
                 _check_kept(name, layer.kept, layer.rank)
+                if layer.inner_rank is not None:
+                    _check_order(name, layer.part.order)
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
         _keep_names_(model)
@@ -234,13 +235,15 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     first: dict[int, str] = {}
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, CompressedLinear):
+        if not isinstance(module, CompressedLinear) or name.rpartition(".")[0] in modules:  # a part of one
             continue
         if id(module) in first:
             modules[name] = {"shared_with": first[id(module)]}
         else:
             first[id(module)] = name
             modules[name] = {"layout": module.layout, "rank": module.rank}
+            if module.inner_rank is not None:
+                modules[name]["inner_rank"] = module.inner_rank
     return modules
 
 
@@ -282,13 +285,14 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     if isinstance(spec, Mapping):
         if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
             return
-        rank = spec.get("rank")
-        if set(spec) == {"layout", "rank"} and spec["layout"] in LAYOUTS and type(rank) is int and rank > 0:
+        sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
+        named = set(spec) - {"inner_rank"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
+        if named and all(type(size) is int and size > 0 for size in sizes):
             return
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
         "and a "
-        "positive integer `rank`"
+        "positive integer `rank`, and perhaps `inner_rank`"
     )
 
 
@@ -312,6 +316,7 @@ def _skeleton(module: nn.Module, name: str, spec: Mapping[str, Any]) -> Compress
             in_features,
             out_features,
             spec["rank"],
+            inner_rank=spec.get("inner_rank"),
             bias=bias is not None,
             transposed=transposed,
             device=weight.device,

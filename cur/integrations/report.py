@@ -72,6 +72,8 @@ class LayerReport:
         relative to the largest. Empty for layers too large for an SVD.
     output : OutputChange or None
         How much the layer's output changed on a batch of text; None unless it was measured.
+    inner_rank : int or None
+        Of a layer that gave up neurons, the rank of what it keeps; None if that is held whole.
     """
 
     name: str
@@ -89,6 +91,7 @@ class LayerReport:
     weighted_bound: float
     spectrum: tuple[tuple[int, float], ...] = ()
     output: OutputChange | None = None
+    inner_rank: int | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -27,7 +27,9 @@ from cur.integrations import (
     save,
 )
 from cur.integrations.arriving import Arriving
+from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.checkpoint import CheckpointError
+from cur.integrations.compress import carry_out_, measure
 from cur.integrations.convert import convert_
 from cur.integrations.inspect import summarize
 from cur.integrations.neurons import neuron_groups
@@ -53,6 +55,11 @@ def kept(model: PreTrainedModel) -> dict[str, KeptInputs | KeptOutputs]:
     return {
         name: layer for name, layer in compressed_modules(model).items() if isinstance(layer, (KeptInputs, KeptOutputs))
     }
+
+
+def whole(plan: Plan) -> Plan:
+    """Leave what belongs to kept neurons whole."""
+    return replace(plan, entries=tuple(replace(entry, inner_rank=None) for entry in plan.entries))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3"])
@@ -114,7 +121,7 @@ def test_a_budget_takes_them_where_they_pay(llama: PreTrainedModel, statistics: 
 
 def test_rows_are_the_models_own_and_columns_fit(llama: PreTrainedModel, statistics: Statistics) -> None:
     dense = copy.deepcopy(llama)
-    plan = make_plan(llama, statistics, in_feed_forward(0.5))
+    plan = whole(make_plan(llama, statistics, in_feed_forward(0.5)))
     apply_plan_(llama, plan, statistics)
     layers = kept(llama)
     assert layers
@@ -147,7 +154,10 @@ def test_the_fit_to_what_arrives_is_better(llama: PreTrainedModel, windows: Tens
 
 def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: Tensor) -> None:
     dense = copy.deepcopy(llama)
-    report = compress(llama, windows, replace(in_feed_forward(0.4), own_text=0))
+    given, config = list(batches(windows, batch_size=4)), in_feed_forward(0.4)
+    statistics = measure(llama, given, config)
+    plan = whole(make_plan(llama, statistics, config))
+    report = carry_out_(llama, plan, statistics, text=given)
     producers = {name: layer for name, layer in kept(llama).items() if isinstance(layer, KeptOutputs)}
     assert any(".0." not in name for name in producers)
     inputs: dict[str, list[Tensor]] = {name: [] for name in producers}
@@ -178,8 +188,16 @@ def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: T
 def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
     model = make(name).eval()
     ids = torch.randint(3, model.config.vocab_size, (4, 12))
-    report = compress(model, ids, BudgetConfig(keep=0.5, gradients=False, own_text=0))
-    assert {entry.layout for entry in report.plan.entries} >= {"inputs", "outputs"}
+    given, config = list(batches(ids, batch_size=2)), BudgetConfig(keep=0.5, gradients=False)
+    statistics = measure(model, given, config)
+    plan = make_plan(model, statistics, config)
+    # The first half of the layers around neurons of a lower rank, whatever the budget says.
+    around = [entry.name for entry in plan.entries if entry.method == "neurons"]
+    half = around[: len(around) // 2]
+    assert {entry.layout for entry in plan.entries if entry.name in half} == {"inputs", "outputs"}
+    entries = [replace(entry, inner_rank=5 if entry.name in half else None) for entry in plan.entries]
+    report = carry_out_(model, replace(plan, entries=tuple(entries)), statistics, text=given)
+    assert {name for name, layer in kept(model).items() if layer.inner_rank == 5} == set(half)
     save(model, None, tmp_path / "small", report=report)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     with torch.no_grad():
@@ -189,6 +207,9 @@ def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
         torch.testing.assert_close(dense(ids).logits, expected, rtol=1e-4, atol=1e-5)
     summary = summarize(tmp_path / "small")
+    assert {layer.name: (layer.inner_rank, layer.parameters) for layer in summary.layers} == {
+        layer.name: (layer.inner_rank, layer.parameters_after) for layer in report.layers
+    }
     assert summary.parameters == sum(p.numel() for p in again.parameters())
     assert summary.dense_parameters == sum(p.numel() for p in dense.parameters())
     # A layer of neurons has one layout; the factored ones change theirs.
@@ -200,7 +221,7 @@ def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: Statistics, tmp_path: Path) -> None:
-    plan = make_plan(llama, statistics, in_feed_forward(0.5))
+    plan = whole(make_plan(llama, statistics, in_feed_forward(0.5)))
     consumer = next(entry.name for entry in plan.entries if entry.layout == "inputs")
     data = plan.to_dict()
     group = [entry for entry in data["entries"] if consumer in (entry["name"], entry["consumer"])]
@@ -226,6 +247,12 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
     [
         ({"rank": 97}, "between 1 and 96, the largest of 96 x 32 in the layout .outputs., got 97"),
         ({"consumer": None}, "`consumer` of gate must name the layer behind"),
+        ({"inner_rank": 33}, "`inner_rank` of gate must be null or an integer between 1 and 32"),
+        ({"inner_rank": 0}, "`inner_rank` of gate must be null or an integer between 1 and 32"),
+        (
+            {"layout": "folded", "consumer": None, "method": "weighted", "rank": 20, "inner_rank": 4},
+            "`inner_rank` of gate is for the method 'neurons' alone, got 4",
+        ),
         (
             {"layout": "folded", "consumer": None, "rank": 20},
             "'inputs' or 'outputs' for the method 'neurons' and for no other",
@@ -253,12 +280,40 @@ def test_a_checkpoint_that_marks_other_neurons(llama: PreTrainedModel, statistic
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
+def test_a_checkpoint_whose_inner_ranks_are_wrong(
+    llama: PreTrainedModel, statistics: Statistics, tmp_path: Path
+) -> None:
+    compress(llama, statistics, in_feed_forward(0.6))
+    save(llama, None, tmp_path / "small")
+    file, config = tmp_path / "small" / "cur_model.safetensors", tmp_path / "small" / "config.json"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(("R.order", "C.order")))
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"order is not a permutation of the outputs"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    save_file(tensors, file, metadata={"format": "pt"})
+    good = json.loads(config.read_text())
+    for value, message in (
+        (1, r"would be .* but the stored weights are"),
+        (10**4, "`inner_rank` must be"),
+        ("x", "inn"),
+    ):
+        data = copy.deepcopy(good)
+        data["quantization_config"]["modules"][key.rpartition(".")[0][:-2]]["inner_rank"] = value
+        config.write_text(json.dumps(data))
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+        with pytest.raises((CheckpointError, ValueError)):
+            summarize(tmp_path / "small")
+
+
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_healing_moves_the_layer_behind_alone(llama: PreTrainedModel, windows: Tensor, scope: str) -> None:
     from cur.healing import HealingConfig, Objectives, heal
 
     student = copy.deepcopy(llama)
     compress(student, windows, replace(in_feed_forward(0.4), own_text=0))
+    assert any(layer.inner_rank for layer in kept(student).values() if layer.layout == "inputs")
     before = {
         name: layer.state_dict() for name, layer in copy.deepcopy(student).named_modules() if name in kept(student)
     }
@@ -269,6 +324,67 @@ def test_healing_moves_the_layer_behind_alone(llama: PreTrainedModel, windows: T
     )
     heal(student, llama, windows, config)
     for name, layer in kept(student).items():
-        key = "C.weight" if layer.layout == "inputs" else "R.weight"
-        moved = not torch.equal(layer.state_dict()[key], before[name][key])
-        assert moved == (layer.layout == "inputs")
+        moves = {"inputs": "C.weight" if layer.inner_rank is None else "C.R.weight"}.get(layer.layout)
+        for key, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, before[name][key]) == (key != moves)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_little_of_both_loses_what_the_plan_says(
+    llama: PreTrainedModel, statistics: Statistics, gradients: bool
+) -> None:
+    dense = copy.deepcopy(llama)
+    config = replace(in_feed_forward(0.6), gradients=gradients)
+    names = linear_modules(llama, MLP, layers=range(len(decoder_layers(llama))))
+    curves, groups = (make(llama, statistics, config, names) for make in (error_curves, joint_curves))
+    plan = plan_budget(llama, statistics, config, curves, groups)
+    without = plan_budget(llama, statistics, config, curves, [replace(group, cuts=()) for group in groups])
+    total, other = (sum(entry.predicted or 0.0 for entry in one.entries) for one in (plan, without))
+    assert total < 0.98 * other
+    apply_plan_(llama, plan, statistics)
+    layers = kept(llama)
+    both = [entry for entry in plan.entries if entry.inner_rank]
+    assert {entry.layout for entry in both} == {"inputs", "outputs"}
+
+    def square(name: str, error: Tensor, rows: Tensor | slice = slice(None)) -> float:
+        H, G = (
+            moment + config.damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+            for moment in (statistics.output_moment(name), statistics.second_moment(name))
+        )
+        H = H[rows][:, rows] if gradients else torch.eye(len(error), dtype=torch.float64)
+        return float((H @ error @ G * error).sum())
+
+    for entry in both:
+        layer, W = layers[entry.name], dense.get_submodule(entry.name).weight.detach().double()
+        error = W - layer.weight.detach().double()
+        found = (
+            square(entry.name, error) if entry.layout == "inputs" else square(entry.name, error[layer.kept], layer.kept)
+        )
+        expected = 0.5 * found if gradients else found / square(entry.name, W)
+        assert entry.predicted == pytest.approx(expected, rel=2e-2)
+        assert torch.linalg.matrix_rank(layer.part.weight.double(), rtol=1e-5) == entry.inner_rank
+        assert sum(p.numel() for p in layer.parameters()) == entry.parameters
+
+
+def test_columns_are_fitted_to_rows_of_the_rank_that_they_get(llama: PreTrainedModel, windows: Tensor) -> None:
+    dense, given = copy.deepcopy(llama), list(batches(windows, batch_size=4))
+    statistics = measure(llama, given, in_feed_forward(0.6))
+    plan = make_plan(llama, statistics, in_feed_forward(0.6))
+    consumer = next(entry.consumer for entry in plan.entries if entry.layout == "outputs" and entry.inner_rank)
+    # One network alone, so that what arrives at it is what arrives in the dense model; its columns left whole.
+    one = [entry for entry in plan.entries if consumer in (entry.name, entry.consumer)]
+    one = [replace(entry, inner_rank=None) if entry.name == consumer else entry for entry in one]
+    carry_out_(llama, replace(plan, entries=tuple(one)), statistics, text=given)
+    layer = kept(llama)[consumer or ""]
+    inputs: list[Tensor] = []
+    for model in (dense, llama):
+        hook = model.get_submodule(consumer or "").register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        with hook, torch.no_grad():
+            model(windows)
+    X, Z = (x.flatten(0, -2).double() for x in inputs)
+    W, C = (model.get_submodule(consumer or "") for model in (dense, llama))
+    W, C = W.weight.detach().double(), C.part.weight.detach().double()
+    # The best columns would give half of the way from what arrives to what would have; the other neurons gave theirs.
+    miss = (X @ W.T - Z @ C.T).square().sum()
+    own = (X @ W.T - Z @ W[:, layer.kept].T).square().sum()
+    assert float(miss) < 0.9 * float(own)

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cur.integrations.blockwise.calibrate import Calibration
-from cur.integrations.budget import BudgetConfig, LayerCurve, error_curves, joint_curves, plan_budget
+from cur.integrations.budget import BudgetConfig, error_curves, joint_curves, plan_budget
 from cur.integrations.compress import decompose
 from cur.integrations.config import CompressConfig
+from cur.integrations.curves import LayerCurve, NeuronCurve
 from cur.integrations.experts import unrolled
 from cur.integrations.layers import linear_modules
-from cur.integrations.neurons import NeuronCurve
 from cur.integrations.nn import CompressedLinear, dense_weight, layer_class
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import Plan, PlanEntry
@@ -129,7 +129,14 @@ class Decomposition:
         weight, bias, transposed = dense_weight(dense, report.name)
         m, n = weight.shape
         made: CompressedLinear = layer_class(report.layout)(
-            n, m, report.rank, bias=bias is not None, transposed=transposed, device="meta", dtype=weight.dtype
+            n,
+            m,
+            report.rank,
+            inner_rank=report.inner_rank,
+            bias=bias is not None,
+            transposed=transposed,
+            device="meta",
+            dtype=weight.dtype,
         )
         return made.train(dense.training).requires_grad_(next(dense.parameters()).requires_grad)
 

@@ -19,13 +19,15 @@ layout                    children                                    numbers ke
 :class:`KeptInputs`       ``C`` (m x r), of the layer behind           ``r m``
 ========================  ==========================================  ======================
 
+Either child may be an :class:`InterpolativeLinear` itself, of an inner rank.
+
 Every factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.
 """
 
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.factored import FACTORED, CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear
-from cur.integrations.nn.kept import KeptInputs, KeptOutputs
+from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
 from cur.integrations.nn.modules import LAYOUTS, compressed_modules, dense_weight, layer_class, swap_
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "FoldedLinear",
     "InterpolativeLinear",
     "KeptInputs",
+    "KeptNeurons",
     "KeptOutputs",
     "compressed_modules",
     "dense_weight",

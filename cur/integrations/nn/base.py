@@ -20,6 +20,8 @@ class CompressedLinear(nn.Module):
     ----------
     in_features, out_features, rank : int
         Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``. Of the layouts for neurons, r is how many are kept.
+    inner_rank : int, optional
+        Of the layouts for neurons: the rank of what is kept, held as rows and coefficients. Default: held whole.
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
@@ -31,7 +33,7 @@ class CompressedLinear(nn.Module):
     Raises
     ------
     ValueError
-        If the rank is below one or above the largest.
+        If a rank is below one or above the largest.
     """
 
     layout: ClassVar[str]
@@ -45,6 +47,7 @@ class CompressedLinear(nn.Module):
         out_features: int,
         rank: int,
         *,
+        inner_rank: int | None = None,
         bias: bool = True,
         transposed: bool = False,
         device: torch.device | str | None = None,
@@ -57,9 +60,17 @@ class CompressedLinear(nn.Module):
                 f"`rank` must be between 1 and {limit}, {self._limit} of a {out_features} x {in_features} layer, "
                 f"got {rank}; choose a rank in that range"
             )
+        if inner_rank is not None:
+            inner = self.largest_inner_rank(out_features, in_features, rank)
+            if not 1 <= inner_rank <= inner:
+                raise ValueError(
+                    f"`inner_rank` must be None or between 1 and {inner} for {rank} kept neurons of a {out_features} x "
+                    f"{in_features} layer in the layout {self.layout!r}, got {inner_rank}"
+                )
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
+        self.inner_rank = inner_rank
         self.has_bias = bias
         self.transposed = transposed
         self._make_(device=device, dtype=dtype)
@@ -74,9 +85,19 @@ class CompressedLinear(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int) -> int:
+    def largest_inner_rank(cls, m: int, n: int, rank: int) -> int:
+        """Return the largest rank of what an m x n layer keeps; 0 if that has none of its own."""
+        return 0
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
         """Count the numbers of an m x n layer of a rank, but for the bias."""
         raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """The numbers held, but for the bias."""
+        return self.numbers(self.out_features, self.in_features, self.rank, self.inner_rank)
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left`` (m x r) and ``right`` (r x n) with ``weight == left @ right``."""
@@ -122,7 +143,8 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{sizes}, bias={self.has_bias}"
+        inner = "" if self.inner_rank is None else f", inner_rank={self.inner_rank}"
+        return f"{sizes}{inner}, bias={self.has_bias}"
 
 
 def fill_(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -34,7 +34,7 @@ class FactoredLinear(CompressedLinear):
         return min(m, n)
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int) -> int:
+    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
         """Count the numbers of an m x n layer of a rank, but for the bias."""
         return ranks.parameters(m, n, rank, layout=cls.layout)
 

@@ -2,23 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cur import ranks
 from cur.integrations.nn.base import CompressedLinear, check_bias, fill_
+from cur.integrations.nn.factored import InterpolativeLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["KeptInputs", "KeptOutputs"]
+__all__ = ["KeptInputs", "KeptNeurons", "KeptOutputs"]
 
 
-class _KeptNeurons(CompressedLinear):
-    """What the two sides of a layer of neurons share: which of them are kept, one truth value for each."""
+class KeptNeurons(CompressedLinear):
+    """What the two sides of a layer of neurons share: which of them are kept, and a layer of these alone.
+
+    Attributes
+    ----------
+    kept : Tensor, shape (neurons,)
+        One truth value for each.
+    part : nn.Linear or InterpolativeLinear
+        Of the kept neurons alone; the latter of rank `inner_rank`.
+    """
 
     kept: Tensor
+    _child: ClassVar[str]
+    """Name of the part among the children."""
+
+    @property
+    def part(self) -> Any:
+        """The layer of the kept neurons alone."""
+        return getattr(self, self._child)
+
+    def _make_(self, **place: Any) -> None:
+        m, n = self.shape_inside(self.out_features, self.in_features, self.rank)
+        if self.inner_rank is None:
+            part: nn.Module = nn.Linear(n, m, bias=self.has_bias, **place)
+        else:
+            part = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, **place)
+        setattr(self, self._child, part)
+        width = self.largest_rank(self.out_features, self.in_features)
+        self.register_buffer("kept", torch.arange(width, device=place["device"]) < self.rank)
+
+    @classmethod
+    def shape_inside(cls, m: int, n: int, rank: int) -> tuple[int, int]:
+        """Return the outputs and inputs of what an m x n layer keeps."""
+        raise NotImplementedError
+
+    @classmethod
+    def largest_inner_rank(cls, m: int, n: int, rank: int) -> int:
+        """Return the smaller side of what is kept."""
+        return min(cls.shape_inside(m, n, rank))
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
+        """Count the numbers of what is kept."""
+        sides = cls.shape_inside(m, n, rank)
+        if inner_rank is None:
+            return sides[0] * sides[1]
+        return ranks.parameters(*sides, inner_rank, layout=InterpolativeLinear.layout)
+
+    @classmethod
+    def _around(
+        cls, part: Tensor | InterpolativeLinear, kept: Tensor, m: int, n: int, bias: Tensor | None, transposed: bool
+    ) -> Self:
+        """Build the layer from what it keeps; a factored part brings its own bias."""
+        options: dict[str, Any] = {"transposed": transposed, "device": "meta"}
+        count = int(kept.sum())
+        if isinstance(part, InterpolativeLinear):
+            layer = cls(n, m, count, inner_rank=part.rank, bias=part.has_bias, **options)
+            setattr(layer, cls._child, part)
+        else:
+            layer = cls(n, m, count, bias=bias is not None, **options)
+            fill_(layer.part, part, bias)
+        layer.kept = kept.clone()  # tensors that are saved must not be shared
+        return layer
 
     def _one_hot(self) -> Tensor:
         """Return the columns of the identity at the kept neurons."""
@@ -40,19 +101,22 @@ class _KeptNeurons(CompressedLinear):
             raise ValueError(f"`layout` of a layer that keeps some neurons must stay {self.layout!r}, got {layout!r}")
         return self
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them."""
+        y: Tensor = self.part(x)
+        return y
 
-class KeptOutputs(_KeptNeurons):
+
+class KeptOutputs(KeptNeurons):
     """Apply the rows of a layer that belong to kept neurons; the output has r entries.
 
     Its weight has zeros elsewhere, which is exact where the layer behind is a :class:`KeptInputs` of the same neurons.
     """
 
     layout = "outputs"
+    R: Any
     _limit = "the outputs"
-
-    def _make_(self, **place: Any) -> None:
-        self.R = nn.Linear(self.in_features, self.rank, bias=self.has_bias, **place)
-        self.register_buffer("kept", torch.arange(self.out_features, device=place["device"]) < self.rank)
+    _child = "R"
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -60,18 +124,27 @@ class KeptOutputs(_KeptNeurons):
         return m
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int) -> int:
-        """Count the numbers of the kept rows."""
-        return rank * n
+    def shape_inside(cls, m: int, n: int, rank: int) -> tuple[int, int]:
+        """Return the shape of the kept rows."""
+        return rank, n
 
     @classmethod
-    def from_rows(cls, rows: Tensor, kept: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> Self:
-        """Build the layer from kept rows (r x n), truth values (m) with r of them true, and a bias of r entries."""
+    def from_rows(
+        cls,
+        rows: Tensor | InterpolativeLinear,
+        kept: Tensor,
+        *,
+        bias: Tensor | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """Build the layer from kept rows (r x n), truth values (m) with r of them true, and a bias of r entries.
+
+        Rows of a lower rank come as a layer, with its bias.
+        """
+        if isinstance(rows, InterpolativeLinear):
+            return cls._around(rows, kept, len(kept), rows.in_features, None, transposed)
         check_bias(bias, len(rows))
-        layer = cls(rows.shape[1], len(kept), len(rows), bias=bias is not None, transposed=transposed, device="meta")
-        fill_(layer.R, rows, bias)
-        layer.kept = kept.clone()  # tensors that are saved must not be shared
-        return layer
+        return cls._around(rows, kept, len(kept), rows.shape[1], bias, transposed)
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns of the identity at the kept outputs, and the kept rows."""
@@ -80,33 +153,27 @@ class KeptOutputs(_KeptNeurons):
     @property
     def weight(self) -> Tensor:
         """The dense weight, m x n: the kept rows, and zeros."""
-        full = self.R.weight.new_zeros(self.out_features, self.in_features)
-        full[self.kept] = self.R.weight
+        rows: Tensor = self.R.weight
+        full = rows.new_zeros(self.out_features, self.in_features)
+        full[self.kept] = rows
         return full
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries, zero at the others), or None."""
         if not self.has_bias:
             return None
-        full = self.R.bias.new_zeros(self.out_features)
+        full: Tensor = self.R.bias.new_zeros(self.out_features)
         full[self.kept] = self.R.bias
         return full
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., r)."""
-        y: Tensor = self.R(x)
-        return y
 
-
-class KeptInputs(_KeptNeurons):
+class KeptInputs(KeptNeurons):
     """Apply a layer to kept neurons alone, the entries of its input that a :class:`KeptOutputs` gives."""
 
     layout = "inputs"
+    C: Any
     _limit = "the inputs"
-
-    def _make_(self, **place: Any) -> None:
-        self.C = nn.Linear(self.rank, self.out_features, bias=self.has_bias, **place)
-        self.register_buffer("kept", torch.arange(self.in_features, device=place["device"]) < self.rank)
+    _child = "C"
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -114,22 +181,27 @@ class KeptInputs(_KeptNeurons):
         return n
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int) -> int:
-        """Count the numbers of the kept columns."""
-        return rank * m
+    def shape_inside(cls, m: int, n: int, rank: int) -> tuple[int, int]:
+        """Return the shape of the columns."""
+        return m, rank
 
     @classmethod
     def from_columns(
-        cls, columns: Tensor, kept: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+        cls,
+        columns: Tensor | InterpolativeLinear,
+        kept: Tensor,
+        *,
+        bias: Tensor | None = None,
+        transposed: bool = False,
     ) -> Self:
-        """Build the layer from columns (m x r), truth values (n) with r of them true, and a bias of m entries."""
+        """Build the layer from columns (m x r), truth values (n) with r of them true, and a bias of m entries.
+
+        Columns of a lower rank come as a layer, with its bias.
+        """
+        if isinstance(columns, InterpolativeLinear):
+            return cls._around(columns, kept, columns.out_features, len(kept), None, transposed)
         check_bias(bias, len(columns))
-        layer = cls(
-            len(kept), len(columns), columns.shape[1], bias=bias is not None, transposed=transposed, device="meta"
-        )
-        fill_(layer.C, columns, bias)
-        layer.kept = kept.clone()  # tensors that are saved must not be shared
-        return layer
+        return cls._around(columns, kept, len(columns), len(kept), bias, transposed)
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns, and the rows of the identity at the kept inputs."""
@@ -138,15 +210,11 @@ class KeptInputs(_KeptNeurons):
     @property
     def weight(self) -> Tensor:
         """The dense weight, m x n: the columns of the kept inputs, and zeros."""
-        full = self.C.weight.new_zeros(self.out_features, self.in_features)
-        full[:, self.kept] = self.C.weight
+        columns: Tensor = self.C.weight
+        full = columns.new_zeros(self.out_features, self.in_features)
+        full[:, self.kept] = columns
         return full
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.C.bias if self.has_bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., r); returns (..., m)."""
-        y: Tensor = self.C(x)
-        return y

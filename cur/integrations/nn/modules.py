@@ -48,8 +48,15 @@ def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, b
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
-    """Return every compressed layer of a model by name; a layer shared by two parents appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    """Return every compressed layer of a model by name; a layer shared by two parents appears once.
+
+    What such a layer is made of is not listed.
+    """
+    found: dict[str, CompressedLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear) and not (name and name.rpartition(".")[0] in found):
+            found[name] = module
+    return found
 
 
 def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cur.integrations.nn import FACTORED, LAYOUTS, KeptInputs, KeptOutputs
+from cur.integrations.nn import FACTORED, LAYOUTS, InterpolativeLinear, KeptInputs, KeptOutputs, compressed_modules
 
 NEURONS, N, M = 6, 5, 4
 KEPT = torch.tensor([True, False, False, True, True, False])
@@ -62,3 +62,26 @@ def test_count_out_of_range(layout: str, most: int, what: str) -> None:
     for count in (0, most + 1):
         with pytest.raises(ValueError, match=f"`rank` must be between 1 and {most}, {what} of a .*, got {count}"):
             LAYOUTS[layout](N, M, count)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_kept_may_be_factored(bias: bool) -> None:
+    count, inner = int(KEPT.sum()), 2
+    options = {"bias": bias, "dtype": torch.float64}
+    before = KeptOutputs.from_rows(InterpolativeLinear(N, count, inner, **options), KEPT)
+    behind = KeptInputs.from_columns(InterpolativeLinear(count, M, inner, **options), KEPT)
+    x = random(2, 3, N)
+    torch.testing.assert_close(behind(before(x)), behind.to_linear()(before.to_linear()(x)), rtol=0, atol=1e-12)
+    for layer in (before, behind):
+        assert (layer.rank, layer.inner_rank) == (count, inner)
+        assert layer.stored == sum(p.numel() for name, p in layer.named_parameters() if not name.endswith("bias"))
+        assert (layer.bias_tensor() is not None) == bias
+        assert list(compressed_modules(torch.nn.ModuleDict({"one": layer}))) == ["one"]
+        sizes = (layer.in_features, layer.out_features, layer.rank)
+        empty = LAYOUTS[layer.layout](*sizes, inner_rank=inner, device="meta", **options)
+        empty.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(empty.weight, layer.weight)
+        with pytest.raises(ValueError, match=r"`inner_rank` must be None or between 1 and 3 .* got 4"):
+            LAYOUTS[layer.layout](*sizes, inner_rank=4)
+    with pytest.raises(ValueError, match="`inner_rank` must be None or between 1 and 0"):
+        InterpolativeLinear(N, M, 2, inner_rank=1)

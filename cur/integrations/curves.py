@@ -1,0 +1,111 @@
+"""What layers offer to a budget: their errors at every rank or number of neurons, and the numbers these store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cur import ranks
+
+__all__ = ["Cut", "LayerCurve", "NeuronCurve", "unit"]
+
+
+def unit(whole: float, *, gradients: bool) -> float:
+    """Return what squares of weighted errors are multiplied by, so that those of all layers may be added up.
+
+    With gradients they are halved, which makes them loss per token; without, they are divided by the square of the
+    whole layer.
+    """
+    return 0.5 if gradients else 1.0 / (whole or 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCurve:
+    """What one layer offers to a budget.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer.
+    shape : tuple of int
+        Outputs m and inputs n.
+    errors : array
+        Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
+    costs : array
+        Numbers stored at the same.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    errors: np.ndarray[Any, Any]
+    costs: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], squares: np.ndarray[Any, Any], scale: float) -> LayerCurve:
+        """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
+
+        They are multiplied by `scale`, see :func:`unit`.
+        """
+        m, n = shape
+        # Ranks from the break-even on would cost as much as the dense layer and lose something.
+        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(squares) - 1) + 1)
+        costs = np.append(rank * (m + n - rank), m * n)
+        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
+
+    def effective_rank(self) -> float:
+        """Return the exponential of the entropy of the squared singular values; for a curve without gradients."""
+        return ranks.effective_rank(np.maximum(-np.diff(self.errors, prepend=1.0), 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What giving up neurons leaves of layers, and what these can do each for itself besides.
+
+    Attributes
+    ----------
+    count : int
+        Neurons kept.
+    error : float
+        Of giving up the others.
+    layers : tuple of LayerCurve
+        What is left of the consumer, and of the producers in order, at every rank.
+    """
+
+    count: int
+    error: float
+    layers: tuple[LayerCurve, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronCurve:
+    """What giving up neurons offers to a budget, as more forms that several layers can take together.
+
+    Attributes
+    ----------
+    consumer : str
+        The layer whose inputs are the neurons.
+    producers : tuple of str
+        The layers that have one output for each of them.
+    shapes : tuple of (int, int)
+        Outputs and inputs of the consumer, and of the producers in order.
+    errors : array
+        Error of the consumer's outputs with 1, 2, ... neurons kept, fewer than all.
+    costs : array
+        Numbers stored in all these layers at the same.
+    cuts : tuple of Cut
+        What is left at some of these counts, to be factored as well.
+    """
+
+    consumer: str
+    producers: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    errors: np.ndarray[Any, Any]
+    costs: np.ndarray[Any, Any]
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, the consumer first."""
+        return self.consumer, *self.producers
