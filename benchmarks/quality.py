@@ -195,7 +195,7 @@ def ours(text: str = BOTH, **options: Any) -> Callable[[Known, float], Made]:
             known.memory.clear()
             known.memory[key] = (
                 error_curves(known.dense, statistics, config, known.names, progress=count("curves")),
-                joint_curves(known.dense, statistics, config, known.names),
+                joint_curves(known.dense, statistics, config, known.names, progress=count("neurons")),
             )
         model = copy.deepcopy(known.dense)
         plan = plan_budget(model, statistics, config, *known.memory[key])

@@ -32,6 +32,7 @@ _DESCRIPTIONS = {
     "calibrate": "Measuring activations",
     "gradients": "Measuring gradients",
     "plan": "Sharing the budget",
+    "neurons": "Looking at neurons",
     "decompose": "Factorizing weights",
     "before": "Perplexity before",
     "after": "Perplexity after",

@@ -177,6 +177,8 @@ def joint_curves(
     statistics: Statistics,
     config: BudgetConfig,
     names: Sequence[str],
+    *,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[NeuronCurve]:
     """Compute the error at every number of neurons of the layers that have some between them, if the budget is for it.
 
@@ -184,7 +186,8 @@ def joint_curves(
     """
     if not config.neurons or config.method != "best" or config.allocation != "loss":
         return []
-    return neuron_curves(model, Moments(statistics), names, gradients=config.gradients, damping=config.damping)
+    options: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping, "progress": progress}
+    return neuron_curves(model, Moments(statistics), names, **options)
 
 
 def plan_budget(

@@ -53,7 +53,7 @@ __all__ = [
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
 """Called as ``progress(stage, done, total)``: ``sample``, ``calibrate`` and ``gradients`` in samples, ``plan`` and
-``decompose`` in layers."""
+``decompose`` in layers, ``neurons`` in feed-forward networks."""
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,9 +52,10 @@ def make_plan(
     with unrolled(model):
         names = candidates(model, config)
         if isinstance(config, BudgetConfig):
-            watch = None if progress is None else lambda done, total: progress("plan", done, total)
-            curves = error_curves(model, statistics, config, names, progress=watch)
-            return plan_budget(model, statistics, config, curves, joint_curves(model, statistics, config, names))
+            one, two = (None if progress is None else functools.partial(progress, it) for it in ("plan", "neurons"))
+            curves = error_curves(model, statistics, config, names, progress=one)
+            neurons = joint_curves(model, statistics, config, names, progress=two)
+            return plan_budget(model, statistics, config, curves, neurons)
         return _plan(model, statistics, config, names)
 
 
