@@ -369,8 +369,8 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
 
     See :func:`half_products` for the passes.
     """
-    written = _file(cache, f"own-{len(windows)}.safetensors")
     more = math.ceil(DEFAULT.own_text * len(windows))
+    written = _file(cache, f"own-{more}.safetensors")
     seconds: dict[str, float] = {}
     with half_products():
         if written is not None and written.exists():
@@ -418,6 +418,7 @@ def _together(one: Statistics, other: Statistics) -> Statistics:
     kinds = ("square_sums", "products", "output_products", "counts", "output_counts")
     sums = {kind: add(getattr(one, kind), getattr(other, kind)) for kind in kinds}
     totals = {"tokens": one.tokens + other.tokens, "samples": one.samples + other.samples}
+    totals["own_text"] = other.samples / one.samples
     return dataclasses.replace(one, **sums, **totals)
 
 

@@ -207,16 +207,19 @@ def _decide(
     model = loaded.model
     known = stats is not None and stats.exists()
     with clock.stage("calibrate"):
+        earlier = Statistics.load(stats) if stats is not None and known else None
+        own = 0.0
         if not isinstance(asked, CompressConfig) and (asked.correction > 0 or not known):
-            given = with_own_text(model, given, asked.own_text, seed=asked.seed, progress=bar)
-        if stats is not None and known:
-            statistics = Statistics.load(stats)
+            share = asked.own_text if earlier is None else earlier.own_text
+            given, own = with_own_text(model, given, share, seed=asked.seed, progress=bar)
+        if earlier is not None:
+            statistics = earlier
             statistics.check(model)
         else:
             if isinstance(asked, Plan):
                 statistics = measure_plan(model, given, asked, progress=bar)
             else:
-                statistics = measure(model, given, asked, progress=bar)
+                statistics = measure(model, given, asked, own_text=own, progress=bar)
             if stats is not None:
                 statistics.save(stats)
     with clock.stage("plan"):

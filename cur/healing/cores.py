@@ -35,8 +35,7 @@ class Core:
     folded           ``C U`` as it was     identity               ``CU``, as ``L U``
     interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
     inputs           identity, m x m       identity               ``C``, as ``U C``
-    inputs, of an    ``(I, T)`` of ``C``   identity               ``R`` of ``C``, as ``U R``
-    inner rank
+    inputs, inner    ``(I, T)``, ordered   identity               ``R``, as ``U R``
     ===============  ====================  =====================  ==========================
 
     So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows. The layer
@@ -67,21 +66,17 @@ class Core:
             self.left, self.right = layer.C.weight.detach(), layer.R.weight.detach()
             self.start = self.value = _wide(layer.U.weight)
             return
-        left, right = (factor.detach() for factor in layer.two_factors())
-        self.start = self.value = torch.eye(layer.rank, dtype=torch.float64, device=right.device)
-        if isinstance(layer, FoldedLinear):
-            self.factor = layer.CU.weight
+        part = layer.part if isinstance(layer, KeptInputs) and layer.inner_rank is not None else layer
+        left, right = (factor.detach() for factor in part.two_factors())
+        self.start = self.value = torch.eye(part.rank, dtype=torch.float64, device=right.device)
+        if isinstance(part, FoldedLinear):
+            self.factor = part.CU.weight
             self.left, self.right = left.clone(), right
-        elif isinstance(layer, InterpolativeLinear):
-            self.factor = layer.R.weight
+        elif isinstance(part, InterpolativeLinear):
+            self.factor = part.R.weight
             self.left, self.right = left, right.clone()
-        elif isinstance(layer, KeptInputs) and layer.inner_rank is not None:
-            left, right = (factor.detach() for factor in layer.C.two_factors())
-            self.factor = layer.C.R.weight
-            self.left, self.right = left, right.clone()
-            self.start = self.value = torch.eye(layer.inner_rank, dtype=torch.float64, device=right.device)
-        elif isinstance(layer, KeptInputs):
-            self.factor = layer.C.weight
+        elif isinstance(part, KeptInputs):
+            self.factor = part.part.weight
             self.right = left.clone()
             self.left = torch.eye(len(left), dtype=left.dtype, device=left.device)
             self.start = self.value = self.left.double()

@@ -5,7 +5,6 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,8 @@ from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
 from cur.integrations.neurons import neuron_curves
-from cur.integrations.plan import Plan, PlanEntry, fingerprint
+from cur.integrations.plan import Plan, PlanEntry, fingerprint, is_multiple
 from cur.integrations.report import model_size, versions
-from cur.integrations.sampling import writes_text
 from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
 from cur.truncation import weighted_svd
@@ -130,7 +128,7 @@ class BudgetConfig:
                 "`allocation` 'd-rank' is for the method 'best' without `gradients`, got "
                 f"method={self.method!r} and gradients={self.gradients!r}"
             )
-        if not 0.0 <= self.own_text < math.inf:
+        if not is_multiple(self.own_text):
             raise ValueError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
         if not 0.0 <= self.correction <= 1.0:
             raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
@@ -250,7 +248,7 @@ def plan_budget(
         seed=config.seed,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
-        own_text=config.own_text if writes_text(model) else 0.0,
+        own_text=statistics.own_text,
         correction=config.correction,
         angular=statistics.angular,
         versions=versions(),
@@ -328,7 +326,7 @@ class _Numbers:
         """Return what layers take for each number of neurons kept between them."""
         return curve.costs
 
-    def inside(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
+    def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
         """Return what kept neurons leave of each of these layers, at each rank, and whole."""
         return [layer.costs for layer in cut.layers]
 
@@ -356,7 +354,7 @@ def _options(
         lost[:, 0] = group.errors
         forms.append((some, whole, lost, prices.neurons(group)))
         for cut in group.cuts:
-            rank, lost, costs = _together(cut.layers, prices.inside(group, cut))
+            rank, lost, costs = _together(cut.layers, prices.cut(group, cut))
             lost[:, 0] += cut.error
             forms.append((cut.count, rank, lost, costs))
         counts = np.concatenate([np.broadcast_to(count, len(rank)) for count, rank, _, _ in forms])

@@ -64,10 +64,9 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         "|---|---|---|---|---|---|",
     ]
     for name, layer in layers.items():
-        after = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
         shape = f"{layer.out_features} x {layer.in_features}"
         dense = layer.out_features * layer.in_features
-        lines.append(f"| `{name}` | {shape} | {layer.layout} | {ranks_of(layer)} | {dense:,} | {after:,} |")
+        lines.append(f"| `{name}` | {shape} | {layer.layout} | {ranks_of(layer)} | {dense:,} | {layer.stored:,} |")
     if report is None:
         lines += ["", f"The model has {_size(model_size(model))}."]
     return "\n".join(lines) + "\n"
@@ -112,8 +111,8 @@ def _how(plan: Plan) -> list[str]:
                 "cur": f"Rows and columns were chosen by DEIM on the importance `{importance}`.",
                 "weighted": f"Weights are the nearest of their rank under {moments}.",
                 "rows": f"The rows kept are the original weights' own, chosen by DEIM under {moments}.",
-                "neurons": "Between some layers neurons are gone: the rows kept of the layers before them are the "
-                f"original weights' own, and the layer behind was fitted to the neurons left under {moments}.",
+                "neurons": "Between some layers neurons are gone, and the layers around them were fitted to those left "
+                f"under {moments}; a second rank is that of what is left.",
             }[method]
         )
     return lines

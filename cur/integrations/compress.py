@@ -135,10 +135,10 @@ def _compress(
         if isinstance(calibration, Statistics):
             statistics = calibration
         else:
-            text = as_batches(calibration, config.batch_size)
+            text, own = as_batches(calibration, config.batch_size), 0.0
             if isinstance(config, BudgetConfig):
-                text = with_own_text(model, text, config.own_text, seed=config.seed, progress=progress)
-            statistics = measure(model, text, config, modules=names, progress=progress)
+                text, own = with_own_text(model, text, config.own_text, seed=config.seed, progress=progress)
+            statistics = measure(model, text, config, modules=names, own_text=own, progress=progress)
     with clock.stage("plan"):
         plan = make_plan(model, statistics, config, progress=progress)
     return carry_out_(model, plan, statistics, before=before, text=text, clock=clock, progress=progress)
@@ -216,11 +216,15 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
 
 def with_own_text(
     model: PreTrainedModel, given: list[Any], share: float, *, seed: int = 0, progress: StageProgress | None = None
-) -> list[Any]:
-    """Return batches, and others that the model writes itself; see :func:`~cur.integrations.sampling.own_text`."""
+) -> tuple[list[Any], float]:
+    """Return batches with others that the model writes itself, and the share, 0 if there are none.
+
+    See :func:`~cur.integrations.sampling.own_text`.
+    """
     size = max(len(next(iter(batch.values()))) for batch in given)
     watch = None if progress is None else functools.partial(progress, "sample")
-    return [*given, *own_text(model, given, share=share, batch_size=size, seed=seed, progress=watch)]
+    own = own_text(model, given, share=share, batch_size=size, seed=seed, progress=watch)
+    return [*given, *own], share if own else 0.0
 
 
 def measure(
@@ -229,6 +233,7 @@ def measure(
     config: CompressConfig | BudgetConfig,
     *,
     modules: list[str] | None = None,
+    own_text: float = 0.0,
     progress: StageProgress | None = None,
 ) -> Statistics:
     """Collect the statistics that a configuration needs.
@@ -243,12 +248,14 @@ def measure(
         Says which layers, and whether second moments and gradients are needed.
     modules : list of str, optional
         Layers to measure; by default all that the configuration could choose.
+    own_text : float, default 0.0
+        How many of the batches the model wrote itself, as a multiple of the others, for the record.
     progress : callable, optional
         See :data:`StageProgress`.
     """
     with unrolled(model):
         names = candidates(model, config) if modules is None else modules
-        return _collect(
+        found = _collect(
             model,
             given,
             names,
@@ -257,6 +264,7 @@ def measure(
             seed=config.seed,
             progress=progress,
         )
+    return replace(found, own_text=own_text)
 
 
 def measure_plan(
@@ -273,7 +281,7 @@ def measure_plan(
     """
     plan.check(model)
     with unrolled(model):
-        return _collect(
+        found = _collect(
             model,
             given,
             [entry.name for entry in plan.entries],
@@ -282,6 +290,7 @@ def measure_plan(
             seed=plan.seed,
             progress=progress,
         )
+    return replace(found, own_text=plan.own_text)
 
 
 def _collect(
@@ -337,7 +346,7 @@ def decompose(
     moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
     reports: dict[str, LayerReport] = {}
-    whole: dict[str, FittedBefore] = {}
+    producers: dict[str, FittedBefore] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
     def make(name: str, arriving: Arriving | None = None) -> dict[str, nn.Module]:
@@ -346,11 +355,13 @@ def decompose(
         entry = entries[name]
         if entry.consumer is not None and arriving is not None:
             # Of its full width for now: the other rows are needed to say what the layer behind should give.
-            whole[name] = fit_before(model, name, entries, moments, arriving, correction=plan.correction, fitted=whole)
-            return {name: whole[name].wide}
+            producers[name] = fit_before(
+                model, name, entries, moments, arriving, correction=plan.correction, fitted=producers
+            )
+            return {name: producers[name].full_width}
         if entry.method == "neurons":
             before = [other for other in plan.entries if other.consumer == name]
-            fitted = {other.name: whole[other.name] for other in before if other.name in whole}
+            fitted = {other.name: producers[other.name] for other in before if other.name in producers}
             done = keep_neurons(
                 model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=fitted
             )

@@ -51,24 +51,24 @@ class ByteCosts:
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
         """Return the bytes of one layer at each rank of its curve, in the layout "interpolative", and dense."""
-        bytes_ = self._factored(curve.name, curve)
+        bytes_ = self._factored(curve.name, curve) + self._entry(f"{curve.name}.weight", (0,))
         bytes_[-1] = self._dense(curve.name)
         return bytes_
 
     def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
         """Return the bytes of layers for each number of neurons kept between them."""
-        sides = zip(curve.names, self._children(curve), curve.shapes, strict=True)
+        sides = zip(curve.names, _children(curve), curve.shapes, strict=True)
         headers = sum(
             self._kept(name, curve) + self._entry(f"{name}.{child}.weight", shape) for name, child, shape in sides
         )
         size = max(self._weights[name].element_size() for name in curve.names)
         return curve.costs * size + headers
 
-    def inside(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
+    def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
         """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole."""
         found = []
-        for name, child, layer in zip(curve.names, self._children(curve), cut.layers, strict=True):
-            bytes_ = self._factored(f"{name}.{child}", layer)
+        for name, child, layer in zip(curve.names, _children(curve), cut.layers, strict=True):
+            bytes_ = self._factored(f"{name}.inner", layer)
             bytes_[-1] = layer.costs[-1] * self._weights[name].element_size()
             bytes_[-1] += self._entry(f"{name}.{child}.weight", layer.shape)
             found.append(bytes_ + self._kept(name, curve))
@@ -76,20 +76,15 @@ class ByteCosts:
 
     def _factored(self, key: str, curve: LayerCurve) -> np.ndarray[Any, Any]:
         m, n = curve.shape
-        parts = {"R.weight": (m, n), "T.weight": (m, m), "order": (m,), "weight": (0,)}
+        parts = {"R.weight": (m, n), "T.weight": (m, m), "order": (m,)}
         headers = sum(self._entry(f"{key}.{part}", sizes) for part, sizes in parts.items())
         return curve.costs * self._weights[curve.name].element_size() + _ORDER_ITEM * m + headers
 
     def _kept(self, name: str, curve: NeuronCurve) -> int:
         """Return the bytes that say which neurons a layer keeps, and of the longer name of its bias."""
         width = curve.shapes[0][1]
-        headers = self._entry(f"{name}.kept", (width,)) + self._entry(f"{name}.weight", (0,)) + len("R.")
+        headers = self._entry(f"{name}.kept", (width,)) + self._entry(f"{name}.weight", (0,)) + len("inner.")
         return width + headers
-
-    @staticmethod
-    def _children(curve: NeuronCurve) -> str:
-        """Return what holds the numbers of each of the layers."""
-        return "C" + "R" * len(curve.producers)
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]
@@ -97,6 +92,11 @@ class ByteCosts:
 
     def _entry(self, key: str, shape: Sequence[int]) -> int:
         return _ENTRY + len(json.dumps(key)) - 2 + len(",".join(map(str, shape))) + self._digits
+
+
+def _children(curve: NeuronCurve) -> str:
+    """Return what holds the numbers of each of the layers."""
+    return "C" + "R" * len(curve.producers)
 
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:

@@ -16,6 +16,9 @@ from cur.integrations.nn import FACTORED, LAYOUTS
 
 __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
 
+# What may hold the rows that belong to kept neurons, and their bias.
+_PARTS = ("R", "inner")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
@@ -108,7 +111,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     biases = sum(
         layer.shape[0] - layer.rank
         for layer in layers
-        if layer.layout == "outputs" and f"{layer.name}.R.bias" in tensors
+        if layer.layout == "outputs" and not tensors.keys().isdisjoint(f"{layer.name}.{part}.bias" for part in _PARTS)
     )
     parameters = sum(math.prod(shape) for shape, dtype in tensors.values() if dtype.startswith(("F", "BF")))
     return CheckpointSummary(
@@ -130,15 +133,15 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
         "interpolative": (("R.weight", 0), ("order", 0), ("R.weight", 1)),
         "outputs": (("R.weight", 0), ("kept", 0), ("R.weight", 1)),
         "inputs": (("C.weight", 1), ("C.weight", 0), ("kept", 0)),
-        "outputs, factored": (("R.order", 0), ("kept", 0), ("R.R.weight", 1), ("R.R.weight", 0)),
-        "inputs, factored": (("C.R.weight", 1), ("C.order", 0), ("kept", 0), ("C.R.weight", 0)),
+        "outputs, factored": (("inner.order", 0), ("kept", 0), ("inner.R.weight", 1), ("inner.R.weight", 0)),
+        "inputs, factored": (("inner.R.weight", 1), ("inner.order", 0), ("kept", 0), ("inner.R.weight", 0)),
     }[layout if inner is None else f"{layout}, factored"]
     try:
         stored, m, n, *factored = (tensors[f"{name}.{key}"][0][axis] for key, axis in places)
         dtype = next(tensors[f"{name}.{key}"][1] for key, _ in places if key.endswith(".weight"))
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
-    for said, found in zip((rank, inner), (stored, *factored), strict=False):
+    for what, said, found in zip(("rank", "inner rank"), (rank, inner), (stored, *factored), strict=False):
         if found != said:
-            raise CheckpointError(f"`config.json` says {name} has rank {said}, the stored weights have {found}")
+            raise CheckpointError(f"`config.json` says {name} has {what} {said}, the stored weights have {found}")
     return LayerSummary(name=name, shape=(m, n), layout=layout, rank=rank, inner_rank=inner, dtype=dtype)

@@ -71,13 +71,18 @@ class Moments:
         factored = self._factored(G, self.statistics.products[name], W, damping)
         return None if H is None else _damped(H.to(W), damping), factored
 
-    def inputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
-        """Return the damped second moment of a layer's inputs (n x n), as a matrix to take rows and columns of."""
-        return _damped(self.statistics.second_moment(name).to(W), damping)
-
     def outputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
-        """Return the same of its output gradients (m x m)."""
-        return _damped(self.statistics.output_moment(name).to(W), damping)
+        """Return the damped second moment of a layer's output gradients as a matrix to take rows and columns of.
+
+        Raises
+        ------
+        ValueError
+            If the statistics lack it.
+        """
+        try:
+            return _damped(self.statistics.output_moment(name).to(W), damping)
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
 
     def input_weight(self, name: str, W: Tensor) -> importance.Weight:
         """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
@@ -101,5 +106,6 @@ class Moments:
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    mean = float(moment.diagonal().mean())
-    return moment + damping * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damped = moment.clone()
+    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
+    return damped

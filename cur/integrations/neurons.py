@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cur._array import unit_roundoff
+from cur._certify import evaluation_rounding
 from cur.integrations._forward import evaluating
 from cur.integrations.arriving import Arriving
 from cur.integrations.curves import Cut, LayerCurve, NeuronCurve, unit
@@ -30,7 +32,8 @@ _TOKENS = 3
 # Shares of neurons at which what is left may be factored as well. Between these the error hardly depends on the share.
 _SHARES = (0.9, 0.75, 0.6)
 
-# Units of rounding by which what is computed from fewer outputs may differ; what is wrong differs by all there is.
+# Units of rounding by which what is computed from fewer outputs may differ. Even in half precision, where that is much:
+# that nothing but the neurons moves has been found without any tolerance by then.
 _ROUNDING = 16
 
 
@@ -177,16 +180,11 @@ def neuron_curves(
     for done, (consumer, producers) in enumerate(groups.items(), start=1):
         found = _order(model, moments, consumer, gradients=gradients, damping=damping)
         squares = found.square_errors
-        weights = [_weight(model, name) for name in (consumer, *producers)]
-        shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in weights)
+        shapes = tuple((int(m), int(n)) for m, n in (_weight(model, name).shape for name in (consumer, *producers)))
         count = np.arange(1, len(squares) - 1)
         scale = unit(float(squares[0]), gradients=gradients)
         each = shapes[0][0] + sum(n for _, n in shapes[1:])
-        cuts = tuple(
-            _cut(found, some, dict(zip((consumer, *producers), weights, strict=True)), moments, gradients, damping)
-            for some in dict.fromkeys(round(share * shapes[0][1]) for share in _SHARES)
-            if 1 < some < shapes[0][1]
-        )
+        cuts = _cuts(model, moments, found, (consumer, *producers), gradients=gradients, damping=damping)
         curves.append(NeuronCurve(consumer, producers, shapes, scale * squares[count], count * each, cuts))
         if progress is not None:
             progress(done, len(groups))
@@ -203,34 +201,35 @@ def _order(model: nn.Module, moments: Moments, consumer: str, *, gradients: bool
     return own_inputs(W, row_weights=H, column_weights=G)
 
 
-def _cut(
-    found: OwnInputs, count: int, weights: Mapping[str, Tensor], moments: Moments, gradients: bool, damping: float
-) -> Cut:
-    """Compute the curves of what a number of kept neurons leaves of layers, the first of them the one behind."""
-    places = found.kept(count)
-    layers: list[LayerCurve] = []
-    for name, W in weights.items():
-        behind = not layers
-        inside = found.truncate(count) if behind else W[places]
-        H, G = _weights_inside(name, W, places, moments, behind=behind, gradients=gradients, damping=damping)
-        squares = weighted_svd(inside, row_weights=H, column_weights=G).square_errors
-        whole = float(found.square_errors[0]) if behind else 0.0
-        if not behind and not gradients:
-            whole = float(torch.sum(W @ moments.inputs(name, W, damping=damping) * W))
-        m, n = inside.shape
-        layers.append(LayerCurve.of(name, (m, n), squares, unit(whole, gradients=gradients)))
-    lost = float(found.square_errors[count]) * unit(float(found.square_errors[0]), gradients=gradients)
-    return Cut(count, lost, tuple(layers))
-
-
-def _weights_inside(
-    name: str, W: Tensor, places: Tensor, moments: Moments, *, behind: bool, gradients: bool, damping: float
-) -> tuple[Any, Any]:
-    """Return the weights of the rows and columns of what kept neurons leave of a layer."""
-    H, G = moments.weights(name, W, gradients=gradients, damping=damping)
-    if behind:
-        return H, moments.inputs(name, W, damping=damping)[places][:, places]
-    return moments.outputs(name, W, damping=damping)[places][:, places] if gradients else None, G
+def _cuts(
+    model: nn.Module, moments: Moments, found: OwnInputs, names: Sequence[str], *, gradients: bool, damping: float
+) -> tuple[Cut, ...]:
+    """Compute the curves of what some numbers of kept neurons leave of layers, the first of them the one behind."""
+    width = len(found.order)
+    kept = [found.kept(count) for count in dict.fromkeys(round(share * width) for share in _SHARES) if count > 1]
+    layers: list[list[LayerCurve]] = [[] for _ in kept]
+    for name in names:
+        W = _weight(model, name)
+        H, G = moments.weights(name, W, gradients=gradients, damping=damping)
+        behind, whole = name == names[0], 0.0
+        if behind:
+            whole = float(found.square_errors[0])
+        elif gradients:
+            H = moments.outputs(name, W, damping=damping)
+        else:
+            whole = float(G.apply(W, 1).square().sum())
+        for places, curves in zip(kept, layers, strict=True):
+            if behind:
+                inside, rows, columns = found.truncate(len(places)), H, found.moment[places][:, places]
+            else:
+                inside, rows, columns = W[places], None if H is None else H[places][:, places], G
+            squares = weighted_svd(inside, row_weights=rows, column_weights=columns).square_errors
+            m, n = inside.shape
+            curves.append(LayerCurve.of(name, (m, n), squares, unit(whole, gradients=gradients)))
+    lost = found.square_errors * unit(float(found.square_errors[0]), gradients=gradients)
+    return tuple(
+        Cut(len(places), float(lost[len(places)]), tuple(curves)) for places, curves in zip(kept, layers, strict=True)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,16 +238,16 @@ class FittedBefore:
 
     Attributes
     ----------
-    wide : nn.Module
-        Of full width. Rows that are known to be kept are already of the rank that they will have.
-    inside : InterpolativeLinear or None
+    full_width : nn.Module
+        Of all neurons. Rows that are known to be kept are already of the rank that they will have.
+    inner : InterpolativeLinear or None
         These rows as a factored layer, if there is an inner rank.
     places : Tensor or None
         Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
     """
 
-    wide: nn.Module
-    inside: InterpolativeLinear | None
+    full_width: nn.Module
+    inner: InterpolativeLinear | None
     places: Tensor | None
 
 
@@ -281,29 +280,38 @@ def fit_before(
     entry, module = entries[name], model.get_submodule(name)
     W = _weight(model, name)
     M, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
-    wide = copy.deepcopy(module)
-    weight, bias, _ = dense_weight(wide, name)
-    weight.copy_(torch.linalg.solve(M, wanted, left=False))
-    beside = {other.name for other in entries.values() if other.consumer == entry.consumer}
+    solved = torch.linalg.solve(M, wanted, left=False)
+    full_width = copy.deepcopy(module)
+    weight, bias, _ = dense_weight(full_width, name)
+    weight.copy_(solved)
+    beside = [other.name for other in entries.values() if other.consumer == entry.consumer]
     if all(entries[other].inner_rank is None for other in beside):
-        return FittedBefore(wide, None, None)
+        return FittedBefore(full_width, None, None)
     places = next((fitted[other].places for other in beside if other in fitted), None)
     if places is None:
-        behind = entries[entry.consumer or ""]
+        assert entry.consumer is not None
+        behind = entries[entry.consumer]
         found = _order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
         places = found.kept(behind.rank)
-    inside = None
-    if entry.inner_rank is not None:
-        H = moments.outputs(name, W, damping=entry.damping)[places][:, places] if entry.gradients else None
-        rows, some = weight[places].to(torch.float64), None if bias is None else bias[places]
-        inside = _factored(rows, entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
-        weight[places] = inside.weight
-    return FittedBefore(wide, inside, places)
+    if entry.inner_rank is None:
+        return FittedBefore(full_width, None, places)
+    here = places.to(W.device)
+    H = moments.outputs(name, W, damping=entry.damping)[here][:, here] if entry.gradients else None
+    some = None if bias is None else bias[here]
+    inner = _factored(solved[here], entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
+    weight[here] = _product(inner).to(weight)
+    return FittedBefore(full_width, inner, places)
 
 
 def _factored(X: Tensor, rank: int, H: Any, G: Any, *, dtype: torch.dtype, bias: Tensor | None) -> InterpolativeLinear:
     near = weighted_svd(X, row_weights=H, column_weights=G).truncate(rank).interpolative()
     return interpolative_layer(near, dtype=dtype, bias=bias)
+
+
+def _product(layer: InterpolativeLinear) -> Tensor:
+    """Return the weight of a factored layer, multiplied out in float64."""
+    left, right = layer.two_factors()
+    return left.double() @ right.double()
 
 
 @torch.no_grad()
@@ -332,7 +340,7 @@ def keep_neurons(
     moments, arriving, correction
         As for :func:`~cur.integrations.factorize.factorize`, of the layer behind.
     fitted : mapping, optional
-        By name, layers before of full width that were fitted to what arrives; without, their own rows are kept.
+        By name, layers before that were fitted to what arrives; without, their own rows are kept.
 
     Returns
     -------
@@ -356,8 +364,8 @@ def keep_neurons(
             "layers around some; cut all of the layers that give them, or none"
         )
     fitted = fitted or {}
-    places, columns, inputs = _behind(model, entry, moments, arriving, correction, fitted)
-    kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=columns.device)
+    places, columns = _behind(model, entry, moments, arriving, correction, fitted)
+    kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=places.device)
     kept[places] = True
     done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
     for part in (entry, *before):
@@ -365,29 +373,20 @@ def keep_neurons(
         weight = finite_weight(module, part.name)
         _, bias, transposed = dense_weight(module, part.name)
         here, mask = places.to(weight.device), kept.to(weight.device)
-        layer: CompressedLinear
-        inside: Any
+        layer: KeptInputs | KeptOutputs
         if part is entry:
-            inside = columns.to(weight.dtype)
-            if part.inner_rank is not None:
-                H, _ = moments.weights(part.name, weight.double(), gradients=part.gradients, damping=part.damping)
-                inside = _factored(columns, part.inner_rank, H, inputs, dtype=weight.dtype, bias=bias)
-            layer = KeptInputs.from_columns(inside, mask, bias=bias, transposed=transposed)
+            layer = KeptInputs.from_columns(columns, mask, bias=bias, transposed=transposed)
         else:
             some = None if bias is None else bias[here]
-            early = fitted.get(part.name)
-            inside = dense_weight(module if early is None else early.wide, part.name)[0][here]
-            if early is not None and early.inside is not None:
-                inside = early.inside
-            elif part.inner_rank is not None:
-                options: dict[str, Any] = {"gradients": part.gradients, "damping": part.damping}
-                H, G = _weights_inside(part.name, weight.double(), here, moments, behind=False, **options)
-                inside = _factored(inside.double(), part.inner_rank, H, G, dtype=weight.dtype, bias=some)
-            layer = KeptOutputs.from_rows(inside, mask, bias=some, transposed=transposed)
+            rows = _before(model, part, here, moments, fitted.get(part.name))
+            layer = KeptOutputs.from_rows(rows, mask, bias=some, transposed=transposed)
         layer.train(module.training)
         layer.requires_grad_(next(module.parameters()).requires_grad)
-        wide, near = weight.to(torch.float64), layer.weight.to(torch.float64)
         own = isinstance(layer, KeptOutputs) and part.name not in fitted and part.inner_rank is None
+        wide, near, rounding = weight.to(torch.float64), layer.weight.to(torch.float64), 0.0
+        if layer.inner_rank is not None:
+            near = layer.spread(_product(layer.part))
+            rounding = evaluation_rounding(*layer.part.two_factors(), u=unit_roundoff(near.dtype, near))
         done[part.name] = (
             layer,
             report_on(
@@ -395,8 +394,8 @@ def keep_neurons(
                 part,
                 layer,
                 norm=x_norm(moments.statistics, part.name).to(wide),
-                certificate=as_json(plain_certificate(wide, near, 0.0)),
-                rounding=0.0,  # of the layer as it is stored
+                certificate=as_json(plain_certificate(wide, near, rounding)),
+                rounding=rounding,
                 rows=tuple(places.tolist()) if own else (),
                 columns=(),  # those of the layer behind are fitted, no longer the weight's own
                 seconds=time.perf_counter() - start,
@@ -413,20 +412,43 @@ def _behind(
     arriving: Arriving | None,
     correction: float,
     fitted: Mapping[str, FittedBefore],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the neurons to keep, the columns that are fitted to them, and the second moment under which they are."""
-    if arriving is None:
-        found = _order(model, moments, entry.name, gradients=entry.gradients, damping=entry.damping)
-        places, columns = found.kept(entry.rank), found.truncate(entry.rank)
-        return places, columns, moments.inputs(entry.name, columns, damping=entry.damping)[places][:, places]
+) -> tuple[Tensor, Tensor | InterpolativeLinear]:
+    """Return the neurons to keep, and the columns of the layer behind that are fitted to them."""
     W = _weight(model, entry.name)
-    M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
-    known = [early.places for early in fitted.values() if early.places is not None]
-    if known:
-        places = known[0].to(W.device)
+    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    if arriving is None:
+        found = own_inputs(W, row_weights=H, column_weights=G)
+        places, columns, M = found.kept(entry.rank), found.truncate(entry.rank), found.moment
     else:
-        # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
-        best = torch.linalg.solve(M, cross, left=False)
-        H, _ = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
-        places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
-    return places, fit(cross, M, places), M[places][:, places]
+        M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
+        known = [early.places for early in fitted.values() if early.places is not None]
+        if known:
+            places = known[0].to(W.device)
+        else:
+            # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
+            best = torch.linalg.solve(M, cross, left=False)
+            places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
+        columns = fit(cross, M, places)
+    weight, bias, _ = dense_weight(model.get_submodule(entry.name), entry.name)
+    if entry.inner_rank is None:
+        return places, columns.to(weight.dtype)
+    inputs = M[places][:, places]
+    return places, _factored(columns, entry.inner_rank, H, inputs, dtype=weight.dtype, bias=bias)
+
+
+def _before(
+    model: nn.Module, entry: PlanEntry, places: Tensor, moments: Moments, fitted: FittedBefore | None
+) -> Tensor | InterpolativeLinear:
+    """Return the rows of a layer before neurons that belong to those kept."""
+    if fitted is not None and fitted.inner is not None:
+        return fitted.inner
+    module = model.get_submodule(entry.name) if fitted is None else fitted.full_width
+    weight, bias, _ = dense_weight(module, entry.name)
+    if entry.inner_rank is None:
+        return weight.detach()[places]
+    W = weight.detach().to(torch.float64)
+    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    if entry.gradients:
+        H = moments.outputs(entry.name, W, damping=entry.damping)[places][:, places]
+    some = None if bias is None else bias[places]
+    return _factored(W[places], entry.inner_rank, H, G, dtype=weight.dtype, bias=some)

@@ -126,7 +126,7 @@ def _summary(report: CompressionReport) -> str:
     if report.perplexity:
         said = "; ".join(f"{name} {value:.2f}" for name, value in report.perplexity.items())
         lines.append(f"Perplexity: {said}.")
-    own = f", of them {plan.own_text / (1 + plan.own_text):.0%} of the model's own" if plan.own_text else ""
+    own = f", {plan.own_text:g} times as many of them the model's own as given" if plan.own_text else ""
     lines.append(
         f"Calibrated on {plan.calibration_tokens:,} tokens{own}, seed {plan.seed}; SHA-256 of the tokens "
         f"{plan.calibration or 'unknown'}."

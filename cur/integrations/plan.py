@@ -36,6 +36,7 @@ __all__ = [
     "PlanEntry",
     "PlanError",
     "fingerprint",
+    "is_multiple",
 ]
 
 FORMAT_VERSION = 2
@@ -258,7 +259,7 @@ class Plan:
             raise PlanError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise PlanError(f"`seed` must be an integer that is at least 0, got {self.seed!r}")
-        if not 0.0 <= self.own_text < math.inf:
+        if not is_multiple(self.own_text):
             raise PlanError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
         if not 0.0 <= self.correction <= 1.0:
             raise PlanError(f"`correction` must be between 0 and 1, got {self.correction!r}")
@@ -385,6 +386,8 @@ class Plan:
         _refuse_unknown(data, known | {"format_version", "kept", "model_kept"}, "the plan")  # both follow from the rest
         _require(data, ("entries", "fingerprint"), "the plan")
         values = {key: value for key, value in data.items() if key in known}
+        if version == 1:  # which knew only none, or as much as was given
+            values["own_text"] = float(values.get("own_text", 0.0))
         values["entries"] = tuple(PlanEntry.from_dict(entry) for entry in data["entries"])
         values["angular"] = {int(layer): float(value) for layer, value in data.get("angular", {}).items()}
         return cls(**values)
@@ -414,6 +417,11 @@ def fingerprint(model: nn.Module) -> str:
     with unrolled(model):  # whether experts lie in one parameter or in many does not matter
         shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def is_multiple(value: Any) -> bool:
+    """Tell whether a value is a finite number that is at least 0, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < math.inf
 
 
 def _refuse_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:

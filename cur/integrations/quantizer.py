@@ -21,7 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cur._errors import CURError
 from cur.integrations.experts import LinearExperts, is_experts, rolled
+from cur.integrations.layouts import ranks_of
 from cur.integrations.nn import (
+    FACTORED,
     LAYOUTS,
     CompressedLinear,
     InterpolativeLinear,
@@ -149,7 +151,7 @@ class CURQuantizer(HfQuantizer):
         specs = self.quantization_config.modules
         # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
         # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C", "R.R", "C.R"))
+        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C", "inner.R"))
         for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
@@ -287,12 +289,13 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
             return
         sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
         named = set(spec) - {"inner_rank"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
+        named = named and ("inner_rank" not in spec or spec["layout"] not in FACTORED)
         if named and all(type(size) is int and size > 0 for size in sizes):
             return
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
         "and a "
-        "positive integer `rank`, and perhaps `inner_rank`"
+        "positive integer `rank`, and where neurons were given up perhaps an `inner_rank`"
     )
 
 
@@ -348,7 +351,7 @@ def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int,
             raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
         if shapes[key] != shape:
             raise CheckpointError(
-                f"`config.json` says {name} has rank {layer.rank} in layout {layer.layout!r}, so {key} would be "
+                f"`config.json` says {name} has rank {ranks_of(layer)} in layout {layer.layout!r}, so {key} would be "
                 f"{shape}, but the stored weights are {shapes[key]}"
             )
 

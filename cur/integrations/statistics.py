@@ -74,6 +74,8 @@ class Statistics:
         encoder-decoder, the diagonal blocks; zeros elsewhere. None if no blocks were named.
     layers : tuple of str
         The names of the blocks, one stack after the other.
+    own_text : float
+        How much of the text the model wrote itself, as a multiple of what it was given.
     text_hash : str
         SHA-256 of the token ids or other inputs, sample by sample without padding.
     model : str
@@ -91,6 +93,7 @@ class Statistics:
     output_counts: Mapping[str, int] = field(default_factory=dict)
     angles: torch.Tensor | None = None
     layers: tuple[str, ...] = ()
+    own_text: float = 0.0
     text_hash: str = ""
     model: str = ""
     versions: Mapping[str, str] = field(default_factory=_versions)
@@ -205,6 +208,7 @@ class Statistics:
             "counts": dict(self.counts),
             "output_counts": dict(self.output_counts),
             "layers": list(self.layers),
+            "own_text": self.own_text,
             "text_hash": self.text_hash,
             "model": self.model,
             "versions": dict(self.versions),
@@ -266,6 +270,7 @@ class Statistics:
             output_counts=facts["output_counts"],
             angles=tensors.get("angles"),
             layers=tuple(facts["layers"]),
+            own_text=facts.get("own_text", 0.0),
             text_hash=facts["text_hash"],
             model=facts["model"],
             versions=facts["versions"],

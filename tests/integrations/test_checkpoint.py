@@ -515,6 +515,7 @@ def test_a_newer_format(saved: Path) -> None:
         (lambda q: q.update(colour="blue"), "unknown fields: colour"),
         (lambda q: q.update(modules={"x": {"layout": "lu", "rank": 3}}), "describes x"),
         (lambda q: q.update(modules={"x": {"layout": "cur", "rank": "3"}}), "describes x"),
+        (lambda q: q.update(modules={"x": {"layout": "cur", "rank": 3, "inner_rank": 2}}), "describes x"),
         (lambda q: q.update(modules={"x": 3}), "describes x"),
     ],
 )
@@ -538,7 +539,8 @@ def test_directories_that_hold_no_compressed_checkpoint(make_model: MakeModel, s
 
 
 def test_config_round_trip() -> None:
-    config = CURConfig({"a": {"layout": "cur", "rank": 2}, "b": {"shared_with": "a"}})
+    inner = {"layout": "inputs", "rank": 3, "inner_rank": 2}
+    config = CURConfig({"a": {"layout": "cur", "rank": 2}, "b": {"shared_with": "a"}, "c": inner})
     data = json.loads(json.dumps(config.to_dict()))
     assert "weights" not in data
     assert CURConfig(**data).to_dict() == data

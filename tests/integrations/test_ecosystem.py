@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from cur.integrations import CompressConfig, compress, perplexity, save
+from cur.integrations import BudgetConfig, CompressConfig, compress, perplexity, save
 from cur.integrations.nn import FACTORED, compressed_modules
 from tests.integrations.architectures import batch, make
 
@@ -121,6 +121,17 @@ def test_lora_on_all_linear_layers_finds_every_factor(compressed: PreTrainedMode
     wrapped = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     for name in compressed_modules(compressed):
         assert {f"base_model.model.{name}.{factor}" for factor in "RUC"} <= wrapped
+
+
+def test_lora_on_named_factors_where_some_layers_keep_neurons(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    compress(llama, windows, BudgetConfig(keep=0.6, own_text=0))
+    factors = {name for name, module in llama.named_modules() if name.endswith(".R") and isinstance(module, nn.Linear)}
+    assert any(name.endswith("inner.R") for name in factors)
+    with lenient():
+        adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["R"]))
+    wrapped = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == {f"base_model.model.{name}" for name in factors}
 
 
 # ------------------------------------------------------------------------------------------ quantization

@@ -287,7 +287,7 @@ def test_a_checkpoint_whose_inner_ranks_are_wrong(
     save(llama, None, tmp_path / "small")
     file, config = tmp_path / "small" / "cur_model.safetensors", tmp_path / "small" / "config.json"
     tensors = load_file(file)
-    key = next(key for key in tensors if key.endswith(("R.order", "C.order")))
+    key = next(key for key in tensors if key.endswith("inner.order"))
     save_file({**tensors, key: torch.zeros_like(tensors[key])}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"order is not a permutation of the outputs"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -299,7 +299,7 @@ def test_a_checkpoint_whose_inner_ranks_are_wrong(
         ("x", "inn"),
     ):
         data = copy.deepcopy(good)
-        data["quantization_config"]["modules"][key.rpartition(".")[0][:-2]]["inner_rank"] = value
+        data["quantization_config"]["modules"][key.removesuffix(".inner.order")]["inner_rank"] = value
         config.write_text(json.dumps(data))
         with pytest.raises(CheckpointError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -324,7 +324,7 @@ def test_healing_moves_the_layer_behind_alone(llama: PreTrainedModel, windows: T
     )
     heal(student, llama, windows, config)
     for name, layer in kept(student).items():
-        moves = {"inputs": "C.weight" if layer.inner_rank is None else "C.R.weight"}.get(layer.layout)
+        moves = {"inputs": "C.weight" if layer.inner_rank is None else "inner.R.weight"}.get(layer.layout)
         for key, tensor in layer.state_dict().items():
             assert torch.equal(tensor, before[name][key]) == (key != moves)
 
@@ -388,3 +388,16 @@ def test_columns_are_fitted_to_rows_of_the_rank_that_they_get(llama: PreTrainedM
     miss = (X @ W.T - Z @ C.T).square().sum()
     own = (X @ W.T - Z @ W[:, layer.kept].T).square().sum()
     assert float(miss) < 0.9 * float(own)
+
+
+def test_the_certificate_is_of_the_factors_that_are_stored(llama: PreTrainedModel, windows: Tensor) -> None:
+    llama.to(torch.bfloat16)
+    dense = copy.deepcopy(llama)
+    report = compress(llama, windows, replace(in_feed_forward(0.6), own_text=0))
+    inside = [layer for layer in report.layers if layer.inner_rank]
+    assert inside
+    for done in inside:
+        layer, W = kept(llama)[done.name], dense.get_submodule(done.name).weight.detach().double()
+        left, right = (factor.detach().double() for factor in layer.inner.two_factors())
+        true = float(torch.linalg.norm(W - layer.spread(left @ right)))
+        assert true <= done.certificate["value"] <= true * (1 + 1e-9)

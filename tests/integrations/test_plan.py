@@ -108,6 +108,8 @@ def test_a_module_named_twice() -> None:
         (lambda d: d.pop("fingerprint"), "the plan lacks fingerprint"),
         (lambda d: d["entries"][0].pop("rank"), "entry .* lacks rank"),
         (lambda d: d["entries"][0].update(shape=3), "`shape`"),
+        (lambda d: d.update(own_text="0.5"), "`own_text` must be a finite multiple"),
+        (lambda d: d.update(own_text=True), "`own_text` must be a finite multiple"),
     ],
 )
 def test_malformed_plans(plan: Plan, change: Any, message: str) -> None:
@@ -115,6 +117,13 @@ def test_malformed_plans(plan: Plan, change: Any, message: str) -> None:
     change(data)
     with pytest.raises(PlanError, match=message):
         Plan.from_dict(data)
+
+
+def test_plans_of_the_first_version_knew_no_share_of_own_text(plan: Plan) -> None:
+    for before, now in ((False, 0.0), (True, 1.0)):
+        read = Plan.from_dict({**plan.to_dict(), "format_version": 1, "own_text": before})
+        assert read.own_text == now
+        assert type(read.to_dict()["own_text"]) is float
 
 
 def test_files_that_hold_no_plan(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cur.integrations import batches
+from cur.integrations import BudgetConfig, Statistics, batches, make_plan
+from cur.integrations.compress import measure, with_own_text
 from cur.integrations.sampling import own_text, sample_windows
 
 
@@ -70,3 +72,21 @@ def test_models_that_write_no_text_are_calibrated_on_the_given_one(
 
 def test_batches_without_tokens_are_left_alone(llama: PreTrainedModel) -> None:
     assert own_text(llama, [{"inputs_embeds": torch.zeros(1, 4, 32)}], share=1, batch_size=1, seed=0) == []
+
+
+def test_plans_say_what_was_measured_not_what_was_asked(llama: PreTrainedModel, tmp_path: Path) -> None:
+    windows = torch.randint(3, 101, (6, 12), generator=torch.Generator().manual_seed(0))
+    given, config = list(batches(windows, batch_size=3)), BudgetConfig(keep=0.7, own_text=0.5)
+    text, own = with_own_text(llama, given, config.own_text)
+    assert own == 0.5
+    measure(llama, text, config, own_text=own).save(tmp_path / "statistics")
+    statistics = Statistics.load(tmp_path / "statistics")
+    assert make_plan(llama, statistics, BudgetConfig(keep=0.7)).own_text == 0.5
+    assert make_plan(llama, measure(llama, given, config), config).own_text == 0.0
+    assert with_own_text(llama, given, 0.0)[1] == 0.0
+
+
+@pytest.mark.parametrize("value", [True, -1.0, float("inf"), "0.5", None])
+def test_shares_that_are_none(value: object) -> None:
+    with pytest.raises(ValueError, match="`own_text` must be a finite multiple that is at least 0, got"):
+        BudgetConfig(keep=0.5, own_text=value)

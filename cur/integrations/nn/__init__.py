@@ -19,7 +19,7 @@ layout                    children                                    numbers ke
 :class:`KeptInputs`       ``C`` (m x r), of the layer behind           ``r m``
 ========================  ==========================================  ======================
 
-Either child may be an :class:`InterpolativeLinear` itself, of an inner rank.
+Instead of either child there may be an :class:`InterpolativeLinear` of an inner rank, ``inner``.
 
 Every factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.

@@ -62,6 +62,10 @@ class CompressedLinear(nn.Module):
             )
         if inner_rank is not None:
             inner = self.largest_inner_rank(out_features, in_features, rank)
+            if not inner:
+                raise ValueError(
+                    f"`inner_rank` must be None in the layout {self.layout!r}, which keeps no neurons; got {inner_rank}"
+                )
             if not 1 <= inner_rank <= inner:
                 raise ValueError(
                     f"`inner_rank` must be None or between 1 and {inner} for {rank} kept neurons of a {out_features} x "

@@ -30,20 +30,19 @@ class KeptNeurons(CompressedLinear):
 
     kept: Tensor
     _child: ClassVar[str]
-    """Name of the part among the children."""
+    """Name of the part among the children; a factored one is called ``inner``."""
 
     @property
     def part(self) -> Any:
         """The layer of the kept neurons alone."""
-        return getattr(self, self._child)
+        return getattr(self, self._child if self.inner_rank is None else "inner")
 
     def _make_(self, **place: Any) -> None:
         m, n = self.shape_inside(self.out_features, self.in_features, self.rank)
         if self.inner_rank is None:
-            part: nn.Module = nn.Linear(n, m, bias=self.has_bias, **place)
+            self.add_module(self._child, nn.Linear(n, m, bias=self.has_bias, **place))
         else:
-            part = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, **place)
-        setattr(self, self._child, part)
+            self.inner = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, **place)
         width = self.largest_rank(self.out_features, self.in_features)
         self.register_buffer("kept", torch.arange(width, device=place["device"]) < self.rank)
 
@@ -74,12 +73,21 @@ class KeptNeurons(CompressedLinear):
         count = int(kept.sum())
         if isinstance(part, InterpolativeLinear):
             layer = cls(n, m, count, inner_rank=part.rank, bias=part.has_bias, **options)
-            setattr(layer, cls._child, part)
+            layer.inner = part
         else:
             layer = cls(n, m, count, bias=bias is not None, **options)
             fill_(layer.part, part, bias)
         layer.kept = kept.clone()  # tensors that are saved must not be shared
         return layer
+
+    def spread(self, part: Tensor) -> Tensor:
+        """Return m x n from what belongs to the kept neurons, and zeros."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, m x n: what is kept, and zeros."""
+        return self.spread(self.part.weight)
 
     def _one_hot(self) -> Tensor:
         """Return the columns of the identity at the kept neurons."""
@@ -114,7 +122,6 @@ class KeptOutputs(KeptNeurons):
     """
 
     layout = "outputs"
-    R: Any
     _limit = "the outputs"
     _child = "R"
 
@@ -148,22 +155,21 @@ class KeptOutputs(KeptNeurons):
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns of the identity at the kept outputs, and the kept rows."""
-        return self._one_hot(), self.R.weight
+        return self._one_hot(), self.part.weight
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, m x n: the kept rows, and zeros."""
-        rows: Tensor = self.R.weight
-        full = rows.new_zeros(self.out_features, self.in_features)
-        full[self.kept] = rows
+    def spread(self, part: Tensor) -> Tensor:
+        """Return m x n from what belongs to the kept rows, and zeros."""
+        full = part.new_zeros(self.out_features, self.in_features)
+        full[self.kept] = part
         return full
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries, zero at the others), or None."""
         if not self.has_bias:
             return None
-        full: Tensor = self.R.bias.new_zeros(self.out_features)
-        full[self.kept] = self.R.bias
+        bias: Tensor = self.part.bias
+        full = bias.new_zeros(self.out_features)
+        full[self.kept] = bias
         return full
 
 
@@ -171,7 +177,6 @@ class KeptInputs(KeptNeurons):
     """Apply a layer to kept neurons alone, the entries of its input that a :class:`KeptOutputs` gives."""
 
     layout = "inputs"
-    C: Any
     _limit = "the inputs"
     _child = "C"
 
@@ -205,16 +210,14 @@ class KeptInputs(KeptNeurons):
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns, and the rows of the identity at the kept inputs."""
-        return self.C.weight, self._one_hot().mT
+        return self.part.weight, self._one_hot().mT
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, m x n: the columns of the kept inputs, and zeros."""
-        columns: Tensor = self.C.weight
-        full = columns.new_zeros(self.out_features, self.in_features)
-        full[:, self.kept] = columns
+    def spread(self, part: Tensor) -> Tensor:
+        """Return m x n from what belongs to the kept columns, and zeros."""
+        full = part.new_zeros(self.out_features, self.in_features)
+        full[:, self.kept] = part
         return full
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
-        return self.C.bias if self.has_bias else None
+        return self.part.bias if self.has_bias else None
