@@ -282,6 +282,8 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Whoever runs the tests in the background has told them to ignore interrupts, and their children.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert child.stderr is not None
     begin = time.monotonic()
