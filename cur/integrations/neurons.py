@@ -180,7 +180,8 @@ def neuron_curves(
     for done, (consumer, producers) in enumerate(groups.items(), start=1):
         found = _order(model, moments, consumer, gradients=gradients, damping=damping)
         squares = found.square_errors
-        shapes = tuple((int(m), int(n)) for m, n in (_weight(model, name).shape for name in (consumer, *producers)))
+        weights = (dense_weight(model.get_submodule(name), name)[0] for name in (consumer, *producers))
+        shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in weights)
         count = np.arange(1, len(squares) - 1)
         scale = unit(float(squares[0]), gradients=gradients)
         each = shapes[0][0] + sum(n for _, n in shapes[1:])
@@ -209,15 +210,12 @@ def _cuts(
     kept = [found.kept(count) for count in dict.fromkeys(round(share * width) for share in _SHARES) if count > 1]
     layers: list[list[LayerCurve]] = [[] for _ in kept]
     for name in names:
-        W = _weight(model, name)
-        H, G = moments.weights(name, W, gradients=gradients, damping=damping)
-        behind, whole = name == names[0], 0.0
-        if behind:
-            whole = float(found.square_errors[0])
-        elif gradients:
+        W, behind = _weight(model, name), name == names[0]
+        # Of a moment of which only a part will be used no factors are needed.
+        H, G = moments.weights(name, W, gradients=gradients and behind, damping=damping)
+        whole = float(found.square_errors[0] if behind else G.apply(W, 1).square().sum())
+        if gradients and not behind:
             H = moments.outputs(name, W, damping=damping)
-        else:
-            whole = float(G.apply(W, 1).square().sum())
         for places, curves in zip(kept, layers, strict=True):
             if behind:
                 inside, rows, columns = found.truncate(len(places)), H, found.moment[places][:, places]
@@ -447,7 +445,7 @@ def _before(
     if entry.inner_rank is None:
         return weight.detach()[places]
     W = weight.detach().to(torch.float64)
-    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    H, G = moments.weights(entry.name, W, gradients=False, damping=entry.damping)
     if entry.gradients:
         H = moments.outputs(entry.name, W, damping=entry.damping)[places][:, places]
     some = None if bias is None else bias[places]
