@@ -20,8 +20,8 @@ from cur.integrations.dynamic import by_effective_rank
 from cur.integrations.factorize import finite_weight
 from cur.integrations.layers import ALL_LINEAR
 from cur.integrations.moments import Moments
-from cur.integrations.neurons import neuron_curves
 from cur.integrations.plan import Plan, PlanEntry, fingerprint, is_multiple
+from cur.integrations.pruning import neuron_curves
 from cur.integrations.report import model_size, versions
 from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows

@@ -25,11 +25,11 @@ from cur.integrations.factorize import factorize
 from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.neurons import FittedBefore, fit_before, keep_neurons
 from cur.integrations.nn import CompressedLinear, dense_weight, swap_
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
+from cur.integrations.pruning import FittedBefore, fit_before, keep_neurons
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions
 from cur.integrations.sampling import own_text

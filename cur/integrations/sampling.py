@@ -14,7 +14,7 @@ from cur.integrations._forward import Progress, evaluating
 from cur.integrations.gradients import draw
 from cur.integrations.text import batches
 
-__all__ = ["own_text", "sample_windows", "writes_text"]
+__all__ = ["own_text", "sample_windows"]
 
 
 def sample_windows(
@@ -107,14 +107,14 @@ def own_text(
     """
     ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in given]
     written = [one for one in ids if isinstance(one, torch.Tensor) and one.ndim == 2 and not one.is_floating_point()]
-    if not share or not written or not writes_text(model):
+    if not share or not written or not _writes_text(model):
         return []
     count, length = math.ceil(share * sum(len(one) for one in written)), max(one.shape[1] for one in written)
     windows = sample_windows(model, count=count, length=length, seed=seed, progress=progress)
     return batches(windows, batch_size=batch_size)
 
 
-def writes_text(model: PreTrainedModel) -> bool:
+def _writes_text(model: PreTrainedModel) -> bool:
     """Return whether a model goes on with a text, token after token."""
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 

@@ -84,7 +84,7 @@ def test_equal_steps_in_whitened_coordinates_change_the_output_equally(metric: b
 def test_the_core_of_a_layer_behind_neurons(kept: int) -> None:
     generator = torch.Generator().manual_seed(0)
     columns, bias = torch.randn(M, kept, generator=generator), torch.randn(M, generator=generator)
-    layer = KeptInputs.from_columns(columns.clone(), torch.arange(N) < kept, bias=bias)
+    layer = KeptInputs.from_part(columns.clone(), torch.arange(N) < kept, bias=bias)
     core = Core("layer", layer)
     assert core.rank == M
     x = torch.randn(20, kept, generator=generator)

@@ -32,9 +32,11 @@ from cur.integrations.checkpoint import CheckpointError
 from cur.integrations.compress import carry_out_, measure
 from cur.integrations.convert import convert_
 from cur.integrations.inspect import summarize
+from cur.integrations.moments import Moments
 from cur.integrations.neurons import neuron_groups
 from cur.integrations.nn import KeptInputs, KeptOutputs, compressed_modules
 from cur.integrations.plan import PlanError
+from cur.integrations.pruning import FittedBefore, fit_before
 from tests.integrations.architectures import make
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -366,28 +368,32 @@ def test_a_little_of_both_loses_what_the_plan_says(
         assert sum(p.numel() for p in layer.parameters()) == entry.parameters
 
 
-def test_columns_are_fitted_to_rows_of_the_rank_that_they_get(llama: PreTrainedModel, windows: Tensor) -> None:
-    dense, given = copy.deepcopy(llama), list(batches(windows, batch_size=4))
-    statistics = measure(llama, given, in_feed_forward(0.6))
+def test_layers_behind_see_rows_of_the_rank_that_they_get(llama: PreTrainedModel, statistics: Statistics) -> None:
     plan = make_plan(llama, statistics, in_feed_forward(0.6))
-    consumer = next(entry.consumer for entry in plan.entries if entry.layout == "outputs" and entry.inner_rank)
-    # One network alone, so that what arrives at it is what arrives in the dense model; its columns left whole.
-    one = [entry for entry in plan.entries if consumer in (entry.name, entry.consumer)]
-    one = [replace(entry, inner_rank=None) if entry.name == consumer else entry for entry in one]
-    carry_out_(llama, replace(plan, entries=tuple(one)), statistics, text=given)
-    layer = kept(llama)[consumer or ""]
-    inputs: list[Tensor] = []
-    for model in (dense, llama):
-        hook = model.get_submodule(consumer or "").register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        with hook, torch.no_grad():
-            model(windows)
-    X, Z = (x.flatten(0, -2).double() for x in inputs)
-    W, C = (model.get_submodule(consumer or "") for model in (dense, llama))
-    W, C = W.weight.detach().double(), C.part.weight.detach().double()
-    # The best columns would give half of the way from what arrives to what would have; the other neurons gave theirs.
-    miss = (X @ W.T - Z @ C.T).square().sum()
-    own = (X @ W.T - Z @ W[:, layer.kept].T).square().sum()
-    assert float(miss) < 0.9 * float(own)
+    entries = {entry.name: entry for entry in plan.entries}
+    name = next(entry.name for entry in plan.entries if entry.layout == "outputs" and entry.inner_rank)
+    behind = entries[entries[name].consumer or ""]
+    beside = next(other for other in entries if entries[other].consumer == behind.name and other != name)
+    entries[beside] = replace(entries[beside], inner_rank=None)
+    G = statistics.second_moment(name)
+    fitted: dict[str, FittedBefore] = {}
+    for each in (name, beside):
+        arriving = Arriving(G, G)
+        fitted[each] = fit_before(llama, each, entries, Moments(statistics), arriving, correction=0.5, fitted=fitted)
+    one, other = fitted[name], fitted[beside]
+    assert one.inner is not None
+    assert one.places is not None
+    assert other.inner is None
+    assert torch.equal(one.places, other.places)
+    assert len(one.places) == behind.rank
+    stays = torch.ones(entries[name].shape[0], dtype=torch.bool)
+    stays[one.places] = False
+    W, seen = (module.weight.detach() for module in (llama.get_submodule(name), one.full_width))
+    # What arrives is what the dense model has, so the fit alone changes nothing; the rank does.
+    torch.testing.assert_close(seen[stays], W[stays], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[one.places], one.inner.weight.detach(), rtol=1e-5, atol=1e-6)
+    assert float((seen[one.places] - W[one.places]).norm()) > 0.02 * float(W.norm())
+    torch.testing.assert_close(other.full_width.weight, llama.get_submodule(beside).weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_certificate_is_of_the_factors_that_are_stored(llama: PreTrainedModel, windows: Tensor) -> None:

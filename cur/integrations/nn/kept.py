@@ -52,6 +52,11 @@ class KeptNeurons(CompressedLinear):
         raise NotImplementedError
 
     @classmethod
+    def shape_outside(cls, m: int, n: int, width: int) -> tuple[int, int]:
+        """Return the outputs and inputs of the layer that keeps m x n of a number of neurons."""
+        raise NotImplementedError
+
+    @classmethod
     def largest_inner_rank(cls, m: int, n: int, rank: int) -> int:
         """Return the smaller side of what is kept."""
         return min(cls.shape_inside(m, n, rank))
@@ -65,16 +70,33 @@ class KeptNeurons(CompressedLinear):
         return ranks.parameters(*sides, inner_rank, layout=InterpolativeLinear.layout)
 
     @classmethod
-    def _around(
-        cls, part: Tensor | InterpolativeLinear, kept: Tensor, m: int, n: int, bias: Tensor | None, transposed: bool
+    def from_part(
+        cls, part: Tensor | InterpolativeLinear, kept: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
-        """Build the layer from what it keeps; a factored part brings its own bias."""
+        """Build the layer from what it keeps.
+
+        Parameters
+        ----------
+        part : Tensor or InterpolativeLinear
+            What belongs to the kept neurons: r rows, or r columns, of the weight; or a layer of a lower rank, with its
+            bias.
+        kept : Tensor, shape (neurons,)
+            Truth values, of which r are true.
+        bias : Tensor, optional
+            An entry for each output of `part`.
+        transposed : bool
+            See :class:`CompressedLinear`.
+        """
         options: dict[str, Any] = {"transposed": transposed, "device": "meta"}
-        count = int(kept.sum())
+        count, width = int(kept.sum()), len(kept)
         if isinstance(part, InterpolativeLinear):
+            m, n = cls.shape_outside(part.out_features, part.in_features, width)
             layer = cls(n, m, count, inner_rank=part.rank, bias=part.has_bias, **options)
             layer.inner = part
         else:
+            rows, columns = part.shape
+            check_bias(bias, rows)
+            m, n = cls.shape_outside(rows, columns, width)
             layer = cls(n, m, count, bias=bias is not None, **options)
             fill_(layer.part, part, bias)
         layer.kept = kept.clone()  # tensors that are saved must not be shared
@@ -136,22 +158,9 @@ class KeptOutputs(KeptNeurons):
         return rank, n
 
     @classmethod
-    def from_rows(
-        cls,
-        rows: Tensor | InterpolativeLinear,
-        kept: Tensor,
-        *,
-        bias: Tensor | None = None,
-        transposed: bool = False,
-    ) -> Self:
-        """Build the layer from kept rows (r x n), truth values (m) with r of them true, and a bias of r entries.
-
-        Rows of a lower rank come as a layer, with its bias.
-        """
-        if isinstance(rows, InterpolativeLinear):
-            return cls._around(rows, kept, len(kept), rows.in_features, None, transposed)
-        check_bias(bias, len(rows))
-        return cls._around(rows, kept, len(kept), rows.shape[1], bias, transposed)
+    def shape_outside(cls, m: int, n: int, width: int) -> tuple[int, int]:
+        """Return the shape of the layer they are kept of."""
+        return width, n
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns of the identity at the kept outputs, and the kept rows."""
@@ -191,22 +200,9 @@ class KeptInputs(KeptNeurons):
         return m, rank
 
     @classmethod
-    def from_columns(
-        cls,
-        columns: Tensor | InterpolativeLinear,
-        kept: Tensor,
-        *,
-        bias: Tensor | None = None,
-        transposed: bool = False,
-    ) -> Self:
-        """Build the layer from columns (m x r), truth values (n) with r of them true, and a bias of m entries.
-
-        Columns of a lower rank come as a layer, with its bias.
-        """
-        if isinstance(columns, InterpolativeLinear):
-            return cls._around(columns, kept, columns.out_features, len(kept), None, transposed)
-        check_bias(bias, len(columns))
-        return cls._around(columns, kept, len(columns), len(kept), bias, transposed)
+    def shape_outside(cls, m: int, n: int, width: int) -> tuple[int, int]:
+        """Return the shape of the layer they are kept of."""
+        return m, width
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the columns, and the rows of the identity at the kept inputs."""

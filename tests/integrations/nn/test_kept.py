@@ -15,8 +15,8 @@ def random(*shape: int) -> torch.Tensor:
 
 def sides(*, bias: bool = True) -> tuple[KeptOutputs, KeptInputs]:
     count = int(KEPT.sum())
-    before = KeptOutputs.from_rows(random(count, N), KEPT, bias=random(count) if bias else None)
-    return before, KeptInputs.from_columns(random(M, count), KEPT, bias=random(M) if bias else None)
+    before = KeptOutputs.from_part(random(count, N), KEPT, bias=random(count) if bias else None)
+    return before, KeptInputs.from_part(random(M, count), KEPT, bias=random(M) if bias else None)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -68,8 +68,8 @@ def test_count_out_of_range(layout: str, most: int, what: str) -> None:
 def test_what_is_kept_may_be_factored(bias: bool) -> None:
     count, inner = int(KEPT.sum()), 2
     options = {"bias": bias, "dtype": torch.float64}
-    before = KeptOutputs.from_rows(InterpolativeLinear(N, count, inner, **options), KEPT)
-    behind = KeptInputs.from_columns(InterpolativeLinear(count, M, inner, **options), KEPT)
+    before = KeptOutputs.from_part(InterpolativeLinear(N, count, inner, **options), KEPT)
+    behind = KeptInputs.from_part(InterpolativeLinear(count, M, inner, **options), KEPT)
     x = random(2, 3, N)
     torch.testing.assert_close(behind(before(x)), behind.to_linear()(before.to_linear()(x)), rtol=0, atol=1e-12)
     for layer in (before, behind):
