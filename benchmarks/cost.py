@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct; 64 windows of 512 tokens of WikiText-2 ``valid.txt``. Plain forward passes are those of the model
 without its output head, which calibration does not run either. A copy of the model runs every batch plainly just before
 it is calibrated on; both are timed in processor seconds of one thread. Peak memory is that of a process of its own for
-each setting that has a target, loading included, in float32 and bfloat16, with 4 windows and with one in a pass.
+each setting that has a target, loading included, in float32 and bfloat16, with one window in a pass and with four.
 
     python benchmarks/cost.py [--model DIR] [--wikitext DIR] [--only time]
 
@@ -62,9 +62,9 @@ SETTINGS: dict[str, tuple[str, str | tuple[str, ...], CompressConfig | BudgetCon
     ),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH = 4
-# Windows in a pass where memory is measured.
-MEMORY_BATCHES = (BATCH, 1)
+# Windows in a pass, as by default, and those where memory is measured.
+BATCH = CompressConfig().batch_size
+MEMORY_BATCHES = (BATCH, 4)
 
 
 def main() -> None:
@@ -92,7 +92,9 @@ def main() -> None:
         "windows": options.windows,
         "length": 512,
         "time": kept.get("time", []) if options.only == "memory" else measure_time(model, windows),
-        "memory": kept.get("memory", []) if options.only == "time" else measure_memory(model, windows[: 2 * BATCH]),
+        "memory": kept.get("memory", [])
+        if options.only == "time"
+        else measure_memory(model, windows[: 2 * max(MEMORY_BATCHES)]),
         **environment(),
     }
     result["machine"]["threads"] = 1

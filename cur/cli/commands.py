@@ -60,7 +60,7 @@ class Source:
     windows: int | None
     length: int
     stats: Path | None
-    batch_size: int = 4
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         """Refuse two texts, and passes without a window."""

@@ -51,7 +51,10 @@ Windows = Annotated[
 ]
 WindowLength = Annotated[int, typer.Option(help="Tokens in each.")]
 BatchSize = Annotated[
-    int, typer.Option(help="Windows in one forward pass: fewer take less memory, and give the same but for rounding.")
+    int,
+    typer.Option(
+        help="Windows in one forward pass: more keep a GPU busy, take more memory, and give the same but for rounding."
+    ),
 ]
 Stats = Annotated[
     Path | None,

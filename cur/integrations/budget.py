@@ -75,8 +75,9 @@ class BudgetConfig:
     damping : float, default 1e-4
         Multiple of the mean eigenvalue that is added to all eigenvalues of second moments, for what the calibration
         text did not show.
-    batch_size : int, default 4
-        Windows per pass of the calibration; changes the statistics by rounding only.
+    batch_size : int, default 1
+        Windows per pass of the calibration: more of them take more memory for activations, and keep a GPU busy; the
+        statistics change by rounding only.
     seed : int, default 0
         Of every random choice.
 
@@ -98,7 +99,7 @@ class BudgetConfig:
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     damping: float = 1e-4
-    batch_size: int = 4
+    batch_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -63,8 +63,9 @@ class CompressConfig:
         random sketch for larger ones, whose SVD takes minutes.
     precision : {"float32", "float64"}, default "float32"
         Of the factorizations; the factors are stored in the dtype of the weight.
-    batch_size : int, default 4
-        Windows per forward pass of the calibration; changes the statistics by rounding only.
+    batch_size : int, default 1
+        Windows per forward pass of the calibration: more of them take more memory for activations, and keep a GPU
+        busy; the statistics change by rounding only.
     seed : int, default 0
         Of every random choice.
 
@@ -89,7 +90,7 @@ class CompressConfig:
     link: str = "optimal"
     subspace: str = "auto"
     precision: str = "float32"
-    batch_size: int = 4
+    batch_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

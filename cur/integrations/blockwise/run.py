@@ -37,7 +37,7 @@ from cur.integrations.statistics import Statistics
 __all__ = ["compress_blockwise"]
 
 # Windows in a forward pass where a plan has decided everything else.
-_PLAN_BATCH = 4
+_PLAN_BATCH = 1
 
 # The step of the journal that says that the statistics are in the file that was asked for.
 _SAVED = "statistics-saved"

@@ -222,12 +222,12 @@ def test_peak_memory_does_not_grow_with_depth(checkpoint: Callable[[str], Path],
 
 def test_a_plan_is_carried_out(checkpoint: Callable[[str], Path], windows: torch.Tensor) -> None:
     directory = checkpoint("llama")
-    config = CompressConfig(layers=2, rank=4, importance="covariance", link="covariance", batch_size=4)
+    config = CompressConfig(layers=2, rank=4, importance="covariance", link="covariance", batch_size=1)
     loaded = load_model(directory)
-    statistics = measure(loaded.model, as_batches(windows, 4), config)
+    statistics = measure(loaded.model, as_batches(windows, 1), config)
     plan = make_plan(loaded.model, statistics, config)
     edited = replace(plan, entries=tuple(replace(entry, rank=3) for entry in plan.entries[1:]))
-    whole = carry_out_(loaded.model, edited, statistics, text=as_batches(windows, 4))
+    whole = carry_out_(loaded.model, edited, statistics, text=as_batches(windows, 1))
     save(loaded.model, loaded.tokenizer, directory.parent / "whole", report=whole, max_shard_size="20kB")
     parts = compress_blockwise(
         load_skeleton(directory), windows, directory.parent / "parts", edited, max_shard_size="20kB"
