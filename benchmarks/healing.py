@@ -27,7 +27,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, processor
 from paper_setting import SETTING, WIKITEXT
 from torch import Tensor, nn
 
@@ -51,6 +51,9 @@ HEALED = {
     "100 steps": HealingConfig(closed_form=False),
     "closed form, then 100 steps by blocks": HealingConfig(scope="block"),
     "closed form, then 100 steps, hidden states too": HealingConfig(objectives=Objectives(kl=1.0, hidden=1.0)),
+    "closed form, then 100 steps, the paper's objective": HealingConfig(
+        objectives=Objectives(kl=0.0, hidden=0.9, next_token=0.1)
+    ),
     "closed form, then 300 steps": HealingConfig(steps=300),
     "closed form, then 1000 steps": HealingConfig(steps=1000),
 }
@@ -143,6 +146,7 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
         "curve": [report.before, *report.curve],
         "fits": [asdict(fit) for fit in report.fits],
         "teacher from cache": bench.cache is not None,
+        "processor": processor(),
     }
 
 
@@ -175,7 +179,12 @@ def adapted(bench: Bench, name: str) -> dict[str, Any]:
     kind, rank, rate = ADAPTED[name]
     student = bench.student()
     trained, seconds = adapt(bench, student, inject(student, kind, rank), bench.valid, steps=100, rate=rate)
-    return {"perplexity": bench.measure(student), "trainable": trained, "seconds": {"heal": seconds}}
+    return {
+        "perplexity": bench.measure(student),
+        "trainable": trained,
+        "seconds": {"heal": seconds},
+        "processor": processor(),
+    }
 
 
 def inject(model: Any, kind: str, rank: int) -> list[nn.Parameter]:

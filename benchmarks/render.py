@@ -297,6 +297,12 @@ def healing(data: dict[str, Any]) -> str:
         parts.append(
             f"Peak memory: {one:,.0f} MiB for the teacher alone, {both:,.0f} MiB for both ({both / one:.2f} x)."
         )
+    elsewhere: dict[str, list[str]] = {}
+    for name, row in data["rows"].items():
+        where = row.get("processor", data["machine"]["processor"])
+        if where != data["machine"]["processor"]:
+            elsewhere.setdefault(where, []).append(f"“{name}”")
+    parts += [f"*On {where}: {', '.join(names)}.*" for where, names in elsewhere.items()]
     return "\n\n".join([*parts, provenance(data)])
 
 
