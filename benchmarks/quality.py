@@ -59,7 +59,6 @@ from cur.integrations import (
     Statistics,
     batches,
     collect,
-    collect_gradients,
     decoder_layers,
     linear_modules,
     load_model,
@@ -389,8 +388,8 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
                 continue
             start = time.perf_counter()
             given = list(batches(part, batch_size=4))
-            statistics = collect(model, given, modules=names, moments="full", progress=count(f"calibrate, {name}"))
-            statistics = collect_gradients(model, given, statistics, modules=names, progress=count("gradients"))
+            watch = count(f"calibrate, {name}")
+            statistics = collect(model, given, modules=names, moments="full", gradients=names, progress=watch)
             seconds[name] = time.perf_counter() - start
             parts.append(statistics)
             if file is not None:

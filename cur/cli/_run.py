@@ -30,7 +30,6 @@ note = Console(stderr=True, highlight=False)
 _DESCRIPTIONS = {
     "sample": "Writing text to calibrate on",
     "calibrate": "Measuring activations",
-    "gradients": "Measuring gradients",
     "plan": "Sharing the budget",
     "neurons": "Looking at neurons",
     "decompose": "Factorizing weights",

@@ -25,7 +25,7 @@ from cur.healing.sharing import share_
 from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
 from cur.integrations._forward import evaluating, model_inputs, padding_mask
-from cur.integrations.gradients import collect_gradients
+from cur.integrations.calibration import collect_gradients
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
 

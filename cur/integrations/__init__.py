@@ -6,12 +6,11 @@ Importing this package needs the ``transformers`` extra. It also registers the c
 
 from cur.integrations import _requirements  # noqa: F401  (first: it explains what is missing)
 from cur.integrations.budget import BudgetConfig
-from cur.integrations.calibration import collect
+from cur.integrations.calibration import collect, collect_gradients
 from cur.integrations.checkpoint import dense_export, save
 from cur.integrations.choice import choose_layers
 from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
 from cur.integrations.evaluate import Perplexity, perplexity
-from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers, linear_modules
 from cur.integrations.models import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear

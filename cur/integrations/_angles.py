@@ -47,6 +47,7 @@ class HiddenAngles:
         self._keep(output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, state: torch.Tensor) -> None:
+        state = state.detach()
         if self.causal:
             rows = torch.arange(len(state), device=state.device)
             if self.mask is None:

@@ -81,7 +81,7 @@ class InputSums:
 
     def _add(self, key: int, x: torch.Tensor) -> None:
         mask = self.masks.of(self.modules[key], x)
-        rows = token_rows(x, mask, f"the input of {self.names[key][0]!r}")
+        rows = token_rows(x.detach(), mask, f"the input of {self.names[key][0]!r}")
         if key not in self.sums:
             n = rows.shape[1]
             self.counts[key] = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,9 +27,10 @@ from cur.integrations._forward import (
 )
 from cur.integrations._inputs import InputSums
 from cur.integrations.experts import unrolled
+from cur.integrations.gradients import OutputGradients
 from cur.integrations.statistics import Statistics, by_stack
 
-__all__ = ["Statistics", "collect"]
+__all__ = ["Statistics", "collect", "collect_gradients"]
 
 
 def collect(
@@ -38,11 +41,13 @@ def collect(
     modules: Sequence[str],
     moments: Literal["diagonal", "full"] = "diagonal",
     layers: Sequence[str] | None = None,
+    gradients: Sequence[str] = (),
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Statistics:
-    r"""Measure the inputs of modules and how much each block turns the hidden state.
+    r"""Measure the inputs of modules and how much each block turns the hidden state, and gradients at outputs.
 
-    One pass over the text does both. For the inputs ``x`` (one per token) of each module,
+    One pass over the text does it all. For the inputs ``x`` (one per token) of each module,
     ``moments="diagonal"`` sums ``x**2`` per feature and ``moments="full"`` sums ``x x^T``. Sums are taken in
     float64. Padded positions (zeros of ``attention_mask``) count for nothing, so that the result depends on
     batch size and padding by rounding only. Modules that are called with the very same tensor (the query, key
@@ -57,7 +62,8 @@ def collect(
     Experts stored as three-dimensional parameters are measured one by one, under names such as
     ``"model.layers.3.mlp.experts.gate_up_proj.7"``.
 
-    The head of the model is not run unless one of the `modules` belongs to it.
+    The head of the model is not run unless one of the `modules` belongs to it or gradients are asked for, see
+    :func:`collect_gradients`.
 
     Parameters
     ----------
@@ -75,6 +81,10 @@ def collect(
     layers : sequence of str, optional
         Full names of the blocks, in order, as :func:`cur.integrations.decoder_layers` has them. Default: no
         angular distances.
+    gradients : sequence of str, optional
+        Full names of the modules at whose outputs gradients are measured.
+    seed : int, default 0
+        For the labels of the gradients.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None for a bare
         iterator.
@@ -85,16 +95,75 @@ def collect(
 
     Raises
     ------
+    TypeError
+        If gradients are asked for, and the model has no input embeddings or no logits.
     ValueError
-        If there is no batch, no token, no such module, a module that received nothing, or a module whose
-        input does not have one row per token although there is padding.
+        If there is no batch, no token, no such module, a module that received nothing or that no gradient reached, or
+        a module whose input does not have one row per token although there is padding.
     NumericalError
-        If a weight, an input or a hidden state is NaN or infinite; the message names where it began.
+        If a weight, an input, a hidden state or a gradient is NaN or infinite; the message names where it began.
     """
     if moments not in ("diagonal", "full"):
         raise ValueError(f"`moments` must be 'diagonal' or 'full', got {moments!r}")
     with unrolled(model):
-        return _collect(model, batches, modules, moments, tuple(layers or ()), progress)
+        return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, seed, progress)
+
+
+def collect_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | torch.Tensor],
+    statistics: Statistics,
+    /,
+    *,
+    modules: Sequence[str],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    r"""Measure ``E[g g^T]``, the other side of two-sided importance, and add it to calibration statistics.
+
+    ``g`` is the gradient, with respect to a module's output at one token, of the negative log-likelihood summed over
+    the sample. The labels are drawn from the model's own predictions, one per position, so that ``E[g g^T]`` is a
+    factor of the Fisher information and not of the errors that the model makes on the text. With ``E[x x^T]`` of the
+    inputs it gives the Kronecker-factored estimate ``||H^(1/2) dW G^(1/2)||_F^2 / 2`` of the loss that a change ``dW``
+    of the weight costs (Martens and Grosse, arXiv 1503.05671).
+
+    Labels are drawn sample by sample from a generator seeded by `seed` and the number of the sample, so that they
+    depend on neither batch size nor padding. Memory is that of a training step without weight gradients: the
+    activations of one batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer with input embeddings whose output has ``logits`` of shape (batch, length, classes).
+    batches : iterable of mapping or torch.Tensor
+        As for :func:`collect`; not necessarily the same text.
+    statistics : Statistics
+        Where the result is added.
+    modules : sequence of str
+        Full names of the modules to measure.
+    seed : int, default 0
+        For the labels.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every batch, in samples.
+
+    Returns
+    -------
+    Statistics
+        A copy of `statistics` with ``output_products`` and ``output_counts``.
+
+    Raises
+    ------
+    TypeError
+        If the model has no input embeddings or no logits.
+    ValueError
+        If there is no batch, no such module, or a module that no gradient reached.
+    NumericalError
+        If a gradient is NaN or infinite; the message names the module.
+    """
+    if not find_modules(model, modules, "modules"):
+        raise ValueError("`modules` is empty: there is nothing to measure")
+    found = collect(model, batches, modules=(), gradients=modules, seed=seed, progress=progress)
+    return dataclasses.replace(statistics, output_products=found.output_products, output_counts=found.output_counts)
 
 
 def _collect(
@@ -103,22 +172,26 @@ def _collect(
     modules: Sequence[str],
     moments: str,
     layers: tuple[str, ...],
+    gradients: Sequence[str],
+    seed: int,
     progress: Progress | None,
 ) -> Statistics:
     measured = find_modules(model, modules, "modules")
     blocks = find_modules(model, layers, "layers")
-    if not measured and not blocks:
-        raise ValueError("`modules` and `layers` are both empty: there is nothing to measure")
+    felt = find_modules(model, gradients, "gradients")
+    if not measured and not blocks and not felt:
+        raise ValueError("`modules`, `layers` and `gradients` are all empty: there is nothing to measure")
     bad = check_finite_weights(model, measured)
     if bad is not None:
         raise NumericalError(f"the weight {bad!r} holds NaN or infinity; the model cannot be calibrated")
 
     inner = body(model)
     inside = {id(part) for part in inner.modules()}
-    if not all(id(part) in inside for part in (*measured.values(), *blocks.values())):
+    if felt or not all(id(part) in inside for part in (*measured.values(), *blocks.values())):
         inner = model
     total = total_samples(batches)
     masks = Masks(model)
+    outputs_of = OutputGradients(model, felt, masks, seed=seed) if felt else None
     inputs_of = InputSums(measured, masks, full=moments == "full")
     stacks = [HiddenAngles({name: blocks[name] for name in names}, masks) for names in by_stack(layers)]
     seen = Seen()
@@ -126,19 +199,24 @@ def _collect(
     handles = [*masks.attach(), *inputs_of.attach()]
     for stack in stacks:
         handles += stack.attach()
+    if outputs_of is not None:
+        handles += outputs_of.attach()
     try:
-        with evaluating(model):
+        with evaluating(model), nullcontext() if outputs_of is None else outputs_of.flowing():
             for batch in batches:
                 inputs = model_inputs(inner, batch)
                 masks.start(inputs, batch)
+                first = seen.samples
                 seen.add(inputs, masks.of_inputs)
                 inputs_of.start()
                 for stack in stacks:
                     stack.start()
-                run(inner, inputs)
+                output = run(inner, inputs)
                 broken = inputs_of.finish() or next(filter(None, [stack.finish() for stack in stacks]), None)
                 if broken:
                     raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
+                if outputs_of is not None:
+                    outputs_of.backward(output, inputs, masks.of_inputs, first=first)
                 if progress is not None:
                     progress(seen.samples, total)
     finally:
@@ -151,6 +229,7 @@ def _collect(
             "`batches` holds one token: nothing can be said about what a model does from that; give more text"
         )
     sums, products, counts = inputs_of.results()
+    output_products, output_counts = ({}, {}) if outputs_of is None else outputs_of.results()
     config = getattr(model, "config", None)
     return Statistics(
         tokens=seen.tokens,
@@ -158,6 +237,8 @@ def _collect(
         square_sums=sums,
         products=products,
         counts=counts,
+        output_products=output_products,
+        output_counts=output_counts,
         angles=_block_diagonal([stack.angles / seen.samples for stack in stacks]),
         layers=layers,
         text_hash=seen.hexdigest(),

@@ -22,7 +22,6 @@ from cur.integrations.calibration import Statistics, collect
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, unrolled
 from cur.integrations.factorize import factorize
-from cur.integrations.gradients import collect_gradients
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import CompressedLinear, dense_weight, swap_
@@ -303,20 +302,16 @@ def _collect(
     seed: int,
     progress: StageProgress | None,
 ) -> Statistics:
-    def stage(name: str) -> Callable[[int, int | None], object] | None:
-        return None if progress is None else functools.partial(progress, name)
-
-    statistics = collect(
+    return collect(
         model,
         given,
         modules=names,
         moments="full" if full else "diagonal",
         layers=[name for name, _ in decoder_layers(model)],
-        progress=stage("calibrate"),
+        gradients=names if gradients else (),
+        seed=seed,
+        progress=None if progress is None else functools.partial(progress, "calibrate"),
     )
-    if gradients:
-        return collect_gradients(model, given, statistics, modules=names, seed=seed, progress=stage("gradients"))
-    return statistics
 
 
 def apply_plan_(

@@ -365,7 +365,7 @@ def test_half_precision_inputs_do_not_overflow_in_the_sums(llama: PreTrainedMode
             "`modules` names what LlamaForCausalLM does not have",
         ),
         ({"modules": "lm_head"}, TypeError, "`modules` must be a sequence of names"),
-        ({"modules": []}, ValueError, "both empty"),
+        ({"modules": []}, ValueError, "all empty"),
         ({"modules": ["lm_head"], "layers": ["model.layers.7"]}, ValueError, "`layers` names what"),
         ({"modules": ["lm_head"], "moments": "half"}, ValueError, "`moments` must be 'diagonal' or 'full'"),
         (

@@ -116,6 +116,28 @@ def test_they_join_the_statistics_of_the_inputs(llama: PreTrainedModel, windows:
     assert torch.equal(after.output_moment(modules[0]), after.output_moment(modules[0]).T)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_pass_does_it_all(causal_model: PreTrainedModel, windows: torch.Tensor, side: str) -> None:
+    given, modules = padded(windows, side, 3), names_of(causal_model)
+    blocks = [name for name, _ in decoder_layers(causal_model)]
+    apart = collect(causal_model, given, modules=modules, moments="full", layers=blocks)
+    apart = collect_gradients(causal_model, given, apart, modules=modules)
+    passes: list[int] = []
+    handle = causal_model.get_submodule(blocks[0]).register_forward_hook(lambda *_: passes.append(1))
+    once = collect(causal_model, given, modules=modules, moments="full", layers=blocks, gradients=modules)
+    handle.remove()
+    assert len(passes) == len(given)
+    assert (once.counts, once.output_counts) == (apart.counts, apart.output_counts)
+    assert once.text_hash == apart.text_hash
+    assert once.angles is not None
+    torch.testing.assert_close(once.angles, apart.angles, rtol=1e-4, atol=1e-6)
+    for name in modules:
+        for kind in ("second_moment", "output_moment"):
+            found, expected = getattr(once, kind)(name), getattr(apart, kind)(name)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name)
+
+
 def test_the_model_is_left_as_it_was(llama: PreTrainedModel, windows: torch.Tensor, nothing: Statistics) -> None:
     llama.model.norm.weight.requires_grad_(False)
     llama.train()
