@@ -129,9 +129,16 @@ def first_false(said: list[torch.Tensor]) -> int | None:
 
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Add ``x^T x`` to the upper block triangle of `total`; :func:`mirror_` fills in the rest at the end."""
+    """Add ``x^T x`` to the upper block triangle of `total`; :func:`mirror_` fills in the rest at the end.
+
+    Products are taken in the dtype of `x`, sums over calls in that of `total`.
+    """
     for start, stop in _triangle(len(total)):
-        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        rows, place = x[:, start:stop].T, total[start:stop, start:]
+        if x.dtype == total.dtype:
+            place.addmm_(rows, x[:, start:])
+        else:
+            place += rows @ x[:, start:]
 
 
 def mirror_(total: torch.Tensor) -> None:

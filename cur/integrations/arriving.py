@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations._forward import body, evaluating, model_inputs, padding_mask, run, token_rows
+from cur.integrations._inputs import add_gram_, mirror_
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import swap_
 
@@ -283,12 +284,13 @@ def _moments(
             if missing is not None:
                 missing += token_rows(stream.before[name] - own.state, mask, name).float().T @ z
             # Products in single precision, for speed; their rounding lies far below the ridge.
-            student += z.T @ z
+            add_gram_(student, z)
             cross += x.T @ z
             tokens += len(z)
     finally:
         handle.remove()
-    return Arriving((student + student.T) / (2 * tokens), cross / tokens, None if missing is None else missing / tokens)
+    mirror_(student)
+    return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)
 
 
 class _Stream:
