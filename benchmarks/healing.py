@@ -42,20 +42,22 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "healing.json"
 LENGTH, BATCH, WINDOWS = 256, 4, 12
 
+PAPER = Objectives(kl=0.0, hidden=0.9, next_token=0.1)
 # All else as it is by default.
 HEALED = {
-    "closed form": HealingConfig(steps=0),
-    "closed form, all outputs count alike": HealingConfig(steps=0, metric_windows=0),
-    "closed form, the teacher's outputs in full": HealingConfig(steps=0, correction=1.0),
-    "closed form, then 100 steps": HealingConfig(),
-    "100 steps": HealingConfig(closed_form=False),
+    "closed form": HealingConfig(steps=0, natural_steps=0),
+    "closed form, all outputs count alike": HealingConfig(steps=0, natural_steps=0, metric_windows=0),
+    "closed form, the teacher's outputs in full": HealingConfig(steps=0, natural_steps=0, correction=1.0),
+    "closed form, a natural step": HealingConfig(steps=0),
+    "closed form, two natural steps": HealingConfig(steps=0, natural_steps=2),
+    "100 steps": HealingConfig(closed_form=False, natural_steps=0),
+    "closed form, then 100 steps": HealingConfig(natural_steps=0),
+    "closed form, a natural step, then 100": HealingConfig(),
+    "the same, hidden states too": HealingConfig(objectives=Objectives(kl=1.0, hidden=1.0)),
+    "the same, the paper's objective": HealingConfig(objectives=PAPER),
     "closed form, then 100 steps by blocks": HealingConfig(scope="block"),
-    "closed form, then 100 steps, hidden states too": HealingConfig(objectives=Objectives(kl=1.0, hidden=1.0)),
-    "closed form, then 100 steps, the paper's objective": HealingConfig(
-        objectives=Objectives(kl=0.0, hidden=0.9, next_token=0.1)
-    ),
-    "closed form, then 300 steps": HealingConfig(steps=300),
-    "closed form, then 1000 steps": HealingConfig(steps=1000),
+    "closed form, then 300 steps": HealingConfig(steps=300, natural_steps=0),
+    "closed form, a natural step, then 1000": HealingConfig(steps=1000),
 }
 
 # The same text, steps and loss for adapters with as many numbers: (targets, rank, learning rate).

@@ -35,7 +35,7 @@ SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), r
 HALVES: dict[Literal["calibrate", "evaluate"], tuple[int, int]] = {"calibrate": (64, 512), "evaluate": (12, 1024)}
 
 # The closed form on a part of the text, and a few steps: what fits into the time of a demo.
-HEALING = HealingConfig(steps=2, closed_form_windows=8, metric_windows=2, held_out=0, warmup=1)
+HEALING = HealingConfig(steps=2, closed_form_windows=8, metric_windows=2, natural_steps=0, held_out=0, warmup=1)
 HEALING_LENGTH = 256
 
 # The factorization shown as numerics: a tall matrix, of the middle of the model.

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["heal", "show_status"]
 
+_STAGES = {"closed form": "Least squares", "natural steps": "Natural gradient", "heal": "Healing"}
+
 
 @guarded
 def heal(
@@ -39,7 +41,7 @@ def heal(
         int | None, typer.Option(help="Windows of text.", show_default="all there are, or 512 with --dataset")
     ] = None,
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
-    steps: Annotated[int, typer.Option(help="Steps of the optimizer; 0 stops at the closed form.")] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer; 0 stops at what comes before.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
     scope: Annotated[
@@ -50,6 +52,9 @@ def heal(
         ),
     ] = None,
     closed_form: Annotated[bool, typer.Option(help="Whether least squares come first.")] = True,
+    natural_steps: Annotated[
+        int, typer.Option(help="Steps of natural gradient, as long as they help, after that; not with --scope block.")
+    ] = 1,
     kl: Annotated[
         float | None,
         typer.Option(help="Weight of the divergence from the teacher's predictions.", show_default="1, 0 by blocks"),
@@ -101,7 +106,8 @@ def heal(
 ) -> None:
     """Win back what compression lost, by training only the small matrices U against the dense model.
 
-    First the best U for the text are found by least squares, then gradient steps refine them. Rows and columns stay as
+    First the best U for the text are found by least squares and a step of natural gradient, then small steps refine
+    them. Rows and columns stay as
     they are. Run the same command again after an interruption: it continues where it was.
     """
     import torch
@@ -132,6 +138,7 @@ def heal(
         accumulate=accumulate,
         scope=scope or ("block" if low else "model"),
         closed_form=closed_form,
+        natural_steps=natural_steps,
         objectives=Objectives(
             kl=(0.0 if by_blocks else 1.0) if kl is None else kl,
             hidden=(1.0 if by_blocks else 0.0) if hidden is None else hidden,
@@ -277,7 +284,7 @@ def show_status(bar: Bars) -> Callable[[Status], None]:
     """Return a callback that shows where healing is, with loss and perplexity."""
 
     def show(status: Status) -> None:
-        text = "Least squares" if status.stage == "closed form" else "Healing"
+        text = _STAGES[status.stage]
         if status.loss is not None:
             text += f", loss {status.loss:.3f}"
         if status.perplexity is not None:

@@ -65,7 +65,7 @@ class HealingConfig:
     Parameters
     ----------
     steps : int, default 100
-        Steps of the optimizer; zero leaves it at the closed form. With the scope ``"block"``, steps of every block.
+        Steps of the optimizer; zero leaves it at what comes before. With the scope ``"block"``, steps of every block.
     batch_size : int, default 4
         Windows in a forward pass.
     accumulate : int, default 1
@@ -87,6 +87,9 @@ class HealingConfig:
     metric_windows : int, default 8
         Windows over which gradients say how much each output matters to the closed form and to the whitened
         coordinates; 0 lets all count alike.
+    natural_steps : int, default 1
+        Steps of natural gradient, as long as they lower the loss, between the closed form and those of the optimizer.
+        For the scope ``"model"``; see :func:`~cur.healing.natural.natural_step_`.
     learning_rate : float, default 1.0
         Largest size of a step, relative to what the quadratic model of the loss asks for; see
         :meth:`~cur.healing.learner.Learner.rate`.
@@ -136,6 +139,7 @@ class HealingConfig:
     ridge: float = 0.01
     correction: float = 0.3
     metric_windows: int = 8
+    natural_steps: int = 1
     learning_rate: float = 1.0
     warmup: int = 5
     final_rate: float = 0.0
@@ -171,8 +175,8 @@ class HealingConfig:
         betas: Sequence[float] = self.betas
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}")
-        if self.steps == 0 and not self.closed_form:
-            raise ValueError("`steps` is 0 and `closed_form` is False: nothing would be healed")
+        if self.steps == 0 and not self.closed_form and not (self.natural_steps and self.scope == "model"):
+            raise ValueError("`steps` and `natural_steps` are 0 and `closed_form` is False: nothing would be healed")
         if self.scope == "block" and (self.matched.kl or self.matched.next_token):
             raise ValueError(
                 "with `scope` 'block' no loss reaches the output: `objectives` may weigh `hidden` and `modules` only"
@@ -208,6 +212,7 @@ _COUNTS = {
     "accumulate": 1,
     "closed_form_windows": 1,
     "metric_windows": 0,
+    "natural_steps": 0,
     "warmup": 0,
     "held_out": 0,
     "evaluate_every": 1,

@@ -182,6 +182,11 @@ class Coordinates:
         values = self.values.detach() if values is None else values
         self.core.write_(self.origin + (self.P @ values @ self.Q).double())
 
+    def begin_here_(self) -> None:
+        """Make the present core the origin."""
+        self.origin = self.core.value
+        self.values.data.zero_()
+
 
 def cores_of(model: nn.Module) -> dict[str, Core]:
     """Return the core of every compressed layer by name; layers before neurons that were given up have none.

@@ -19,6 +19,7 @@ from cur.healing.data import Text
 from cur.healing.learner import Learner
 from cur.healing.logs import Log
 from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
+from cur.healing.natural import natural_step_
 from cur.healing.pair import Pair, only_cores
 from cur.healing.report import HealingReport, best_step
 from cur.healing.sharing import share_
@@ -180,10 +181,18 @@ def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress
         log.write("closed form", 0, {fit.name: fit.after for fit in fits})
     seconds["closed form"] = time.perf_counter() - begin
     coordinates = {}
-    for name, (gram, output) in (_moments(pair, text, metrics) if config.steps else {}).items():
+    natural = config.natural_steps if config.scope == "model" else 0
+    for name, (gram, output) in (_moments(pair, text, metrics) if config.steps or natural else {}).items():
         coordinates[name] = Coordinates(
             pair.cores[name], gram, output, damping=config.damping, metric=metrics.get(name)
         )
+    begin = time.perf_counter()
+    for number in range(natural):
+        found = natural_step_(Goal(pair, None), coordinates, text, number=number)
+        log.write("natural step", number + 1, found)
+        if progress is not None:
+            progress(Status("natural steps", number + 1, natural, loss=found["loss"]))
+    seconds["natural steps"] = time.perf_counter() - begin
     return _Start(before, each, fits, coordinates)
 
 

@@ -28,13 +28,13 @@ class HealingReport:
     before : mapping of str to float
         Loss, its parts and perplexity on the held-out text before anything was changed; empty without held-out text.
     curve : sequence of mapping
-        The same after the closed form (``step`` 0) and at every look.
+        The same after the closed form and natural steps (``step`` 0) and at every look.
     steps : int
         Steps taken.
     best_step : int or None
-        The step whose state was kept: 0 is the closed form, -1 the model as it came, where nothing was better on the
-        held-out text; None without such text, when the last state is kept. By blocks, each of which keeps its own best,
-        that of the mean.
+        The step whose state was kept: 0 is what comes before steps, -1 the model as it came, where nothing was better
+        on the held-out text; None without such text, when the last state is kept. By blocks, each of which keeps its
+        own best, that of the mean.
     shared_bytes : int
         Bytes that student and teacher use together.
     seconds : mapping of str to float

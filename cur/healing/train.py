@@ -32,7 +32,7 @@ class Status:
     Attributes
     ----------
     stage : str
-        ``"closed form"``, whose steps are blocks, or ``"heal"``.
+        ``"closed form"``, whose steps are blocks, ``"natural steps"`` or ``"heal"``.
     step, steps : int
         Done, and in all.
     loss : float or None

@@ -106,8 +106,8 @@ def watch(status):
     if (status.stage, status.step) == (stage, moment):
         os.kill(os.getpid(), signal.SIGKILL)
 
-config = HealingConfig(scope="block", metric_windows=0, steps=6, held_out=4, evaluate_every=3, save_every=2, warmup=2,
-                       precision="float32")
+config = HealingConfig(scope="block", metric_windows=0, natural_steps=0, steps=6, held_out=4, evaluate_every=3,
+                       save_every=2, warmup=2, precision="float32")
 skeletons = load_skeleton(directory / "student"), load_skeleton(directory / "teacher")
 heal_blockwise(*skeletons, windows, directory / "parts", config, progress=watch)
 """

@@ -106,7 +106,7 @@ def test_low_memory(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     ("arguments", "message"),
     [
         (["--scope", "layer"], "`scope` must be one of model, block"),
-        (["--steps", "0", "--no-closed-form"], "nothing would be healed"),
+        (["--steps", "0", "--natural-steps", "0", "--no-closed-form"], "nothing would be healed"),
         (["--scope", "block", "--kl", "1"], "no loss reaches the output"),
         (["--windows", "500"], "is too short"),
         (["--teacher", "nowhere/at/all"], "does not exist"),
