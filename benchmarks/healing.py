@@ -100,6 +100,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.cache = options.cache
+        self.state = options.state
         self.teacher, self.tokenizer, self.source = load_model(options.model)
         self.valid = self._windows("valid.txt", read_text(options.wikitext / "valid.txt"), LENGTH, None)
         reference = "\n\n".join(topics.values())
@@ -139,7 +140,9 @@ class Bench:
 def healed(bench: Bench, name: str) -> dict[str, Any]:
     """Heal by a configuration."""
     student = bench.student()
-    report = heal(student, bench.teacher, bench.valid, HEALED[name], cache=bench.cache, progress=_show(name))
+    state = None if bench.state is None else bench.state / name
+    options: dict[str, Any] = {"cache": bench.cache, "state": state, "progress": _show(name)}
+    report = heal(student, bench.teacher, bench.valid, HEALED[name], **options)
     steps = report.steps
     return {
         "perplexity": bench.measure(student),
@@ -315,6 +318,7 @@ def main() -> None:
     parser.add_argument("--model", help="the dense model; default: SmolLM2-135M-Instruct")
     parser.add_argument("--student", type=Path, default=Path(tempfile.gettempdir()) / "cur-benchmark-student")
     parser.add_argument("--cache", type=Path, help="directory in which what the teacher says is kept")
+    parser.add_argument("--state", type=Path, help="directory in which an interrupted row of healing goes on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not options.wikitext.is_dir():
