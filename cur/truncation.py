@@ -19,7 +19,7 @@ from cur._validate import check_companion, check_finite_norm, check_matrix, chec
 from cur.factors import Folded
 from cur.importance import Weight, as_weight
 
-__all__ = ["WeightedSVD", "weighted_svd"]
+__all__ = ["WeightedSVD", "square_errors", "weighted_svd"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,9 +47,7 @@ class WeightedSVD:
     @property
     def square_errors(self) -> np.ndarray[Any, Any]:
         """Squares of the weighted error at the ranks 0 to k, float64, non-increasing; the last is 0."""
-        squares = to_numpy(self.singular_values).astype(np.float64) ** 2
-        # summed from the small end, which keeps the tails accurate
-        return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        return _tails(to_numpy(self.singular_values).astype(np.float64) ** 2)
 
     def truncate(self, rank: int) -> Folded:
         """Return the best approximation of a rank.
@@ -111,6 +109,38 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     return _svd(A, row_weights, column_weights, axes=(0, 1))
 
 
+def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> np.ndarray[Any, Any]:
+    """Compute :attr:`WeightedSVD.square_errors` alone, without singular vectors, which are most of the time.
+
+    Parameters
+    ----------
+    A, row_weights, column_weights
+        As for :func:`weighted_svd`.
+
+    Returns
+    -------
+    array, shape (min(m, n) + 1,)
+        Squares of the weighted error of the best approximations of the ranks 0, 1, ..., float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`weighted_svd`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> square_errors(np.diag([3.0, 2.0]), column_weights=np.array([1.0, 4.0])).round(12).tolist()
+    [25.0, 9.0, 0.0]
+    """
+    A = prepared(A)
+    xp, weights, axes = namespace(A), (row_weights, column_weights), (0, 1)
+    if A.shape[0] < A.shape[1]:
+        A, weights, axes = adjoint(A), (column_weights, row_weights), (1, 0)
+    *_, gram = _gram(A, *weights, axes=axes)
+    return _tails(to_numpy(_nonnegative(xp.flip(xp.linalg.eigvalsh(gram)), A, axes)).astype(np.float64))
+
+
 def prepared(A: Any) -> Array:
     """Check that a matrix is dense and finite, and bring it to the dtype to compute in."""
     check_matrix(A)
@@ -125,21 +155,38 @@ def prepared(A: Any) -> Array:
 def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedSVD:
     """Decompose a matrix with no fewer rows than columns; `axes` are its own in the matrix that the user passed."""
     xp = namespace(A)
+    B, weight, gram = _gram(A, long, short, axes=axes)
+    values, Q = xp.linalg.eigh(gram)
+    singular_values = xp.sqrt(_nonnegative(xp.flip(values), A, axes))
+    Q = xp.flip(Q, axis=1)
+    return WeightedSVD(B @ Q, adjoint(Q if weight is None else _undone(weight, Q)), singular_values)
+
+
+def _gram(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> tuple[Array, Weight | None, Array]:
+    """Return ``B = A F`` for the factor `F` of the weight of the shorter side, that weight, and ``B^H H B``."""
     original = A if axes[0] == 0 else adjoint(A)
     weight = as_weight(short, original, axes[1], A.dtype)
     B = A if weight is None else weight.apply(A, 1)
     gram = adjoint(B) @ weighed(B, long, original, axes[0])
-    values, Q = xp.linalg.eigh((gram + adjoint(gram)) / 2)
-    values, Q = xp.flip(values), xp.flip(Q, axis=1)
-    rounding = 100 * A.shape[0] * _array.unit_roundoff(A.dtype, A) * float(values[0])
+    return B, weight, (gram + adjoint(gram)) / 2
+
+
+def _nonnegative(values: Array, A: Array, axes: tuple[int, int]) -> Array:
+    """Return eigenvalues, non-increasing, without those that rounding made negative."""
+    xp = namespace(A)
+    rounding = 100 * max(A.shape) * _array.unit_roundoff(A.dtype, A) * float(values[0])
     if float(values[-1]) < -rounding:
         name = ("row_weights", "column_weights")[axes[0]]
         raise ValueError(
             f"`{name}` must have no negative eigenvalue; a direction of `A` has the weight {float(values[-1]):.3g}; "
             "pass a matrix of second moments or another positive semidefinite one"
         )
-    singular_values = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
-    return WeightedSVD(B @ Q, adjoint(Q if weight is None else _undone(weight, Q)), singular_values)
+    return xp.where(values > 0, values, xp.zeros_like(values))
+
+
+def _tails(squares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the sums of squares from each of them on, and 0; from the small end, which keeps them accurate."""
+    return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
 
 
 def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:

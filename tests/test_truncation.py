@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cur import importance, interpolative
-from cur.truncation import weighted_svd
+from cur.truncation import square_errors, weighted_svd
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (5, 1), (1, 5)]
 
@@ -42,6 +42,8 @@ def test_no_matrix_of_the_same_rank_is_nearer(shape: tuple[int, int], sides: str
         tail = np.sqrt((s[rank:] ** 2).sum())
         assert error == pytest.approx(tail, abs=1e-7 * s[0])
         assert found.square_errors[rank] == pytest.approx(tail**2, abs=1e-13 * s[0] ** 2)
+    alone = square_errors(A, row_weights=H, column_weights=G)
+    np.testing.assert_allclose(alone, found.square_errors, atol=1e-13 * s[0] ** 2)
     np.testing.assert_allclose(found.truncate(min(shape)).toarray(), A, atol=1e-10)
 
 

@@ -25,7 +25,7 @@ from cur.integrations.pruning import neuron_curves
 from cur.integrations.report import model_size, versions
 from cur.integrations.statistics import Statistics
 from cur.own_rows import own_rows
-from cur.truncation import weighted_svd
+from cur.truncation import square_errors
 
 __all__ = ["ALLOCATIONS", "METHODS", "BudgetConfig", "error_curves", "joint_curves", "plan_budget"]
 
@@ -162,8 +162,8 @@ def error_curves(
     for done, name in enumerate(names, start=1):
         W = finite_weight(model.get_submodule(name), name).to(torch.float64)
         H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
-        approximate = own_rows if config.method == "rows" else weighted_svd
-        squares = approximate(W, row_weights=H, column_weights=G).square_errors
+        weights: dict[str, Any] = {"row_weights": H, "column_weights": G}
+        squares = own_rows(W, **weights).square_errors if config.method == "rows" else square_errors(W, **weights)
         m, n = W.shape
         curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients)))
         if progress is not None:

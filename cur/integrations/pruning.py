@@ -23,7 +23,7 @@ from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInput
 from cur.integrations.plan import PlanEntry, PlanError
 from cur.integrations.report import LayerReport
 from cur.own_inputs import OwnInputs, fit, own_inputs
-from cur.truncation import weighted_svd
+from cur.truncation import square_errors, weighted_svd
 
 __all__ = ["FittedBefore", "fit_before", "keep_neurons", "neuron_curves"]
 
@@ -92,7 +92,7 @@ def _cuts(
                 inside, rows, columns = found.truncate(len(places)), H, found.moment[places][:, places]
             else:
                 inside, rows, columns = W[places], None if H is None else H[places][:, places], G
-            squares = weighted_svd(inside, row_weights=rows, column_weights=columns).square_errors
+            squares = square_errors(inside, row_weights=rows, column_weights=columns)
             m, n = inside.shape
             curves.append(LayerCurve.of(name, (m, n), squares, unit(whole, gradients=gradients)))
     lost = found.square_errors * unit(float(found.square_errors[0]), gradients=gradients)
