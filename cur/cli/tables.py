@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -22,31 +24,51 @@ __all__ = [
     "size_table",
 ]
 
+# Least width of a column of names.
+_LEAST = 12
+
+
+def _of_layers(title: str, names: Sequence[str], **options: Any) -> tuple[Table, list[str]]:
+    """Return a table whose lines are layers, and their names without what all have in common, which the title has.
+
+    It is to fit into 80 columns.
+    """
+    ways = [name.split(".")[:-1] for name in names]
+    common = ".".join(steps[0] for steps in takewhile(_alike, zip(*ways, strict=False)))
+    short = [name.removeprefix(f"{common}.") for name in names]
+    heading = f"{title}, all in {common}" if common else title
+    return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options), short
+
+
+def _alike(values: Sequence[str]) -> bool:
+    return len(set(values)) == 1
+
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one line for each compressed layer."""
     from cur.integrations.layouts import ranks_of
 
-    table = Table(title="Compressed layers", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("shape", "rank", "numbers kept", "error", "bound", "weighted", "certified"):
+    table, names = _of_layers("Compressed layers", [layer.name for layer in layers])
+    bounds = [_bound(layer) for layer in layers]
+    columns = {
+        "shape": [f"{layer.shape[0]} x {layer.shape[1]}" for layer in layers],
+        "rank": [ranks_of(layer) for layer in layers],
+        "kept": [f"{layer.parameters_after / layer.parameters_before:.1%}" for layer in layers],
+        "error": [f"{layer.certificate['relative']:.3f}" for layer in layers],
+        **({"bound": bounds} if any(bounds) else {}),
+        "weighted": [f"{layer.weighted_error:.3f}" for layer in layers],
+        "certified": [f"{layer.weighted_bound:.3f}" for layer in layers],
+    }
+    table.add_column("layer", overflow="fold", min_width=_LEAST)
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for layer in layers:
-        table.add_row(
-            layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            ranks_of(layer),
-            f"{layer.parameters_after / layer.parameters_before:.1%}",
-            f"{layer.certificate['relative']:.3f}",
-            _bound(layer),
-            f"{layer.weighted_error:.3f}",
-            f"{layer.weighted_bound:.3f}",
-        )
+    for row in zip(names, *columns.values(), strict=True):
+        table.add_row(*row)
+    bound = "bound: (B1), what the choice of rows and columns guaranteed beforehand; " if any(bounds) else ""
     table.caption = (
-        "error: certified, ||W - C U R|| / ||W|| in the Frobenius norm; bound: (B1), what the choice of "
-        "rows and "
-        "columns guaranteed beforehand; weighted: the error with every input feature weighted by its norm "
-        "on the calibration text, and its certified bound"
+        "kept: of the numbers; error: certified, ||W - C U R|| / ||W|| in the Frobenius norm; "
+        f"{bound}weighted: the error with every input feature weighted by its norm on the calibration text, and its "
+        "certified bound"
     )
     table.caption_justify = "left"
     return table
@@ -61,8 +83,8 @@ def plan_table(plan: Plan) -> Table:
     """Return one line for each layer of a plan."""
     from cur.integrations.layouts import ranks_of
 
-    table = Table(title="Plan", title_justify="left", show_footer=True)
-    table.add_column("layer", "all", overflow="fold")
+    table, names = _of_layers("Plan", [entry.name for entry in plan.entries], show_footer=True)
+    table.add_column("layer", "all", overflow="fold", min_width=_LEAST)
     for heading, footer in (
         ("shape", ""),
         ("rank", ""),
@@ -72,9 +94,9 @@ def plan_table(plan: Plan) -> Table:
         ("predicted", ""),
     ):
         table.add_column(heading, footer, justify="right", no_wrap=True)
-    for entry in plan.entries:
+    for name, entry in zip(names, plan.entries, strict=True):
         table.add_row(
-            entry.name,
+            name,
             f"{entry.shape[0]} x {entry.shape[1]}",
             ranks_of(entry),
             entry.layout,
@@ -133,19 +155,20 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
     """Return one line for each compressed layer of a checkpoint, and the totals."""
     from cur.integrations.layouts import ranks_of
 
-    table = Table(title=f"Compressed layers of {summary.directory}", title_justify="left", show_footer=True)
+    title = f"Compressed layers of {summary.directory}"
+    table, names = _of_layers(title, [layer.name for layer in summary.layers], show_footer=True)
     dense = sum(layer.dense_parameters for layer in summary.layers)
     kept = sum(layer.parameters for layer in summary.layers)
-    table.add_column("layer", "all", overflow="fold")
+    table.add_column("layer", "all", overflow="fold", min_width=_LEAST)
     table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("layout")
-    table.add_column("rank", justify="right")
-    table.add_column("numbers", f"{kept:,}", justify="right")
-    table.add_column("of dense", f"{kept / dense:.1%}", justify="right")
-    table.add_column("dtype")
-    for layer in summary.layers:
+    table.add_column("layout", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("numbers", f"{kept:,}", justify="right", no_wrap=True)
+    table.add_column("of dense", f"{kept / dense:.1%}", justify="right", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    for name, layer in zip(names, summary.layers, strict=True):
         table.add_row(
-            layer.name,
+            name,
             f"{layer.shape[0]} x {layer.shape[1]}",
             layer.layout,
             ranks_of(layer),
