@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -143,11 +144,15 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
     state = None if bench.state is None else bench.state / name
     options: dict[str, Any] = {"cache": bench.cache, "state": state, "progress": _show(name)}
     report = heal(student, bench.teacher, bench.valid, HEALED[name], **options)
-    steps = report.steps
+    # Of a row that went on after an interruption the seconds are not known.
+    whole = "closed form" in report.seconds
+    seconds = {**report.seconds, "a step": report.seconds["heal"] / report.steps if report.steps else None}
+    if state is not None:
+        shutil.rmtree(state)
     return {
         "perplexity": bench.measure(student),
         "trainable": report.trainable,
-        "seconds": {**report.seconds, "a step": report.seconds["heal"] / steps if steps else None},
+        "seconds": seconds if whole else {},
         "curve": [report.before, *report.curve],
         "fits": [asdict(fit) for fit in report.fits],
         "teacher from cache": bench.cache is not None,
@@ -165,7 +170,8 @@ def step_times(bench: Bench) -> dict[str, float]:
     for scope in ("model", "block"):
         with tempfile.TemporaryDirectory() as scratch:
             for what in ("teacher run", "teacher from cache"):
-                config = HealingConfig(steps=4, scope=scope, closed_form=False, metric_windows=0, held_out=0)
+                plain: dict[str, Any] = {"closed_form": False, "metric_windows": 0, "natural_steps": 0, "held_out": 0}
+                config = HealingConfig(steps=4, scope=scope, **plain)
                 clock: list[float] = []
                 heal(
                     student,

@@ -250,13 +250,21 @@ def healing(data: dict[str, Any]) -> str:
                 name,
                 *(f"{row['perplexity'][text]:.1f}" for text in texts),
                 f"{row['trainable']:,}" if "trainable" in row else "",
-                *(cell(seconds.get(stage)) for stage in ("closed form", "heal", "a step")),
+                *(cell(seconds.get(stage)) for stage in ("closed form", "natural steps", "heal", "a step")),
             ]
         )
         looks = [look for look in row.get("curve", []) if "kl" in look and "step" in look]
         if len(looks) > 1:
             curves.append([name, ", ".join(f"{look['step']}: {look['kl']:.3f}" for look in looks)])
-    head = ["Perplexity, lower is better", *texts, "Numbers that learn", "s, closed form", "s, steps", "s, one step"]
+    head = [
+        "Perplexity, lower is better",
+        *texts,
+        "Numbers that learn",
+        "s, closed form",
+        "s, natural",
+        "s, steps",
+        "s, one",
+    ]
     parts = [table(head, rows)]
     if curves:
         parts.append(table(["Divergence from the teacher on held-out windows", "by step, in nats per token"], curves))

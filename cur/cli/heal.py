@@ -53,7 +53,7 @@ def heal(
     ] = None,
     closed_form: Annotated[bool, typer.Option(help="Whether least squares come first.")] = True,
     natural_steps: Annotated[
-        int, typer.Option(help="Steps of natural gradient, as long as they help, after that; not with --scope block.")
+        int, typer.Option(help="Steps of natural gradient after that, each as long as helps; none with --scope block.")
     ] = 1,
     kl: Annotated[
         float | None,
@@ -107,8 +107,8 @@ def heal(
     """Win back what compression lost, by training only the small matrices U against the dense model.
 
     First the best U for the text are found by least squares and a step of natural gradient, then small steps refine
-    them. Rows and columns stay as
-    they are. Run the same command again after an interruption: it continues where it was.
+    them. Rows and columns stay as they are. Run the same command again after an interruption: it continues where it
+    was.
     """
     import torch
 

@@ -89,8 +89,7 @@ def plan_table(plan: Plan) -> Table:
         ("shape", ""),
         ("rank", ""),
         ("layout", ""),
-        ("numbers", f"{plan.parameters:,}"),
-        ("of dense", f"{plan.parameters / plan.dense_parameters:.1%}" if plan.entries else ""),
+        ("kept", f"{plan.parameters / plan.dense_parameters:.1%}" if plan.entries else ""),
         ("predicted", ""),
     ):
         table.add_column(heading, footer, justify="right", no_wrap=True)
@@ -100,13 +99,13 @@ def plan_table(plan: Plan) -> Table:
             f"{entry.shape[0]} x {entry.shape[1]}",
             ranks_of(entry),
             entry.layout,
-            f"{entry.parameters:,}",
             f"{entry.parameters / entry.dense_parameters:.1%}",
             "" if entry.predicted is None else f"{entry.predicted:.2e}",
         )
     table.caption = (
-        "predicted: the increase of the loss per token where gradients were measured; else the squared relative error "
-        "of the outputs, of which fixed ranks are told what no factorization goes below"
+        f"kept: of the numbers, {plan.parameters:,} in all; predicted: the increase of the loss per token where "
+        "gradients were measured; else the squared relative error of the outputs, of which fixed ranks are told what "
+        "no factorization goes below"
     )
     table.caption_justify = "left"
     return table
@@ -163,8 +162,7 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("numbers", f"{kept:,}", justify="right", no_wrap=True)
-    table.add_column("of dense", f"{kept / dense:.1%}", justify="right", no_wrap=True)
+    table.add_column("kept", f"{kept / dense:.1%}", justify="right", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     for name, layer in zip(names, summary.layers, strict=True):
         table.add_row(
@@ -172,8 +170,9 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
             f"{layer.shape[0]} x {layer.shape[1]}",
             layer.layout,
             ranks_of(layer),
-            f"{layer.parameters:,}",
             f"{layer.parameters / layer.dense_parameters:.1%}",
             layer.dtype,
         )
+    table.caption = f"kept: of the numbers, {kept:,} in all"
+    table.caption_justify = "left"
     return table

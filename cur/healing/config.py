@@ -88,8 +88,8 @@ class HealingConfig:
         Windows over which gradients say how much each output matters to the closed form and to the whitened
         coordinates; 0 lets all count alike.
     natural_steps : int, default 1
-        Steps of natural gradient, as long as they lower the loss, between the closed form and those of the optimizer.
-        For the scope ``"model"``; see :func:`~cur.healing.natural.natural_step_`.
+        Steps of natural gradient between the closed form and those of the optimizer, each as long as lowers the loss of
+        held-out text. The scope ``"block"`` leaves them out. See :func:`~cur.healing.natural.natural_step_`.
     learning_rate : float, default 1.0
         Largest size of a step, relative to what the quadratic model of the loss asks for; see
         :meth:`~cur.healing.learner.Learner.rate`.
@@ -176,7 +176,9 @@ class HealingConfig:
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}")
         if self.steps == 0 and not self.closed_form and not (self.natural_steps and self.scope == "model"):
-            raise ValueError("`steps` and `natural_steps` are 0 and `closed_form` is False: nothing would be healed")
+            raise ValueError(
+                "nothing would be healed: ask for `steps`, `closed_form` or, with the `scope` 'model', `natural_steps`"
+            )
         if self.scope == "block" and (self.matched.kl or self.matched.next_token):
             raise ValueError(
                 "with `scope` 'block' no loss reaches the output: `objectives` may weigh `hidden` and `modules` only"

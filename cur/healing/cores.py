@@ -173,9 +173,9 @@ class Coordinates:
         eye = torch.eye(core.rank, dtype=torch.float64, device=core.value.device)
         return cls(core, eye, 1.0, damping=1.0)
 
-    def take_gradient_(self) -> None:
-        """Move the gradient from the layer to the coordinates, in place."""
-        self.values.grad = self.P.T @ self.core.take_gradient() @ self.Q.T
+    def take_gradient(self) -> Tensor:
+        """Return the gradient with respect to the coordinates, and clear it in the layer."""
+        return self.P.T @ self.core.take_gradient() @ self.Q.T
 
     def write_(self, values: Tensor | None = None) -> None:
         """Store the core that these coordinates (default: the present ones) stand for in the layer, in place."""

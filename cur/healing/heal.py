@@ -24,7 +24,7 @@ from cur.healing.pair import Pair, only_cores
 from cur.healing.report import HealingReport, best_step
 from cur.healing.sharing import share_
 from cur.healing.state import StateFile, digest
-from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
+from cur.healing.train import Goal, Progress, Status, Task, look, saving_memory, summary, train
 from cur.integrations._forward import evaluating, model_inputs, padding_mask
 from cur.integrations.calibration import collect_gradients
 from cur.integrations.report import versions
@@ -68,7 +68,8 @@ def heal(
     batches : Tensor or sequence of mapping
         Text: token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
     config : HealingConfig, optional
-        Default: the closed form, then 100 steps on the teacher's distribution of the next token.
+        Default: the closed form, a step of natural gradient, then 100 small ones on the teacher's distribution of the
+        next token.
     state : path, optional
         Directory for the state and the log (``log.jsonl``). If it holds the state of the same run, healing goes on from
         there and ends with the weights of an uninterrupted run, bit for bit on the same machine with as many threads.
@@ -163,7 +164,7 @@ class _Start:
 
 
 def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress: Progress | None) -> _Start:
-    """Look at the student as it is, measure what its outputs matter, solve the closed form, and take coordinates."""
+    """Look at the student as it is, and do all that comes before the steps of the optimizer."""
     config = pair.config
     each = look(pair, [Goal(pair, block) for block in _blocks(pair)], text)
     before = summary(each)
@@ -188,8 +189,9 @@ def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress
         )
     begin = time.perf_counter()
     for number in range(natural):
-        found = natural_step_(Goal(pair, None), coordinates, text, number=number)
-        log.write("natural step", number + 1, found)
+        with saving_memory(pair):
+            found = natural_step_(Goal(pair, None), coordinates, text, number=number)
+        log.write("natural step", 0, {"number": number + 1, **found})
         if progress is not None:
             progress(Status("natural steps", number + 1, natural, loss=found["loss"]))
     seconds["natural steps"] = time.perf_counter() - begin

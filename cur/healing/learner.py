@@ -30,7 +30,7 @@ class Learner:
     config : HealingConfig
         Rate, decay and clipping.
     before : float, optional
-        Held-out loss of the model as it came, before least squares: what the best state has to beat.
+        Held-out loss of the model as it came, before anything was changed: what the best state has to beat.
 
     Attributes
     ----------
@@ -117,9 +117,7 @@ class Learner:
         """
         values = [c.values for c in self.coordinates.values()]
         for c in self.coordinates.values():
-            c.take_gradient_()
-            if c.values.grad is not None and batches > 1:
-                c.values.grad /= batches
+            c.values.grad = c.take_gradient() / batches
         norm = float(nn.utils.get_total_norm([v.grad for v in values if v.grad is not None]))
         if not torch.isfinite(torch.tensor(norm)):
             bad = [n for n, c in self.coordinates.items() if not bool(torch.isfinite(_grad(c.values)).all())]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from cur._errors import NumericalError
 from cur.healing.cores import Coordinates
 from cur.healing.data import Text
 from cur.healing.train import Goal
 
-__all__ = ["natural_step_"]
+__all__ = ["natural_step_", "search"]
 
-# Windows whose mean gradient gives the direction; and of them those on which its length is searched for, if none are
-# held out.
-_WINDOWS, _WATCHED = 32, 8
+# Windows, or batches where the text comes as such, whose mean gradient gives the direction; and those on which the
+# length is searched for.
+_LEARNT, _WATCHED = 32, 8
 
 # The first length to be tried, relative to where a straight line would reach a loss of zero, and how many are.
 _FIRST, _TRIES = 0.25, 6
@@ -26,8 +26,9 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
     r"""Move the cores of all layers along the natural gradient of a loss to where it is least, in place.
 
     In the coordinates of :class:`~cur.healing.cores.Coordinates` the gradient is the Kronecker-factored natural one
-    (Martens and Grosse, arXiv 1503.05671). The length is doubled, or halved, as long as the loss on the windows
-    that are held out falls; the cores stay where they are if it never does.
+    (Martens and Grosse, arXiv 1503.05671). The length is doubled as long as the loss on held-out text falls, or halved
+    until it does; the cores stay where they are if it never does. Without held-out text the windows that gave the
+    gradient are watched.
 
     Parameters
     ----------
@@ -36,39 +37,45 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
     coordinates : mapping of str to Coordinates
         By layer; they begin anew where the step leads.
     text : Text
-        What to learn from.
+        What to learn from, and what is held out.
     number : int
-        Of the step, from 0: each has windows of its own.
+        Of the step, from 0: one after the other they go on in the text.
 
     Returns
     -------
     dict of str to float
-        ``"loss"`` where the step leads, and ``"before"`` it, on these windows; ``"length"``, relative to where a
+        ``"loss"`` where the step leads, and ``"before"`` it, on the watched windows; ``"length"``, relative to where a
         straight line would reach a loss of zero.
 
     Raises
     ------
     NumericalError
-        If a loss or a gradient is not finite; the cores are left as they were.
+        If the loss or a gradient is not finite; the cores are left as they were.
     """
-    each = -(-_WINDOWS // text.batch_size)
+    each = min(-(-_LEARNT // text.batch_size), text.count // text.batch_size)
     batches = [text.batch(number * each + place) for place in range(each)]
     watched = [
-        (batch, goal.pair.teach(batch)) for batch in text.held_out() or batches[: -(-_WATCHED // text.batch_size)]
+        (batch, goal.pair.teach(batch)) for batch in (text.held_out() or batches)[: -(-_WATCHED // text.batch_size)]
     ]
     start = {name: one.core.value for name, one in coordinates.items()}
     try:
         with torch.enable_grad():
             losses = [goal.learn(batch, goal.pair.teach(batch))["loss"] for batch in batches]
-        way = {name: _gradient(one) / each for name, one in coordinates.items()}
+        way = {name: one.take_gradient() / each for name, one in coordinates.items()}
         square = sum(float(part.square().sum()) for part in way.values())
+        if not math.isfinite(square):
+            raise NumericalError("a gradient is not finite")
         whole = sum(losses) / each / square if square > 0 else 0.0
 
         def loss(length: float) -> float:
-            for name, one in coordinates.items():
-                one.write_(-length * whole * way[name])
-            looks = [goal.look(batch, taught)["loss"] for batch, taught in watched]
-            return sum(looks) / len(looks)
+            try:
+                for name, one in coordinates.items():
+                    one.write_(-length * whole * way[name])
+                return sum(goal.look(batch, taught)["loss"] for batch, taught in watched) / len(watched)
+            except NumericalError:
+                if length == 0:
+                    raise
+                return math.inf
 
         before = loss(0.0)
         least, length = search(loss, before) if whole else (before, 0.0)
@@ -83,15 +90,6 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
         one.write_(-length * whole * way[name])
         one.begin_here_()
     return {"before": before, "loss": least, "length": length}
-
-
-def _gradient(one: Coordinates) -> Tensor:
-    one.take_gradient_()
-    gradient, one.values.grad = one.values.grad, None
-    assert gradient is not None
-    if not bool(torch.isfinite(gradient).all()):
-        raise NumericalError(f"the gradient of {one.core.name} is not finite")
-    return gradient
 
 
 def search(loss: Callable[[float], float], before: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from cur.healing.pair import Loss, Pair
 from cur.healing.stack import checkpointing
 from cur.healing.state import StateFile
 
-__all__ = ["Goal", "Progress", "Status", "Task", "look", "summary", "train"]
+__all__ = ["Goal", "Progress", "Status", "Task", "look", "saving_memory", "summary", "train"]
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def train(
             loop.try_()
         keep()
     first, begin = done, time.perf_counter()
-    with checkpointing(_learning(pair)) if config.gradient_checkpointing else nullcontext():
+    with saving_memory(pair):
         while done < config.steps and not loop.stale():
             figures = loop.step(done)
             done += 1
@@ -274,6 +274,11 @@ def _token_count(batch: Mapping[str, Any]) -> int:
     """Return the number of tokens in a batch, without padding."""
     mask = batch.get("attention_mask")
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+def saving_memory(pair: Pair) -> AbstractContextManager[None]:
+    """Let blocks be run a second time in the backward pass, if the configuration says so."""
+    return checkpointing(_learning(pair)) if pair.config.gradient_checkpointing else nullcontext()
 
 
 def _learning(pair: Pair) -> list[torch.nn.Module]:

@@ -96,7 +96,7 @@ def collect(
     Raises
     ------
     TypeError
-        If gradients are asked for, and the model has no input embeddings or no logits.
+        If gradients are asked for, and the model is an encoder-decoder or has no input embeddings or no logits.
     ValueError
         If there is no batch, no token, no such module, a module that received nothing or that no gradient reached, or
         a module whose input does not have one row per token although there is padding.
@@ -154,11 +154,11 @@ def collect_gradients(
     Raises
     ------
     TypeError
-        If the model has no input embeddings or no logits.
+        If the model is an encoder-decoder, or has no input embeddings or no logits.
     ValueError
-        If there is no batch, no such module, or a module that no gradient reached.
+        If there is no batch, one token in all, no such module, or a module that no gradient reached.
     NumericalError
-        If a gradient is NaN or infinite; the message names the module.
+        If the loss or a gradient is NaN or infinite; the message names the module.
     """
     if not find_modules(model, modules, "modules"):
         raise ValueError("`modules` is empty: there is nothing to measure")

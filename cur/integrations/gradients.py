@@ -39,10 +39,15 @@ class OutputGradients:
     Raises
     ------
     TypeError
-        If the model has no input embeddings.
+        If the model is an encoder-decoder, or has no input embeddings.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], masks: Masks, *, seed: int) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise TypeError(
+                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
+                "encoder-decoder; leave them out (`gradients=False`, --no-gradients)"
+            )
         get = getattr(model, "get_input_embeddings", None)
         embeddings = get() if callable(get) else None
         if not isinstance(embeddings, nn.Module):

@@ -140,7 +140,11 @@ class Statistics:
 
     def output_moment(self, name: str, /) -> torch.Tensor:
         """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
-        total = self._get(self.output_products, name, "no gradients (add them with `collect_gradients`)")
+        total = self._get(
+            self.output_products,
+            name,
+            "no gradients (measure them with `collect(gradients=...)`, or add them with `collect_gradients`)",
+        )
         return total / self.output_counts[name]
 
     def check(self, model: nn.Module) -> None:

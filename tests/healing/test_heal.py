@@ -253,6 +253,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert same(torch.load(tmp_path / "whole.out"), torch.load(tmp_path / "killed.out"))
     lines = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["number"] for line in lines if line["event"] == "natural step"] == [1]
 
 
 @pytest.mark.parametrize("stop", [1, 4])

@@ -47,6 +47,84 @@ def test_it_needs_no_least_squares(
         settings(steps=0, closed_form=False, scope="block", natural_steps=3)
 
 
+@pytest.mark.parametrize("layout", ["cur", "folded", "interpolative"])
+def test_every_layout_takes_two(
+    layout: str,
+    teacher: PreTrainedModel,
+    make_student: Callable[..., Any],
+    windows: torch.Tensor,
+    settings: Callable[..., HealingConfig],
+) -> None:
+    losses = []
+    for steps in (1, 2):
+        student = make_student(teacher, layout=layout)
+        report = heal(student, teacher, windows, settings(steps=0, natural_steps=steps, closed_form=False))
+        losses += [report.before["loss"], report.curve[0]["loss"]]
+    assert losses[3] < losses[1] < 0.98 * losses[0]
+
+
+def test_text_that_is_short_or_comes_as_batches_is_seen_once(
+    teacher: PreTrainedModel,
+    make_student: Callable[..., Any],
+    windows: torch.Tensor,
+    settings: Callable[..., HealingConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    learn = cur.healing.train.Goal.learn
+
+    def watch(self: Any, batch: Any, taught: Any) -> dict[str, float]:
+        seen.append(len(batch["input_ids"]))
+        return learn(self, batch, taught)
+
+    monkeypatch.setattr(cur.healing.train.Goal, "learn", watch)
+    some = windows[:8]
+    for given in (some, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in some.split(4)]):
+        seen.clear()
+        heal(make_student(teacher), teacher, given, settings(steps=0, natural_steps=1, held_out=0))
+        assert seen == [4, 4]
+
+
+def test_memory_can_be_saved_for_time(
+    teacher: PreTrainedModel,
+    make_student: Callable[..., Any],
+    windows: torch.Tensor,
+    settings: Callable[..., HealingConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    checkpointing = cur.healing.train.checkpointing
+    monkeypatch.setattr(cur.healing.train, "checkpointing", lambda blocks: asked.append(True) or checkpointing(blocks))
+    found = []
+    for saving in (False, True):
+        student = make_student(teacher)
+        config = settings(steps=0, natural_steps=1, gradient_checkpointing=saving)
+        found.append(heal(student, teacher, windows, config).curve[0]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert asked == [True, True]  # for the natural step, and for the loop of the others
+
+
+def test_a_length_at_which_the_loss_is_not_finite_is_too_long(
+    teacher: PreTrainedModel,
+    make_student: Callable[..., Any],
+    windows: torch.Tensor,
+    settings: Callable[..., HealingConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look, calls = cur.healing.train.Goal.look, []
+
+    def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 3:  # of what is held out: before anything, at length 0, at the first length
+            raise NumericalError("the loss is not finite")
+        return look(self, batch, taught)
+
+    monkeypatch.setattr(cur.healing.train.Goal, "look", broken)
+    report = heal(make_student(teacher), teacher, windows, settings(steps=0, natural_steps=1, closed_form=False))
+    assert len(calls) > 4
+    assert report.curve[0]["loss"] < report.before["loss"]
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(
     teacher: PreTrainedModel,
     make_student: Callable[..., Any],

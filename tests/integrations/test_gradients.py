@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from cur import NumericalError
 from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, gradients, linear_modules
+from tests.integrations.architectures import make
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
 
@@ -161,6 +162,8 @@ def test_what_cannot_be_measured_says_so(llama: PreTrainedModel, windows: torch.
         go(llama, ["lm_head"], [])
     with pytest.raises(TypeError, match="Linear has none"):
         go(nn.Linear(2, 2), [""], [windows])
+    with pytest.raises(TypeError, match=r"T5ForConditionalGeneration is an encoder-decoder.*--no-gradients"):
+        go(make("t5"), ["decoder.block.0.layer.0.SelfAttention.q"], [windows])
     with pytest.raises(TypeError, match="logits per token, which LlamaModel does not give"):
         go(llama.model, ["layers.0.mlp.up_proj"], [windows])
     llama.idle = nn.Linear(2, 2)

@@ -10,7 +10,8 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from cur.cli.tables import layers_table
+from cur.cli.tables import checkpoint_table, layers_table, plan_table
+from cur.integrations.plan import PlanEntry
 
 
 def layer(name: str, **others: Any) -> Any:
@@ -33,6 +34,38 @@ def test_a_layer_takes_one_line_of_80_columns() -> None:
         (line,) = (line for line in text.splitlines() if f" {name.removeprefix('model.layers.')} " in line)
         assert line.split()[-6:] == ["1382,", "410", "70.0%", "0.100", "0.100", "0.100"]
     assert "bound:" not in text
+
+
+def test_so_does_a_layer_of_a_plan_and_of_a_checkpoint() -> None:
+    common: dict[str, Any] = {"name": "model.layers.17.self_attn.q_proj", "shape": (1536, 576), "predicted": 1.5e-4}
+    wide = {"rank": 1382, "layout": "inputs", "method": "neurons", "inner_rank": 410}
+    entries = (
+        PlanEntry(**{**common, **wide, "shape": (576, 1536)}),
+        PlanEntry(**{**common, "name": "model.layers.9.mlp.down_proj", "rank": 500, "layout": "interpolative"}),
+    )
+    plan: Any = SimpleNamespace(entries=entries, parameters=1_000, dense_parameters=2_000)
+    text = printed(plan_table(plan), 80)
+    for entry in entries:
+        (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)
+        assert line.split()[-1] == "1.50e-04"
+        assert entry.layout in line
+    layers = [
+        SimpleNamespace(
+            name=entry.name,
+            shape=entry.shape,
+            layout=entry.layout,
+            rank=entry.rank,
+            inner_rank=entry.inner_rank,
+            parameters=entry.parameters,
+            dense_parameters=entry.dense_parameters,
+            dtype="bfloat16",
+        )
+        for entry in entries
+    ]
+    text = printed(checkpoint_table(SimpleNamespace(directory="small", layers=layers)), 80)
+    for entry in entries:
+        (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)
+        assert line.split()[-1] == "bfloat16"
 
 
 def test_bounds_have_a_column_where_there_are_some() -> None:
