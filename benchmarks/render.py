@@ -171,7 +171,8 @@ def quality(data: dict[str, Any]) -> str:
         f"*Calibration: {calibration['windows']} windows of {calibration['length']} tokens, and for rows on own text "
         f"{calibration['own']} that the model wrote{took}. "
         f"{windows_scored(data['rows'])} Products while scoring: {', '.join(products)}. The seconds of the row of a "
-        "method that was measured first include what its rows share.*"
+        "method that was measured first include what its rows share; peak memory is that of a process which measured "
+        "other rows too.*"
     )
     return "\n\n".join([*parts, provenance(data)])
 
