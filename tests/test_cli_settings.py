@@ -7,7 +7,7 @@ import pytest
 from cur.cli.settings import compress_config
 from cur.integrations import BudgetConfig, CompressConfig
 
-SHARING = ("allocation", "neurons", "gradients", "own_text", "correction")
+SHARING = ("allocation", "neurons", "gradients", "gradient_checkpointing", "own_text", "correction")
 FIXED = ("layers", "rank", "layout", "importance", "link")
 
 

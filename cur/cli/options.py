@@ -96,6 +96,10 @@ Gradients = Annotated[
     bool,
     typer.Option(help="Whether gradients say how much each output matters; costs memory and time. For a budget."),
 ]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Gradients in less memory and more time. For a budget."),
+]
 Allocation = Annotated[
     str,
     typer.Option(

@@ -31,7 +31,8 @@ def compress_config(
     budget : mapping
         ``keep``, ``parameters`` and ``size`` of a budget; the size as text, for instance "200MB".
     sharing : mapping
-        How a budget is shared: ``allocation``, ``neurons``, ``gradients``, ``own_text`` and ``correction``.
+        How a budget is shared: ``allocation``, ``neurons``, ``gradients``, ``gradient_checkpointing``,
+        ``own_text`` and ``correction``.
     fixed : mapping
         Options of the paper's setting; ``layers`` as text.
     common : mapping

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cur.integrations._forward import body, model_inputs, run
 from cur.integrations.evaluate import head_is_separate, output_head
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import compressed_modules
 
-__all__ = ["Entry", "Outputs", "ReachedError", "Stack", "checkpointing"]
+__all__ = ["Entry", "Outputs", "ReachedError", "Stack"]
 
 
 class ReachedError(Exception):
@@ -184,26 +183,3 @@ def _hidden_of(output: Any) -> Tensor:
     """Return the hidden state in what a block returns."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
-
-
-@contextmanager
-def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep only the inputs of blocks for the backward pass, and run each block again then."""
-
-    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def again(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            # Blocks are run in evaluation mode: there is no random state to restore.
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        return again
-
-    wrappers: list[Any] = list(blocks)
-    for block in wrappers:
-        block.forward = wrapped(block.forward)
-    try:
-        yield
-    finally:
-        for block in wrappers:
-            del block.forward

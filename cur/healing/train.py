@@ -19,8 +19,8 @@ from cur.healing.data import Text
 from cur.healing.learner import Learner
 from cur.healing.logs import Log
 from cur.healing.pair import Loss, Pair
-from cur.healing.stack import checkpointing
 from cur.healing.state import StateFile
+from cur.integrations._forward import checkpointing
 
 __all__ = ["Goal", "Progress", "Status", "Task", "look", "saving_memory", "summary", "train"]
 

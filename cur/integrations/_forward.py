@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cur.integrations.experts import LinearExperts
 
@@ -21,6 +22,7 @@ __all__ = [
     "all_finite",
     "body",
     "check_finite_weights",
+    "checkpointing",
     "decoder_mask",
     "evaluating",
     "find_modules",
@@ -54,6 +56,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         # Not `train(True)`, which would also wake modules that were frozen in evaluation mode.
         for module in training:
             module.training = True
+
+
+@contextmanager
+def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep only the inputs of blocks for the backward pass, and run each block again then."""
+
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            # Blocks are run in evaluation mode: there is no random state to restore.
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return again
+
+    wrappers: list[Any] = list(blocks)
+    for block in wrappers:
+        block.forward = wrapped(block.forward)
+    try:
+        yield
+    finally:
+        for block in wrappers:
+            del block.forward
 
 
 def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> dict[str, Any]:

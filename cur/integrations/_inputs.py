@@ -37,6 +37,8 @@ class InputSums:
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
         self.seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        # A backward pass may call the modules a second time.
+        self.listening = False
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         return [
@@ -45,15 +47,19 @@ class InputSums:
 
     def start(self) -> None:
         self.seen.clear()
+        self.listening = True
 
     def finish(self) -> str | None:
         """Name the first module, in the order of the calls, whose inputs are not finite."""
+        self.listening = False
         # One question to the device for all modules: each would make the host wait for it.
         first = first_false([torch.isfinite(total).all() for total in self.sums.values()])
         return None if first is None else f"the input of {self.names[list(self.sums)[first]][0]!r}"
 
     def _hook(self, key: int) -> Callable[..., None]:
         def gather(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.listening:
+                return
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} is not called with a tensor; its input cannot be measured")

@@ -63,6 +63,8 @@ class BudgetConfig:
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
+    gradient_checkpointing : bool, default False
+        Whether gradients take a second forward pass through every block instead of keeping its activations.
     own_text : float, default 0.25
         How much text the model writes, from random first tokens, to be calibrated on that, too, as a multiple of what
         is given: what is kept then serves other domains than that of the given text as well. 0 leaves this out, and
@@ -94,6 +96,7 @@ class BudgetConfig:
     allocation: str = "loss"
     neurons: bool = True
     gradients: bool = True
+    gradient_checkpointing: bool = False
     own_text: float = 0.25
     correction: float = 0.5
     targets: str | tuple[str, ...] = ALL_LINEAR

@@ -18,6 +18,7 @@ from cur.integrations._forward import (
     Seen,
     body,
     check_finite_weights,
+    checkpointing,
     evaluating,
     find_modules,
     find_nonfinite,
@@ -28,6 +29,7 @@ from cur.integrations._forward import (
 from cur.integrations._inputs import InputSums
 from cur.integrations.experts import unrolled
 from cur.integrations.gradients import OutputGradients
+from cur.integrations.layers import decoder_layers
 from cur.integrations.statistics import Statistics, by_stack
 
 __all__ = ["Statistics", "collect", "collect_gradients"]
@@ -42,6 +44,7 @@ def collect(
     moments: Literal["diagonal", "full"] = "diagonal",
     layers: Sequence[str] | None = None,
     gradients: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -83,6 +86,8 @@ def collect(
         angular distances.
     gradients : sequence of str, optional
         Full names of the modules at whose outputs gradients are measured.
+    gradient_checkpointing : bool, default False
+        Whether the backward pass runs every block again instead of keeping its activations.
     seed : int, default 0
         For the labels of the gradients.
     progress : callable, optional
@@ -106,7 +111,9 @@ def collect(
     if moments not in ("diagonal", "full"):
         raise ValueError(f"`moments` must be 'diagonal' or 'full', got {moments!r}")
     with unrolled(model):
-        return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, seed, progress)
+        blocks = [block for _, block in decoder_layers(model)] if gradients and gradient_checkpointing else []
+        with checkpointing(blocks):
+            return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, seed, progress)
 
 
 def collect_gradients(

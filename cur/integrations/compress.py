@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
-"""Called as ``progress(stage, done, total)``: ``sample``, ``calibrate`` and ``gradients`` in samples, ``plan`` and
+"""Called as ``progress(stage, done, total)``: ``sample`` and ``calibrate`` in samples, ``plan`` and
 ``decompose`` in layers, ``neurons`` in feed-forward networks."""
 
 
@@ -260,6 +260,7 @@ def measure(
             names,
             full=isinstance(config, BudgetConfig) or config.needs_moments,
             gradients=config.gradients if isinstance(config, BudgetConfig) else False,
+            checkpointing=config.gradient_checkpointing if isinstance(config, BudgetConfig) else False,
             seed=config.seed,
             progress=progress,
         )
@@ -286,6 +287,7 @@ def measure_plan(
             [entry.name for entry in plan.entries],
             full=plan.needs_moments,
             gradients=any(entry.gradients for entry in plan.entries),
+            checkpointing=False,
             seed=plan.seed,
             progress=progress,
         )
@@ -299,6 +301,7 @@ def _collect(
     *,
     full: bool,
     gradients: bool,
+    checkpointing: bool,
     seed: int,
     progress: StageProgress | None,
 ) -> Statistics:
@@ -309,6 +312,7 @@ def _collect(
         moments="full" if full else "diagonal",
         layers=[name for name, _ in decoder_layers(model)],
         gradients=names if gradients else (),
+        gradient_checkpointing=checkpointing,
         seed=seed,
         progress=None if progress is None else functools.partial(progress, "calibrate"),
     )

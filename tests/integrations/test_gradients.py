@@ -139,6 +139,30 @@ def test_one_pass_does_it_all(causal_model: PreTrainedModel, windows: torch.Tens
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name)
 
 
+def test_activations_need_not_be_kept(any_model: PreTrainedModel, windows: torch.Tensor) -> None:
+    modules, inside = names_of(any_model), [name for name, _ in decoder_layers(any_model)]
+    kept: list[int] = []
+    found = []
+    for saving in (False, True):
+        tensors: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):  # noqa: B023
+            options: dict[str, Any] = {"moments": "full", "layers": inside, "gradients": modules}
+            found.append(
+                collect(
+                    any_model, batches(windows, batch_size=3), modules=modules, **options, gradient_checkpointing=saving
+                )
+            )
+        kept.append(sum(x.nbytes for x in tensors))
+    assert kept[1] < kept[0] / 2
+    assert found[0].counts == found[1].counts
+    assert found[0].output_counts == found[1].output_counts
+    for name in modules:
+        for kind in ("second_moment", "output_moment"):
+            plain, saved = (getattr(one, kind)(name) for one in found)
+            torch.testing.assert_close(saved, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()), msg=name)
+    assert not any("forward" in block.__dict__ for _, block in decoder_layers(any_model))
+
+
 def test_the_model_is_left_as_it_was(llama: PreTrainedModel, windows: torch.Tensor, nothing: Statistics) -> None:
     llama.model.norm.weight.requires_grad_(False)
     llama.train()
