@@ -45,7 +45,7 @@ def test_the_change_is_that_of_the_layer_and_obeys_the_theorem(
     model = make_model(kind)
     dense = copy.deepcopy(model)
     targets = {"llama": ("q_proj", "gate_proj"), "gpt2": ("c_attn", "c_fc"), "opt": ("q_proj", "fc1")}[kind]
-    report = compress(model, windows, CompressConfig(layers=2, rank=6, targets=targets))
+    report = compress(model, windows, CompressConfig(layers=2, rank=6, targets=targets, batch_size=4))
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer in report.layers:
         part = dense.get_submodule(layer.name)
