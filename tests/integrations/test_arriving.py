@@ -266,7 +266,8 @@ def test_the_mode_of_layers_is_that_of_the_model(llama: PreTrainedModel, windows
     assert all(module.training for module in llama.modules())
 
 
-def test_text_for_a_fit_comes_from_all_over() -> None:
+def test_text_for_a_fit_comes_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cur.integrations.arriving._TOKENS_PER_INPUT", 20)
     given = list(batches(torch.arange(40)[:, None].expand(40, 100), batch_size=2))
     found = [int(batch["input_ids"][0, 0]) for batch in spread(given, 40)]  # 800 tokens, of 200 a batch
     assert found == [4, 14, 24, 34]
