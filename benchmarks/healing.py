@@ -56,6 +56,7 @@ HEALED = {
     "closed form, a natural step, then 100": HealingConfig(),
     "the same, hidden states too": HealingConfig(objectives=Objectives(kl=1.0, hidden=1.0)),
     "the same, the paper's objective": HealingConfig(objectives=PAPER),
+    "the same, the text itself too": HealingConfig(objectives=Objectives(kl=1.0, next_token=1.0)),
     "closed form, then 100 steps by blocks": HealingConfig(scope="block"),
     "closed form, then 300 steps": HealingConfig(steps=300, natural_steps=0),
     "closed form, a natural step, then 1000": HealingConfig(steps=1000),
