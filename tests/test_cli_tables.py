@@ -49,19 +49,8 @@ def test_so_does_a_layer_of_a_plan_and_of_a_checkpoint() -> None:
         (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)
         assert line.split()[-1] == "1.50e-04"
         assert entry.layout in line
-    layers = [
-        SimpleNamespace(
-            name=entry.name,
-            shape=entry.shape,
-            layout=entry.layout,
-            rank=entry.rank,
-            inner_rank=entry.inner_rank,
-            parameters=entry.parameters,
-            dense_parameters=entry.dense_parameters,
-            dtype="bfloat16",
-        )
-        for entry in entries
-    ]
+    shown = ("name", "shape", "layout", "rank", "inner_rank", "parameters", "dense_parameters")
+    layers = [SimpleNamespace(dtype="bfloat16", **{key: getattr(entry, key) for key in shown}) for entry in entries]
     text = printed(checkpoint_table(SimpleNamespace(directory="small", layers=layers)), 80)
     for entry in entries:
         (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -278,7 +278,7 @@ def _token_count(batch: Mapping[str, Any]) -> int:
 
 def saving_memory(pair: Pair) -> AbstractContextManager[None]:
     """Let blocks be run a second time in the backward pass, if the configuration says so."""
-    return checkpointing(_learning(pair)) if pair.config.gradient_checkpointing else nullcontext()
+    return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [])
 
 
 def _learning(pair: Pair) -> list[torch.nn.Module]:

@@ -287,7 +287,6 @@ def measure_plan(
             [entry.name for entry in plan.entries],
             full=plan.needs_moments,
             gradients=any(entry.gradients for entry in plan.entries),
-            checkpointing=False,
             seed=plan.seed,
             progress=progress,
         )
@@ -301,9 +300,9 @@ def _collect(
     *,
     full: bool,
     gradients: bool,
-    checkpointing: bool,
     seed: int,
     progress: StageProgress | None,
+    checkpointing: bool = False,
 ) -> Statistics:
     return collect(
         model,

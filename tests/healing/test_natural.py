@@ -10,8 +10,26 @@ from transformers import PreTrainedModel
 
 import cur.healing.train
 from cur import NumericalError
-from cur.healing import HealingConfig, heal
+from cur.healing import HealingConfig, HealingReport, heal
 from cur.healing.natural import search
+
+Run = Callable[..., HealingReport]
+
+
+@pytest.fixture
+def run(
+    teacher: PreTrainedModel,
+    make_student: Callable[..., PreTrainedModel],
+    windows: torch.Tensor,
+    settings: Callable[..., HealingConfig],
+) -> Run:
+    """Heal a student by natural steps alone: ``run(held_out=0)``."""
+
+    def make(*, student: Any = None, given: Any = windows, layout: str = "cur", **options: Any) -> HealingReport:
+        config = settings(**{"steps": 0, "natural_steps": 1, **options})
+        return heal(student or make_student(teacher, layout=layout), teacher, given, config)
+
+    return make
 
 
 @pytest.mark.parametrize("least", [0.01, 0.2, 0.3, 1.0, 3.0])
@@ -32,13 +50,8 @@ def test_where_nothing_is_less_nothing_is_done() -> None:
     assert search(lambda length: length, 0.0) == (0.0, 0.0)
 
 
-def test_it_needs_no_least_squares(
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-) -> None:
-    report = heal(make_student(teacher), teacher, windows, settings(steps=0, natural_steps=1, closed_form=False))
+def test_it_needs_no_least_squares(run: Run, settings: Callable[..., HealingConfig]) -> None:
+    report = run(closed_form=False)
     assert report.curve[0]["loss"] < 0.97 * report.before["loss"]
     assert math.isfinite(report.seconds["natural steps"])
     with pytest.raises(ValueError, match="nothing would be healed"):
@@ -48,27 +61,16 @@ def test_it_needs_no_least_squares(
 
 
 @pytest.mark.parametrize("layout", ["cur", "folded", "interpolative"])
-def test_every_layout_takes_two(
-    layout: str,
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-) -> None:
+def test_every_layout_takes_two(layout: str, run: Run) -> None:
     losses = []
     for steps in (1, 2):
-        student = make_student(teacher, layout=layout)
-        report = heal(student, teacher, windows, settings(steps=0, natural_steps=steps, closed_form=False))
+        report = run(layout=layout, natural_steps=steps, closed_form=False)
         losses += [report.before["loss"], report.curve[0]["loss"]]
     assert losses[3] < losses[1] < 0.98 * losses[0]
 
 
 def test_text_that_is_short_or_comes_as_batches_is_seen_once(
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     learn = cur.healing.train.Goal.learn
@@ -81,36 +83,22 @@ def test_text_that_is_short_or_comes_as_batches_is_seen_once(
     some = windows[:8]
     for given in (some, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in some.split(4)]):
         seen.clear()
-        heal(make_student(teacher), teacher, given, settings(steps=0, natural_steps=1, held_out=0))
+        run(given=given, held_out=0)
         assert seen == [4, 4]
 
 
-def test_memory_can_be_saved_for_time(
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_can_be_saved_for_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     checkpointing = cur.healing.train.checkpointing
-    monkeypatch.setattr(cur.healing.train, "checkpointing", lambda blocks: asked.append(True) or checkpointing(blocks))
-    found = []
-    for saving in (False, True):
-        student = make_student(teacher)
-        config = settings(steps=0, natural_steps=1, gradient_checkpointing=saving)
-        found.append(heal(student, teacher, windows, config).curve[0]["loss"])
+    monkeypatch.setattr(
+        cur.healing.train, "checkpointing", lambda blocks: asked.append(bool(blocks)) or checkpointing(blocks)
+    )
+    found = [run(gradient_checkpointing=saving).curve[0]["loss"] for saving in (False, True)]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert asked == [True, True]  # for the natural step, and for the loop of the others
+    assert asked == [False, False, True, True]  # for the natural step, and for the loop of the others
 
 
-def test_a_length_at_which_the_loss_is_not_finite_is_too_long(
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_length_at_which_the_loss_is_not_finite_is_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     look, calls = cur.healing.train.Goal.look, []
 
     def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
@@ -120,19 +108,14 @@ def test_a_length_at_which_the_loss_is_not_finite_is_too_long(
         return look(self, batch, taught)
 
     monkeypatch.setattr(cur.healing.train.Goal, "look", broken)
-    report = heal(make_student(teacher), teacher, windows, settings(steps=0, natural_steps=1, closed_form=False))
+    report = run(closed_form=False)
     assert len(calls) > 4
     assert report.curve[0]["loss"] < report.before["loss"]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(
-    teacher: PreTrainedModel,
-    make_student: Callable[..., Any],
-    windows: torch.Tensor,
-    settings: Callable[..., HealingConfig],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = make_student(teacher)
     before = {name: part.clone() for name, part in student.state_dict().items()}
     learn = cur.healing.train.Goal.learn
 
@@ -143,6 +126,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
     monkeypatch.setattr(cur.healing.train.Goal, "learn", broken)
     with pytest.raises(NumericalError, match=r"not finite, in a natural step; the cores are what they were"):
-        heal(student, teacher, windows, settings(natural_steps=1, closed_form=False))
+        run(student=student, closed_form=False)
     for name, part in student.state_dict().items():
         assert torch.equal(part, before[name])
