@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations._forward import body, evaluating, model_inputs, padding_mask, run, token_rows
 from cur.integrations._inputs import add_gram_, mirror_
 from cur.integrations.layers import decoder_layers
-from cur.integrations.nn import swap_
 
 __all__ = ["Arriving", "in_order", "spread"]
 
@@ -31,9 +32,10 @@ _TOKENS_PER_INPUT = 28
 # Layers of a block that may add to the residual stream: attention, another one, and the feed-forward network.
 _WRITERS = 3
 
-Make: TypeAlias = "Callable[[str, Arriving], Mapping[str, nn.Module]]"
-"""From the name of a layer and what arrives at it, to the layer that will stand for it, by its name, and for others of
-its block that go with it."""
+Make: TypeAlias = "Callable[[str, Arriving], Layer]"
+"""From the name of a layer and what arrives at it, to what will stand for it: of the same inputs and outputs."""
+
+Layer: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +98,6 @@ def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, 
     return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
 
 
-class _Reached(Exception):  # noqa: N818  (not an error)
-    """Ends a forward pass where enough is known."""
-
-
 @dataclass
 class _Call:
     """What a block is called with besides the hidden state."""
@@ -120,7 +118,11 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
     value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
     once with every token (experts), are left out.
 
-    Memory: one block, the hidden states of all batches some four times, and the inputs of one block's layers.
+    Every block runs once as it is in the dense model and once more, halting before each of these layers until it is
+    made.
+
+    Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and what the
+    block holds where it halts (query, key and value).
 
     Parameters
     ----------
@@ -149,17 +151,16 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
                 with _watching(block, [group[0] for group in groups], inputs), stream.watching(block, added):
                     after.append(call(block, hidden))
             student = copy.deepcopy(block) if groups else block
+            stands = _halting(student, groups, added)
+            courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
             for group in groups:
                 first = group[0]
-                writers = added if group == [first] and first in added else []
-                arriving = _moments(
-                    student, first, at, ours, [inputs.pop(first) for inputs in seen], masks, writers, streams
-                )
+                missing = streams if group == [first] and first in added else None
+                arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, missing)
                 for name in group:
-                    made = make(f"{prefix}.{name}", arriving)
-                    swap_(student, {path.removeprefix(f"{prefix}."): layer for path, layer in made.items()})
-                changed = True
-            ours = [call(student, hidden) for call, hidden in zip(at, ours, strict=True)] if changed else after
+                    stands[name] = make(f"{prefix}.{name}", arriving)
+            changed = changed or bool(groups)
+            ours = [course.switch() for course in courses] if changed else after
             theirs = after
 
 
@@ -249,46 +250,64 @@ def _watching(block: nn.Module, names: Sequence[str], inputs: dict[str, Tensor])
             handle.remove()
 
 
+class _Course(greenlet):
+    """The way of one batch through a block."""
+
+    def __init__(self, call: _Call, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__(functools.partial(call, block, hidden))
+        self.stream = hidden
+        """What has been added up so far of the input of the block and of what its layers add to it."""
+
+
+def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> dict[str, Layer]:
+    """Let courses through a block halt before the first layer of each group; return what is to be called for layers.
+
+    To switch to a course returns the input of the layer before which it halts, or in the end the output of the block.
+    """
+    firsts, stands = [group[0] for group in groups], dict[str, Layer]()
+
+    def instead(name: str, forward: Layer) -> Layer:
+        def called(x: Tensor) -> Tensor:
+            course: Any = getcurrent()
+            if name in firsts:
+                course.parent.switch(x)
+            output = stands[name](x) if name in stands else forward(x)
+            if name in added:
+                course.stream = course.stream + output.reshape(course.stream.shape)  # some blocks flatten tokens
+            return output
+
+        return called
+
+    for name in {*itertools.chain(*groups), *added}:
+        layer: Any = block.get_submodule(name)
+        layer.forward = instead(name, layer.forward)
+    return stands
+
+
 def _moments(
-    block: nn.Module,
     name: str,
-    calls: Sequence[_Call],
-    hidden: Sequence[Tensor],
+    courses: Sequence[_Course],
     dense: Sequence[Tensor],
     masks: Sequence[Tensor | None],
-    writers: Sequence[str],
-    streams: Sequence[_Stream],
+    streams: Sequence[_Stream] | None,
 ) -> Arriving:
-    """Run a block up to one of its layers and sum the products of its inputs with themselves and the dense model's.
+    """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
-    And with what the residual stream misses, if the layer is one of those named that write to it.
+    And with what the residual stream misses there, if its states in the dense model are given.
     """
-    caught: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
-        raise _Reached
-
     n = dense[0].shape[-1]
     student, cross = (torch.zeros(n, n, dtype=torch.float64, device=dense[0].device) for _ in range(2))
     tokens = 0
-    width = hidden[0].shape[-1]
-    missing = torch.zeros(width, n, dtype=torch.float64, device=dense[0].device) if writers else None
-    handle = block.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        for call, state, x, mask, stream in zip(calls, hidden, dense, masks, streams, strict=True):
-            own = _Stream(state)
-            with own.watching(block, writers), suppress(_Reached):
-                call(block, state)
-            z, x = (token_rows(rows, mask, name).float() for rows in (caught.pop(), x))
-            if missing is not None:
-                missing += token_rows(stream.before[name] - own.state, mask, name).float().T @ z
-            # Products in single precision, for speed; their rounding lies far below the ridge.
-            add_gram_(student, z)
-            cross += x.T @ z
-            tokens += len(z)
-    finally:
-        handle.remove()
+    width = courses[0].stream.shape[-1]
+    missing = None if streams is None else torch.zeros(width, n, dtype=torch.float64, device=dense[0].device)
+    for place, (course, x, mask) in enumerate(zip(courses, dense, masks, strict=True)):
+        z, x = (token_rows(rows, mask, name).float() for rows in (course.switch(), x))
+        if streams is not None and missing is not None:
+            missing += token_rows(streams[place].before[name] - course.stream, mask, name).float().T @ z
+        # Products in single precision, for speed; their rounding lies far below the ridge.
+        add_gram_(student, z)
+        cross += x.T @ z
+        tokens += len(z)
     mirror_(student)
     return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)
 

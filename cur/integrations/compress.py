@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cur.integrations.arriving import Arriving, in_order, spread
@@ -24,7 +24,7 @@ from cur.integrations.experts import release_, unrolled
 from cur.integrations.factorize import factorize
 from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.moments import Moments, x_norm
-from cur.integrations.nn import CompressedLinear, dense_weight, swap_
+from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
@@ -347,7 +347,7 @@ def decompose(
     producers: dict[str, FittedBefore] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
-    def make(name: str, arriving: Arriving | None = None) -> dict[str, nn.Module]:
+    def make(name: str, arriving: Arriving | None = None) -> Callable[[Tensor], Tensor]:
         if progress is not None:
             progress("decompose", len(layers), len(entries))
         entry = entries[name]
@@ -356,7 +356,7 @@ def decompose(
             producers[name] = fit_before(
                 model, name, entries, moments, arriving, correction=plan.correction, fitted=producers
             )
-            return {name: producers[name].full_width}
+            return producers[name].full_width
         if entry.method == "neurons":
             before = [other for other in plan.entries if other.consumer == name]
             fitted = {other.name: producers[other.name] for other in before if other.name in producers}
@@ -380,7 +380,10 @@ def decompose(
                 weight = dense_weight(model.get_submodule(each), each)[0].detach()
                 report = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
             reports[each] = report
-        return {each: layer for each, (layer, _) in done.items()}
+        made = layers[name]
+        if isinstance(made, KeptInputs):  # while layers before it still give all neurons
+            return lambda x: made(x[..., made.kept])
+        return made
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
         fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}

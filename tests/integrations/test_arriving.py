@@ -61,9 +61,9 @@ def test_moments_are_those_of_the_whole_models(
     seen: dict[str, Arriving] = {}
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, arriving: Arriving) -> dict[str, nn.Module]:
+    def make(name: str, arriving: Arriving) -> nn.Module:
         seen[name], made[name] = arriving, halved(causal_model, name)
-        return {name: made[name]}
+        return made[name]
 
     in_order(causal_model, given, names, make)
     assert set(seen) == set(names)
@@ -121,9 +121,9 @@ def test_what_the_residual_stream_misses(
     seen: dict[str, Arriving] = {}
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, arriving: Arriving) -> dict[str, nn.Module]:
+    def make(name: str, arriving: Arriving) -> nn.Module:
         seen[name], made[name] = arriving, halved(model, name)
-        return {name: made[name]}
+        return made[name]
 
     in_order(model, given, names, make)
     student = copy.deepcopy(model)
@@ -149,9 +149,9 @@ def test_no_stream_where_outputs_are_not_just_added(
         block.register_forward_hook(lambda _, __, output: 1.1 * output)
     seen: list[Arriving] = []
 
-    def make(name: str, arriving: Arriving) -> dict[str, nn.Module]:
+    def make(name: str, arriving: Arriving) -> nn.Module:
         seen.append(arriving)
-        return {name: halved(model, name)}
+        return halved(model, name)
 
     in_order(model, batches(windows, batch_size=6), inside(model), make)
     assert seen
@@ -162,9 +162,9 @@ def test_only_the_layers_asked_for_and_outside_blocks_none(llama: PreTrainedMode
     asked = ["model.layers.3.mlp.down_proj", "model.layers.1.self_attn.v_proj", "lm_head"]
     seen: list[str] = []
 
-    def make(name: str, _: Arriving) -> dict[str, nn.Module]:
+    def make(name: str, _: Arriving) -> nn.Module:
         seen.append(name)
-        return {name: halved(llama, name)}
+        return halved(llama, name)
 
     in_order(llama, batches(windows, batch_size=6), asked, make)
     assert seen == ["model.layers.1.self_attn.v_proj", "model.layers.3.mlp.down_proj"]
