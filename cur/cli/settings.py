@@ -61,7 +61,8 @@ def compress_config(
         if asked:
             raise ValueError("--method paper has no budget; give --rank and --layers instead, or --method best")
         if changed := [_option(name, value) for name, value in sharing.items() if value != getattr(BudgetConfig, name)]:
-            raise ValueError(f"{', '.join(changed)} belong to a budget: give --keep, for instance --keep 0.8")
+            belong = "belongs" if len(changed) == 1 else "belong"
+            raise ValueError(f"{', '.join(changed)} {belong} to a budget: give --keep, for instance --keep 0.8")
         return CompressConfig(**own, **shared)
     if not asked:
         raise ValueError(f"--method {method} needs a budget: give --keep, for instance --keep 0.8")
