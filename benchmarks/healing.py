@@ -8,7 +8,7 @@ window on its own, float32 on the CPU.
     python benchmarks/healing.py [--wikitext DIR] [--only NAME ...] [--student DIR] [--cache DIR]
 
 prints a table and writes ``benchmarks/results/healing.json`` after each row; rows that are not measured again are kept.
-All of it takes some three hours on one core.
+All of it takes some five hours on one core.
 """
 
 from __future__ import annotations

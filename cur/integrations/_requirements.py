@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-_missing = [name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None]
+_missing = [name for name in ("torch", "transformers", "safetensors", "greenlet") if find_spec(name) is None]
 if _missing:
     raise ImportError(
         f"`cur.integrations` needs {', '.join(_missing)}, not installed here; "

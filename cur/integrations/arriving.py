@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -118,11 +118,13 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
     value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
     once with every token (experts), are left out.
 
-    Every block runs once as it is in the dense model and once more, halting before each of these layers until it is
-    made.
+    With each batch every block runs once as it is in the dense model and once more, halting before each of these layers
+    until it is made. Meanwhile other batches take their way through it: between its layers a block must keep nothing
+    but local variables.
 
-    Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and what the
-    block holds where it halts (query, key and value).
+    Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and for all
+    batches what the block holds where it halts: query, key and value, and the probabilities of attention if these are
+    computed as such.
 
     Parameters
     ----------
@@ -134,6 +136,11 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
         Layers to make.
     make : callable
         See :data:`Make`.
+
+    Raises
+    ------
+    RuntimeError
+        If a block does not call its layers in the same order in every batch.
     """
     blocks = decoder_layers(model)
     masks = [padding_mask(model_inputs(model, batch)) for batch in given]
@@ -151,16 +158,18 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
                 with _watching(block, [group[0] for group in groups], inputs), stream.watching(block, added):
                     after.append(call(block, hidden))
             student = copy.deepcopy(block) if groups else block
-            stands = _halting(student, groups, added)
-            courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
-            for group in groups:
-                first = group[0]
-                missing = streams if group == [first] and first in added else None
-                arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, missing)
-                for name in group:
-                    stands[name] = make(f"{prefix}.{name}", arriving)
-            changed = changed or bool(groups)
-            ours = [course.switch() for course in courses] if changed else after
+            with _halting(student, groups, added) as stands:
+                courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
+                for group in groups:
+                    first = group[0]
+                    lacking = streams if group == [first] and first in added else None
+                    if not all(first in inputs for inputs in seen):
+                        raise _out_of_turn(first)
+                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking)
+                    for name in group:
+                        stands[name] = make(f"{prefix}.{name}", arriving)
+                changed = changed or bool(groups)
+                ours = [course.to_the_end() for course in courses] if changed else after
             theirs = after
 
 
@@ -186,6 +195,7 @@ def _entrances(
     inner = body(model)
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     stubs: list[Any] = list(blocks)
+    before = [vars(stub).get("forward") for stub in stubs]
     try:
         for batch in given:
             calls.append([])
@@ -201,8 +211,10 @@ def _entrances(
     finally:
         for handle in handles:
             handle.remove()
-        for stub in stubs:
+        for stub, forward in zip(stubs, before, strict=True):
             stub.__dict__.pop("forward", None)
+            if forward is not None:  # a hook of accelerate
+                stub.forward = forward
     return hidden, calls
 
 
@@ -258,30 +270,55 @@ class _Course(greenlet):
         self.stream = hidden
         """What has been added up so far of the input of the block and of what its layers add to it."""
 
+    def to_layer(self, name: str) -> Tensor:
+        """Go on to a layer; returns its input."""
+        found = self.switch()
+        if self.dead or found[0] != name:
+            raise _out_of_turn(name)
+        x: Tensor = found[1]
+        return x
 
-def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> dict[str, Layer]:
-    """Let courses through a block halt before the first layer of each group; return what is to be called for layers.
+    def to_the_end(self) -> Tensor:
+        """Go on to the end; returns the output of the block."""
+        state: Any = self.switch()
+        if not self.dead:
+            raise RuntimeError(f"{state[0]} is called more often in one of the batches than in the first; exclude it")
+        return cast(Tensor, state)
 
-    To switch to a course returns the input of the layer before which it halts, or in the end the output of the block.
-    """
+
+def _out_of_turn(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} is not called in its turn in one of the batches, as in the first; exclude the layers of this block "
+        "that are called in another order, or not at all, from case to case"
+    )
+
+
+@contextmanager
+def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
+    """Let courses through a block halt before the first layer of each group, and call what is put in for layers."""
     firsts, stands = [group[0] for group in groups], dict[str, Layer]()
 
-    def instead(name: str, forward: Layer) -> Layer:
-        def called(x: Tensor) -> Tensor:
+    def instead(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(*args: Any, **options: Any) -> Tensor:
             course: Any = getcurrent()
             if name in firsts:
-                course.parent.switch(x)
-            output = stands[name](x) if name in stands else forward(x)
+                course.parent.switch((name, args[0]))
+            output = stands[name](*args) if name in stands else forward(*args, **options)
             if name in added:
                 course.stream = course.stream + output.reshape(course.stream.shape)  # some blocks flatten tokens
             return output
 
         return called
 
-    for name in {*itertools.chain(*groups), *added}:
-        layer: Any = block.get_submodule(name)
-        layer.forward = instead(name, layer.forward)
-    return stands
+    layers: list[Any] = []
+    for name in dict.fromkeys([*itertools.chain(*groups), *added]):
+        layers.append(block.get_submodule(name))
+        layers[-1].forward = instead(name, layers[-1].forward)
+    try:
+        yield stands
+    finally:
+        for layer in layers:  # which would otherwise go on referring to themselves
+            del layer.forward
 
 
 def _moments(
@@ -295,15 +332,16 @@ def _moments(
 
     And with what the residual stream misses there, if its states in the dense model are given.
     """
-    n = dense[0].shape[-1]
-    student, cross = (torch.zeros(n, n, dtype=torch.float64, device=dense[0].device) for _ in range(2))
+    n, width = dense[0].shape[-1], courses[0].stream.shape[-1]
+    place: dict[str, Any] = {"dtype": torch.float64, "device": dense[0].device}
+    student, cross = torch.zeros(n, n, **place), torch.zeros(n, n, **place)
+    missing = None if streams is None else torch.zeros(width, n, **place)
     tokens = 0
-    width = courses[0].stream.shape[-1]
-    missing = None if streams is None else torch.zeros(width, n, dtype=torch.float64, device=dense[0].device)
-    for place, (course, x, mask) in enumerate(zip(courses, dense, masks, strict=True)):
-        z, x = (token_rows(rows, mask, name).float() for rows in (course.switch(), x))
+    for number, (course, x, mask) in enumerate(zip(courses, dense, masks, strict=True)):
+        z, x = (token_rows(rows, mask, name).float() for rows in (course.to_layer(name), x))
         if streams is not None and missing is not None:
-            missing += token_rows(streams[place].before[name] - course.stream, mask, name).float().T @ z
+            e = streams[number].before[name] - course.stream
+            missing += token_rows(e, mask, name).float().T @ z
         # Products in single precision, for speed; their rounding lies far below the ridge.
         add_gram_(student, z)
         cross += x.T @ z

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,50 @@ def test_the_solution_makes_up_for_what_the_stream_misses(data: tuple[torch.Tens
     wanted = (Z + X) @ W.T / 2 + e / 2
     stacked = torch.linalg.lstsq(torch.cat([Z, root]), torch.cat([wanted, root @ W.T])).solution.T
     torch.testing.assert_close(torch.linalg.solve(M, B, left=False), stacked, rtol=1e-9, atol=1e-10)
+
+
+class Fickle(nn.Module):
+    """Calls two layers in an order that the input decides, or only one of them."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.dense = nn.Linear(32, 32), nn.Linear(32, 32), dense
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = len(x)
+        first, second = (self.a, self.b) if size == 4 else (self.b, self.a)
+        x = first(x)
+        return self.dense(second(x) if size != 1 else x)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_layers_out_of_turn_are_named(llama: PreTrainedModel, windows: torch.Tensor, last: int) -> None:
+    feed_forward = llama.model.layers[1].mlp
+    llama.model.layers[1].mlp = Fickle(feed_forward).eval()
+    names = ["model.layers.1.mlp.a", "model.layers.1.mlp.b"]
+    given = list(batches(windows[: 4 + last], batch_size=4))
+
+    def make(name: str, _: Arriving) -> nn.Module:
+        return halved(llama, name)
+
+    with pytest.raises(RuntimeError, match=r"mlp\.\w is not called in its turn in one of the batches.*; exclude"):
+        in_order(llama, given, names, make)
+    assert not any("forward" in vars(module) for module in llama.modules())
+
+
+def test_copies_of_blocks_are_let_go(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    def blocks() -> int:
+        kind = type(llama.model.layers[0])
+        return sum(type(one) is kind for one in gc.get_objects())
+
+    gc.collect()
+    before = blocks()
+    gc.disable()
+    try:
+        in_order(llama, batches(windows, batch_size=6), inside(llama), lambda name, _: halved(llama, name))
+        assert blocks() <= before + 1
+    finally:
+        gc.enable()
 
 
 def lost(model: PreTrainedModel, dense: PreTrainedModel, windows: torch.Tensor) -> float:
