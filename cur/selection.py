@@ -43,6 +43,9 @@ __all__ = [
 
 Generator = np.random.Generator | int | None
 
+_quiet = np.errstate(invalid="ignore")
+"""OpenBLAS's AVX-512 kernel of float32 matrix times vector now and then raises the flag at lanes it does not use."""
+
 
 def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by the discrete empirical interpolation method.
@@ -129,6 +132,7 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
 
 
+@_quiet
 def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows so that the squared error is certainly at most ``count + 1`` times the best.
 
@@ -279,6 +283,7 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     return convert(np.asarray(chosen), basis)
 
 
+@_quiet
 def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], int]) -> Array:
     """Pivoted Gram-Schmidt on the rows of `V`; `choose` picks from the squared distances."""
     xp = namespace(V)
