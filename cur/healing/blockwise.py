@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cur.healing.cache import Taught, TeacherCache
-from cur.healing.closed_form import LayerFit, inputs_of, solve_block_
+from cur.healing.closed_form import LayerFit, solve_block_
 from cur.healing.config import HealingConfig
 from cur.healing.cores import Coordinates
 from cur.healing.data import Text
@@ -32,7 +32,7 @@ from cur.healing.stack import Entry, Stack
 from cur.healing.state import StateError, StateFile
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
 from cur.integrations._directory import check_target
-from cur.integrations._forward import body, evaluating, model_inputs, padding_mask
+from cur.integrations._forward import body, evaluating, inputs_of, model_inputs, padding_mask
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States

@@ -21,8 +21,7 @@ inputs does, and the next blocks suffer from that: a part of the correction does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,9 +32,9 @@ from cur._errors import NumericalError
 from cur.healing.cores import Core
 from cur.healing.pair import Pair
 from cur.healing.stack import Entry, ReachedError
-from cur.integrations._forward import model_inputs, padding_mask, token_rows
+from cur.integrations._forward import call_groups, inputs_of, model_inputs, padding_mask, token_rows
 
-__all__ = ["LayerFit", "LeastSquares", "closed_form_", "inputs_of", "solve_block_"]
+__all__ = ["LayerFit", "LeastSquares", "closed_form_", "solve_block_"]
 
 
 class LeastSquares:
@@ -257,7 +256,8 @@ def solve_block_(
     """
     cores = {name: pair.cores[name] for name in pair.inside(index)}
     fits: list[LayerFit] = []
-    for group in _groups(pair, index, ours[0], list(cores)) if cores else []:
+    groups = call_groups(pair.student.model, cores, lambda: pair.student.block(index, ours[0])) if cores else []
+    for group in groups:
         problems = {name: LeastSquares(cores[name], metrics.get(name)) for name in group}
         for entry, seen, mask in zip(ours, wanted, masks, strict=True):
             x = _input_of(pair, index, entry, group[0])
@@ -273,46 +273,6 @@ def solve_block_(
             cores[name].write_(problem.solve(ridge=ridge))
             fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
     return fits
-
-
-def _groups(pair: Pair, index: int, entry: Entry, names: list[str]) -> list[list[str]]:
-    """Return the names in the order in which the block calls them, those called with the same tensor together."""
-    groups: list[list[str]] = []
-    last: list[Tensor] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if last and args[0] is last[0]:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            last[:] = [args[0]]
-
-        return before
-
-    handles = [pair.student.model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        pair.student.block(index, entry)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return groups
-
-
-@contextmanager
-def inputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Gather what the named modules are called with while the block runs."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: seen.__setitem__(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_of(pair: Pair, index: int, entry: Entry, name: str) -> Tensor:

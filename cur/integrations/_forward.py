@@ -21,12 +21,14 @@ __all__ = [
     "Seen",
     "all_finite",
     "body",
+    "call_groups",
     "check_finite_weights",
     "checkpointing",
     "decoder_mask",
     "evaluating",
     "find_modules",
     "find_nonfinite",
+    "inputs_of",
     "model_inputs",
     "padding_mask",
     "run",
@@ -190,6 +192,48 @@ def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any
     if culprit:
         return f"the output of {culprit[0]!r} is the first to overflow or lose its value"
     return "no single module is the source"
+
+
+@contextmanager
+def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather what the named modules are called with, the last time if several."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: seen.update(zip([name], args, strict=False))
+
+    with _before(model, {name: keep(name) for name in names}):
+        yield seen
+
+
+def call_groups(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> list[list[str]]:
+    """Return names of modules in the order in which `run` calls them, those called in turn with one tensor together."""
+    groups: list[list[str]] = []
+    last: list[torch.Tensor] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if last and args and args[0] is last[0]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            last[:] = args[:1]
+
+        return before
+
+    with _before(model, {name: note(name) for name in names}):
+        run()
+    return groups
+
+
+@contextmanager
+def _before(model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, tuple[Any, ...]], None]]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cur.integrations._forward import body, evaluating, model_inputs, padding_mask, run, token_rows
+from cur.integrations._forward import (
+    body,
+    call_groups,
+    evaluating,
+    inputs_of,
+    model_inputs,
+    padding_mask,
+    run,
+    token_rows,
+)
 from cur.integrations._inputs import add_gram_, mirror_
 from cur.integrations.layers import decoder_layers
 
@@ -153,10 +163,11 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
             groups = _groups(block, at[0], theirs[0], inside)
             added = _added(block, at[0], theirs[0]) if groups else []
             streams = [_Stream(hidden) for hidden in theirs]
-            after, seen = [], [dict[str, Tensor]() for _ in given]
-            for call, hidden, inputs, stream in zip(at, theirs, seen, streams, strict=True):
-                with _watching(block, [group[0] for group in groups], inputs), stream.watching(block, added):
+            after, seen = [], []
+            for call, hidden, stream in zip(at, theirs, streams, strict=True):
+                with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
                     after.append(call(block, hidden))
+                seen.append(inputs)
             student = copy.deepcopy(block) if groups else block
             with _halting(student, groups, added) as stands:
                 courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
@@ -220,46 +231,13 @@ def _entrances(
 
 def _groups(block: nn.Module, call: _Call, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
     """Return the layers in the order of their calls, those called with one tensor together."""
-    groups: list[list[str]] = []
-    inputs: list[Tensor] = []
-    tokens, times = hidden.numel() // hidden.shape[-1], dict.fromkeys(names, 0)
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            times[name] += 1
-            if not args or args[0].numel() // args[0].shape[-1] != tokens:
-                times[name] += 2
-            elif inputs and args[0] is inputs[-1]:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-                inputs.append(args[0])
-
-        return before
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        call(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    whole = [[name for name in group if times[name] == 1] for group in groups]
-    return [group for group in whole if group]
-
-
-@contextmanager
-def _watching(block: nn.Module, names: Sequence[str], inputs: dict[str, Tensor]) -> Iterator[None]:
-    """Gather what layers are called with."""
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: inputs.__setitem__(name, args[0])
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    tokens = hidden.numel() // hidden.shape[-1]
+    with inputs_of(block, names) as seen:
+        groups = call_groups(block, names, lambda: call(block, hidden))
+    calls = Counter(itertools.chain(*groups))
+    whole = {name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens}
+    kept = [[name for name in group if name in whole] for group in groups]
+    return [group for group in kept if group]
 
 
 class _Course(greenlet):
