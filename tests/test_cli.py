@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from cur.cli import commands, demo
+from cur.cli._run import bars
 from cur.cli.app import app
 from cur.integrations.nn import compressed_modules
 
@@ -294,6 +295,23 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
     assert child.returncode == code
     assert "Traceback" not in errors
     assert not any(tmp_path.iterdir())
+
+
+def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 30.0, 61.0, 70.0, 119.0, 125.0, 126.0])
+    monkeypatch.setattr("cur.cli._run.time.monotonic", lambda: next(clock))
+    with bars() as lines:
+        for done in (0, 1, 2, 3, 4):
+            lines("calibrate", done, 5)
+        lines.describe("calibrate", "Looking on")
+        for _ in range(2):  # the last step may report more than once
+            lines("calibrate", 5, 5)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "Measuring activations: 0 of 5, 0 s",
+        "Measuring activations: 2 of 5, 61 s",
+        "Looking on: 5 of 5, 125 s",
+    ]
 
 
 def test_debugging_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

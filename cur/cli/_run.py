@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,6 +28,8 @@ output = Console()
 
 note = Console(stderr=True, highlight=False)
 """Everything else, so that standard output holds results alone."""
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 _DESCRIPTIONS = {
     "sample": "Writing text to calibrate on",
@@ -70,9 +74,37 @@ class Bars:
         self(description, 1, 1)
 
 
+class Lines(Bars):
+    """The same for a log, where nothing is drawn over: a line when a stage begins, every minute, and when it ends."""
+
+    def __init__(self) -> None:
+        self._descriptions = dict(_DESCRIPTIONS)
+        self._begun: dict[str, float] = {}
+        self._next: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Say, if it is time, that `done` of `total` steps of a stage are done."""
+        now = time.monotonic()
+        begun = self._begun.setdefault(stage, now)
+        due = self._next.get(stage, now)
+        ends = done == total and due < math.inf
+        if now < due and not ends:
+            return
+        self._next[stage] = math.inf if ends else now + _SECONDS_BETWEEN_LINES
+        steps = "" if total is None else f": {done} of {total}"
+        note.print(f"{self._descriptions.get(stage, stage)}{steps}, {now - begun:.0f} s", markup=False, soft_wrap=True)
+
+    def describe(self, stage: str, description: str) -> None:
+        """Say something else in the lines of a stage."""
+        self._descriptions[stage] = description
+
+
 @contextmanager
 def bars() -> Iterator[Bars]:
-    """Show progress bars on standard error while the block runs."""
+    """Show progress on standard error while the block runs: bars on a terminal, lines elsewhere."""
+    if not note.is_terminal:
+        yield Lines()
+        return
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
