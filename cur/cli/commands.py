@@ -79,7 +79,8 @@ class Source:
         else:
             source, name = embedded_text("calibrate"), "the embedded text"
         count = self.windows or (128 if self.dataset is not None else 64)
-        return token_windows(tokenizer, source, length=self.length, count=count, name=name)
+        spread = self.dataset is None  # a data set is drawn no further than needed
+        return token_windows(tokenizer, source, length=self.length, count=count, spread=spread, name=name)
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """Return batches of windows of tokens."""

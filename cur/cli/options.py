@@ -47,7 +47,11 @@ DatasetConfig = Annotated[
     str | None, typer.Option(help="Its configuration, for instance en.", show_default="en for allenai/c4")
 ]
 Windows = Annotated[
-    int | None, typer.Option(help="Windows of calibration text.", show_default="64, or 128 with --dataset")
+    int | None,
+    typer.Option(
+        help="Windows of calibration text, from all over it; of a --dataset its first.",
+        show_default="64, or 128 with --dataset",
+    ),
 ]
 WindowLength = Annotated[int, typer.Option(help="Tokens in each.")]
 BatchSize = Annotated[

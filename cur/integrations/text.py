@@ -182,12 +182,16 @@ def token_windows(
     *,
     length: int,
     count: int | None = None,
+    spread: bool = False,
     name: str = "text",
 ) -> torch.Tensor:
     r"""Cut a text into windows of equal numbers of tokens.
 
     The whole text is tokenised as one stream, without special tokens, and cut off the front into windows that
     neither overlap nor leave gaps; the incomplete last one is dropped.
+
+    To calibrate on, windows from all over a text show a model more than as many from its beginning, which are of few
+    topics: `spread` takes them at even distances.
 
     Parameters
     ----------
@@ -200,6 +204,8 @@ def token_windows(
         Tokens per window, at least 2 (one token to see and one to predict).
     count : int, optional
         Number of windows; default as many as there are.
+    spread : bool, default False
+        Whether to take these from all over the text, all of which is then read, instead of its beginning.
     name : str, default "text"
         How errors call the text.
 
@@ -217,7 +223,7 @@ def token_windows(
         raise ValueError(f"`length` must be at least 2 tokens, got {length}")
     if count is not None and count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
-    needed = None if count is None else count * length
+    needed = None if count is None or spread else count * length
     tokens: list[int] = []
     for part in [text] if isinstance(text, str) else _joined(text):
         # Without the model's own special tokens, so that every window is alike; `verbose=False` keeps the
@@ -234,7 +240,9 @@ def token_windows(
             f"{(count or 1) * length}; give more text, or ask for fewer or shorter windows"
         )
     count = available if count is None else count
-    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+    cut = available if spread else count
+    windows = torch.tensor(tokens[: cut * length], dtype=torch.int64).view(cut, length)
+    return windows[(2 * torch.arange(count) + 1) * available // (2 * count)] if spread else windows
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:

@@ -82,6 +82,15 @@ def test_windows_are_the_stream_cut_off_the_front() -> None:
     assert torch.equal(first, windows[:2])
 
 
+def test_windows_from_all_over_the_text() -> None:
+    text = " ".join(map(str, range(23)))
+    every = token_windows(WordTokenizer(), text, length=2)  # type: ignore[arg-type]
+    some = token_windows(WordTokenizer(), text, length=2, count=3, spread=True)  # type: ignore[arg-type]
+    assert torch.equal(some, every[[1, 5, 9]])  # the middles of thirds of 11
+    again = token_windows(WordTokenizer(), text, length=2, count=11, spread=True)  # type: ignore[arg-type]
+    assert torch.equal(again, every)
+
+
 def test_a_stream_of_texts_is_drawn_no_further_than_needed() -> None:
     tokenizer = WordTokenizer()
 
