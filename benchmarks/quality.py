@@ -304,7 +304,7 @@ def main() -> None:
     dense, tokenizer, source = load_model()
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
     text = read_text(options.wikitext / "valid.txt")
-    windows = token_windows(tokenizer, text, length=512, count=options.calibration, name="valid.txt")
+    windows = token_windows(tokenizer, text, length=512, count=options.calibration, spread=True, name="valid.txt")
     held_out = {
         name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)
         for name, text in {
