@@ -1,8 +1,8 @@
 """Compare what methods keep of a model at the same number of parameters.
 
 SmolLM2-135M-Instruct, all linear layers of all blocks, the share of their parameters that is kept: 0.9, 0.8, 0.6.
-Calibration on windows of 512 tokens of WikiText-2 ``valid.txt``; ours, and baselines with "own text", on a quarter of
-that which the model wrote itself besides. Perplexity over windows of 1024 tokens of WikiText-2
+Calibration on windows of 512 tokens from all over WikiText-2 ``valid.txt``; ours, and baselines with "own text", on a
+quarter of that which the model wrote itself besides. Perplexity over windows of 1024 tokens of WikiText-2
 ``test.txt`` and of the CPython language reference, each window on its own, float32 on the CPU.
 
 The baselines (`benchmarks/baselines`) are written from their papers' formulas, in float64 and with the same
@@ -11,8 +11,8 @@ calibration.
     python benchmarks/quality.py [--wikitext DIR] [--windows 40] [--only METHOD ...] [--keep 0.9 0.8 0.6] [--again]
 
 prints a table and writes ``benchmarks/results/quality.json`` and ``docs/quality.svg``. Rows that are there already, of
-as many windows or more, are kept unless ``--again`` is given. ``--cache DIR`` keeps the calibration there, and reads it
-from there the next time.
+the same calibration and of as many windows or more, are kept unless ``--again`` is given. ``--cache DIR`` keeps the
+calibration there, and reads it from there the next time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import resource
@@ -68,7 +69,7 @@ from cur.integrations import (
 )
 from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
-from cur.integrations.sampling import sample_windows
+from cur.integrations.sampling import own_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -313,7 +314,8 @@ def main() -> None:
         }.items()
     }
     known, seconds = calibrate(dense, windows, names, options.cache)
-    result = _earlier(options.out)
+    hashes = {name: _digest(part) for name, part in known.windows.items()}
+    result = _earlier(options.out, hashes)
     result.update(
         {
             "question": "Which method keeps most of a model at the same number of parameters?",
@@ -323,7 +325,7 @@ def main() -> None:
                 "windows": len(windows),
                 "own": len(known.windows[BOTH]) - len(windows),
                 "length": 512,
-                "sha256": known.statistics[GIVEN].text_hash,
+                "hashes": hashes,
                 "seconds": {**result.get("calibration", {}).get("seconds", {}), **seconds},
             },
             "linear_parameters": sum(dense.get_submodule(name).weight.numel() for name in names),
@@ -377,21 +379,24 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
 
     See :func:`half_products` for the passes.
     """
-    more = math.ceil(DEFAULT.own_text * len(windows))
-    written = _file(cache, f"own-{more}.safetensors")
+    written = _file(cache, f"own-{_digest(windows)}-{DEFAULT.own_text}.safetensors")
     seconds: dict[str, float] = {}
     with half_products():
         if written is not None and written.exists():
             own = load_file(written)["windows"]
         else:
             start = time.perf_counter()
-            own = sample_windows(model, count=more, length=windows.shape[1], progress=count("sample"))
+            given = batches(windows, batch_size=4)
+            texts = own_text(
+                model, given, share=DEFAULT.own_text, batch_size=4, seed=DEFAULT.seed, progress=count("sample")
+            )
+            own = torch.cat([batch["input_ids"] for batch in texts])
             seconds["sample"] = time.perf_counter() - start
             if written is not None:
                 save_file({"windows": own}, written)
         parts = []
         for name, part in (("given", windows), ("own", own)):
-            file = _file(cache, f"{name}-{len(part)}.statistics.safetensors")
+            file = _file(cache, f"{name}-{_digest(part)}.statistics.safetensors")
             if file is not None and file.exists():
                 parts.append(Statistics.load(file))
                 continue
@@ -403,8 +408,12 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
             parts.append(statistics)
             if file is not None:
                 statistics.save(file)
-    texts = {GIVEN: windows, BOTH: torch.cat([windows, own])}
-    return Known(model, texts, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+    both = {GIVEN: windows, BOTH: torch.cat([windows, own])}
+    return Known(model, both, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+
+
+def _digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]
 
 
 def _file(cache: Path | None, name: str) -> Path | None:
@@ -504,8 +513,11 @@ def _with(known: Known, products: dict[str, Tensor], chosen: dict[str, int], lay
     return model, 2 * sum(ranks.parameters(*shapes[name], rank, layout=layout) for name, rank in chosen.items())
 
 
-def _earlier(path: Path) -> dict[str, Any]:
+def _earlier(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return the results that are there; of another calibration, those of the dense model."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("calibration", {}).get("hashes") != hashes:
+        found = {key: value for key, value in found.items() if key == "dense"}
     found.setdefault("rows", [])
     return found
 

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from cur.cli import commands, demo
 from cur.cli._run import bars
 from cur.cli.app import app
+from cur.cli.heal import show_status
+from cur.healing import Status
 from cur.integrations.nn import compressed_modules
 
 ROOT = Path(__file__).parents[1]
@@ -298,19 +300,36 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
 
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter([0.0, 30.0, 61.0, 70.0, 119.0, 125.0, 126.0])
+    clock = iter([0.0, 10.0, 12.0, 30.0, 61.0, 72.0, 119.0, 125.0, 126.0, 127.0, 130.0])
     monkeypatch.setattr("cur.cli._run.time.monotonic", lambda: next(clock))
     with bars() as lines:
-        for done in (0, 1, 2, 3, 4):
+        lines("sample", 4, 4)
+        for done in (1, 2, 3, 4, 4):
             lines("calibrate", done, 5)
         lines.describe("calibrate", "Looking on")
         for _ in range(2):  # the last step may report more than once
             lines("calibrate", 5, 5)
+        with lines.busy("Saving"):
+            pass
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "Measuring activations: 0 of 5, 0 s",
-        "Measuring activations: 2 of 5, 61 s",
-        "Looking on: 5 of 5, 125 s",
+        "Writing text to calibrate on: 4 of 4, 10 s",
+        "Measuring activations: 1 of 5, 2 s",
+        "Measuring activations: 4 of 5, 62 s",
+        "Looking on: 5 of 5, 115 s",
+        "Saving ..., 1 s",
+        "Saving, 4 s",
+    ]
+
+
+def test_the_state_of_healing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with bars() as lines:
+        show = show_status(lines)
+        for step in (1, 2):
+            show(Status(stage="heal", step=step, steps=2, loss=1.0 / step, perplexity=None, seconds_left=None))
+    assert capsys.readouterr().err.splitlines() == [
+        "Healing, loss 1.000: 1 of 2, 0 s",
+        "Healing, loss 0.500: 2 of 2, 0 s",
     ]
 
 

@@ -1,4 +1,4 @@
-"""How a command runs: its errors in one sentence, its progress bars, its signals."""
+"""How a command runs: its errors in one sentence, its progress, its signals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from cur._errors import CURError
 
-__all__ = ["Bars", "bars", "guarded", "note", "output"]
+__all__ = ["Stages", "bars", "guarded", "note", "output"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,63 +45,77 @@ _DESCRIPTIONS = {
 }
 
 
-class Bars:
-    """One progress bar for each stage, made when the stage first reports."""
+class Stages(ABC):
+    """Shows how far the stages of a command are."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
+    def __init__(self) -> None:
+        self._descriptions = dict(_DESCRIPTIONS)
 
+    @abstractmethod
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         """Show that `done` of `total` steps of a stage are done."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(_DESCRIPTIONS.get(stage, stage), total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
 
     def describe(self, stage: str, description: str) -> None:
-        """Say something else beside the bar of a stage that has reported."""
-        self._progress.update(self._tasks[stage], description=description)
+        """Say something else of a stage from its next report on."""
+        self._descriptions[stage] = description
 
     def of(self, stage: str, total: int | None = None) -> Callable[[int, int | None], None]:
-        """Return a callback for one stage, whose bar appears at once."""
+        """Return a callback for one stage, which is shown at once."""
         self(stage, 0, total)
         return lambda done, known: self(stage, done, known)
 
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
-        """Show a bar without end while something of unknown length runs."""
+        """Show a stage without steps while something of unknown length runs."""
         self(description, 0, None)
         yield
         self(description, 1, 1)
 
 
-class Lines(Bars):
-    """The same for a log, where nothing is drawn over: a line when a stage begins, every minute, and when it ends."""
+class Bars(Stages):
+    """One progress bar for each stage, made when the stage first reports."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Move the bar of a stage."""
+        description = self._descriptions.get(stage, stage)
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(description, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total, description=description)
+
+
+class Lines(Stages):
+    """For a log, where nothing is drawn over: a line when a stage first reports, then every minute, and at its end.
+
+    Each says how long the stage has taken, from the last report of the stage before it.
+    """
 
     def __init__(self) -> None:
-        self._descriptions = dict(_DESCRIPTIONS)
+        super().__init__()
+        self._last = time.monotonic()
         self._begun: dict[str, float] = {}
         self._next: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """Say, if it is time, that `done` of `total` steps of a stage are done."""
+        """Print a line, if it is time for one."""
         now = time.monotonic()
-        begun = self._begun.setdefault(stage, now)
+        begun = self._begun.setdefault(stage, self._last)
+        self._last = now
         due = self._next.get(stage, now)
         ends = done == total and due < math.inf
         if now < due and not ends:
             return
         self._next[stage] = math.inf if ends else now + _SECONDS_BETWEEN_LINES
-        steps = "" if total is None else f": {done} of {total}"
+        steps = f": {done} of {total}" if total is not None and total > 1 else " ..." if not ends else ""
         note.print(f"{self._descriptions.get(stage, stage)}{steps}, {now - begun:.0f} s", markup=False, soft_wrap=True)
-
-    def describe(self, stage: str, description: str) -> None:
-        """Say something else in the lines of a stage."""
-        self._descriptions[stage] = description
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
+def bars() -> Iterator[Stages]:
     """Show progress on standard error while the block runs: bars on a terminal, lines elsewhere."""
     if not note.is_terminal:
         yield Lines()

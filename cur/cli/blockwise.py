@@ -118,7 +118,7 @@ def _open(model: str, dtype: torch.dtype, device: str) -> Skeleton:
 
 @contextmanager
 def _watched() -> Iterator[Callable[[str, int, int | None], object] | None]:
-    """Show bars, in one process of several."""
+    """Show progress, in one process of several."""
     if not Team().leads:
         yield None
         return

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cur.cli import tables
-from cur.cli._run import Bars, bars, note, output
+from cur.cli._run import Stages, bars, note, output
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
@@ -202,7 +202,7 @@ def _decide(
     given: list[Any],
     stats: Path | None,
     clock: Clock,
-    bar: Bars,
+    bar: Stages,
 ) -> tuple[Statistics, Plan, list[Any]]:
     """Measure, or read what an earlier run measured, and plan; return the batches with what the model wrote besides."""
     model = loaded.model

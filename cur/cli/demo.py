@@ -80,7 +80,14 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
             loaded = load_model()
             tokenizer = loaded.tokenizer
             calibration, held_out = (
-                token_windows(tokenizer, embedded_text(half), length=length, count=count, name=f"the text to {half}")
+                token_windows(
+                    tokenizer,
+                    embedded_text(half),
+                    length=length,
+                    count=count,
+                    spread=half == "calibrate",
+                    name=f"the text to {half}",
+                )
                 for half, (count, length) in HALVES.items()
             )
         numerics = _numerics(loaded)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cur.cli import options as o
-from cur.cli._run import Bars, bars, guarded, note, output
+from cur.cli._run import Stages, bars, guarded, note, output
 
 if TYPE_CHECKING:
     import torch
@@ -280,7 +280,7 @@ def _teacher(directory: Path, given: str | None) -> str | None:
     return None if name == DEFAULT_MODEL else name
 
 
-def show_status(bar: Bars) -> Callable[[Status], None]:
+def show_status(bar: Stages) -> Callable[[Status], None]:
     """Return a callback that shows where healing is, with loss and perplexity."""
 
     def show(status: Status) -> None:
@@ -289,7 +289,7 @@ def show_status(bar: Bars) -> Callable[[Status], None]:
             text += f", loss {status.loss:.3f}"
         if status.perplexity is not None:
             text += f", perplexity {status.perplexity:.2f}"
-        bar(status.stage, status.step, status.steps)
         bar.describe(status.stage, text)
+        bar(status.stage, status.step, status.steps)
 
     return show

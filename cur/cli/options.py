@@ -49,7 +49,7 @@ DatasetConfig = Annotated[
 Windows = Annotated[
     int | None,
     typer.Option(
-        help="Windows of calibration text, from all over it; of a --dataset its first.",
+        help="Windows of calibration text, spread over all of it; with --dataset the first ones.",
         show_default="64, or 128 with --dataset",
     ),
 ]

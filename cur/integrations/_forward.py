@@ -1,4 +1,4 @@
-"""Running a model for measurement: without its head, inputs in place, a culprit named on failure."""
+"""Running a model for measurement: without its head, inputs in place and watched, a culprit named on failure."""
 
 from __future__ import annotations
 
@@ -200,14 +200,18 @@ def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torc
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: seen.update(zip([name], args, strict=False))
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args:
+                seen[name] = args[0]
+
+        return before
 
     with _before(model, {name: keep(name) for name in names}):
         yield seen
 
 
-def call_groups(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> list[list[str]]:
-    """Return names of modules in the order in which `run` calls them, those called in turn with one tensor together."""
+def call_groups(model: nn.Module, names: Iterable[str], forward: Callable[[], object]) -> list[list[str]]:
+    """Return names of modules in the order in which they are called, those called in turn with one tensor together."""
     groups: list[list[str]] = []
     last: list[torch.Tensor] = []
 
@@ -222,7 +226,7 @@ def call_groups(model: nn.Module, names: Iterable[str], run: Callable[[], object
         return before
 
     with _before(model, {name: note(name) for name in names}):
-        run()
+        forward()
     return groups
 
 

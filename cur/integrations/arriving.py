@@ -235,9 +235,8 @@ def _groups(block: nn.Module, call: _Call, hidden: Tensor, names: Sequence[str])
     with inputs_of(block, names) as seen:
         groups = call_groups(block, names, lambda: call(block, hidden))
     calls = Counter(itertools.chain(*groups))
-    whole = {name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens}
-    kept = [[name for name in group if name in whole] for group in groups]
-    return [group for group in kept if group]
+    whole = [name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens]
+    return groups if len(whole) == len(names) else call_groups(block, whole, lambda: call(block, hidden))
 
 
 class _Course(greenlet):

@@ -198,14 +198,15 @@ def token_windows(
     tokenizer : PreTrainedTokenizerBase
         The model's own tokenizer.
     text : str or iterable of str
-        The text. The texts of an iterable are joined by blank lines, and no more are drawn than the windows
-        need.
+        The text. The texts of an iterable are joined by blank lines, and without `spread` no more are drawn than the
+        windows need.
     length : int
         Tokens per window, at least 2 (one token to see and one to predict).
     count : int, optional
         Number of windows; default as many as there are.
     spread : bool, default False
-        Whether to take these from all over the text, all of which is then read, instead of its beginning.
+        Whether to take windows at even distances over the whole text, not its first ones. All of it is read: not for
+        endless streams.
     name : str, default "text"
         How errors call the text.
 
