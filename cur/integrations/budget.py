@@ -66,9 +66,9 @@ class BudgetConfig:
     gradient_checkpointing : bool, default False
         Whether gradients take a second forward pass through every block instead of keeping its activations.
     own_text : float, default 0.25
-        How much text the model writes, to be calibrated on that, too, as a multiple of what is given: half of it from
-        random first tokens, and half going on from pieces of the given text. What is kept then serves other domains
-        than that of the given text as well. 0 leaves this out, and models that write no text do without.
+        How much text the model writes, from random first tokens, to be calibrated on that, too, as a multiple of what
+        is given: what is kept then serves other domains than that of the given text as well. 0 leaves this out, and
+        models that write no text do without.
     correction : float, default 0.5
         How much of the difference between what a layer gets in the dense model and what the compressed layers before it
         give is corrected, from 0 to 1: layers are fitted block after block. 0 leaves this out.

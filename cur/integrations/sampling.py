@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from cur.integrations._forward import Progress, evaluating, padding_mask
+from cur.integrations._forward import Progress, evaluating
 from cur.integrations.gradients import draw
 from cur.integrations.text import batches
 
@@ -25,17 +23,16 @@ def sample_windows(
     *,
     count: int,
     length: int,
-    begun: torch.Tensor | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Let a causal language model write windows of tokens.
 
-    Every window starts with a token drawn uniformly from the vocabulary, without the special ones of the configuration,
-    or as `begun`; the others are drawn from the model's own predictions, as they are. What it has learnt to write is
-    broader than any one calibration text, so statistics of both together transfer better to other domains (data-free
-    calibration, LLM-QAT, arXiv 2305.17888).
+    Every window starts with a token drawn uniformly from the vocabulary, without the special ones of the configuration;
+    the others are drawn from the model's own predictions, as they are. What it has learnt to write is broader than any
+    one calibration text, so statistics of both together transfer better to other domains (data-free calibration,
+    LLM-QAT, arXiv 2305.17888).
 
     Each window has a generator of its own, seeded by `seed` and its number: batches change it by rounding only.
 
@@ -45,8 +42,6 @@ def sample_windows(
         With a key-value cache.
     count, length : int
         Windows, and tokens in each.
-    begun : torch.Tensor, optional
-        What the windows begin with, token ids, shape (count, at least 1 and at most `length`).
     seed : int, default 0
         For the draws.
     batch_size : int, default 32
@@ -61,8 +56,8 @@ def sample_windows(
 
     Raises
     ------
-    TypeError, ValueError
-        If a number is below 1, or `begun` holds no token ids or has another shape.
+    ValueError
+        If a number is below 1.
 
     Examples
     --------
@@ -76,20 +71,15 @@ def sample_windows(
     for name, value in (("count", count), ("length", length), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
-    if begun is not None and (begun.is_floating_point() or begun.dtype == torch.bool):
-        raise TypeError(f"`begun` must hold token ids, got {begun.dtype}")
-    if begun is not None and not (begun.ndim == 2 and len(begun) == count and 1 <= begun.shape[1] <= length):
-        raise ValueError(f"`begun` must have shape ({count}, 1 to {length}), got {tuple(begun.shape)}")
+    vocabulary = len(_embedded(model))
     special = _special(model)
-    first = torch.tensor([token for token in range(len(_embedded(model))) if token not in special])
+    first = torch.tensor([token for token in range(vocabulary) if token not in special])
     windows: list[torch.Tensor] = []
     with evaluating(model):
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
-            drawn = np.stack([np.random.default_rng((seed, number)).random(length) for number in numbers])
-            heights = torch.from_numpy(drawn)
-            prompt = first[(heights[:, :1] * len(first)).long()] if begun is None else begun[start : numbers.stop]
-            windows.append(_write(model, prompt, heights[:, prompt.shape[1] :]))
+            heights = np.stack([np.random.default_rng((seed, number)).random(length) for number in numbers])
+            windows.append(_write(model, first, torch.from_numpy(heights)))
             if progress is not None:
                 progress(numbers.stop, count)
     return torch.cat(windows)
@@ -107,9 +97,7 @@ def own_text(
 ) -> list[dict[str, torch.Tensor]]:
     """Let a model write windows of the length of those in given batches, to calibrate on both.
 
-    There are `share` times as many, rounded up: of little text, too, there is some. Half of them, rounded down, begin
-    with a piece of the given text, an eighth of a window long, and are more text of its domain; the others begin with a
-    random token, and are of all domains.
+    There are `share` times as many, rounded up: of little text, too, there is some.
 
     Returns
     -------
@@ -117,39 +105,13 @@ def own_text(
         Batches, as :func:`cur.integrations.batches` makes them; none if `share` is 0, the model does not write text, or
         the batches hold no token ids.
     """
-    samples = [sample for batch in given for sample in _samples(batch)] if share and _writes_text(model) else []
-    if not samples:
+    ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in given]
+    written = [one for one in ids if isinstance(one, torch.Tensor) and one.ndim == 2 and not one.is_floating_point()]
+    if not share or not written or not _writes_text(model):
         return []
-    count, length = math.ceil(share * len(samples)), max(len(sample) for sample in samples)
-    begun = _places(samples, count // 2, max(length // 8, 1), seed=seed)
-    free = count - len(begun)
-
-    def watch(before: int) -> Progress | None:
-        return None if progress is None else lambda done, _: progress(before + done, count)
-
-    write = functools.partial(sample_windows, model, length=length)
-    windows = [write(count=free, seed=seed, progress=watch(0))]
-    if len(begun):
-        windows.append(write(count=len(begun), begun=begun, seed=seed + 1, progress=watch(free)))
-    return batches(torch.cat(windows), batch_size=batch_size)
-
-
-def _places(samples: Sequence[torch.Tensor], count: int, length: int, *, seed: int) -> torch.Tensor:
-    """Return tokens from `count` places, in samples at even distances of those that are long enough."""
-    long = [sample for sample in samples if len(sample) >= length]
-    if not count:
-        return torch.empty(0, length, dtype=torch.int64)
-    some = [long[(2 * number + 1) * len(long) // (2 * count)] for number in range(count)]
-    starts = np.random.default_rng(seed).integers([len(sample) - length + 1 for sample in some])
-    return torch.stack([sample[start : start + length] for sample, start in zip(some, starts, strict=True)])
-
-
-def _samples(batch: Any) -> list[torch.Tensor]:
-    """Return the token ids of a batch without padding, sample by sample; none if it holds something else."""
-    ids, mask = (batch.get("input_ids"), padding_mask(batch)) if isinstance(batch, Mapping) else (batch, None)
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        return []
-    return list(ids) if mask is None else [row[kept] for row, kept in zip(ids, mask, strict=True)]
+    count, length = math.ceil(share * sum(len(one) for one in written)), max(one.shape[1] for one in written)
+    windows = sample_windows(model, count=count, length=length, seed=seed, progress=progress)
+    return batches(windows, batch_size=batch_size)
 
 
 def _writes_text(model: PreTrainedModel) -> bool:
@@ -157,19 +119,17 @@ def _writes_text(model: PreTrainedModel) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _write(model: PreTrainedModel, begun: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
-    """Write one batch: what was begun (count, p) goes on for each column of heights (count, length - p)."""
+def _write(model: PreTrainedModel, first: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
+    """Write one batch: a window for each row of heights (count, length), the first token from among `first`."""
     place = _embedded(model).device
-    # Of a long beginning the predictions of all tokens would take much memory; most models know how to leave them out.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    tokens = begun.to(place, torch.int64)
+    tokens = first[(heights[:, 0] * len(first)).long()].to(place)
     written, cache = [tokens], None
-    for height in heights.T:
-        output: Any = model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
+    for height in heights.T[1:]:
+        output: Any = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        tokens = draw(output.logits[:, -1], height.to(place))[:, None]
+        tokens = draw(output.logits[:, -1], height.to(place))
         written.append(tokens)
-    return torch.cat(written, dim=1).cpu()
+    return torch.stack(written, dim=1).cpu()
 
 
 def _embedded(model: PreTrainedModel) -> torch.Tensor:

@@ -59,55 +59,8 @@ def test_own_text_is_a_share_of_what_was_given(llama: PreTrainedModel, share: fl
     given = batches(torch.zeros(5, 7, dtype=torch.int64), batch_size=2)
     extra = own_text(llama, given, share=share, batch_size=3, seed=0)
     assert [len(batch["input_ids"]) for batch in extra] == ([3, 2] if count == 5 else [count])
-    written, free = torch.cat([batch["input_ids"] for batch in extra]), -(-count // 2)
-    assert torch.equal(written[:free], sample_windows(llama, count=free, length=7))
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in extra]), sample_windows(llama, count=count, length=7))
     assert own_text(llama, given, share=0, batch_size=3, seed=0) == []
-
-
-def test_half_of_the_own_text_goes_on_from_the_given_one(llama: PreTrainedModel) -> None:
-    ids = torch.arange(3, 99).reshape(4, 24)
-    mask = torch.ones_like(ids)
-    mask[0, :23] = 0  # too little is left of this one to begin with
-    mask[1, 20:] = 0
-    reports: list[tuple[int, int | None]] = []
-    given = [{"input_ids": ids, "attention_mask": mask}]
-    text = own_text(
-        llama, given, share=2.0, batch_size=8, seed=1, progress=lambda done, total: reports.append((done, total))
-    )
-    going_on = text[0]["input_ids"][4:]
-    assert going_on.shape == (4, 24)
-    for window, sample in zip(going_on.tolist(), (1, 2, 2, 3), strict=True):
-        start = window[0] - ids[sample, 0]
-        real = ids[sample][mask[sample].bool()]
-        assert window[:3] == real[start : start + 3].tolist()
-    assert torch.equal(going_on, sample_windows(llama, count=4, length=24, begun=going_on[:, :3], seed=2))
-    assert reports == [(4, 8), (8, 8)]
-
-
-def test_every_token_behind_a_beginning_is_drawn(llama: PreTrainedModel) -> None:
-    begun = torch.arange(3, 13).reshape(2, 5)
-    windows = sample_windows(llama, count=2, length=9, begun=begun)
-    assert torch.equal(windows[:, :5], begun)
-    with torch.no_grad():
-        below = llama(input_ids=windows).logits.double().softmax(-1).cumsum(-1)
-    for number, window in enumerate(windows):
-        heights = np.random.default_rng((0, number)).random(9)
-        for position, token in list(enumerate(window.tolist()))[5:]:
-            steps = torch.cat([torch.zeros(1, dtype=torch.float64), below[number, position - 1]])
-            assert steps[token] - 1e-5 <= heights[position] <= steps[token + 1] + 1e-5
-
-
-@pytest.mark.parametrize("shape", [(2, 5), (3, 0), (3, 8), (3,)])
-def test_beginnings_fit_the_windows(llama: PreTrainedModel, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`begun` must have shape \(3, 1 to 7\), got"):
-        sample_windows(llama, count=3, length=7, begun=torch.zeros(shape, dtype=torch.int64))
-
-
-def test_beginnings_are_token_ids(llama: PreTrainedModel) -> None:
-    with pytest.raises(TypeError, match=r"`begun` must hold token ids, got torch\.float32"):
-        sample_windows(llama, count=1, length=3, begun=torch.zeros(1, 2))
-    whole = sample_windows(llama, count=1, length=2, begun=torch.tensor([[5, 6]], dtype=torch.int32))
-    assert whole.dtype == torch.int64
 
 
 def test_models_that_write_no_text_are_calibrated_on_the_given_one(
