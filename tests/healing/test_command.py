@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from cur.cli.app import app
 from cur.integrations.nn import compressed_modules
 
-QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "2", "--precision", "float32"]
+QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "4", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small random Llama with a tokenizer, a text, and a compressed checkpoint."""
+    """A small random Llama with a tokenizer, a text that is long enough to learn from, and a compressed checkpoint."""
     base = tmp_path_factory.mktemp("heal")
     words = {"<unk>": 0, **{f"w{index}": index for index in range(1, 60)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -34,7 +34,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     LlamaForCausalLM(config).save_pretrained(base / "dense")
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(base / "dense")
-    (base / "text.txt").write_text(" ".join(f"w{1 + (7 * index) % 59}" for index in range(300)))
+    (base / "text.txt").write_text(" ".join(f"w{1 + (7 * index) % 59}" for index in range(1500)))
     done = cur(
         "compress", base / "dense", "--text", base / "text.txt", "--out", base / "small", "--windows", 8,
         "--window-length", 12, "--layers", 2, "--rank", 6,
