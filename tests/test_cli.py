@@ -230,6 +230,11 @@ def test_refusals(model: Path, small: Path, text: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
 
 
+def test_no_windows_are_not_the_default_number(model: Path, text: Path, tmp_path: Path) -> None:
+    done = cur("compress", model, "--text", text, "--out", tmp_path / "out", "--windows", 0)
+    refused(done, "`count` must be at least 1, got 0")
+
+
 def test_an_output_that_exists_is_refused_before_any_work(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
     refused(cur("compress", "model", "--out", small), "exists and is not empty")

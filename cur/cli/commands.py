@@ -78,7 +78,7 @@ class Source:
             source, name = read_text(self.text), str(self.text)
         else:
             source, name = embedded_text("calibrate"), "the embedded text"
-        count = self.windows or (128 if self.dataset is not None else 64)
+        count = (128 if self.dataset is not None else 64) if self.windows is None else self.windows
         spread = self.dataset is None  # a data set is drawn no further than needed
         return token_windows(tokenizer, source, length=self.length, count=count, spread=spread, name=name)
 
