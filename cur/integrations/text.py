@@ -241,9 +241,9 @@ def token_windows(
             f"{(count or 1) * length}; give more text, or ask for fewer or shorter windows"
         )
     count = available if count is None else count
-    cut = available if spread else count
-    windows = torch.tensor(tokens[: cut * length], dtype=torch.int64).view(cut, length)
-    return windows[(2 * torch.arange(count) + 1) * available // (2 * count)] if spread else windows
+    places = torch.arange(count)
+    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
+    return windows[(2 * places + 1) * available // (2 * count) if spread else places]
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
