@@ -304,8 +304,7 @@ def main() -> None:
 
     dense, tokenizer, source = load_model()
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
-    text = read_text(options.wikitext / "valid.txt")
-    windows = token_windows(tokenizer, text, length=512, count=options.calibration, spread=True, name="valid.txt")
+    windows = calibration_windows(tokenizer, options.wikitext, options.calibration)
     held_out = {
         name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)
         for name, text in {
@@ -361,6 +360,12 @@ def main() -> None:
     _print(result)
     draw(result, PICTURE)
     print(f"written: {options.out}, {PICTURE}")
+
+
+def calibration_windows(tokenizer: Any, wikitext: Path, windows: int) -> Tensor:
+    """Return windows of 512 tokens from all over the calibration text."""
+    text = read_text(wikitext / "valid.txt")
+    return token_windows(tokenizer, text, length=512, count=windows, spread=True, name="valid.txt")
 
 
 @contextmanager

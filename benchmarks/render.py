@@ -451,6 +451,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_selectors": columns("matrix", "select", "error over SVD", "worst of 5", "seconds"),
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
+    "heads": columns("forms", "0.9", "0.8", "0.6"),
     "inference": inference,
     "paper": paper,
     "healing": healing,

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +33,7 @@ from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.checkpoint import CheckpointError
 from cur.integrations.compress import carry_out_, measure
 from cur.integrations.convert import convert_
+from cur.integrations.curves import NeuronCurve
 from cur.integrations.inspect import summarize
 from cur.integrations.moments import Moments
 from cur.integrations.neurons import neuron_groups
@@ -119,6 +122,24 @@ def test_a_budget_takes_them_where_they_pay(llama: PreTrainedModel, statistics: 
     assert kept(models[True])
     assert not kept(models[False])
     assert cost[True] < cost[False]
+
+
+def test_a_budget_takes_none_where_they_save_little(llama: PreTrainedModel, statistics: Statistics) -> None:
+    config = in_feed_forward(0.6)
+    names = linear_modules(llama, MLP, layers=range(len(decoder_layers(llama))))
+    curves = error_curves(llama, statistics, config, names)
+    joint = joint_curves(llama, statistics, config, names)
+
+    def lost(neurons: Sequence[NeuronCurve]) -> tuple[float, bool]:
+        entries = plan_budget(llama, statistics, config, curves, neurons).entries
+        return sum(entry.predicted or 0.0 for entry in entries), any(entry.method == "neurons" for entry in entries)
+
+    without, _ = lost([])
+    found = []
+    for price in np.geomspace(0.1, 10, 41):
+        found.append(lost([replace(curve, errors=price * curve.errors, cuts=()) for curve in joint]))
+    assert {left for left, used in found if not used} == {without}
+    assert 0.8 * without < max(left for left, used in found if used) <= 0.9 * without
 
 
 def test_rows_are_the_models_own_and_columns_fit(llama: PreTrainedModel, statistics: Statistics) -> None:
