@@ -113,11 +113,14 @@ class FittedBefore:
         These rows as a factored layer, if there is an inner rank.
     places : Tensor or None
         Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
+    seconds : float
+        That the fit took.
     """
 
     full_width: nn.Module
     inner: InterpolativeLinear | None
     places: Tensor | None
+    seconds: float
 
 
 @torch.no_grad()
@@ -146,6 +149,7 @@ def fit_before(
     fitted : mapping
         By name, what this function made of the layers beside it.
     """
+    start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)
     W = _weight(model, name)
     M, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
@@ -155,7 +159,7 @@ def fit_before(
     weight.copy_(solved)
     beside = [other.name for other in entries.values() if other.consumer == entry.consumer]
     if all(entries[other].inner_rank is None for other in beside):
-        return FittedBefore(full_width, None, None)
+        return FittedBefore(full_width, None, None, time.perf_counter() - start)
     places = next((fitted[other].places for other in beside if other in fitted), None)
     if places is None:
         assert entry.consumer is not None
@@ -163,13 +167,13 @@ def fit_before(
         found = _order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
         places = found.kept(behind.rank)
     if entry.inner_rank is None:
-        return FittedBefore(full_width, None, places)
+        return FittedBefore(full_width, None, places, time.perf_counter() - start)
     here = places.to(W.device)
     H = moments.outputs(name, W, damping=entry.damping)[here][:, here] if entry.gradients else None
     some = None if bias is None else bias[here]
     inner = _factored(solved[here], entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
     weight[here] = _product(inner).to(weight)
-    return FittedBefore(full_width, inner, places)
+    return FittedBefore(full_width, inner, places, time.perf_counter() - start)
 
 
 def _factored(X: Tensor, rank: int, H: Any, G: Any, *, dtype: torch.dtype, bias: Tensor | None) -> InterpolativeLinear:
@@ -251,6 +255,7 @@ def keep_neurons(
             layer = KeptOutputs.from_part(rows, mask, bias=some, transposed=transposed)
         layer.train(module.training)
         layer.requires_grad_(next(module.parameters()).requires_grad)
+        earlier = fitted[part.name].seconds if part.name in fitted else 0.0
         own = isinstance(layer, KeptOutputs) and part.name not in fitted and part.inner_rank is None
         wide, near, rounding = weight.to(torch.float64), layer.weight.to(torch.float64), 0.0
         if layer.inner_rank is not None:
@@ -267,7 +272,7 @@ def keep_neurons(
                 rounding=rounding,
                 rows=tuple(places.tolist()) if own else (),
                 columns=(),  # those of the layer behind are fitted, no longer the weight's own
-                seconds=time.perf_counter() - start,
+                seconds=time.perf_counter() - start + earlier,
             ),
         )
         start = time.perf_counter()

@@ -39,7 +39,7 @@ from cur.integrations.moments import Moments
 from cur.integrations.neurons import neuron_groups
 from cur.integrations.nn import KeptInputs, KeptOutputs, compressed_modules
 from cur.integrations.plan import PlanError
-from cur.integrations.pruning import FittedBefore, fit_before
+from cur.integrations.pruning import FittedBefore, fit_before, keep_neurons
 from tests.integrations.architectures import make
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -415,6 +415,26 @@ def test_layers_behind_see_rows_of_the_rank_that_they_get(llama: PreTrainedModel
     torch.testing.assert_close(seen[one.places], one.inner.weight.detach(), rtol=1e-5, atol=1e-6)
     assert float((seen[one.places] - W[one.places]).norm()) > 0.02 * float(W.norm())
     torch.testing.assert_close(other.full_width.weight, llama.get_submodule(beside).weight, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_before_neurons_count_the_seconds_of_their_fit(llama: PreTrainedModel, statistics: Statistics) -> None:
+    plan = make_plan(llama, statistics, in_feed_forward(0.6))
+    entries = {entry.name: entry for entry in plan.entries}
+    behind = next(entry for entry in plan.entries if entry.layout == "inputs")
+    before = [entry for entry in plan.entries if entry.consumer == behind.name]
+    fitted: dict[str, FittedBefore] = {}
+    for entry in before:
+        G = statistics.second_moment(entry.name)
+        made = fit_before(
+            llama, entry.name, entries, Moments(statistics), Arriving(G, G), correction=0.5, fitted=fitted
+        )
+        assert made.seconds > 0
+        fitted[entry.name] = replace(made, seconds=100.0)
+    done = keep_neurons(llama, behind, before, Moments(statistics), fitted=fitted)
+    assert {name: report.seconds > 100.0 for name, (_, report) in done.items()} == {
+        behind.name: False,
+        **dict.fromkeys(fitted, True),
+    }
 
 
 def test_the_certificate_is_of_the_factors_that_are_stored(llama: PreTrainedModel, windows: Tensor) -> None:
