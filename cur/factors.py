@@ -17,6 +17,7 @@ import scipy.sparse.linalg
 from cur import _array
 from cur._array import Array, adjoint, convert, is_dask, is_sparse, lu_pivots, namespace, qr, take, to_numpy
 from cur._atomic import replace_file
+from cur._dominant import dominant
 from cur._products import thin
 from cur.bounds import Certificate
 from cur.linking import Orthogonal
@@ -252,14 +253,15 @@ class Folded(_Factorization):
     def interpolative(self) -> Interpolative:
         """Return the same matrix as k of its rows and the coefficients of the others.
 
-        The rows are chosen by DEIM on a basis of the range, which keeps the coefficients moderate.
+        The rows are chosen by DEIM on a basis of the range, and exchanged until no coefficient is larger than 1.01
+        (Goreinov et al., "How to find a good submatrix", 2010), so that rounding the rows harms the others little.
         """
         if self.rank > self.shape[0]:
             raise ValueError(
                 f"a factorization of rank {self.rank} cannot be stored as {self.shape[0]} rows; transpose it first"
             )
         Q, T = qr(self.left)
-        rows = lu_pivots(Q)
+        rows = dominant(Q, lu_pivots(Q))
         skeleton = take(Q, rows, axis=0)
         others = _others(rows, self.shape[0])
         coefficients = adjoint(_divide(adjoint(skeleton), adjoint(take(Q, others, axis=0))))

@@ -11,6 +11,8 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 from cur import CUR, Folded, Interpolative, cur, interpolative
+from cur._array import lu_pivots
+from cur._dominant import LARGEST
 from cur.ranks import parameters
 from tests.backends import to_numpy
 from tests.families import geometric, random
@@ -151,6 +153,24 @@ def test_conversions_near_full_rank(rank, rng):
     for other in (F.interpolative(), F.interpolative().cur(), F.T.interpolative().T):
         np.testing.assert_allclose(other.toarray(), B, atol=1e-7 * np.linalg.norm(B))
     assert F.interpolative().coefficients.shape == (16 - rank, rank)
+
+
+def test_no_coefficient_is_larger_than_one(dense, rng):
+    left, right = random(60, 24, rng), random(24, 16, rng)
+    Q = np.linalg.qr(left)[0]
+    rows = lu_pivots(Q)
+    assert np.abs(Q @ np.linalg.inv(Q[rows])).max() > 1.2  # as pivots alone have it
+    dtype = dense.dtype("float64")
+    F = Folded(dense.asarray(left.astype(dtype)), dense.asarray(right.astype(dtype))).interpolative()
+    assert np.abs(to_numpy(F.coefficients)).max() <= LARGEST + 1e-4
+    assert sorted([*to_numpy(F.chosen), *to_numpy(F.others)]) == list(range(60))
+    tolerance = 1e-12 if dense.precise else 1e-4
+    np.testing.assert_allclose(to_numpy(F.toarray()), left @ right, atol=tolerance * np.linalg.norm(left @ right))
+
+
+@pytest.mark.parametrize("left", [np.ones((6, 3)), np.full((6, 3), np.nan), np.eye(6, 3)])
+def test_exchanges_of_rows_end(left):
+    Folded(left, np.ones((3, 4))).interpolative()
 
 
 def test_conversion_that_cannot_be():

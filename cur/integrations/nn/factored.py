@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cur import ranks
+from cur.factors import Folded
 from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, wide
-from cur.selection import deim
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -201,22 +201,11 @@ class InterpolativeLinear(FactoredLinear):
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
-        """Build the layer from any two factors: r independent rows of ``left`` are chosen by DEIM.
-
-        With ``left = Q S`` (thin QR) and the chosen rows ``p``, ``left = (Q Q_p^-1) left_p`` also when
-        ``left`` is rank-deficient, and DEIM keeps ``Q_p`` well conditioned.
-        """
+        """Build the layer from any two factors; see :meth:`cur.factors.Folded.interpolative`."""
         check_bias(bias, left.shape[0])
-        m = left.shape[0]
-        basis = torch.linalg.qr(wide(left)).Q
-        kept = torch.as_tensor(deim(basis), device=left.device)
-        mask = torch.ones(m, dtype=torch.bool, device=left.device)
-        mask[kept] = False
-        rest = torch.arange(m, device=left.device)[mask]
-        rows = (wide(left)[kept] @ wide(right)).to(right.dtype)
-        coefficients = torch.linalg.solve(basis[kept].mT, basis[rest].mT).mT.to(left.dtype)
-        order = torch.empty(m, dtype=torch.int64, device=left.device)
-        order[torch.cat([kept, rest])] = torch.arange(m, device=left.device)
+        factors = Folded(wide(left), wide(right)).interpolative()
+        rows, coefficients = factors.skeleton.to(right.dtype), factors.coefficients.to(left.dtype)
+        order = torch.argsort(torch.cat([factors.chosen, factors.others]))
         return cls.from_rows(rows, coefficients, order, bias=bias, transposed=transposed)
 
     @classmethod
