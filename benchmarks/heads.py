@@ -4,7 +4,7 @@ As MoDeGPT (arXiv 2408.09632) has it: entries of the values are given up togethe
 and the columns of the output projection, in a basis for each head that makes few of them do; and pairs of entries that
 rotary embeddings turn together are, in the rows of the query and the key projections. What is left may be factored as
 well. Both are offered to the budget as more forms that layers can take, under the same second moments; the loss that
-is predicted for the shared budget says what they would bring at most. Nothing is compressed.
+is predicted for the shared budget says about what they would bring. Nothing is compressed.
 
 SmolLM2-135M-Instruct, calibration as in `benchmarks/quality.py`.
 
@@ -73,6 +73,7 @@ def main() -> None:
     result = {
         "question": "Would heads of attention that give up dimensions help?",
         "model": source,
+        "windows": len(windows),
         "rows": rows,
         **environment(),
     }
@@ -204,7 +205,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def eliminate(
     A: Tensor, H: Tensor, G: Tensor, groups: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Give up groups of inputs of a matrix, one after another that which costs least, as `cur.own_inputs` does inputs.
+    """Give up groups of inputs of a matrix, the cheapest first, as `cur.own_inputs` does with single inputs.
 
     Returns the groups by importance, and the squares of the weighted error with the first 0, 1, ... kept.
     """

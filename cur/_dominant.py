@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cur._array import Array, adjoint, convert, is_dask, namespace, take, to_numpy
+from cur._array import Array, adjoint, convert, detach, is_dask, namespace, take, to_numpy
 
 __all__ = ["LARGEST", "dominant"]
 
 LARGEST = 1.01
-"""Modulus that no coefficient exceeds. Above one, so that exchanges end: each multiplies the volume by more."""
+"""Modulus that no coefficient exceeds, up to rounding; above one, so that each exchange multiplies the volume."""
 
 
 def dominant(basis: Array, rows: Array) -> Array:
@@ -33,16 +33,14 @@ def dominant(basis: Array, rows: Array) -> Array:
     Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", in Matrix Methods:
     Theory, Algorithms and Applications (2010).
     """
+    # Thin, and looked at once for every exchange; which rows are chosen has no derivative.
+    basis, chosen = to_numpy(basis) if is_dask(basis) else detach(basis), to_numpy(rows).copy()
     xp, (m, k) = namespace(basis), basis.shape
-    coefficients = adjoint(xp.linalg.solve(adjoint(take(basis, rows, axis=0)), adjoint(basis)))
-    if is_dask(coefficients):  # thin, and looked at once for every exchange
-        coefficients = to_numpy(coefficients)
-        xp = namespace(coefficients)
-    chosen = to_numpy(rows).copy()
-    for _ in range(m):
+    coefficients = adjoint(xp.linalg.solve(adjoint(take(basis, convert(chosen, basis), axis=0)), adjoint(basis)))
+    for _ in range(m):  # far more than it takes
         i, j = divmod(int(xp.argmax(xp.abs(coefficients))), k)
         pivot = coefficients[i, j]
-        if not bool(abs(pivot) > LARGEST):
+        if not bool(abs(pivot) > LARGEST) or i in chosen:
             break
         # Row i stands for itself from now on, as row chosen[j] did.
         change = coefficients[i, :] - coefficients[int(chosen[j]), :]

@@ -64,7 +64,8 @@ class BudgetConfig:
         "best" without `gradients`.
     neurons : bool, default True
         Whether layers may give up neurons between them together, where that costs less than a lower rank of each and
-        saves a tenth of the predicted loss in all. For the method "best" and the allocation "loss".
+        saves a tenth of the predicted loss in all, or the budget cannot be met otherwise. For the method "best" and the
+        allocation "loss".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
         error, and calibration needs no backward pass.
@@ -248,7 +249,7 @@ def plan_budget(
         alone = _options(curves, (), prices) if neurons else options
         if neurons and sum(option.costs.min() for option in alone) <= budget:
             without = _shares(alone, budget)
-            if _lost(options, chosen) > (1.0 - _LEAST_GAIN) * _lost(alone, without):
+            if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
                 options, chosen = alone, without
     made = {
         entry.name: entry

@@ -201,7 +201,7 @@ class InterpolativeLinear(FactoredLinear):
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
-        """Build the layer from any two factors; see :meth:`cur.factors.Folded.interpolative`."""
+        """Build the layer from two factors of at most m columns, see :meth:`cur.factors.Folded.interpolative`."""
         check_bias(bias, left.shape[0])
         factors = Folded(wide(left), wide(right)).interpolative()
         rows, coefficients = factors.skeleton.to(right.dtype), factors.coefficients.to(left.dtype)
