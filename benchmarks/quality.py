@@ -299,8 +299,6 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="directory that keeps the calibration")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if not options.wikitext.is_dir():
-        sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
 
     dense, tokenizer, source = load_model()
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
@@ -364,6 +362,8 @@ def main() -> None:
 
 def calibration_windows(tokenizer: Any, wikitext: Path, windows: int) -> Tensor:
     """Return windows of 512 tokens from all over the calibration text."""
+    if not wikitext.is_dir():
+        sys.exit(f"{wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
     text = read_text(wikitext / "valid.txt")
     return token_windows(tokenizer, text, length=512, count=windows, spread=True, name="valid.txt")
 
