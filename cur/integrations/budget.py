@@ -246,7 +246,7 @@ def plan_budget(
         chosen = by_effective_rank(effective, shapes, [option.costs for option in options], budget)
     else:
         chosen = _shares(options, budget)
-        alone = _options(curves, (), prices) if neurons else options
+        alone = _options(curves, (), prices)
         if neurons and sum(option.costs.min() for option in alone) <= budget:
             without = _shares(alone, budget)
             if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
