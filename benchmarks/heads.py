@@ -49,8 +49,8 @@ def main() -> None:
 
     model, tokenizer, source = load_model()
     names = linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
-    windows = calibration_windows(tokenizer, options.wikitext, options.calibration)
-    statistics = calibrate(model, windows, names, options.cache)[0].statistics[BOTH]
+    windows, rest = calibration_windows(tokenizer, options.wikitext, options.calibration)
+    statistics = calibrate(model, windows, rest, names, options.cache)[0].statistics[BOTH]
     curves = error_curves(model, statistics, DEFAULT, names, progress=count("curves"))
     neurons = joint_curves(model, statistics, DEFAULT, names, progress=count("neurons"))
     values, queries = [], []

@@ -69,7 +69,7 @@ from cur.integrations import (
 )
 from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
-from cur.integrations.sampling import own_text
+from cur.integrations.sampling import own_text, sample_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -97,10 +97,11 @@ Made = tuple[Any, int]
 
 @dataclass
 class Known:
-    """What methods may use: the dense model and what calibration says of it."""
+    """What methods may use: the dense model, what calibration says of it, and the rest of the text."""
 
     dense: Any
     windows: dict[str, Tensor]
+    rest: Tensor
     statistics: dict[str, Statistics]
     names: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +120,21 @@ class Known:
     def diagonals(self) -> Any:
         """Squared gradients of rows and magnitudes of inputs."""
         return measure(self.dense, self.windows[GIVEN][:DIAGONAL_WINDOWS], self.names, progress=count("diagonals"))
+
+    @cached_property
+    def fresh(self) -> Tensor:
+        """Windows to heal on, none of which was calibrated on: of the given text and the model's own, evenly mixed."""
+        config = HealingConfig()
+        windows = config.steps * config.batch_size + config.held_out
+        own = round(windows * DEFAULT.own_text / (1 + DEFAULT.own_text))
+        given = self.rest.reshape(-1, HEALING_LENGTH)
+        given = given[(_even(windows - own) * len(given)).long()]
+        with half_products():
+            written = sample_windows(
+                self.dense, count=own, length=HEALING_LENGTH, seed=DEFAULT.seed + 1, progress=count("sample")
+            )
+        order = torch.cat([_even(len(given)), _even(len(written))]).argsort()
+        return torch.cat([given, written])[order]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return outputs and inputs of every layer."""
@@ -217,19 +233,14 @@ def best(known: Known, keep: float) -> Made:
 
 
 def healed(method: Callable[[Known, float], Made]) -> Callable[[Known, float], Made]:
-    """Make a method whose cores are trained against the dense model, on the calibration text cut into shorter windows.
+    """Make a method whose cores are trained against the dense model, on text that it was not calibrated on.
 
     100 steps of 4 windows of 256 tokens, all else as it is by default.
     """
 
     def run(known: Known, keep: float) -> Made:
         model, stored = method(known, keep)
-        windows = known.windows[BOTH].reshape(-1, HEALING_LENGTH)
-        given = known.windows[GIVEN].numel() // HEALING_LENGTH
-        # evenly mixed, so that the windows at the end, which are held out, are of both
-        places = torch.cat([torch.arange(0.5, n) / n for n in (given, len(windows) - given)])
-        windows = windows[places.argsort()]
-        heal(model, known.dense, windows, HealingConfig(), progress=_healing)
+        heal(model, known.dense, known.fresh, HealingConfig(), progress=_healing)
         return model, stored
 
     return run
@@ -302,7 +313,7 @@ def main() -> None:
 
     dense, tokenizer, source = load_model()
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
-    windows = calibration_windows(tokenizer, options.wikitext, options.calibration)
+    windows, rest = calibration_windows(tokenizer, options.wikitext, options.calibration)
     held_out = {
         name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)
         for name, text in {
@@ -310,7 +321,7 @@ def main() -> None:
             "language reference": "\n\n".join(topics.values()),
         }.items()
     }
-    known, seconds = calibrate(dense, windows, names, options.cache)
+    known, seconds = calibrate(dense, windows, rest, names, options.cache)
     hashes = {name: _digest(part) for name, part in known.windows.items()}
     result = _earlier(options.out, hashes)
     result.update(
@@ -360,12 +371,14 @@ def main() -> None:
     print(f"written: {options.out}, {PICTURE}")
 
 
-def calibration_windows(tokenizer: Any, wikitext: Path, windows: int) -> Tensor:
-    """Return windows of 512 tokens from all over the calibration text."""
+def calibration_windows(tokenizer: Any, wikitext: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Return windows of 512 tokens from all over the calibration text, and the others."""
     if not wikitext.is_dir():
         sys.exit(f"{wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
     text = read_text(wikitext / "valid.txt")
-    return token_windows(tokenizer, text, length=512, count=windows, spread=True, name="valid.txt")
+    every = token_windows(tokenizer, text, length=512, name="valid.txt")
+    windows = token_windows(tokenizer, text, length=512, count=count, spread=True, name="valid.txt")
+    return windows, every[~(every[:, None] == windows).all(dim=-1).any(dim=1)]
 
 
 @contextmanager
@@ -379,7 +392,9 @@ def half_products(on: bool = True) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None) -> tuple[Known, dict[str, float]]:
+def calibrate(
+    model: Any, windows: Tensor, rest: Tensor, names: list[str], cache: Path | None
+) -> tuple[Known, dict[str, float]]:
     """Let the model write text; measure second moments of inputs and output gradients on both texts, or read them.
 
     See :func:`half_products` for the passes.
@@ -414,7 +429,12 @@ def calibrate(model: Any, windows: Tensor, names: list[str], cache: Path | None)
             if file is not None:
                 statistics.save(file)
     both = {GIVEN: windows, BOTH: torch.cat([windows, own])}
-    return Known(model, both, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+    return Known(model, both, rest, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+
+
+def _even(count: int) -> Tensor:
+    """Return places at even distances between 0 and 1."""
+    return torch.arange(0.5, count) / count
 
 
 def _digest(windows: Tensor) -> str:

@@ -158,7 +158,7 @@ def heal(
         seed=seed,
         **fixed,
     )
-    read = _reader(text, dataset, dataset_config, windows, window_length)
+    read = _reader(text, dataset, dataset_config, windows, window_length, held_out)
     options: dict[str, Any] = {"dtype": dtype, "read": read, "tensorboard": tensorboard, "overwrite": overwrite}
     if low:
         report = _heal_by_blocks(directory, str(dense), out, config, **options)
@@ -175,9 +175,16 @@ def heal(
 
 
 def _reader(
-    text: Path | None, dataset: str | None, dataset_config: str | None, windows: int | None, length: int
+    text: Path | None,
+    dataset: str | None,
+    dataset_config: str | None,
+    windows: int | None,
+    length: int,
+    held_out: int,
 ) -> Callable[[Any], torch.Tensor]:
-    """Return what turns a tokenizer into windows."""
+    """Return what turns a tokenizer into windows, of which the last are the last of the text."""
+    import torch
+
     from cur.cli.commands import Source
     from cur.integrations.text import embedded_text, read_text, token_windows
 
@@ -186,10 +193,19 @@ def _reader(
     )
 
     def read(tokenizer: Any) -> torch.Tensor:
-        if windows is not None or dataset is not None:
+        if dataset is not None:
             return source.read(tokenizer)
-        whole = embedded_text("calibrate") if text is None else read_text(text)
-        return token_windows(tokenizer, whole, length=length, name=str(text or "the embedded text"))
+        whole, name = embedded_text("calibrate") if text is None else read_text(text), str(text or "the embedded text")
+        every = token_windows(tokenizer, whole, length=length, name=name)
+        if windows is None:
+            return every
+        if not 1 <= windows <= len(every):
+            raise ValueError(
+                f"--windows must be between 1 and {len(every)}, the windows of {length} tokens in {name}, got {windows}"
+            )
+        watched = min(held_out, windows)
+        places = torch.linspace(0, len(every) - watched - 1, windows - watched).long()
+        return torch.cat([every[places], every[len(every) - watched :]])
 
     return read
 

@@ -66,7 +66,8 @@ def heal(
         The dense model that it was made from. It does not change. Every tensor that both have bitwise equal is shared
         from here on: the student's own copy is let go.
     batches : Tensor or sequence of mapping
-        Text: token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
+        Text: token windows (count, length), or batches of ``input_ids`` and ``attention_mask``. The last
+        ``config.held_out`` are watched and decide which state is kept, so they should not have been calibrated on.
     config : HealingConfig, optional
         Default: the closed form, a step of natural gradient, then 100 small ones on the teacher's distribution of the
         next token.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from cur.cli.app import app
+from cur.cli.heal import _reader
+from cur.integrations import read_text, token_windows
 from cur.integrations.nn import compressed_modules
 
 QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "4", "--precision", "float32"]
@@ -102,13 +105,30 @@ def test_low_memory(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     assert {"healing.json", "healing.jsonl", "plan.json", "report.json", "tokenizer.json"} <= names
 
 
+@pytest.mark.parametrize(("windows", "held_out"), [(20, 4), (20, 0), (100, 8), (3, 8), (None, 8)])
+def test_what_is_watched_is_the_end_of_the_text(
+    windows: int | None, held_out: int, places: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{1 + int(word)}" for word in np.random.default_rng(0).integers(59, size=1500)))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(places["dense"])
+    every = token_windows(tokenizer, read_text(text), length=12)
+    found = _reader(text, None, None, windows, 12, held_out)(tokenizer)
+    where = [int((every == window).all(1).nonzero()[0]) for window in found]
+    count, watched = windows or len(every), min(held_out, windows or len(every))
+    assert len(set(where)) == count
+    assert where == sorted(where)
+    assert where[count - watched :] == list(range(len(every) - watched, len(every)))
+    assert where[0] == 0 or watched == count
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--scope", "layer"], "`scope` must be one of model, block"),
         (["--steps", "0", "--natural-steps", "0", "--no-closed-form"], "nothing would be healed"),
         (["--scope", "block", "--kl", "1"], "no loss reaches the output"),
-        (["--windows", "500"], "is too short"),
+        (["--windows", "500"], "--windows must be between 1 and"),
         (["--teacher", "nowhere/at/all"], "does not exist"),
     ],
 )

@@ -91,6 +91,19 @@ def test_windows_from_all_over_the_text() -> None:
     assert torch.equal(again, every)
 
 
+@pytest.mark.parametrize(
+    ("length", "count", "left"), [(256, 60, 8), (512, 30, 4), (256, 76, 4), (256, 80, 0), (8, 9, 256)]
+)
+def test_the_end_of_a_text_is_left_to_healing(length: int, count: int, left: int) -> None:
+    text = " ".join(map(str, range(80 * 256)))
+    some = token_windows(WordTokenizer(), text, length=length, count=count, spread=True)  # type: ignore[arg-type]
+    starts = some[:, 0] // length
+    available = 80 * 256 // length
+    assert len(starts.unique()) == count
+    assert int(starts.max()) <= available - left - 1
+    assert int(starts.max()) >= available - max(left, available // count) - 1
+
+
 def test_a_stream_of_texts_is_drawn_no_further_than_needed() -> None:
     tokenizer = WordTokenizer()
 
