@@ -240,7 +240,9 @@ def healed(method: Callable[[Known, float], Made]) -> Callable[[Known, float], M
 
     def run(known: Known, keep: float) -> Made:
         model, stored = method(known, keep)
-        heal(model, known.dense, known.fresh, HealingConfig(), progress=_healing)
+        report = heal(model, known.dense, known.fresh, HealingConfig(), progress=_healing)
+        losses = ", ".join(f"{found['loss']:.3f} after {int(found['step'])}" for found in report.curve)
+        print(f"\nheld-out loss {report.before['loss']:.3f} before, {losses} steps", file=sys.stderr)
         return model, stored
 
     return run
@@ -485,6 +487,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "cur"
     texts = result["dense"]["perplexity"]
     figure, panels = plt.subplots(1, len(texts), figsize=(10, 5), sharex=True, layout="constrained")
+    colors = dict(zip(METHODS, matplotlib.colormaps["tab20"].colors, strict=False))
     for panel, (text, dense) in zip(panels, texts.items(), strict=True):
         for title in METHODS:
             rows = sorted((row for row in result["rows"] if row["method"] == title), key=lambda row: row["bytes"])
@@ -493,7 +496,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             if points:
                 own = title.startswith("ours")
                 style: dict[str, Any] = {"linewidth": 2.2, "marker": "o"} if own else {"linewidth": 1, "marker": "."}
-                panel.plot(*zip(*points, strict=True), label=title.replace("`", ""), **style)
+                panel.plot(*zip(*points, strict=True), label=title.replace("`", ""), color=colors[title], **style)
         panel.axhline(1, color="grey", linestyle=":", label="dense")
         panel.set_yscale("log")
         panel.set_yticks([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50])
