@@ -89,6 +89,8 @@ GIVEN, BOTH = "given", "both"
 # Windows for the squared gradients of FWSVD and the magnitudes of ASVD, which need few.
 DIAGONAL_WINDOWS = 16
 HEALING_LENGTH = 256
+# Windows on which every row is scored, those of more too, so that all can be compared.
+FEW = 8
 
 
 Made = tuple[Any, int]
@@ -106,6 +108,8 @@ class Known:
     names: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
     made: dict[float, Made] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What a method says of itself besides, for its row."""
 
     def weight(self, name: str) -> Tensor:
         """Return a weight in float64."""
@@ -128,12 +132,14 @@ class Known:
         windows = config.steps * config.batch_size + config.held_out
         own = round(windows * DEFAULT.own_text / (1 + DEFAULT.own_text))
         given = self.rest.reshape(-1, HEALING_LENGTH)
+        if len(given) < windows - own:
+            sys.exit(f"healing needs {windows - own} windows that are not calibrated on; ask for less --calibration")
         given = given[(_even(windows - own) * len(given)).long()]
         with half_products():
             written = sample_windows(
                 self.dense, count=own, length=HEALING_LENGTH, seed=DEFAULT.seed + 1, progress=count("sample")
             )
-        order = torch.cat([_even(len(given)), _even(len(written))]).argsort()
+        order = torch.cat([_even(len(given)), _even(len(written))]).argsort(stable=True)
         return torch.cat([given, written])[order]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -241,8 +247,12 @@ def healed(method: Callable[[Known, float], Made]) -> Callable[[Known, float], M
     def run(known: Known, keep: float) -> Made:
         model, stored = method(known, keep)
         report = heal(model, known.dense, known.fresh, HealingConfig(), progress=_healing)
-        losses = ", ".join(f"{found['loss']:.3f} after {int(found['step'])}" for found in report.curve)
-        print(f"\nheld-out loss {report.before['loss']:.3f} before, {losses} steps", file=sys.stderr)
+        known.facts["healing"] = {
+            "numbers": report.trainable,
+            "before": report.before["kl"],
+            "divergence": {str(int(found["step"])): found["kl"] for found in report.curve},
+            "seconds": report.seconds,
+        }
         return model, stored
 
     return run
@@ -330,6 +340,7 @@ def main() -> None:
         {
             "question": "Which method keeps most of a model at the same number of parameters?",
             "model": source,
+            "few windows": FEW,
             "calibration": {
                 "file": "valid.txt",
                 "windows": len(windows),
@@ -345,41 +356,46 @@ def main() -> None:
     )
     dense_at = result.setdefault("dense", {"perplexity": {name: {} for name in held_out}})["perplexity"]
     if any(str(options.windows) not in dense_at[name] for name in held_out):
-        for name, value in perplexities(dense, held_out, "dense", fast=options.fast).items():
-            dense_at[name][str(options.windows)] = value
+        for name, found in perplexities(dense, held_out, "dense", fast=options.fast).items():
+            dense_at[name].update(found)
         _write(options.out, result)
     for title in options.only:
         for keep in (1.0,) if title.startswith("dense") else options.keep:
-            found = [row for row in result["rows"] if (row["method"], row["keep"]) == (title, keep)]
-            if not options.again and any(row["windows"] >= options.windows for row in found):
+            earlier = [row for row in result["rows"] if (row["method"], row["keep"]) == (title, keep)]
+            if not options.again and any(row["windows"] >= options.windows for row in earlier):
                 continue
+            known.facts.clear()
             start = time.perf_counter()
             model, stored = METHODS[title](known, keep)
+            seconds_taken = time.perf_counter() - start
+            scores = perplexities(model, held_out, f"{title}, {keep}", fast=options.fast)
             row = {
                 "method": title,
                 "keep": keep,
                 "bytes": stored,
-                "seconds": time.perf_counter() - start,
+                "seconds": seconds_taken,
                 "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "windows": options.windows,
                 "products": "bfloat16" if options.fast else "float32",
-                "perplexity": perplexities(model, held_out, f"{title}, {keep}", fast=options.fast),
+                "perplexity": {text: values[str(options.windows)] for text, values in scores.items()},
+                "perplexity of few": {text: values[str(min(FEW, options.windows))] for text, values in scores.items()},
+                **known.facts,
             }
             del model
-            result["rows"] = [other for other in result["rows"] if other not in found] + [row]
+            result["rows"] = [other for other in result["rows"] if other not in earlier] + [row]
             _write(options.out, result)
     _print(result)
     draw(result, PICTURE)
     print(f"written: {options.out}, {PICTURE}")
 
 
-def calibration_windows(tokenizer: Any, wikitext: Path, count: int) -> tuple[Tensor, Tensor]:
+def calibration_windows(tokenizer: Any, wikitext: Path, number: int) -> tuple[Tensor, Tensor]:
     """Return windows of 512 tokens from all over the calibration text, and the others."""
     if not wikitext.is_dir():
         sys.exit(f"{wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
     text = read_text(wikitext / "valid.txt")
     every = token_windows(tokenizer, text, length=512, name="valid.txt")
-    windows = token_windows(tokenizer, text, length=512, count=count, spread=True, name="valid.txt")
+    windows = token_windows(tokenizer, text, length=512, count=number, spread=True, name="valid.txt")
     return windows, every[~(every[:, None] == windows).all(dim=-1).any(dim=1)]
 
 
@@ -466,13 +482,20 @@ def _together(one: Statistics, other: Statistics) -> Statistics:
     return dataclasses.replace(one, **sums, **totals)
 
 
-def perplexities(model: nn.Module, held_out: dict[str, Tensor], what: str, *, fast: bool) -> dict[str, float]:
-    """Score a model on every text."""
-    values = {}
+def perplexities(
+    model: nn.Module, held_out: dict[str, Tensor], what: str, *, fast: bool
+) -> dict[str, dict[str, float]]:
+    """Score a model on every text: on all windows, and on the first :data:`FEW`, by how many they are."""
+    values: dict[str, dict[str, float]] = {}
     for name, windows in held_out.items():
-        with half_products(fast):
-            values[name] = perplexity(model, windows, progress=count(f"{what}: {name}")).value
-        print(f"-> {values[name]:.2f}", file=sys.stderr, flush=True)
+        nll, tokens, done = 0.0, 0, 0
+        values[name] = {}
+        for part in filter(len, (windows[:FEW], windows[FEW:])):
+            with half_products(fast):
+                found = perplexity(model, part, progress=count(f"{what}: {name}"))
+            nll, tokens, done = nll + found.nll, tokens + found.tokens, done + len(part)
+            values[name][str(done)] = math.exp(nll / tokens)
+        print(f"-> {values[name][str(done)]:.2f}", file=sys.stderr, flush=True)
     return values
 
 
@@ -487,7 +510,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "cur"
     texts = result["dense"]["perplexity"]
     figure, panels = plt.subplots(1, len(texts), figsize=(10, 5), sharex=True, layout="constrained")
-    colors = dict(zip(METHODS, matplotlib.colormaps["tab20"].colors, strict=False))
+    # all but the greys, which stand for the dense model
+    palette = [color for place, color in enumerate(matplotlib.colormaps["tab20"].colors) if place not in (14, 15)]
+    colors = {title: palette[place % len(palette)] for place, title in enumerate(METHODS)}
     for panel, (text, dense) in zip(panels, texts.items(), strict=True):
         for title in METHODS:
             rows = sorted((row for row in result["rows"] if row["method"] == title), key=lambda row: row["bytes"])

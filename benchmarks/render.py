@@ -159,11 +159,13 @@ def quality(data: dict[str, Any]) -> str:
         [
             method,
             *(cell(found[method, keep]["seconds"]) if (method, keep) in found else "" for keep in keeps),
-            cell(max(row["peak memory, MiB"] for row in data["rows"] if row["method"] == method)),
+            cell(max(row["peak memory, MiB"] or 0.0 for row in data["rows"] if row["method"] == method) or None),
         ]
         for method in methods
     ]
     parts.append(table(["Seconds; kept:", *(f"{keep:g}" for keep in keeps), "Peak memory, MiB"], cost))
+    parts.append(_on_few(data))
+    parts.extend(_healed(row) for row in data["rows"] if "healing" in row)
     calibration = data["calibration"]
     took = "".join(f", {part} {value:.0f} s" for part, value in calibration["seconds"].items())
     products = sorted({row["products"] for row in data["rows"]})
@@ -175,6 +177,28 @@ def quality(data: dict[str, Any]) -> str:
         "other rows too.*"
     )
     return "\n\n".join([*parts, provenance(data)])
+
+
+def _on_few(data: dict[str, Any]) -> str:
+    """Return ln ratios on few windows of rows that were scored on more, to compare others with."""
+    few, found = data["few windows"], []
+    for row in data["rows"]:
+        if row["windows"] > few and "perplexity of few" in row:
+            dense = {text: values[str(few)] for text, values in data["dense"]["perplexity"].items()}
+            lost = [f"{math.log(value / dense[text]):.3f}" for text, value in row["perplexity of few"].items()]
+            found.append(f"{row['method']}, {row['keep']:g}: {' and '.join(lost)}")
+    return f"*ln ratios on the first {few} windows of both texts, of rows above on more: {'; '.join(found)}.*"
+
+
+def _healed(row: dict[str, Any]) -> str:
+    """Return a sentence on how healing went."""
+    found = row["healing"]
+    curve = ", ".join(f"{value:.3f} after {step}" for step, value in found["divergence"].items())
+    took = ", ".join(f"{stage} {seconds:,.0f} s" for stage, seconds in found["seconds"].items())
+    return (
+        f"*{row['method']}, {row['keep']:g}: {found['numbers']:,} numbers learn; divergence from the dense model on "
+        f"held-out text {found['before']:.3f} before, {curve} steps; {took}.*"
+    )
 
 
 def paper(data: dict[str, Any]) -> str:
@@ -233,7 +257,7 @@ def windows_scored(rows: list[dict[str, Any]]) -> str:
     parts = []
     for count in counts:
         methods = dict.fromkeys(row["method"] for row in rows if row["windows"] == count)
-        parts.append(f"the first {count} for {', '.join(methods)}")
+        parts.append(f"the first {count} for {' · '.join(methods)}")
     return (
         f"Evaluation on windows of 1024 tokens of each text: {'; '.join(parts)}; ln ratios are against the dense model "
         "on as many."

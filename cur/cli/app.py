@@ -108,8 +108,9 @@ def compress(
     "CURing Large Models". Started by `torchrun --nproc-per-node 4 -m cur compress ...`, several processes share the
     work.
     """
-    from cur.cli.commands import HeldOut, Source, run_compress
+    from cur.cli.commands import run_compress
     from cur.cli.settings import compress_config, refuse_with_plan
+    from cur.cli.source import HeldOut, Source
 
     config = compress_config(
         method=method,
@@ -208,8 +209,9 @@ def plan(
     The plan names every layer with its shape, rank, layout, numbers and predicted error. It can be edited, and carried
     out with `cur compress --plan`.
     """
-    from cur.cli.commands import Source, run_plan
+    from cur.cli.commands import run_plan
     from cur.cli.settings import compress_config
+    from cur.cli.source import Source
 
     config = compress_config(
         method=method,

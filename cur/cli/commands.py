@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cur.cli import tables
 from cur.cli._run import Stages, bars, note, output
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
+from cur.cli.source import HeldOut, Source
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
@@ -34,11 +34,9 @@ from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
-from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
+from cur.integrations.text import embedded_text, read_text, token_windows
 
 __all__ = [
-    "HeldOut",
-    "Source",
     "run_compress",
     "run_convert",
     "run_evaluate",
@@ -48,56 +46,6 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where calibration comes from."""
-
-    text: Path | None
-    dataset: str | None
-    dataset_config: str | None
-    windows: int | None
-    length: int
-    stats: Path | None
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse two texts, and passes without a window."""
-        if self.text is not None and self.dataset is not None:
-            raise ValueError("--text and --dataset exclude each other; give one")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-
-    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Return windows of tokens."""
-        source: str | Iterable[str]
-        if self.dataset is not None:
-            source, name = _stream(self.dataset, self.dataset_config), self.dataset
-        elif self.text is not None:
-            source, name = read_text(self.text), str(self.text)
-        else:
-            source, name = embedded_text("calibrate"), "the embedded text"
-        count = (128 if self.dataset is not None else 64) if self.windows is None else self.windows
-        spread = self.dataset is None  # a data set is drawn no further than needed
-        return token_windows(tokenizer, source, length=self.length, count=count, spread=spread, name=name)
-
-    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-        """Return batches of windows of tokens."""
-        return batches(self.read(tokenizer), batch_size=self.batch_size)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Text to measure perplexity on, before and after."""
-
-    name: str
-    windows: int
-
-    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Return windows of tokens."""
-        text = embedded_text("evaluate") if self.name == "reference" else read_text(self.name)
-        return token_windows(tokenizer, text, length=1024, count=self.windows, name=self.name)
 
 
 def run_compress(
@@ -328,14 +276,6 @@ def _load_stored(directory: Path) -> LoadedModel:
     """Load a checkpoint in the dtype it is stored in."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return load_model(str(directory), dtype=getattr(torch, str(config.get("dtype") or "float32")))
-
-
-def _stream(dataset: str, config: str | None) -> Iterable[str]:
-    # C4 has one configuration for each language and no default; English is the one that papers calibrate on.
-    if config is None and dataset == "allenai/c4":
-        config = "en"
-    # Endless: `token_windows` draws as many texts as its windows need.
-    return dataset_texts(dataset, name=config, count=None)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -38,7 +39,11 @@ def heal(
     dataset: o.Dataset = None,
     dataset_config: o.DatasetConfig = None,
     windows: Annotated[
-        int | None, typer.Option(help="Windows of text.", show_default="all there are, or 512 with --dataset")
+        int | None,
+        typer.Option(
+            help="Windows of text, spread over it but for those watched, which are its last; with --dataset the first.",
+            show_default="all there are, or 512 with --dataset",
+        ),
     ] = None,
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer; 0 stops at what comes before.")] = 100,
@@ -113,6 +118,7 @@ def heal(
     import torch
 
     from cur.cli.blockwise import block_by_block
+    from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
     from cur.integrations.checkpoint import check_target
     from cur.integrations.inspect import summarize
@@ -158,7 +164,8 @@ def heal(
         seed=seed,
         **fixed,
     )
-    read = _reader(text, dataset, dataset_config, windows, window_length, held_out)
+    source = Source(text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length)
+    read = functools.partial(source.to_heal, held_out=held_out)
     options: dict[str, Any] = {"dtype": dtype, "read": read, "tensorboard": tensorboard, "overwrite": overwrite}
     if low:
         report = _heal_by_blocks(directory, str(dense), out, config, **options)
@@ -172,42 +179,6 @@ def heal(
         return
     output.print(f"{report}.")
     note.print(f"Saved to {out}. Next: cur evaluate {out}")
-
-
-def _reader(
-    text: Path | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    windows: int | None,
-    length: int,
-    held_out: int,
-) -> Callable[[Any], torch.Tensor]:
-    """Return what turns a tokenizer into windows, of which the last are the last of the text."""
-    import torch
-
-    from cur.cli.commands import Source
-    from cur.integrations.text import embedded_text, read_text, token_windows
-
-    source = Source(
-        text=text, dataset=dataset, dataset_config=dataset_config, windows=windows or 512, length=length, stats=None
-    )
-
-    def read(tokenizer: Any) -> torch.Tensor:
-        if dataset is not None:
-            return source.read(tokenizer)
-        whole, name = embedded_text("calibrate") if text is None else read_text(text), str(text or "the embedded text")
-        every = token_windows(tokenizer, whole, length=length, name=name)
-        if windows is None:
-            return every
-        if not 1 <= windows <= len(every):
-            raise ValueError(
-                f"--windows must be between 1 and {len(every)}, the windows of {length} tokens in {name}, got {windows}"
-            )
-        watched = min(held_out, windows)
-        places = torch.linspace(0, len(every) - watched - 1, windows - watched).long()
-        return torch.cat([every[places], every[len(every) - watched :]])
-
-    return read
 
 
 def _heal_in_memory(

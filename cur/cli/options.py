@@ -49,7 +49,7 @@ DatasetConfig = Annotated[
 Windows = Annotated[
     int | None,
     typer.Option(
-        help="Windows of calibration text, spread over all of it; with --dataset the first ones.",
+        help="Windows of calibration text, spread over all of it but its end; with --dataset the first ones.",
         show_default="64, or 128 with --dataset",
     ),
 ]

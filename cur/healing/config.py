@@ -110,7 +110,8 @@ class HealingConfig:
     gradient_checkpointing : bool, default False
         Whether blocks are run a second time in the backward pass instead of keeping their activations.
     held_out : int, default 8
-        Windows at the end of the text that are not healed on, but watched; 0 watches nothing.
+        Windows at the end of the text that are not healed on, but watched; 0 watches nothing. They should not have been
+        calibrated on: layers fitted to a text lose less on it than elsewhere.
     evaluate_every : int, default 25
         Steps between looks at them.
     patience : int, default 0

@@ -108,7 +108,7 @@ def heal(
     >>> shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)
     >>> teacher = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape)).eval()
     >>> student, windows = copy.deepcopy(teacher), torch.randint(50, (12, 16))
-    >>> _ = compress(student, windows, CompressConfig(layers=2, targets=("gate_proj",), rank=8))
+    >>> _ = compress(student, windows[:8], CompressConfig(layers=2, targets=("gate_proj",), rank=8))
     >>> report = heal(student, teacher, windows, HealingConfig(steps=5, held_out=4, precision="float32"))
     >>> report.trainable, report.steps
     (128, 5)

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["batches", "dataset_texts", "embedded_text", "read_text", "token_windows"]
+__all__ = ["batches", "dataset_texts", "embedded_text", "evenly", "read_text", "token_windows"]
 
 # Tokens at the end of a text that are not calibrated on: what `cur heal` holds out, 8 windows of 256.
 _LEFT = 2048
@@ -195,9 +195,9 @@ def token_windows(
     neither overlap nor leave gaps; the incomplete last one is dropped.
 
     To calibrate on, windows from all over a text show a model more than as many from its beginning, which are of few
-    topics: `spread` takes them at even distances. The last 2,048 tokens it leaves alone, but no more than a tenth and
-    only if there are enough others: layers come to fit the text they are calibrated on, so healing has to watch some
-    that is none of it.
+    topics: `spread` takes them at even distances. Layers come to fit the text they are calibrated on, so healing has to
+    watch other text: the last 2,048 tokens are left for that, but no more than a tenth and only what is to spare, and
+    windows that would lie there come closer together before them.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def token_windows(
     count : int, optional
         Number of windows; default as many as there are.
     spread : bool, default False
-        Whether to take windows at even distances over the whole text, not its first ones. All of it is read: not for
+        Whether to take windows from all over the text but its end, not its first ones. All of it is read: not for
         endless streams.
     name : str, default "text"
         How errors call the text.
@@ -250,10 +250,15 @@ def token_windows(
     places = torch.arange(count)
     if spread:
         left = min(math.ceil(_LEFT / length), available // 10, available - count)
-        last = places + available - left - count
-        places = torch.minimum((2 * places + 1) * available // (2 * count), last)
+        # Most windows are where they would be without an end that is left.
+        places = torch.minimum(evenly(count, available), places + available - left - count)
     windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
     return windows[places]
+
+
+def evenly(count: int, available: int, /) -> torch.Tensor:
+    """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be."""
+    return (2 * torch.arange(count) + 1) * available // max(2 * count, 1)
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from cur.cli.app import app
-from cur.cli.heal import _reader
-from cur.integrations import read_text, token_windows
+from cur.cli.source import Source
+from cur.healing import HealingConfig
 from cur.integrations.nn import compressed_modules
 
 QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "4", "--precision", "float32"]
@@ -105,21 +105,50 @@ def test_low_memory(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     assert {"healing.json", "healing.jsonl", "plan.json", "report.json", "tokenizer.json"} <= names
 
 
-@pytest.mark.parametrize(("windows", "held_out"), [(20, 4), (20, 0), (100, 8), (3, 8), (None, 8)])
+@pytest.fixture(scope="module")
+def random_text(places: dict[str, Path]) -> tuple[Path, torch.Tensor]:
+    """A text in which every window of 12 tokens is another, and its tokens."""
+    words = np.random.default_rng(0).integers(59, size=1500)
+    text = places["dense"].with_name("random.txt")
+    text.write_text(" ".join(f"w{1 + int(word)}" for word in words))
+    return text, torch.from_numpy(1 + words)
+
+
+@pytest.mark.parametrize(
+    ("windows", "held_out", "expected"),
+    [
+        (5, 2, [20, 61, 102, 123, 124]),  # the middles of thirds of 123, and the last two
+        (5, 0, [12, 37, 62, 87, 112]),
+        (3, 8, [122, 123, 124]),
+        (125, 8, list(range(125))),
+        (None, 8, list(range(125))),
+    ],
+)
 def test_what_is_watched_is_the_end_of_the_text(
-    windows: int | None, held_out: int, places: dict[str, Path], tmp_path: Path
+    windows: int | None,
+    held_out: int,
+    expected: list[int],
+    places: dict[str, Path],
+    random_text: tuple[Path, torch.Tensor],
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{1 + int(word)}" for word in np.random.default_rng(0).integers(59, size=1500)))
+    path, tokens = random_text
+    source = Source(text=path, dataset=None, dataset_config=None, windows=windows, length=12)
+    found = source.to_heal(PreTrainedTokenizerFast.from_pretrained(places["dense"]), held_out=held_out)
+    assert torch.equal(found, tokens[: 125 * 12].view(125, 12)[expected])
+
+
+def test_what_is_watched_was_not_calibrated_on(places: dict[str, Path], tmp_path: Path) -> None:
+    numbers = torch.from_numpy(np.random.default_rng(1).integers(1, 60, size=40_000))
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(places["dense"])
-    every = token_windows(tokenizer, read_text(text), length=12)
-    found = _reader(text, None, None, windows, 12, held_out)(tokenizer)
-    where = [int((every == window).all(1).nonzero()[0]) for window in found]
-    count, watched = windows or len(every), min(held_out, windows or len(every))
-    assert len(set(where)) == count
-    assert where == sorted(where)
-    assert where[count - watched :] == list(range(len(every) - watched, len(every)))
-    assert where[0] == 0 or watched == count
+    whole: dict[str, Any] = {"text": path, "dataset": None, "dataset_config": None, "windows": None}
+    calibrated = Source(**whole, length=512).read(tokenizer)  # 64 of 78
+    held_out = HealingConfig().held_out
+    watched = Source(**whole, length=256).to_heal(tokenizer, held_out=held_out)[-held_out:]
+    assert len(calibrated) == 64
+    seen = {tuple(half.tolist()) for half in calibrated.view(-1, 256)}
+    assert seen.isdisjoint(tuple(window.tolist()) for window in watched)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Where commands take text from: to calibrate on, to heal on and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cur.integrations.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
+
+__all__ = ["HeldOut", "Source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Text to calibrate or to heal on."""
+
+    text: Path | None
+    dataset: str | None
+    dataset_config: str | None
+    windows: int | None
+    length: int
+    stats: Path | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse two texts, and passes without a window."""
+        if self.text is not None and self.dataset is not None:
+            raise ValueError("--text and --dataset exclude each other; give one")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows of tokens to calibrate on."""
+        source, name = self._open()
+        count = (128 if self.dataset is not None else 64) if self.windows is None else self.windows
+        spread = self.dataset is None  # a data set is drawn no further than needed
+        return token_windows(tokenizer, source, length=self.length, count=count, spread=spread, name=name)
+
+    def to_heal(self, tokenizer: PreTrainedTokenizerBase, *, held_out: int) -> torch.Tensor:
+        """Return windows of tokens to heal on, and behind them those to watch: the last of a text."""
+        source, name = self._open()
+        if self.dataset is not None:
+            count = 512 if self.windows is None else self.windows
+            return token_windows(tokenizer, source, length=self.length, count=count, name=name)
+        every = token_windows(tokenizer, source, length=self.length, name=name)
+        if self.windows is None:
+            return every
+        if not 1 <= self.windows <= len(every):
+            raise ValueError(
+                f"--windows must be between 1 and {len(every)}, the windows of {self.length} tokens in {name}, got "
+                f"{self.windows}; give more text, or ask for fewer or shorter windows"
+            )
+        watched = min(held_out, self.windows)
+        learnt = len(every) - watched
+        return torch.cat([every[evenly(self.windows - watched, learnt)], every[learnt:]])
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """Return batches of windows of tokens."""
+        return batches(self.read(tokenizer), batch_size=self.batch_size)
+
+    def _open(self) -> tuple[str | Iterable[str], str]:
+        """Return the text, or the texts of a data set, and what errors call it."""
+        if self.dataset is not None:
+            return _stream(self.dataset, self.dataset_config), self.dataset
+        if self.text is not None:
+            return read_text(self.text), str(self.text)
+        return embedded_text("calibrate"), "the embedded text"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to measure perplexity on, before and after."""
+
+    name: str
+    windows: int
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows of tokens."""
+        text = embedded_text("evaluate") if self.name == "reference" else read_text(self.name)
+        return token_windows(tokenizer, text, length=1024, count=self.windows, name=self.name)
+
+
+def _stream(dataset: str, config: str | None) -> Iterable[str]:
+    # C4 has one configuration for each language and no default; English is the one that papers calibrate on.
+    if config is None and dataset == "allenai/c4":
+        config = "en"
+    # Endless: `token_windows` draws as many texts as its windows need.
+    return dataset_texts(dataset, name=config, count=None)
