@@ -6,7 +6,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ ALLOCATIONS = ("loss", "d-rank")
 # is not in the prediction: SmolLM2-135M is better off without where they are predicted to save 3 percent of it.
 _LEAST_GAIN = 0.1
 
+# Of an even share of the budget, what every layer keeps at least if errors are relative. Outputs that a few tokens with
+# enormous inputs dominate have a small error at rank 1, and whatever else the layer does would be lost.
+_LEAST_SHARE = 0.75
+
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
@@ -68,7 +72,7 @@ class BudgetConfig:
         allocation "loss".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
-        error, and calibration needs no backward pass.
+        error and keeps at least three quarters of an even share, and calibration needs no backward pass.
     gradient_checkpointing : bool, default False
         Whether gradients take a second forward pass through every block instead of keeping its activations.
     own_text : float, default 0.25
@@ -245,8 +249,11 @@ def plan_budget(
         effective, shapes = [curve.effective_rank() for curve in curves], [curve.shape for curve in curves]
         chosen = by_effective_rank(effective, shapes, [option.costs for option in options], budget)
     else:
-        chosen = _shares(options, budget)
         alone = _options(curves, (), prices)
+        if not config.gradients:
+            floor = _LEAST_SHARE * budget / sum(int(option.costs.max()) for option in alone)
+            options, alone = ([one.at_least(floor) for one in each] for each in (options, alone))
+        chosen = _shares(options, budget)
         if neurons and sum(option.costs.min() for option in alone) <= budget:
             without = _shares(alone, budget)
             if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
@@ -305,6 +312,13 @@ class _Options:
         """Of all these layers together."""
         total: np.ndarray[Any, Any] = self.predicted.sum(axis=1)
         return total
+
+    def at_least(self, share: float) -> _Options:
+        """Return those options that keep a share of the whole, and the next one below."""
+        below = self.costs[self.costs <= share * self.costs.max()]
+        kept = self.costs >= below.max(initial=0)
+        parts = {name: getattr(self, name)[kept] for name in ("neurons", "ranks", "predicted", "costs")}
+        return replace(self, **parts)
 
     def entries(self, number: int, config: BudgetConfig) -> Iterator[PlanEntry]:
         """Yield what one of the options makes of the layers; one left dense has no entry."""

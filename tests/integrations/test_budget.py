@@ -247,6 +247,19 @@ def test_without_gradients_there_is_no_backward_pass(
     assert not any(entry.gradients for entry in report.plan.entries)
 
 
+def test_without_gradients_every_layer_keeps_a_part(llama: PreTrainedModel, statistics: Statistics) -> None:
+    name = inside(llama)[-1]
+    usual = statistics.products[name]
+    outlier = torch.ones(len(usual), dtype=usual.dtype)  # as of a first token that dwarfs all others
+    products = {**statistics.products, name: usual + 1e8 * usual.trace() * torch.outer(outlier, outlier)}
+    config = BudgetConfig(keep=0.8, gradients=False, neurons=False)
+    plan = make_plan(llama, replace(statistics, products=products), config)
+    assert name in {entry.name for entry in plan.entries}
+    for entry in plan.entries:
+        m, n = entry.shape
+        assert entry.parameters >= 0.75 * 0.8 * m * n - (m + n)
+
+
 def test_budgets_that_cannot_be_met(llama: PreTrainedModel, statistics: Statistics) -> None:
     whole = sum(p.numel() for p in llama.parameters())
     with pytest.raises(
