@@ -89,7 +89,7 @@ GIVEN, BOTH = "given", "both"
 # Windows for the squared gradients of FWSVD and the magnitudes of ASVD, which need few.
 DIAGONAL_WINDOWS = 16
 HEALING_LENGTH = 256
-# Windows on which every row is scored, those of more too, so that all can be compared.
+# Windows on which rows of more are scored as well, so that they can be compared with others.
 FEW = 8
 
 
@@ -355,7 +355,11 @@ def main() -> None:
         }
     )
     dense_at = result.setdefault("dense", {"perplexity": {name: {} for name in held_out}})["perplexity"]
-    if any(str(options.windows) not in dense_at[name] for name in held_out):
+    if any(
+        str(number) not in dense_at[name]
+        for name in held_out
+        for number in {options.windows, min(FEW, options.windows)}
+    ):
         for name, found in perplexities(dense, held_out, "dense", fast=options.fast).items():
             dense_at[name].update(found)
         _write(options.out, result)

@@ -164,7 +164,7 @@ def quality(data: dict[str, Any]) -> str:
         for method in methods
     ]
     parts.append(table(["Seconds; kept:", *(f"{keep:g}" for keep in keeps), "Peak memory, MiB"], cost))
-    parts.append(_on_few(data))
+    parts.extend(_on_few(data))
     parts.extend(_healed(row) for row in data["rows"] if "healing" in row)
     calibration = data["calibration"]
     took = "".join(f", {part} {value:.0f} s" for part, value in calibration["seconds"].items())
@@ -179,15 +179,17 @@ def quality(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, provenance(data)])
 
 
-def _on_few(data: dict[str, Any]) -> str:
-    """Return ln ratios on few windows of rows that were scored on more, to compare others with."""
+def _on_few(data: dict[str, Any]) -> list[str]:
+    """Return a sentence with ln ratios on few windows of rows that were scored on more, to compare others with."""
     few, found = data["few windows"], []
     for row in data["rows"]:
         if row["windows"] > few and "perplexity of few" in row:
             dense = {text: values[str(few)] for text, values in data["dense"]["perplexity"].items()}
             lost = [f"{math.log(value / dense[text]):.3f}" for text, value in row["perplexity of few"].items()]
             found.append(f"{row['method']}, {row['keep']:g}: {' and '.join(lost)}")
-    return f"*ln ratios on the first {few} windows of both texts, of rows above on more: {'; '.join(found)}.*"
+    return [f"*ln ratios on the first {few} windows of both texts, of rows above on more: {'; '.join(found)}.*"] * any(
+        found
+    )
 
 
 def _healed(row: dict[str, Any]) -> str:

@@ -40,7 +40,8 @@ ALLOCATIONS = ("loss", "d-rank")
 # is not in the prediction: SmolLM2-135M is better off without where they are predicted to save 3 percent of it.
 _LEAST_GAIN = 0.1
 
-# Of an even share of the budget, what every layer keeps at least if errors are relative. Outputs that a few tokens with
+# Of an even share of the budget, what a layer, or layers with neurons between them, keep at least if errors are
+# relative. Outputs that a few tokens with
 # enormous inputs dominate have a small error at rank 1, and whatever else the layer does would be lost.
 _LEAST_SHARE = 0.75
 
@@ -72,7 +73,8 @@ class BudgetConfig:
         allocation "loss".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
-        error and keeps at least three quarters of an even share, and calibration needs no backward pass.
+        error, with the allocation "loss" keeps about three quarters of an even share at least (layers with neurons
+        between them together), and calibration needs no backward pass.
     gradient_checkpointing : bool, default False
         Whether gradients take a second forward pass through every block instead of keeping its activations.
     own_text : float, default 0.25
@@ -249,12 +251,13 @@ def plan_budget(
         effective, shapes = [curve.effective_rank() for curve in curves], [curve.shape for curve in curves]
         chosen = by_effective_rank(effective, shapes, [option.costs for option in options], budget)
     else:
-        alone = _options(curves, (), prices)
         if not config.gradients:
-            floor = _LEAST_SHARE * budget / sum(int(option.costs.max()) for option in alone)
-            options, alone = ([one.at_least(floor) for one in each] for each in (options, alone))
+            options = _with_floor(options, budget)
         chosen = _shares(options, budget)
+        alone = _options(curves, (), prices)
         if neurons and sum(option.costs.min() for option in alone) <= budget:
+            if not config.gradients:
+                alone = _with_floor(alone, budget)
             without = _shares(alone, budget)
             if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
                 options, chosen = alone, without
@@ -348,6 +351,16 @@ class _Options:
 def _shares(options: Sequence[_Options], budget: int) -> tuple[int, ...]:
     """Return which option each takes, so that the sum of errors is least."""
     return ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
+
+
+def _with_floor(options: Sequence[_Options], budget: int) -> list[_Options]:
+    """Return the options that leave all about :data:`_LEAST_SHARE` of an even share, less if the budget is small."""
+    share = _LEAST_SHARE * budget / sum(float(option.costs.max()) for option in options)
+    while True:
+        some = [option.at_least(share) for option in options]
+        if sum(option.costs.min() for option in some) <= budget:
+            return some
+        share /= 2.0
 
 
 def _lost(options: Sequence[_Options], chosen: Sequence[int]) -> float:

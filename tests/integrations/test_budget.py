@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,22 @@ def test_without_gradients_every_layer_keeps_a_part(llama: PreTrainedModel, stat
     for entry in plan.entries:
         m, n = entry.shape
         assert entry.parameters >= 0.75 * 0.8 * m * n - (m + n)
+
+
+@pytest.mark.parametrize("neurons", [True, False])
+@pytest.mark.parametrize("unit", ["keep", "size"])
+def test_the_floor_refuses_no_budget(llama: PreTrainedModel, statistics: Statistics, unit: str, neurons: bool) -> None:
+    def plan(**share: Any) -> Plan:
+        return make_plan(llama, statistics, BudgetConfig(gradients=False, neurons=neurons, **share))
+
+    with pytest.raises(ValueError, match="must be at least") as refused:
+        plan(**{unit: 1e-4 if unit == "keep" else 100})
+    found = re.search(r"must be at least ([\d.,]+\d)", str(refused.value))
+    assert found is not None
+    least = float(found[1].replace(",", ""))
+    for more in (1.0, 1.05, 1.1, 1.3, 1.6):
+        share = {"keep": min(least * more + 1e-4, 0.99)} if unit == "keep" else {"size": int(least * more)}
+        assert plan(**share).entries
 
 
 def test_budgets_that_cannot_be_met(llama: PreTrainedModel, statistics: Statistics) -> None:
