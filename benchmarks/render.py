@@ -187,9 +187,9 @@ def _on_few(data: dict[str, Any]) -> list[str]:
             dense = {text: values[str(few)] for text, values in data["dense"]["perplexity"].items()}
             lost = [f"{math.log(value / dense[text]):.3f}" for text, value in row["perplexity of few"].items()]
             found.append(f"{row['method']}, {row['keep']:g}: {' and '.join(lost)}")
-    return [f"*ln ratios on the first {few} windows of both texts, of rows above on more: {'; '.join(found)}.*"] * any(
-        found
-    )
+    if not found:
+        return []
+    return [f"*ln ratios on the first {few} windows of both texts, of rows above on more: {'; '.join(found)}.*"]
 
 
 def _healed(row: dict[str, Any]) -> str:
