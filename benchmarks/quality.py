@@ -70,6 +70,7 @@ from cur.integrations import (
 from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
 from cur.integrations.sampling import own_text, sample_windows
+from cur.integrations.text import evenly
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -134,13 +135,13 @@ class Known:
         given = self.rest.reshape(-1, HEALING_LENGTH)
         if len(given) < windows - own:
             sys.exit(f"healing needs {windows - own} windows that are not calibrated on; ask for less --calibration")
-        given = given[(_even(windows - own) * len(given)).long()]
+        given = given[evenly(windows - own, len(given))]
         with half_products():
             written = sample_windows(
                 self.dense, count=own, length=HEALING_LENGTH, seed=DEFAULT.seed + 1, progress=count("sample")
             )
-        order = torch.cat([_even(len(given)), _even(len(written))]).argsort(stable=True)
-        return torch.cat([given, written])[order]
+        places = torch.cat([torch.arange(0.5, len(part)) / len(part) for part in (given, written)])
+        return torch.cat([given, written])[places.argsort(stable=True)]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return outputs and inputs of every layer."""
@@ -371,13 +372,13 @@ def main() -> None:
             known.facts.clear()
             start = time.perf_counter()
             model, stored = METHODS[title](known, keep)
-            seconds_taken = time.perf_counter() - start
+            took = time.perf_counter() - start
             scores = perplexities(model, held_out, f"{title}, {keep}", fast=options.fast)
             row = {
                 "method": title,
                 "keep": keep,
                 "bytes": stored,
-                "seconds": seconds_taken,
+                "seconds": took,
                 "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "windows": options.windows,
                 "products": "bfloat16" if options.fast else "float32",
@@ -452,11 +453,6 @@ def calibrate(
                 statistics.save(file)
     both = {GIVEN: windows, BOTH: torch.cat([windows, own])}
     return Known(model, both, rest, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
-
-
-def _even(count: int) -> Tensor:
-    """Return places at even distances between 0 and 1."""
-    return torch.arange(0.5, count) / count
 
 
 def _digest(windows: Tensor) -> str:

@@ -41,8 +41,8 @@ ALLOCATIONS = ("loss", "d-rank")
 _LEAST_GAIN = 0.1
 
 # Of an even share of the budget, what a layer, or layers with neurons between them, keep at least if errors are
-# relative. Outputs that a few tokens with
-# enormous inputs dominate have a small error at rank 1, and whatever else the layer does would be lost.
+# relative. Outputs that a few tokens with enormous inputs dominate have a small error at rank 1, and whatever else the
+# layer does would be lost.
 _LEAST_SHARE = 0.75
 
 
