@@ -49,7 +49,6 @@ from benchmarks.baselines import (
     nearest,
     reconstruct_,
     refit,
-    round_,
     whitened,
 )
 from benchmarks.environment import environment
@@ -69,6 +68,8 @@ from cur.integrations import (
 )
 from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
+from cur.integrations.nn import Int8Linear
+from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.sampling import own_text, sample_windows
 from cur.integrations.text import evenly
 
@@ -268,11 +269,19 @@ def _stage(stage: str, done: int, total: int | None) -> None:
 
 
 def int8(method: Callable[[Known, float], Made]) -> Callable[[Known, float], Made]:
-    """Make a method whose factors, and the layers it leaves dense, are rounded to int8."""
+    """Make a method whose factors, and the layers it leaves dense, are rounded to int8, as ``cur quantize`` has it.
+
+    Of bytes, the steps of the rows count two each.
+    """
 
     def run(known: Known, keep: float) -> Made:
         model, _ = method(known, keep)
-        return model, round_(model, known.names)
+        given, names = batches(known.windows[GIVEN], batch_size=4), quantizable(model)
+        with half_products():
+            statistics = collect(model, given, modules=names, moments="full", progress=count("inputs"))
+        quantize_(model, statistics, progress=count("round"))
+        factors = [part for part in model.modules() if isinstance(part, Int8Linear)]
+        return model, sum(part.integers.numel() + 2 * part.scale.numel() for part in factors)
 
     return run
 

@@ -24,7 +24,7 @@ from cur.healing import Status
 from cur.integrations.nn import compressed_modules
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["compress", "plan", "evaluate", "inspect", "convert", "export", "demo"]
+COMMANDS = ["compress", "plan", "evaluate", "inspect", "convert", "quantize", "export", "demo"]
 SMALL = ["--layers", "2", "--rank", "6", "--windows", "4", "--window-length", "16"]
 
 
@@ -494,6 +494,54 @@ def test_convert(small: Path, tmp_path: Path) -> None:
     assert data["parameters"] == data["report"]["after"]["parameters"]
     refused(cur("convert", small, "--layout", "lu", "--out", tmp_path / "x"), "`layout` must be one of")
     refused(cur("convert", small, "--out", tmp_path / "rows"), "exists and is not empty")
+
+
+def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
+    give = ["--text", text, "--windows", 4, "--window-length", 16]
+    done = cur("quantize", small, *give, "--out", tmp_path / "int8")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "Bytes of 35 layers" in said
+    assert "Next: cur evaluate" in said
+    tokens = torch.arange(4, 20)[None]
+    one, other = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (small, tmp_path / "int8"))
+    assert 0 < (one - other).norm() <= 0.03 * one.norm()
+    data = json.loads(cur("inspect", tmp_path / "int8", "--json").stdout)
+    before = json.loads(cur("inspect", small, "--json").stdout)
+    assert data["parameters"] == data["report"]["after"]["parameters"] == before["parameters"]
+    assert data["report"]["after"]["bytes"] < 0.6 * before["report"]["after"]["bytes"]
+    assert {layer["layout"] for layer in data["layers"]} == {"cur", "whole"}
+    values = [
+        json.loads(
+            cur(
+                "evaluate", tmp_path / "int8", "--text", text, "--windows", 3, "--window-length", 16, *low, "--json"
+            ).stdout
+        )["value"]
+        for low in ([], ["--low-memory"])
+    ]
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    again = json.loads(cur("quantize", small, *give, "--out", tmp_path / "int8", "--overwrite", "--json").stdout)
+    assert len(again["errors"]) == 35
+    assert again["after"] < 0.4 * again["before"]
+    out = ["--out", tmp_path / "x"]
+    refused(cur("quantize", tmp_path / "int8", *give, *out), "rounded to int8 already")
+    refused(cur("heal", tmp_path / "int8", *out), "is rounded to int8; heal what it was made from")
+    refused(cur("convert", tmp_path / "int8", "--layout", "folded", *out), "is rounded to int8; convert the checkpoint")
+    refused(cur("quantize", small, "--out", small), "exists and is not empty")
+    refused(cur("quantize", small, "--text", text, "--windows", 0, *out), "0")
+    refused(cur("quantize", tmp_path, *out), "is not a checkpoint")
+    assert not (tmp_path / "x").exists()
+
+
+def test_figures_of_what_was_not_rounded_are_called_so(model: Path, text: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(" ".join(f"w{4 + index % 90}" for index in range(1100)))
+    options = [*SMALL, "--held-out", held_out, "--held-out-windows", "1"]
+    assert cur("compress", model, "--text", text, "--out", tmp_path / "small", *options).exit_code == 0
+    give = ["--text", text, "--windows", 4, "--window-length", 16]
+    assert cur("quantize", tmp_path / "small", *give, "--out", tmp_path / "int8").exit_code == 0
+    report = json.loads((tmp_path / "int8" / "report.json").read_text())
+    assert set(report["perplexity"]) == {"before, held-out", "after, held-out, not rounded"}
 
 
 def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:

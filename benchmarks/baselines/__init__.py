@@ -8,7 +8,6 @@ from benchmarks.baselines.asvd import activation_scaled
 from benchmarks.baselines.curing import cur_factors
 from benchmarks.baselines.d_rank import dynamic_ranks, effective_rank
 from benchmarks.baselines.fwsvd import fisher_weighted
-from benchmarks.baselines.int8 import round_, rounded
 from benchmarks.baselines.measure import Diagonals, measure
 from benchmarks.baselines.mpifa import reconstruct_, refit
 from benchmarks.baselines.pifa import pivot_rows
@@ -27,7 +26,5 @@ __all__ = [
     "pivot_rows",
     "reconstruct_",
     "refit",
-    "round_",
-    "rounded",
     "whitened",
 ]

@@ -38,6 +38,7 @@ _DESCRIPTIONS = {
     "plan": "Sharing the budget",
     "neurons": "Looking at neurons",
     "decompose": "Factorizing weights",
+    "quantize": "Rounding weights",
     "before": "Perplexity before",
     "after": "Perplexity after",
     "healed": "Perplexity when healed",

@@ -1,10 +1,11 @@
-"""What `cur compress`, `plan`, `evaluate`, `inspect`, `convert` and `export` do: load, call the library, print."""
+"""What `cur compress`, `plan`, `evaluate`, `inspect`, `convert`, `quantize` and `export` do, with the library."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_bl
 from cur.cli.source import HeldOut, Source
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
+from cur.integrations.calibration import collect
 from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
 from cur.integrations.compress import (
     Clock,
@@ -32,6 +34,7 @@ from cur.integrations.inspect import summarize
 from cur.integrations.models import LoadedModel, load_model
 from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
+from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
 from cur.integrations.text import embedded_text, read_text, token_windows
@@ -43,6 +46,7 @@ __all__ = [
     "run_export",
     "run_inspect",
     "run_plan",
+    "run_quantize",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -193,6 +197,34 @@ def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwr
     kept = [sum(layer.parameters for layer in summary.layers) for summary in (before, after)]
     output.print(f"Numbers in the compressed layers: {kept[0]:,} before, {kept[1]:,} now.")
     output.print(f"Saved to {out}.")
+
+
+def run_quantize(directory: Path, out: Path, *, source: Source, overwrite: bool, as_json: bool) -> None:
+    """Run `cur quantize`."""
+    check_target(out, overwrite=overwrite)
+    summarize(directory)
+    with bars() as bar:
+        with bar.busy("Loading the model"):
+            loaded = _load_stored(directory)
+            model, given = loaded.model, source.batches(loaded.tokenizer)
+        names = quantizable(model)
+        measured = collect(model, given, modules=names, moments="full", progress=bar.of("calibrate"))
+        found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
+        report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
+        if report is not None:
+            before = {key: value for key, value in report.perplexity.items() if key.startswith("before")}
+            others = {f"{key}, not rounded": value for key, value in report.perplexity.items() if key not in before}
+            report = replace(report, after=model_size(model), perplexity={**before, **others})
+        with bar.busy("Saving"):
+            save(model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"directory": str(out.expanduser().absolute()), **asdict(found)}))
+        return
+    worst = max(found.errors, key=found.errors.__getitem__)
+    middle = median(found.errors.values())
+    output.print(f"Bytes of {len(names)} layers: {found.before:,} before, {found.after:,} now.")
+    output.print(f"Their outputs change by {middle:.2%} (median), at most {found.errors[worst]:.2%} ({worst}).")
+    output.print(f"Saved to {out}. Next: cur evaluate {out}.")
 
 
 def run_evaluate(

@@ -124,7 +124,8 @@ def heal(
     from cur.integrations.inspect import summarize
 
     check_target(out, overwrite=overwrite)
-    summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
+    if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
+        raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round that then")
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
     dtype = getattr(torch, str(stored or "float32"))
     dense = _teacher(directory, teacher)

@@ -194,11 +194,13 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     Raises
     ------
     ValueError
-        If the model has no compressed layer, or one that is on the meta device.
+        If the model has no compressed layer, or one that is on the meta device or rounded to int8.
     """
     layers: Mapping[str, CompressedLinear] = compressed_modules(model)
     if not layers:
         raise ValueError("`student` has no compressed layer: compress it first; there is nothing to heal")
+    if any(layer.int8 for layer in layers.values()):
+        raise ValueError("`student` is rounded to int8; heal the checkpoint that it was made from, and round it then")
     offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")

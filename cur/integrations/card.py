@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cur.integrations.layouts import ranks_of
-from cur.integrations.nn import compressed_modules
+from cur.integrations.nn import WholeLinear, compressed_modules
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, Size, model_size
 
@@ -29,6 +29,8 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     """
     base = report.plan.model if report is not None else ""
     layers = compressed_modules(model)
+    smaller = sum(not isinstance(layer, WholeLinear) for layer in layers.values())
+    rounded = any(layer.int8 for layer in layers.values())
     auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
     lines = [
         "---",
@@ -49,7 +51,8 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
         "```",
         "",
-        f"{len(layers)} linear layers hold a factored weight of lower rank.",
+        f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons.",
+        *(["All the layers below are rounded to int8, every row of a factor in steps of its own."] if rounded else []),
         "",
     ]
     if report is not None:

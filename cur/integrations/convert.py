@@ -34,13 +34,15 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     Raises
     ------
     ValueError
-        If the layout or the purpose is unknown, or the model has no factored layers.
+        If the layout or the purpose is unknown, or the model has no factored layers or is rounded to int8.
     """
     if layout not in ("auto", *FACTORED):
         raise ValueError(f"`layout` must be one of auto, {', '.join(FACTORED)}, got {layout!r}")
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
     layers = {name: layer for name, layer in compressed_modules(model).items() if layer.layout in FACTORED}
+    if any(layer.int8 for layer in layers.values()):
+        raise ValueError("`model` is rounded to int8; convert the checkpoint that it was made from, and round it then")
     if not layers:
         why = "all its compressed layers keep neurons, which have one layout" if compressed_modules(model) else ""
         raise ValueError(f"`model` has no factored layers; {why or 'compress it first'}")

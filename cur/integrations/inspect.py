@@ -35,6 +35,11 @@ class LayerSummary:
     inner_rank: int | None = None
 
     @property
+    def int8(self) -> bool:
+        """Whether its factors are rounded to eight bits."""
+        return self.dtype == "I8"
+
+    @property
     def parameters(self) -> int:
         """Numbers in the factors."""
         return int(LAYOUTS[self.layout].numbers(*self.shape, self.rank, self.inner_rank))
@@ -58,7 +63,7 @@ class CheckpointSummary:
     layers : tuple of LayerSummary
         Its compressed layers; one that has several names appears once.
     parameters : int
-        Numbers in all tensors, of floating dtype.
+        Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count.
     dense_parameters : int
         The same if every compressed layer were dense.
     file_bytes : int
@@ -113,7 +118,12 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
         for layer in layers
         if layer.layout == "outputs" and not tensors.keys().isdisjoint(f"{layer.name}.{part}.bias" for part in _PARTS)
     )
-    parameters = sum(math.prod(shape) for shape, dtype in tensors.values() if dtype.startswith(("F", "BF")))
+    steps = {f"{name.removesuffix('integers')}scale" for name in tensors if name.endswith(".integers")}
+    parameters = sum(
+        math.prod(shape)
+        for name, (shape, dtype) in tensors.items()
+        if (dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers")
+    )
     return CheckpointSummary(
         directory=str(directory),
         format_version=config.format_version,
@@ -126,6 +136,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
     layout, rank, inner = spec["layout"], spec["rank"], spec.get("inner_rank")
+    weight = "integers" if spec.get("int8") else "weight"
     # What tells the rank, the outputs, the inputs and the inner rank: a tensor and its axis.
     places = {
         "cur": (("R.weight", 0), ("C.weight", 0), ("R.weight", 1)),
@@ -133,14 +144,18 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
         "interpolative": (("R.weight", 0), ("order", 0), ("R.weight", 1)),
         "outputs": (("R.weight", 0), ("kept", 0), ("R.weight", 1)),
         "inputs": (("C.weight", 1), ("C.weight", 0), ("kept", 0)),
+        "whole": (("W.weight", 0), ("W.weight", 0), ("W.weight", 1)),
         "outputs, factored": (("inner.order", 0), ("kept", 0), ("inner.R.weight", 1), ("inner.R.weight", 0)),
         "inputs, factored": (("inner.R.weight", 1), ("inner.order", 0), ("kept", 0), ("inner.R.weight", 0)),
     }[layout if inner is None else f"{layout}, factored"]
+    keys = [(f"{name}.{key.replace('weight', weight)}", axis) for key, axis in places]
     try:
-        stored, m, n, *factored = (tensors[f"{name}.{key}"][0][axis] for key, axis in places)
-        dtype = next(tensors[f"{name}.{key}"][1] for key, _ in places if key.endswith(".weight"))
+        stored, m, n, *factored = (tensors[key][0][axis] for key, axis in keys)
+        dtype = next(tensors[key][1] for key, _ in keys if key.endswith(f".{weight}"))
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
+    if layout == "whole":
+        stored = min(m, n)
     for what, said, found in zip(("rank", "inner rank"), (rank, inner), (stored, *factored), strict=False):
         if found != said:
             raise CheckpointError(f"`config.json` says {name} has {what} {said}, the stored weights have {found}")

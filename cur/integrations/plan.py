@@ -20,7 +20,7 @@ from torch import nn
 from cur._atomic import replace_file
 from cur._errors import CURError
 from cur.integrations.experts import unrolled
-from cur.integrations.nn import FACTORED, LAYOUTS, dense_weight, layer_class
+from cur.integrations.nn import FACTORED, NEURONS, dense_weight, layer_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,7 +127,7 @@ class PlanEntry:
         if len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
             raise PlanError(f"`shape` of {self.name} must be two positive integers, got {self.shape!r}")
         choices = {
-            "layout": tuple(LAYOUTS),
+            "layout": (*FACTORED, *NEURONS),
             "method": METHODS,
             "importance": IMPORTANCES,
             "link": LINKS,

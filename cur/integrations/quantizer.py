@@ -38,8 +38,11 @@ __all__ = ["FORMAT_VERSION", "METHOD", "CURConfig", "CURQuantizer", "CheckpointE
 METHOD = "cur"
 """Value of ``quant_method`` in ``config.json``."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the checkpoints written; newer ones are refused."""
+
+# What of a layer is in any checkpoint of our own names.
+_TELLING = tuple(f"{factor}.{kind}" for factor in ("R", "C", "W", "inner.R") for kind in ("weight", "integers"))
 
 _ADVICE = "run `import cur.integrations` before from_pretrained"
 
@@ -56,7 +59,8 @@ class CURConfig(QuantizationConfigMixin):
     ----------
     modules : mapping
         By module name: ``{"layout": str, "rank": int}``, where neurons are given up perhaps with an ``"inner_rank"``,
-        or ``{"shared_with": name}`` for a second name of a layer.
+        and ``"int8": true`` where factors are rounded to eight bits; or ``{"shared_with": name}`` for a second name of
+        a layer.
     format_version : int
         See :data:`FORMAT_VERSION`.
     experts : sequence of str
@@ -121,13 +125,13 @@ class CURQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Allow `Trainer`: the factors are ordinary parameters."""
+        """Allow `Trainer`: the factors are ordinary parameters, and rounded ones take adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Allow `Trainer` without an adapter."""
-        return True
+        """Allow `Trainer` without an adapter, where the factors are not rounded."""
+        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:
@@ -151,7 +155,7 @@ class CURQuantizer(HfQuantizer):
         specs = self.quantization_config.modules
         # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
         # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.{factor}.weight" in shapes for name in specs for factor in ("R", "C", "inner.R"))
+        comparable = any(f"{name}.{key}" in shapes for name in specs for key in _TELLING)
         for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
@@ -246,6 +250,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             modules[name] = {"layout": module.layout, "rank": module.rank}
             if module.inner_rank is not None:
                 modules[name]["inner_rank"] = module.inner_rank
+            if module.int8:
+                modules[name]["int8"] = True
     return modules
 
 
@@ -288,14 +294,15 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
         if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
             return
         sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
-        named = set(spec) - {"inner_rank"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
+        named = set(spec) - {"inner_rank", "int8"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
+        named = named and spec.get("int8", True) is True
         named = named and ("inner_rank" not in spec or spec["layout"] not in FACTORED)
         if named and all(type(size) is int and size > 0 for size in sizes):
             return
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
         "and a "
-        "positive integer `rank`, and where neurons were given up perhaps an `inner_rank`"
+        "positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps `int8`: true"
     )
 
 
@@ -320,6 +327,7 @@ def _skeleton(module: nn.Module, name: str, spec: Mapping[str, Any]) -> Compress
             out_features,
             spec["rank"],
             inner_rank=spec.get("inner_rank"),
+            int8=spec.get("int8", False),
             bias=bias is not None,
             transposed=transposed,
             device=weight.device,

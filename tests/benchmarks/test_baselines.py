@@ -20,8 +20,6 @@ from benchmarks.baselines import (
     pivot_rows,
     reconstruct_,
     refit,
-    round_,
-    rounded,
     whitened,
 )
 
@@ -177,22 +175,6 @@ def test_curing_keeps_rows_of_the_weight(W: torch.Tensor) -> None:
     left, right = cur_factors(W, torch.ones(N, dtype=torch.float64), R)
     assert left.shape == (M, R)
     assert all(any(torch.equal(row, own) for own in W) for row in right)
-
-
-def test_int8_is_off_by_half_a_scale_at_most(W: torch.Tensor) -> None:
-    W[2] = 0.0
-    integers, scale = rounded(W)
-    assert integers.dtype == torch.int8
-    assert bool(((W - integers * scale).abs() <= scale / 2 + 1e-12).all())
-    live = torch.arange(M) != 2
-    assert torch.equal(integers.abs().amax(1)[live], torch.full((M - 1,), 127, dtype=torch.int8))
-
-
-def test_int8_rounds_all_linear_layers_below_a_module(llama: LlamaForCausalLM) -> None:
-    before = copy.deepcopy(llama.state_dict())
-    assert round_(llama, ["model.layers.1.mlp"]) == 3 * 24 * 16 + 2 * (24 + 24 + 16)
-    changed = {key for key, value in llama.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 
 
 def test_diagonals_are_those_of_the_gradients(llama: LlamaForCausalLM) -> None:

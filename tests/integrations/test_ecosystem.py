@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cur.integrations import BudgetConfig, CompressConfig, compress, perplexity, save
 from cur.integrations.nn import FACTORED, compressed_modules
+from cur.integrations.quantize import quantize_
 from tests.integrations.architectures import batch, make
 
 CONFIG = CompressConfig(layers=2, rank=6, targets=("q_proj", "gate_proj", "down_proj"))
@@ -167,6 +168,28 @@ def test_int8_weights_of_the_factors(
     assert quantized == pytest.approx(score, rel=0.05)
     with capsys.disabled():
         print(f"\nint8 factors: {before} -> {after} bytes, perplexity {score:.2f} -> {quantized:.2f}")
+
+
+def test_adapters_learn_on_rounded_factors(compressed: PreTrainedModel, windows: torch.Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    quantize_(compressed)
+    before = {name: p.detach().clone() for name, p in compressed.named_parameters()}
+    losses = []
+    with lenient():
+        adapted = peft.get_peft_model(compressed, peft.LoraConfig(r=2, target_modules=["U"]))
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = adapted(windows, labels=windows).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[2] < losses[0]
+    after = dict(adapted.named_parameters())
+    assert all(
+        torch.equal(after[f"base_model.model.{name}".replace(".U.", ".U.base_layer.")], value)
+        for name, value in before.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------ evaluation harness

@@ -21,26 +21,34 @@ layout                    children                                    numbers ke
 
 Instead of either child there may be an :class:`InterpolativeLinear` of an inner rank, ``inner``.
 
+In a model that was rounded to eight bits the children are :class:`Int8Linear`, and layers that nothing was taken from
+are :class:`WholeLinear`, with one child ``W`` (m x n).
+
 Every factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.
 """
 
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.factored import FACTORED, CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear
-from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
+from cur.integrations.nn.int8 import Int8Linear
+from cur.integrations.nn.kept import NEURONS, KeptInputs, KeptNeurons, KeptOutputs
 from cur.integrations.nn.modules import LAYOUTS, compressed_modules, dense_weight, layer_class, swap_
+from cur.integrations.nn.whole import WholeLinear
 
 __all__ = [
     "FACTORED",
     "LAYOUTS",
+    "NEURONS",
     "CURLinear",
     "CompressedLinear",
     "FactoredLinear",
     "FoldedLinear",
+    "Int8Linear",
     "InterpolativeLinear",
     "KeptInputs",
     "KeptNeurons",
     "KeptOutputs",
+    "WholeLinear",
     "compressed_modules",
     "dense_weight",
     "layer_class",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from cur.integrations.nn.int8 import Int8Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
 
@@ -27,6 +32,8 @@ class CompressedLinear(nn.Module):
     transposed : bool
         Whether the dense layer it stands for is a transformers ``Conv1D`` (weight n x m), to be restored by
         :meth:`to_dense`.
+    int8 : bool
+        Whether its factors are :class:`~cur.integrations.nn.Int8Linear`.
     device, dtype : optional
         Of the factors, which are random as in a new ``nn.Linear``.
 
@@ -50,6 +57,7 @@ class CompressedLinear(nn.Module):
         inner_rank: int | None = None,
         bias: bool = True,
         transposed: bool = False,
+        int8: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,11 +85,24 @@ class CompressedLinear(nn.Module):
         self.inner_rank = inner_rank
         self.has_bias = bias
         self.transposed = transposed
+        self.int8 = int8
         self._make_(device=device, dtype=dtype)
 
     def _make_(self, **place: Any) -> None:
         """Make the factors, the bias and the buffers, on a device and of a dtype."""
         raise NotImplementedError
+
+    def _linear(self, in_features: int, out_features: int, *, bias: bool = False, **place: Any) -> nn.Linear:
+        """Make a factor."""
+        return (Int8Linear if self.int8 else nn.Linear)(in_features, out_features, bias=bias, **place)
+
+    def round_(self, factors: Mapping[str, Int8Linear]) -> None:
+        """Put rounded factors in the place of all those that are there, in place."""
+        for name, factor in factors.items():
+            self.set_submodule(name, factor)
+        for part in self.modules():
+            if isinstance(part, CompressedLinear):
+                part.int8 = True
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -148,7 +169,7 @@ class CompressedLinear(nn.Module):
         """Return the line that ``print(model)`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         inner = "" if self.inner_rank is None else f", inner_rank={self.inner_rank}"
-        return f"{sizes}{inner}, bias={self.has_bias}"
+        return f"{sizes}{inner}, bias={self.has_bias}{', int8' if self.int8 else ''}"
 
 
 def fill_(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:

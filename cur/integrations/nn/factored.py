@@ -84,9 +84,9 @@ class CURLinear(FactoredLinear):
     layout = "cur"
 
     def _make_(self, **place: Any) -> None:
-        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
-        self.U = nn.Linear(self.rank, self.rank, bias=False, **place)
-        self.C = nn.Linear(self.rank, self.out_features, bias=self.has_bias, **place)
+        self.R = self._linear(self.in_features, self.rank, **place)
+        self.U = self._linear(self.rank, self.rank, **place)
+        self.C = self._linear(self.rank, self.out_features, bias=self.has_bias, **place)
 
     @classmethod
     def from_factors(
@@ -149,8 +149,8 @@ class FoldedLinear(FactoredLinear):
     layout = "folded"
 
     def _make_(self, **place: Any) -> None:
-        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
-        self.CU = nn.Linear(self.rank, self.out_features, bias=self.has_bias, **place)
+        self.R = self._linear(self.in_features, self.rank, **place)
+        self.CU = self._linear(self.rank, self.out_features, bias=self.has_bias, **place)
 
     @classmethod
     def from_two_factors(
@@ -190,10 +190,10 @@ class InterpolativeLinear(FactoredLinear):
     order: Tensor
 
     def _make_(self, **place: Any) -> None:
-        self.R = nn.Linear(self.in_features, self.rank, bias=False, **place)
+        self.R = self._linear(self.in_features, self.rank, **place)
         others = self.out_features - self.rank
         # A child without entries would warn when it is initialised.
-        self.T = nn.Linear(self.rank, others, bias=False, **place) if others else None
+        self.T = self._linear(self.rank, others, **place) if others else None
         self.bias = nn.Parameter(torch.zeros(self.out_features, **place)) if self.has_bias else None
         self.register_buffer("order", torch.arange(self.out_features, device=place["device"]))
 

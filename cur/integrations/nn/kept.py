@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cur import ranks
 from cur.integrations.nn.base import CompressedLinear, check_bias, fill_
@@ -14,7 +14,7 @@ from cur.integrations.nn.factored import InterpolativeLinear
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["KeptInputs", "KeptNeurons", "KeptOutputs"]
+__all__ = ["NEURONS", "KeptInputs", "KeptNeurons", "KeptOutputs"]
 
 
 class KeptNeurons(CompressedLinear):
@@ -40,9 +40,9 @@ class KeptNeurons(CompressedLinear):
     def _make_(self, **place: Any) -> None:
         m, n = self.shape_inside(self.out_features, self.in_features, self.rank)
         if self.inner_rank is None:
-            self.add_module(self._child, nn.Linear(n, m, bias=self.has_bias, **place))
+            self.add_module(self._child, self._linear(n, m, bias=self.has_bias, **place))
         else:
-            self.inner = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, **place)
+            self.inner = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, int8=self.int8, **place)
         width = self.largest_rank(self.out_features, self.in_features)
         self.register_buffer("kept", torch.arange(width, device=place["device"]) < self.rank)
 
@@ -217,3 +217,7 @@ class KeptInputs(KeptNeurons):
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.part.bias if self.has_bias else None
+
+
+NEURONS = (KeptOutputs.layout, KeptInputs.layout)
+"""Layouts of layers around neurons that were given up."""

@@ -11,11 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.factored import CURLinear, FoldedLinear, InterpolativeLinear
 from cur.integrations.nn.kept import KeptInputs, KeptOutputs
+from cur.integrations.nn.whole import WholeLinear
 
 __all__ = ["LAYOUTS", "compressed_modules", "dense_weight", "layer_class", "swap_"]
 
 LAYOUTS: dict[str, type[Any]] = {
-    cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs)
+    cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs, WholeLinear)
 }
 """Layer class of each layout name."""
 

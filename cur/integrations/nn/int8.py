@@ -1,0 +1,63 @@
+"""A linear layer whose weight is stored in eight bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Int8Linear"]
+
+
+class Int8Linear(nn.Linear):
+    """Apply a weight that is stored as integers, each row in multiples of a step of its own.
+
+    An ``nn.Linear`` to those who look for one. It computes in the dtype of the steps, with what the integers stand for,
+    formed anew at every call; the integers do not learn.
+
+    Attributes
+    ----------
+    integers : nn.Parameter, shape (m, n)
+        int8, from -127 to 127.
+    scale : Tensor, shape (m, 1)
+        The step of each row, a buffer; its dtype is that of the layer.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_features = in_features
+        self.out_features = out_features
+        integers = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.integers = nn.Parameter(integers, requires_grad=False)
+        self.register_buffer("scale", torch.ones(out_features, 1, **place))
+        self.bias = nn.Parameter(torch.zeros(out_features, **place)) if bias else None  # type: ignore[assignment]
+
+    @classmethod
+    def from_integers(cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear:
+        """Build the layer of ``integers * scale``, m x n times m x 1, and a copy of a bias."""
+        rows, columns = integers.shape
+        layer = cls(columns, rows, bias=bias is not None, device="meta")
+        layer.integers = nn.Parameter(integers, requires_grad=False)
+        layer.scale = scale
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """What the integers stand for, m x n, multiplied out at every access."""
+        return self.integers.to(self.scale.dtype) * self.scale
+
+    def reset_parameters(self) -> None:
+        """Keep the integers, which have no random start."""

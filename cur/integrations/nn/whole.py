@@ -1,0 +1,67 @@
+"""A layer that keeps its weight as it is, for models whose other layers are rounded to eight bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.int8 import Int8Linear
+
+__all__ = ["WholeLinear"]
+
+
+class WholeLinear(CompressedLinear):
+    """Apply a whole weight, whose rank is the smaller side; what is saved are its bits."""
+
+    layout = "whole"
+    _limit = "the smaller side"
+
+    def _make_(self, **place: Any) -> None:
+        self.W = self._linear(self.in_features, self.out_features, bias=self.has_bias, **place)
+
+    @classmethod
+    def from_int8(cls, W: Int8Linear, *, transposed: bool = False) -> WholeLinear:
+        """Build the layer of a rounded weight and its bias."""
+        m, n = W.integers.shape
+        layer = cls(n, m, min(m, n), bias=W.bias is not None, transposed=transposed, int8=True, device="meta")
+        layer.W = W
+        return layer
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        """Return the smaller side."""
+        return min(m, n)
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
+        """Count the numbers of an m x n layer, but for the bias."""
+        return m * n
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and the identity, the narrower one left where there are fewer outputs than inputs."""
+        W = self.weight
+        eye = torch.eye(self.rank, dtype=W.dtype, device=W.device)
+        return (W, eye) if self.in_features == self.rank else (eye, W)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, m x n."""
+        return self.W.weight
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias (m entries), or None."""
+        return self.W.bias if self.has_bias else None
+
+    def to_layout(self, layout: str) -> CompressedLinear:
+        """Return the layer itself, the only layout it has; a ValueError says so if another is asked for."""
+        if layout != self.layout:
+            raise ValueError(f"`layout` of a whole layer must stay {self.layout!r}, got {layout!r}")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        y: Tensor = self.W(x)
+        return y

@@ -1,0 +1,243 @@
+"""Rounding the weights of a model to eight bits, against what its inputs make important."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cur._errors import NumericalError
+from cur.integrations._forward import Progress
+from cur.integrations.layers import decoder_layers
+from cur.integrations.nn import (
+    CompressedLinear,
+    Int8Linear,
+    InterpolativeLinear,
+    KeptNeurons,
+    WholeLinear,
+    compressed_modules,
+    dense_weight,
+    swap_,
+)
+from cur.integrations.quantizer import mark_
+from cur.integrations.statistics import Statistics
+
+__all__ = ["Quantization", "quantizable", "quantize_"]
+
+_LARGEST = 127
+# Columns at once whose errors are carried over by one product.
+_BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What rounding a model changed.
+
+    Attributes
+    ----------
+    errors : dict of str to float
+        By layer, the root of the mean square by which its outputs changed, relative to that of the outputs; without
+        statistics as if entries of its inputs were independent and of one size.
+    before, after : int
+        Bytes of these layers.
+    """
+
+    errors: dict[str, float]
+    before: int
+    after: int
+
+
+def quantizable(model: nn.Module, /) -> list[str]:
+    """Name the layers that :func:`quantize_` rounds: compressed ones, and other linear layers of the blocks.
+
+    Linear layers that share their weight with another module are left out; of a model in which no stack of blocks is
+    found, compressed layers are all.
+
+    Raises
+    ------
+    ValueError
+        If some layers are rounded already, or there is none to round.
+    """
+    layers = compressed_modules(model)
+    done = [name for name, layer in layers.items() if layer.int8]
+    if done:
+        raise ValueError(f"{done[0]} is rounded to int8 already; start from the checkpoint that it was made from")
+    try:
+        blocks = tuple(f"{name}." for name, _ in decoder_layers(model))
+    except ValueError:
+        blocks = ()
+    factors = tuple(f"{name}." for name in layers)
+    owners = Counter(id(part) for module in model.modules() for part in module.parameters(recurse=False))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name in layers
+        or (
+            type(module) in (nn.Linear, Conv1D)
+            and name.startswith(blocks)
+            and not name.startswith(factors)
+            and owners[id(module.weight)] == 1
+        )
+    ]
+    if not names:
+        raise ValueError("`model` has no compressed layers, and no stack of blocks with linear layers was found in it")
+    return names
+
+
+@torch.no_grad()
+def quantize_(
+    model: PreTrainedModel,
+    statistics: Statistics | None = None,
+    *,
+    damping: float = 1e-4,
+    progress: Progress | None = None,
+) -> Quantization:
+    r"""Round a model to eight bits, in place: every row of a factor or weight to multiples of a step of its own.
+
+    The factors of a layer are rounded in the order in which they are applied. With statistics, each is first fitted to
+    what the rounded ones before it give: with inputs of second moment ``G``, and products ``P`` of the factors before
+    as they were and ``Q`` as they are, a factor ``F`` becomes ``F P G Q^T (Q G Q^T)^-1``, by least squares. Then it is
+    rounded column after column, each with what the errors of those before call for under ``Q G Q^T``: GPTQ (Frantar et
+    al., arXiv 2210.17323) from the last column to the first, which is Babai's nearest plane (Chen et al., arXiv
+    2507.18553).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A transformer, compressed or not. Its compressed layers and the other linear layers of its blocks are rounded.
+    statistics : Statistics, optional
+        Of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without them every
+        entry goes to the nearest multiple.
+    damping : float, default 1e-4
+        Multiple of the mean eigenvalue of a second moment that is added to all its eigenvalues.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every layer.
+
+    Returns
+    -------
+    Quantization
+
+    Raises
+    ------
+    ValueError
+        As :func:`quantizable`; if the statistics do not cover a layer, or `damping` is negative.
+    NumericalError
+        If a weight is NaN or infinite; the model is unchanged then.
+    """
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")
+    names = quantizable(model)
+    errors: dict[str, float] = {}
+    rounded: dict[str, dict[str, Int8Linear]] = {}
+    for done, name in enumerate(names, start=1):
+        rounded[name], errors[name] = _round(name, model.get_submodule(name), statistics, damping)
+        if progress is not None:
+            progress(done, len(names))
+    before = sum(_bytes(model.get_submodule(name)) for name in names)
+    whole: dict[str, nn.Module] = {}
+    for name, factors in rounded.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, CompressedLinear):
+            layer.round_(factors)
+        else:
+            _, _, transposed = dense_weight(layer, name)
+            whole[name] = WholeLinear.from_int8(factors["W"], transposed=transposed).train(layer.training)
+    swap_(model, whole)
+    mark_(model)
+    return Quantization(errors=errors, before=before, after=sum(_bytes(model.get_submodule(name)) for name in names))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(part.nbytes for part in (*module.parameters(), *module.buffers()))
+
+
+def _round(
+    name: str, layer: nn.Module, statistics: Statistics | None, damping: float
+) -> tuple[dict[str, Int8Linear], float]:
+    """Return the rounded factors of a layer, and by how much its outputs change."""
+    factors: dict[str, tuple[Tensor, Tensor | None]] = {}
+    rows_are_outputs = False
+    if isinstance(layer, CompressedLinear):
+        for key, child in layer.named_modules():  # in the order in which they are applied
+            if isinstance(child, nn.Linear):
+                factors[key] = child.weight, child.bias
+        rows_are_outputs = isinstance(layer.part if isinstance(layer, KeptNeurons) else layer, InterpolativeLinear)
+    else:
+        weight, bias, _ = dense_weight(layer, name)
+        factors["W"] = weight, bias
+    G = None if statistics is None else _moment(name, next(iter(factors.values()))[0], statistics)
+    made: dict[str, Int8Linear] = {}
+    lost = total = 0.0
+    was = now = torch.empty(0)
+    for key, (weight, bias) in factors.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"the weight {name}.{key} holds NaN or infinity; the model cannot be rounded")
+        F = weight.double()
+        wanted = F @ was if made else F
+        L = None
+        if G is not None:
+            L = _root(now @ G @ now.T if made else G, damping)
+            if made and L is not None:
+                F = F + torch.cholesky_solve(now @ G @ (wanted - F @ now).T, L).T
+        factor = Int8Linear.from_integers(*_integers(F, L, weight.dtype), bias)
+        now = factor.weight.double() @ now if made else factor.weight.double()
+        was, made[key] = wanted, factor
+        if rows_are_outputs or len(made) == len(factors):
+            lost += _size(was - now, G)
+            total += _size(was, G)
+    return made, math.sqrt(lost / total) if total else 0.0
+
+
+def _moment(name: str, first: Tensor, statistics: Statistics) -> Tensor:
+    try:
+        G = statistics.second_moment(name).to(first.device, torch.float64)
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+    if len(G) != first.shape[1]:
+        raise ValueError(
+            f"`statistics` has {len(G)} inputs of {name}, which takes {first.shape[1]}: measure them on this model"
+        )
+    return G
+
+
+def _root(moment: Tensor, damping: float) -> Tensor | None:
+    """Return the lower Cholesky factor of a damped moment; None if there is none, as where no input ever came."""
+    damped = moment.clone()
+    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
+    L, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else L
+
+
+def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return integers and the steps of their rows, of a dtype, whose product is near a matrix.
+
+    Near under the weight ``L L^T`` of its columns: whatever one column cannot have falls to the columns before it.
+    Without a weight every entry goes to the nearest multiple.
+    """
+    scale = (F.abs().amax(1, keepdim=True) / _LARGEST).to(dtype)
+    multiples = F / torch.where(scale > 0, scale, 1).double()
+    if L is None:
+        return _nearest(multiples).to(torch.int8), scale
+    found = torch.empty_like(multiples)
+    missing = torch.zeros_like(multiples)
+    for stop in range(F.shape[1], 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        carried = missing[:, stop:] @ L[stop:, start:stop]
+        for j in range(stop - 1, start - 1, -1):
+            owed = carried[:, j - start] + missing[:, j + 1 : stop] @ L[j + 1 : stop, j]
+            found[:, j] = _nearest(multiples[:, j] + owed / L[j, j])
+            missing[:, j] = multiples[:, j] - found[:, j]
+    return found.to(torch.int8), scale
+
+
+def _nearest(multiples: Tensor) -> Tensor:
+    return multiples.round().clamp(-_LARGEST, _LARGEST)
+
+
+def _size(change: Tensor, G: Tensor | None) -> float:
+    return float(((change if G is None else change @ G) * change).sum().clamp(min=0))

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur import NumericalError
+from cur.healing import HealingConfig, heal
+from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
+from cur.integrations.checkpoint import CheckpointError
+from cur.integrations.convert import convert_
+from cur.integrations.inspect import summarize
+from cur.integrations.nn import FACTORED, CompressedLinear, Int8Linear, compressed_modules
+from cur.integrations.quantize import quantizable, quantize_
+from cur.integrations.quantizer import CURConfig
+
+MakeModel = Callable[..., PreTrainedModel]
+TARGETS = {"llama": ("q_proj", "gate_proj"), "gpt2": ("c_attn", "c_fc"), "opt": ("q_proj", "fc1")}
+FACTORS = {"cur": {"R", "U", "C"}, "folded": {"R", "CU"}, "interpolative": {"R", "T"}}
+
+
+def logits(model: Any, windows: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(windows).logits
+    return found
+
+
+def measured(model: PreTrainedModel, windows: Tensor) -> Statistics:
+    return collect(model, windows.split(2), modules=quantizable(model), moments="full")
+
+
+def squeezed(
+    model: PreTrainedModel, windows: Tensor, layout: str, targets: tuple[str, ...] = TARGETS["llama"]
+) -> PreTrainedModel:
+    compress(model, windows, CompressConfig(layers=2, rank=8, layout=layout, targets=targets))
+    return model
+
+
+@pytest.fixture
+def neurons(llama: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
+    """A model some of whose layers keep neurons, whole and of a lower rank, and others are whole."""
+    compress(llama, windows, BudgetConfig(keep=0.6, own_text=0))
+    layers = compressed_modules(llama).values()
+    assert {layer.layout for layer in layers} >= {"interpolative", "inputs", "outputs"}
+    assert {layer.inner_rank is None for layer in layers if layer.layout == "outputs"} == {True, False}
+    return llama
+
+
+def weights_of(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
+    """Return what each layer multiplies its inputs with, of kept neurons alone."""
+    layers = {name: model.get_submodule(name) for name in names}
+    return {
+        name: (layer.part if layer.layout in ("inputs", "outputs") else layer).weight.detach().double().clone()
+        if isinstance(layer, CompressedLinear)
+        else (layer.weight.T if hasattr(layer, "nf") else layer.weight).detach().double().clone()
+        for name, layer in layers.items()
+    }
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("layout", FACTORED)
+def test_rounded_layers_are_saved_and_loaded(
+    kind: str, layout: str, make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    model = squeezed(make_model(kind), windows, layout, TARGETS[kind])
+    before, names = logits(model, windows), quantizable(model)
+    dense = [name for name in names if name not in compressed_modules(model)]
+    assert dense
+    found = quantize_(model, measured(model, windows))
+    assert list(found.errors) == names
+    assert list(compressed_modules(model)) == names
+    assert 0.25 * found.before < found.after < 0.45 * found.before  # short rows, each with a step in float32
+    after = logits(model, windows)
+    assert 0 < float((after - before).norm()) < 0.03 * float(before.norm())
+    save(model, None, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "cur_model.safetensors")
+    first = next(name for name in names if name not in dense)
+    for key in FACTORS[layout]:
+        assert stored[f"{first}.{key}.integers"].dtype == torch.int8
+    assert stored[f"{dense[0]}.W.integers"].dtype == torch.int8
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(again, windows), after)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.int8}
+    dense_export(again, None, tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not any(isinstance(module, Int8Linear) for module in plain.modules())
+    torch.testing.assert_close(logits(plain, windows), after, rtol=1e-4, atol=1e-4)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), windows), after)
+
+
+def test_layers_that_keep_neurons(neurons: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    before = logits(neurons, windows)
+    quantize_(neurons, measured(neurons, windows))
+    after = logits(neurons, windows)
+    assert 0 < float((after - before).norm()) < 0.03 * float(before.norm())
+    save(neurons, None, tmp_path / "model")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), windows), after)
+
+
+@pytest.mark.parametrize("layout", FACTORED)
+def test_without_statistics_every_entry_goes_to_the_nearest_multiple(
+    layout: str, llama: PreTrainedModel, windows: Tensor
+) -> None:
+    model = squeezed(llama, windows, layout)
+    before = {name: part.weight.detach().clone() for name, part in model.named_modules() if type(part) is nn.Linear}
+    quantize_(model)
+    rounded = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
+    assert len(rounded) >= 39
+    for name, part in rounded.items():
+        weight = before[name.removesuffix(".W")]
+        assert bool((part.integers.abs().amax(1) == 127).all())
+        assert bool(((weight - part.weight).abs() <= part.scale * (0.5 + 1e-4)).all())
+
+
+def test_errors_are_those_of_the_outputs_and_smaller_with_statistics(neurons: PreTrainedModel, windows: Tensor) -> None:
+    names, statistics = quantizable(neurons), measured(neurons, windows)
+    before = weights_of(neurons, names)
+    found = {}
+    for known in (statistics, None):
+        model = copy.deepcopy(neurons)
+        said = quantize_(model, known).errors
+        after = weights_of(model, names)
+        errors = []
+        for name in names:
+            G = statistics.second_moment(name)
+            change = after[name] - before[name]
+            errors.append(float(((change @ G) * change).sum() / ((before[name] @ G) * before[name]).sum()) ** 0.5)
+            if known is not None:
+                assert said[name] == pytest.approx(errors[-1], rel=1e-3)
+        found[known is None] = torch.tensor(errors)
+    assert bool((found[False] < found[True]).float().mean() > 0.9)
+    assert float(found[False].median()) < 0.7 * float(found[True].median())
+
+
+def test_whole_weights_keep_the_bound_of_babai(llama: PreTrainedModel, windows: Tensor) -> None:
+    # Of the nearest plane: half a step times the root of the sum of squares of the pivots, row by row (arXiv 2507.18553).
+    names, statistics = quantizable(llama), measured(llama, windows)
+    before = weights_of(llama, names)
+    quantize_(llama, statistics, damping=0.01)
+    kept = broken = 0
+    for name in names:
+        W = llama.get_submodule(name).W
+        if bool((W.integers.abs() == 127).sum(1).gt(1).any()):
+            continue  # perhaps cut off at the largest integer
+        G = statistics.second_moment(name)
+        G = G + 0.01 * float(G.diagonal().mean()) * torch.eye(len(G), dtype=torch.float64)
+        change, step = (W.weight.double() - before[name]) / W.scale.double(), torch.linalg.cholesky(G).diagonal()
+        bound = step.square().sum().sqrt() / 2
+        assert bool((((change @ G) * change).sum(1).sqrt() <= bound * (1 + 1e-4)).all())
+        nearest = before[name] / W.scale.double()
+        nearest = nearest.round() - nearest
+        broken += int((((nearest @ G) * nearest).sum(1).sqrt() > bound).sum())
+        kept += 1
+    assert kept > 5
+    assert broken > 0  # by rounding to the nearest multiple
+
+
+def test_coefficients_are_fitted_to_rounded_rows(llama: PreTrainedModel, windows: Tensor) -> None:
+    model = squeezed(llama, windows, "interpolative")
+    statistics = measured(model, windows)
+    before = {name: (part.R.weight.detach().double(), part.T.weight.detach().double()) for name, part in pairs(model)}
+    quantize_(model, statistics)
+    lost = torch.zeros(2, dtype=torch.float64)
+    for name, part in pairs(model):
+        G, (R, T) = statistics.second_moment(name), before[name]
+        rounded, step = part.R.weight.double(), T.abs().amax(1, keepdim=True) / 127
+        for place, coefficients in enumerate((part.T.weight.double(), (T / step).round() * step)):
+            change = coefficients @ rounded - T @ R
+            lost[place] += ((change @ G) * change).sum()
+    assert lost[0] < 0.77 * lost[1]
+
+
+def pairs(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    return [(name, part) for name, part in compressed_modules(model).items() if part.layout == "interpolative"]
+
+
+def test_inputs_that_never_come(llama: PreTrainedModel, windows: Tensor) -> None:
+    statistics = measured(llama, windows)
+    name = "model.layers.2.mlp.down_proj"
+    statistics.products[name].zero_()
+    before = llama.get_submodule(name).weight.detach().clone()
+    assert quantize_(llama, statistics).errors[name] == 0.0
+    W = llama.get_submodule(name).W
+    assert bool(((before - W.weight).abs() <= W.scale * (0.5 + 1e-4)).all())
+
+
+def test_a_row_of_zeros_stays_one(llama: PreTrainedModel, windows: Tensor) -> None:
+    name = "model.layers.2.mlp.down_proj"
+    with torch.no_grad():
+        llama.get_submodule(name).weight[3] = 0.0
+    quantize_(llama, measured(llama, windows))
+    weight = llama.get_submodule(name).weight
+    assert bool((weight[3] == 0).all())
+    assert bool(torch.isfinite(weight).all())
+
+
+def test_layers_that_share_a_weight_are_left_out(llama: PreTrainedModel) -> None:
+    blocks = llama.model.layers
+    blocks[1].mlp.up_proj.weight = blocks[2].mlp.up_proj.weight
+    shared = {f"model.layers.{index}.mlp.up_proj" for index in (1, 2)}
+    names = quantizable(llama)
+    assert len(names) == 7 * len(blocks) - 2
+    assert not shared & set(names)
+    assert "lm_head" not in names
+
+
+def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel, windows: Tensor) -> None:
+    statistics = measured(llama, windows)
+    model = squeezed(copy.deepcopy(llama), windows, "cur")
+    del statistics.products["model.layers.2.mlp.up_proj"]  # type: ignore[attr-defined]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="up_proj"):
+        quantize_(model, statistics)
+    statistics = measured(llama, windows)
+    statistics.products["model.layers.4.mlp.up_proj"] = torch.eye(3, dtype=torch.float64)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"has 3 inputs of model.layers.4.mlp.up_proj, which takes 32: measure"):
+        quantize_(model, statistics)
+    with pytest.raises(ValueError, match="`damping` must be a number that is at least 0, got -1"):
+        quantize_(model, damping=-1)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        model.get_submodule("model.layers.4.mlp.up_proj").weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"the weight model.layers.4.mlp.up_proj.W holds NaN"):
+        quantize_(model)
+    assert not any(isinstance(part, Int8Linear) for part in model.modules())
+    with pytest.raises(ValueError, match="no stack of blocks with linear layers"):
+        quantizable(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_what_is_rounded_can_neither_be_rounded_nor_converted_nor_healed(
+    llama: PreTrainedModel, windows: Tensor
+) -> None:
+    student = squeezed(copy.deepcopy(llama), windows, "cur")
+    quantize_(student)
+    with pytest.raises(ValueError, match=r"q_proj is rounded to int8 already; start from the checkpoint"):
+        quantize_(student)
+    with pytest.raises(ValueError, match="rounded to int8; convert the checkpoint that it was made from"):
+        convert_(student, "folded")
+    with pytest.raises(ValueError, match="rounded to int8; heal the checkpoint that it was made from"):
+        heal(student, llama, windows, HealingConfig(steps=1, batch_size=2, held_out=2))
+    assert student.hf_quantizer.is_trainable
+    assert not student.hf_quantizer.is_qat_trainable
+
+
+def test_summary_and_damage(neurons: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    save(neurons, None, tmp_path / "before")
+    quantize_(neurons, measured(neurons, windows))
+    save(neurons, None, tmp_path / "model")
+    before, after = summarize(tmp_path / "before"), summarize(tmp_path / "model")
+    assert (after.parameters, after.dense_parameters) == (before.parameters, before.dense_parameters)
+    assert all(layer.int8 for layer in after.layers)
+    assert not any(layer.int8 for layer in before.layers)
+    assert {layer.layout for layer in after.layers} == {"interpolative", "inputs", "outputs", "whole"}
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"{len(before.layers)} linear layers hold a weight of lower rank" in card
+    assert "rounded to int8" in card
+    weights = tmp_path / "model" / "cur_model.safetensors"
+    state = load_file(weights)
+    key = next(key for key in state if key.endswith("R.integers"))
+    save_file({**state, key: state[key][:, 1:].contiguous()}, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{key} would be"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    name = next(name for name, spec in config["modules"].items() if "int8" in spec)
+    for wrong in (False, 1, "yes"):
+        with pytest.raises(CheckpointError, match=f"describes {name} as .*perhaps `int8`: true"):
+            CURConfig({name: {**config["modules"][name], "int8": wrong}})
