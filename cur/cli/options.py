@@ -114,7 +114,7 @@ Allocation = Annotated[
 Neurons = Annotated[
     bool,
     typer.Option(
-        help="Whether layers may give up neurons between them together, where that saves a tenth of the predicted "
+        help="Whether layers may give up neurons between them together, where that saves a fifth of the predicted "
         "loss. For --method best."
     ),
 ]
