@@ -286,7 +286,7 @@ def quantize(
     """Round the layers of a compressed checkpoint to int8: half the bytes of bfloat16, at next to no loss.
 
     Each row of a factor gets a step of its own, and what one column cannot have falls to others, as the text makes it
-    important. Do this last: rounded layers can neither be healed nor brought to another layout.
+    important. Do this last: rounded layers can neither be trained nor brought to another layout.
     """
     from cur.cli.commands import run_quantize
     from cur.cli.source import Source

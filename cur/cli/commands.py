@@ -34,7 +34,7 @@ from cur.integrations.inspect import summarize
 from cur.integrations.models import LoadedModel, load_model
 from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
-from cur.integrations.quantize import quantizable, quantize_
+from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
 from cur.integrations.text import embedded_text, read_text, token_windows
@@ -202,7 +202,8 @@ def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwr
 def run_quantize(directory: Path, out: Path, *, source: Source, overwrite: bool, as_json: bool) -> None:
     """Run `cur quantize`."""
     check_target(out, overwrite=overwrite)
-    summarize(directory)
+    if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
+        raise ValueError(f"{directory} is rounded to int8 already; start from what it was made from")
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = _load_stored(directory)
@@ -210,20 +211,17 @@ def run_quantize(directory: Path, out: Path, *, source: Source, overwrite: bool,
         names = quantizable(model)
         measured = collect(model, given, modules=names, moments="full", progress=bar.of("calibrate"))
         found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
-        report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
-        if report is not None:
-            before = {key: value for key, value in report.perplexity.items() if key.startswith("before")}
-            others = {f"{key}, not rounded": value for key, value in report.perplexity.items() if key not in before}
-            report = replace(report, after=model_size(model), perplexity={**before, **others})
         with bar.busy("Saving"):
-            save(model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+            save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
     if as_json:
         print(json.dumps({"directory": str(out.expanduser().absolute()), **asdict(found)}))
         return
     worst = max(found.errors, key=found.errors.__getitem__)
     middle = median(found.errors.values())
     output.print(f"Bytes of {len(names)} layers: {found.before:,} before, {found.after:,} now.")
-    output.print(f"Their outputs change by {middle:.2%} (median), at most {found.errors[worst]:.2%} ({worst}).")
+    output.print(
+        f"On this text their outputs change by {middle:.2%} (median), at most {found.errors[worst]:.2%} ({worst})."
+    )
     output.print(f"Saved to {out}. Next: cur evaluate {out}.")
 
 

@@ -108,7 +108,9 @@ class InputSums:
             if key not in self.leader or self.counts[self.leader[key]] == 0  # an expert that got padding alone
         ]
         if silent:
-            raise ValueError(f"no input reached {', '.join(silent[:5])}; leave out modules that the text does not use")
+            raise ValueError(
+                f"no input reached {', '.join(silent[:5])}; give more text, or leave out modules that it does not use"
+            )
         for product in self.products.values():
             mirror_(product)
         sums: dict[str, torch.Tensor] = {}

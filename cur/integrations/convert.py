@@ -41,7 +41,7 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
     layers = {name: layer for name, layer in compressed_modules(model).items() if layer.layout in FACTORED}
-    if any(layer.int8 for layer in layers.values()):
+    if any(layer.int8 for layer in compressed_modules(model).values()):
         raise ValueError("`model` is rounded to int8; convert the checkpoint that it was made from, and round it then")
     if not layers:
         why = "all its compressed layers keep neurons, which have one layout" if compressed_modules(model) else ""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cur.integrations.experts import LinearExperts, unrolled
+from cur.integrations.nn import CompressedLinear
 
 __all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules"]
 
@@ -29,8 +30,8 @@ def is_linear(module: nn.Module) -> bool:
 def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     """Find the stacks of equal blocks that make up a transformer.
 
-    A stack is an ``nn.ModuleList`` of modules of one class, all with linear layers inside; lists inside blocks do
-    not count. An encoder-decoder has two. Any other model has the one that is as long as
+    A stack is an ``nn.ModuleList`` of modules of one class, all with linear layers inside, compressed or not; lists
+    inside blocks do not count. An encoder-decoder has two. Any other model has the one that is as long as
     ``config.num_hidden_layers`` says; without such a config, the longest one.
 
     Parameters
@@ -55,7 +56,7 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
         if any(name.startswith(outer + ".") for outer, _ in found):
             continue
         alike = len({type(block) for block in module}) == 1
-        if alike and all(any(is_linear(part) for part in block.modules()) for block in module):
+        if alike and all(any(map(_is_matrix, block.modules())) for block in module):
             found.append((name, module))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         stacks, wanted, what = found, 2, "an encoder and a decoder"
@@ -72,6 +73,10 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
             "choosing among layers"
         )
     return [[(f"{name}.{index}", block) for index, block in enumerate(blocks)] for name, blocks in stacks]
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, CompressedLinear)
 
 
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cur._atomic import replace_file
 from cur._errors import NumericalError
+from cur.integrations._directory import new_directory
 from cur.integrations._forward import Progress
+from cur.integrations.checkpoint import PLAN, REPORT, save
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import (
     CompressedLinear,
@@ -24,10 +32,13 @@ from cur.integrations.nn import (
     dense_weight,
     swap_,
 )
-from cur.integrations.quantizer import mark_
+from cur.integrations.quantizer import mark_, refuse_other_formats
 from cur.integrations.statistics import Statistics
 
-__all__ = ["Quantization", "quantizable", "quantize_"]
+__all__ = ["Quantization", "quantizable", "quantize_", "save_quantized"]
+
+_QUANTIZATION = "quantization.json"
+_BESIDE = (PLAN, REPORT, "healing.json", "healing.jsonl")
 
 _LARGEST = 127
 # Columns at once whose errors are carried over by one product.
@@ -41,8 +52,9 @@ class Quantization:
     Attributes
     ----------
     errors : dict of str to float
-        By layer, the root of the mean square by which its outputs changed, relative to that of the outputs; without
-        statistics as if entries of its inputs were independent and of one size.
+        By layer, the root of the mean square by which its outputs changed, relative to that of the outputs: on the text
+        of the statistics, so a little less than on others; without statistics as if entries of its inputs were
+        independent and of one size.
     before, after : int
         Bytes of these layers.
     """
@@ -55,13 +67,13 @@ class Quantization:
 def quantizable(model: nn.Module, /) -> list[str]:
     """Name the layers that :func:`quantize_` rounds: compressed ones, and other linear layers of the blocks.
 
-    Linear layers that share their weight with another module are left out; of a model in which no stack of blocks is
-    found, compressed layers are all.
+    Linear layers that share their weight with another module are left out, and experts in three-dimensional parameters
+    that were not compressed; of a model in which no stack of blocks is found, compressed layers are all.
 
     Raises
     ------
     ValueError
-        If some layers are rounded already, or there is none to round.
+        If some layers are rounded already or offloaded, or there is none to round.
     """
     layers = compressed_modules(model)
     done = [name for name, layer in layers.items() if layer.int8]
@@ -84,6 +96,9 @@ def quantizable(model: nn.Module, /) -> list[str]:
             and owners[id(module.weight)] == 1
         )
     ]
+    offloaded = [name for name in names if any(part.is_meta for part in model.get_submodule(name).parameters())]
+    if offloaded:
+        raise ValueError(f"{', '.join(offloaded[:5])} of `model` are offloaded; load the model onto a device")
     if not names:
         raise ValueError("`model` has no compressed layers, and no stack of blocks with linear layers was found in it")
     return names
@@ -124,11 +139,17 @@ def quantize_(
 
     Raises
     ------
+    TypeError
+        If the model is not one of transformers' own, but wrapped for adapters.
     ValueError
-        As :func:`quantizable`; if the statistics do not cover a layer, or `damping` is negative.
+        As :func:`quantizable`; if the model is quantized by another method, the statistics do not cover a layer, or
+        `damping` is negative.
     NumericalError
-        If a weight is NaN or infinite; the model is unchanged then.
+        If a weight is NaN or infinite, or a damped second moment is not positive definite.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a PreTrainedModel, got {type(model).__name__}; merge adapters before")
+    refuse_other_formats(model)
     if not 0 <= damping < math.inf:
         raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")
     names = quantizable(model)
@@ -150,6 +171,41 @@ def quantize_(
     swap_(model, whole)
     mark_(model)
     return Quantization(errors=errors, before=before, after=sum(_bytes(model.get_submodule(name)) for name in names))
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    found: Quantization,
+    *,
+    source: Path,
+    overwrite: bool = False,
+) -> None:
+    """Write a rounded model, whole or not at all; see :func:`~cur.integrations.save`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        What :func:`quantize_` left.
+    tokenizer : PreTrainedTokenizerBase
+        Saved beside it.
+    directory : path
+        What to create.
+    found : Quantization
+        Written as ``quantization.json``.
+    source : Path
+        The checkpoint that was rounded. What it says of how it was made stays true of it, and is copied.
+    overwrite : bool, default False
+        As for :func:`~cur.integrations.save`.
+    """
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        save(model, tokenizer, scratch, overwrite=True)
+        with replace_file(scratch / _QUANTIZATION) as stream:
+            stream.write((json.dumps(asdict(found), indent=2) + "\n").encode())
+        for name in _BESIDE:
+            if (source / name).exists():
+                shutil.copyfile(source / name, scratch / name)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -181,7 +237,7 @@ def _round(
         wanted = F @ was if made else F
         L = None
         if G is not None:
-            L = _root(now @ G @ now.T if made else G, damping)
+            L = _root(name, now @ G @ now.T if made else G, damping)
             if made and L is not None:
                 F = F + torch.cholesky_solve(now @ G @ (wanted - F @ now).T, L).T
         factor = Int8Linear.from_integers(*_integers(F, L, weight.dtype), bias)
@@ -205,12 +261,20 @@ def _moment(name: str, first: Tensor, statistics: Statistics) -> Tensor:
     return G
 
 
-def _root(moment: Tensor, damping: float) -> Tensor | None:
-    """Return the lower Cholesky factor of a damped moment; None if there is none, as where no input ever came."""
+def _root(name: str, moment: Tensor, damping: float) -> Tensor | None:
+    """Return the lower Cholesky factor of a damped moment; None where no input ever came."""
+    if not bool(moment.any()):
+        return None
     damped = moment.clone()
     damped.diagonal().add_(damping * float(moment.diagonal().mean()))
+    L: Tensor
     L, failed = torch.linalg.cholesky_ex(damped)
-    return None if int(failed) else L
+    if int(failed):
+        raise NumericalError(
+            f"the second moment of what arrives at the factors of {name} is not positive definite with `damping` "
+            f"{damping}; raise it"
+        )
+    return L
 
 
 def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -220,7 +284,8 @@ def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
     Without a weight every entry goes to the nearest multiple.
     """
     scale = (F.abs().amax(1, keepdim=True) / _LARGEST).to(dtype)
-    multiples = F / torch.where(scale > 0, scale, 1).double()
+    step = torch.where(scale > 0, scale, 1).double()
+    multiples = F / step
     if L is None:
         return _nearest(multiples).to(torch.int8), scale
     found = torch.empty_like(multiples)
@@ -231,7 +296,8 @@ def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
         for j in range(stop - 1, start - 1, -1):
             owed = carried[:, j - start] + missing[:, j + 1 : stop] @ L[j + 1 : stop, j]
             found[:, j] = _nearest(multiples[:, j] + owed / L[j, j])
-            missing[:, j] = multiples[:, j] - found[:, j]
+            # as the layer forms it, rounded once more in half precision
+            missing[:, j] = multiples[:, j] - (found[:, j].to(dtype) * scale[:, 0]).double() / step[:, 0]
     return found.to(torch.int8), scale
 
 

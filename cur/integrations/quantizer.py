@@ -33,7 +33,16 @@ from cur.integrations.nn import (
     swap_,
 )
 
-__all__ = ["FORMAT_VERSION", "METHOD", "CURConfig", "CURQuantizer", "CheckpointError", "describe", "mark_"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METHOD",
+    "CURConfig",
+    "CURQuantizer",
+    "CheckpointError",
+    "describe",
+    "mark_",
+    "refuse_other_formats",
+]
 
 METHOD = "cur"
 """Value of ``quant_method`` in ``config.json``."""
@@ -125,13 +134,13 @@ class CURQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Allow `Trainer`: the factors are ordinary parameters, and rounded ones take adapters."""
-        return True
+        """Allow `Trainer` where the factors are ordinary parameters, not rounded."""
+        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Allow `Trainer` without an adapter, where the factors are not rounded."""
-        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
+        """Allow `Trainer` without an adapter as well."""
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -255,6 +264,16 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     return modules
 
 
+def refuse_other_formats(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a model is quantized by another method than ours."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CURQuantizer):
+        raise ValueError(
+            f"the model is quantized by {type(quantizer).__name__}; compress it before quantizing, or load it in full "
+            "precision"
+        )
+
+
 def mark_(model: PreTrainedModel) -> None:
     """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
 
@@ -263,13 +282,7 @@ def mark_(model: PreTrainedModel) -> None:
     ValueError
         If the model is quantized by another method.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, CURQuantizer):
-        raise ValueError(
-            f"the model is quantized by {type(quantizer).__name__}; compress it before quantizing, or load "
-            "it "
-            "in full precision"
-        )
+    refuse_other_formats(model)
     # Others are linear layers for the time of the compression alone.
     experts = [name for name, part in model.named_modules() if isinstance(part, LinearExperts) and part.compressed()]
     config = CURConfig(describe(model), experts=experts)

@@ -143,7 +143,7 @@ def test_errors_are_those_of_the_outputs_and_smaller_with_statistics(neurons: Pr
 
 
 def test_whole_weights_keep_the_bound_of_babai(llama: PreTrainedModel, windows: Tensor) -> None:
-    # Of the nearest plane: half a step times the root of the sum of squares of the pivots, row by row (arXiv 2507.18553).
+    # Half a step times the root of the sum of squares of the pivots, row by row (arXiv 2507.18553).
     names, statistics = quantizable(llama), measured(llama, windows)
     before = weights_of(llama, names)
     quantize_(llama, statistics, damping=0.01)
@@ -233,6 +233,17 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
     with pytest.raises(NumericalError, match=r"the weight model.layers.4.mlp.up_proj.W holds NaN"):
         quantize_(model)
     assert not any(isinstance(part, Int8Linear) for part in model.modules())
+    statistics.products["model.layers.0.mlp.up_proj"][0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"factors of model.layers.0.mlp.\w+_proj is not positive definite"):
+        quantize_(llama, statistics)
+    with pytest.raises(TypeError, match="`model` must be a PreTrainedModel, got Sequential"):
+        quantize_(nn.Sequential(nn.Linear(3, 3)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="are offloaded; load the model"):
+        quantize_(copy.deepcopy(llama).to("meta"))
+    llama.hf_quantizer = object()
+    with pytest.raises(ValueError, match="the model is quantized by object"):
+        quantize_(llama)
+    assert not any(isinstance(part, Int8Linear) for part in llama.modules())
     with pytest.raises(ValueError, match="no stack of blocks with linear layers"):
         quantizable(nn.Sequential(nn.Linear(3, 3)))
 
@@ -248,7 +259,7 @@ def test_what_is_rounded_can_neither_be_rounded_nor_converted_nor_healed(
         convert_(student, "folded")
     with pytest.raises(ValueError, match="rounded to int8; heal the checkpoint that it was made from"):
         heal(student, llama, windows, HealingConfig(steps=1, batch_size=2, held_out=2))
-    assert student.hf_quantizer.is_trainable
+    assert not student.hf_quantizer.is_trainable
     assert not student.hf_quantizer.is_qat_trainable
 
 

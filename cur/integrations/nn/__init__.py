@@ -24,7 +24,7 @@ Instead of either child there may be an :class:`InterpolativeLinear` of an inner
 In a model that was rounded to eight bits the children are :class:`Int8Linear`, and layers that nothing was taken from
 are :class:`WholeLinear`, with one child ``W`` (m x n).
 
-Every factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
+Every other factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.
 """
 

@@ -93,8 +93,9 @@ class CompressedLinear(nn.Module):
         raise NotImplementedError
 
     def _linear(self, in_features: int, out_features: int, *, bias: bool = False, **place: Any) -> nn.Linear:
-        """Make a factor."""
-        return (Int8Linear if self.int8 else nn.Linear)(in_features, out_features, bias=bias, **place)
+        """Make a factor, with a weight and a bias to read in any case."""
+        made: Any = (Int8Linear if self.int8 else nn.Linear)(in_features, out_features, bias=bias, **place)
+        return made  # type: ignore[no-any-return]
 
     def round_(self, factors: Mapping[str, Int8Linear]) -> None:
         """Put rounded factors in the place of all those that are there, in place."""

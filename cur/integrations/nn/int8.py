@@ -10,11 +10,11 @@ from torch import Tensor, nn
 __all__ = ["Int8Linear"]
 
 
-class Int8Linear(nn.Linear):
+class Int8Linear(nn.Module):
     """Apply a weight that is stored as integers, each row in multiples of a step of its own.
 
-    An ``nn.Linear`` to those who look for one. It computes in the dtype of the steps, with what the integers stand for,
-    formed anew at every call; the integers do not learn.
+    It computes in the dtype of the steps, with what the integers stand for, formed anew at every call. Nothing of it
+    learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
 
     Attributes
     ----------
@@ -34,14 +34,14 @@ class Int8Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features = in_features
         self.out_features = out_features
         integers = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.integers = nn.Parameter(integers, requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features, 1, **place))
-        self.bias = nn.Parameter(torch.zeros(out_features, **place)) if bias else None  # type: ignore[assignment]
+        self.bias = nn.Parameter(torch.zeros(out_features, **place), requires_grad=False) if bias else None
 
     @classmethod
     def from_integers(cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear:
@@ -51,13 +51,18 @@ class Int8Linear(nn.Linear):
         layer.integers = nn.Parameter(integers, requires_grad=False)
         layer.scale = scale
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone())
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """What the integers stand for, m x n, multiplied out at every access."""
         return self.integers.to(self.scale.dtype) * self.scale
 
-    def reset_parameters(self) -> None:
-        """Keep the integers, which have no random start."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the line that ``print(model)`` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

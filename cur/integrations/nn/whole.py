@@ -26,8 +26,8 @@ class WholeLinear(CompressedLinear):
     def from_int8(cls, W: Int8Linear, *, transposed: bool = False) -> WholeLinear:
         """Build the layer of a rounded weight and its bias."""
         m, n = W.integers.shape
-        layer = cls(n, m, min(m, n), bias=W.bias is not None, transposed=transposed, int8=True, device="meta")
-        layer.W = W
+        layer = cls(n, m, min(m, n), bias=W.bias is not None, transposed=transposed, device="meta")
+        layer.round_({"W": W})
         return layer
 
     @classmethod

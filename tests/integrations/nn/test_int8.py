@@ -17,9 +17,8 @@ def factor(m: int, n: int, *, bias: bool = False) -> Int8Linear:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_a_linear_layer_of_what_the_integers_stand_for(bias: bool) -> None:
+def test_it_applies_what_the_integers_stand_for(bias: bool) -> None:
     layer = factor(M, N, bias=bias)
-    assert isinstance(layer, nn.Linear)
     assert torch.equal(layer.weight, layer.integers.float() * layer.scale)
     plain = nn.Linear(N, M, bias=bias)
     with torch.no_grad():
@@ -28,13 +27,13 @@ def test_it_is_a_linear_layer_of_what_the_integers_stand_for(bias: bool) -> None
             plain.bias.copy_(layer.bias)
     x = torch.randn(3, N)
     assert torch.equal(layer(x), plain(x))
-    assert {name for name, p in layer.named_parameters() if p.requires_grad} == ({"bias"} if bias else set())
+    assert not any(p.requires_grad for p in layer.parameters())
 
 
-def test_integers_stay_in_another_dtype_and_through_a_new_start() -> None:
-    layer = factor(M, N).to(torch.bfloat16)
+def test_integers_stay_in_another_dtype() -> None:
+    layer = factor(M, N)
     before = layer.integers.clone()
-    layer.reset_parameters()
+    layer.to(torch.bfloat16)
     assert layer.integers.dtype == torch.int8
     assert torch.equal(layer.integers, before)
     assert layer.weight.dtype == layer(torch.zeros(1, N, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -63,9 +62,9 @@ def test_a_whole_layer(m: int, n: int, bias: bool) -> None:
 )
 def test_state_round_trip_through_the_meta_device(kind: type, options: dict[str, int]) -> None:
     layer = kind(N, M, 4, **options)
-    linear = {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
+    linear = {name: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
     layer.round_({name: factor(*part.weight.shape, bias=part.bias is not None) for name, part in linear.items()})
-    assert not any(type(part) is nn.Linear for part in layer.modules())
+    assert not any(isinstance(part, nn.Linear) for part in layer.modules())
     assert "int8" in str(layer)
     empty = kind(N, M, 4, **options, int8=True, device="meta")
     empty.load_state_dict(layer.state_dict(), assign=True)
