@@ -178,6 +178,17 @@ def test_rounded_factors_take_no_adapters(compressed: PreTrainedModel) -> None:
         peft.get_peft_model(compressed, peft.LoraConfig(r=2, target_modules=["U"]))
 
 
+def test_a_model_with_adapters_is_not_rounded(compressed: PreTrainedModel) -> None:
+    peft = pytest.importorskip("peft")
+    with lenient():
+        adapted = peft.get_peft_model(compressed, peft.LoraConfig(r=2, target_modules=["U"]))
+        with pytest.raises(TypeError, match="must be a PreTrainedModel, got PeftModel"):
+            quantize_(adapted)
+        with pytest.raises(TypeError, match=r"self_attn.q_proj.U of `model` has an adapter; merge"):
+            quantize_(compressed)
+        quantize_(adapted.merge_and_unload())
+
+
 # ------------------------------------------------------------------------------------------ evaluation harness
 
 
