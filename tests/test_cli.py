@@ -506,6 +506,7 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     tokens = torch.arange(4, 20)[None]
     one, other = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (small, tmp_path / "int8"))
     assert 0 < (one - other).norm() <= 0.03 * one.norm()
+    assert "rounded to int8" in " ".join(cur("inspect", tmp_path / "int8").stdout.split())
     data = json.loads(cur("inspect", tmp_path / "int8", "--json").stdout)
     before = json.loads(cur("inspect", small, "--json").stdout)
     assert data["parameters"] == data["report"]["after"]["parameters"] == before["parameters"]
