@@ -531,7 +531,7 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     refused(cur("heal", tmp_path / "int8", *out), "is rounded to int8; heal what it was made from")
     refused(cur("convert", tmp_path / "int8", "--layout", "folded", *out), "is rounded to int8; convert the checkpoint")
     refused(cur("quantize", small, "--out", small), "exists and is not empty")
-    refused(cur("quantize", small, "--text", text, "--windows", 0, *out), "0")
+    refused(cur("quantize", small, "--text", text, "--windows", 0, *out), "got 0")
     refused(cur("quantize", tmp_path, *out), "is not a checkpoint")
     assert not (tmp_path / "x").exists()
 

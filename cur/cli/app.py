@@ -285,8 +285,8 @@ def quantize(
 ) -> None:
     """Round the layers of a compressed checkpoint to int8: half the bytes of bfloat16, at next to no loss.
 
-    Each row of a factor gets a step of its own, and what one column cannot have falls to others, as the text makes it
-    important. Do this last: rounded layers can neither be trained nor brought to another layout.
+    Each row of a factor gets a step of its own, and the error of one column is made up for in the others, weighted by
+    what arrives there on the text. Do this last: rounded layers can neither be trained nor brought to another layout.
     """
     from cur.cli.commands import run_quantize
     from cur.cli.source import Source

@@ -277,7 +277,7 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
     output.print(
         f"Parameters: {summary.parameters:,} (dense: {summary.dense_parameters:,}); weight files: "
         f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
-        + (" These layers are rounded to int8." if any(layer.int8 for layer in summary.layers) else "")
+        + (" The layers above are rounded to int8." if any(layer.int8 for layer in summary.layers) else "")
     )
     counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in FACTORED)
     output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")

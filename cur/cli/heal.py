@@ -125,7 +125,7 @@ def heal(
 
     check_target(out, overwrite=overwrite)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
-        raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round that then")
+        raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round the result")
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
     dtype = getattr(torch, str(stored or "float32"))
     dense = _teacher(directory, teacher)

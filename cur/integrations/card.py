@@ -51,7 +51,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
         "```",
         "",
-        f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons.",
+        *([f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons."] if smaller else []),
         *(["All the layers below are rounded to int8, every row of a factor in steps of its own."] if rounded else []),
         "",
     ]

@@ -116,10 +116,10 @@ def quantize_(
 
     The factors of a layer are rounded in the order in which they are applied. With statistics, each is first fitted to
     what the rounded ones before it give: with inputs of second moment ``G``, and products ``P`` of the factors before
-    as they were and ``Q`` as they are, a factor ``F`` becomes ``F P G Q^T (Q G Q^T)^-1``, by least squares. Then it is
-    rounded column after column, each with what the errors of those before call for under ``Q G Q^T``: GPTQ (Frantar et
-    al., arXiv 2210.17323) from the last column to the first, which is Babai's nearest plane (Chen et al., arXiv
-    2507.18553). Both with ``Q G Q^T`` damped.
+    as they were and ``Q`` as they are, a factor ``F`` becomes ``F + F (P - Q) G Q^T (Q G Q^T + d I)^-1``, by least
+    squares. Then it is rounded column after column, each with what the errors of those before call for under
+    ``Q G Q^T + d I``: GPTQ (Frantar et al., arXiv 2210.17323) from the last column to the first, which is Babai's
+    nearest plane (Chen et al., arXiv 2507.18553).
 
     Parameters
     ----------
@@ -129,9 +129,8 @@ def quantize_(
         Of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without them every
         entry goes to the nearest multiple.
     damping : float, default 0.1
-        Multiple of the mean eigenvalue of a second moment that is added to all its eigenvalues. With less, errors go
-        where the text of the statistics does not show them and others may: on a few thousand tokens more than nearest
-        multiples would cost.
+        ``d`` as a multiple of the mean eigenvalue of ``Q G Q^T``. With less, errors go into directions that the text
+        of the statistics hardly uses and other text may; with few tokens that can cost more than nearest multiples.
     progress : callable, optional
         Called as ``progress(done, total)`` after every layer.
 
@@ -184,7 +183,7 @@ def save_quantized(
     directory: str | os.PathLike[str],
     found: Quantization,
     *,
-    source: Path,
+    source: str | os.PathLike[str],
     overwrite: bool = False,
 ) -> None:
     """Write a rounded model, whole or not at all; see :func:`~cur.integrations.save`.
@@ -199,7 +198,7 @@ def save_quantized(
         What to create.
     found : Quantization
         Written as ``quantization.json``.
-    source : Path
+    source : path
         The checkpoint that was rounded. What it says of how it was made stays true of it, and is copied.
     overwrite : bool, default False
         As for :func:`~cur.integrations.save`.
@@ -209,8 +208,8 @@ def save_quantized(
         with replace_file(scratch / _QUANTIZATION) as stream:
             stream.write((json.dumps(asdict(found), indent=2) + "\n").encode())
         for name in _BESIDE:
-            if (source / name).exists():
-                shutil.copyfile(source / name, scratch / name)
+            if (Path(source) / name).exists():
+                shutil.copyfile(Path(source) / name, scratch / name)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -23,8 +23,8 @@ from cur._errors import CURError
 from cur.integrations.experts import LinearExperts, is_experts, rolled
 from cur.integrations.layouts import ranks_of
 from cur.integrations.nn import (
-    FACTORED,
     LAYOUTS,
+    NEURONS,
     CompressedLinear,
     InterpolativeLinear,
     KeptNeurons,
@@ -309,7 +309,7 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
         sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
         named = set(spec) - {"inner_rank", "int8"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
         named = named and spec.get("int8", True) is True
-        named = named and ("inner_rank" not in spec or spec["layout"] not in FACTORED)
+        named = named and ("inner_rank" not in spec or spec["layout"] in NEURONS)
         if named and all(type(size) is int and size > 0 for size in sizes):
             return
     raise CheckpointError(

@@ -21,6 +21,7 @@ from cur.integrations.inspect import summarize
 from cur.integrations.nn import FACTORED, CompressedLinear, Int8Linear, compressed_modules
 from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.quantizer import CURConfig
+from tests.integrations.architectures import FAMILIES, batch, make
 
 MakeModel = Callable[..., PreTrainedModel]
 TARGETS = {"llama": ("q_proj", "gate_proj"), "gpt2": ("c_attn", "c_fc"), "opt": ("q_proj", "fc1")}
@@ -90,12 +91,27 @@ def test_rounded_layers_are_saved_and_loaded(
     assert torch.equal(logits(again, windows), after)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.int8}
+    torch.testing.assert_close(logits(half, windows).float(), after, rtol=0, atol=0.05 * float(after.abs().max()))
     dense_export(again, None, tmp_path / "dense")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert not any(isinstance(module, Int8Linear) for module in plain.modules())
     torch.testing.assert_close(logits(plain, windows), after, rtol=1e-4, atol=1e-4)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), windows), after)
+
+
+def test_experts(tmp_path: Path) -> None:
+    model, tokens = make("mixtral"), batch("mixtral")
+    compress(model, [tokens], CompressConfig(layers=1, rank=6, targets=FAMILIES["mixtral"].targets))
+    names = quantizable(model)
+    assert any("experts" in name for name in names)
+    quantize_(model)
+    with torch.no_grad():
+        after = model(**tokens).logits
+    save(model, None, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(again(**tokens).logits, after)
 
 
 def test_layers_that_keep_neurons(neurons: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
@@ -286,3 +302,5 @@ def test_summary_and_damage(neurons: PreTrainedModel, windows: Tensor, tmp_path:
     for wrong in (False, 1, "yes"):
         with pytest.raises(CheckpointError, match=f"describes {name} as .*perhaps `int8`: true"):
             CURConfig({name: {**config["modules"][name], "int8": wrong}})
+    with pytest.raises(CheckpointError, match="describes x as"):
+        CURConfig({"x": {"layout": "whole", "rank": 4, "inner_rank": 2, "int8": True}})

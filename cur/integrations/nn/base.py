@@ -100,7 +100,7 @@ class CompressedLinear(nn.Module):
     def round_(self, factors: Mapping[str, Int8Linear]) -> None:
         """Put rounded factors in the place of all those that are there, in place."""
         for name, factor in factors.items():
-            self.set_submodule(name, factor)
+            self.set_submodule(name, factor.train(self.training))
         for part in self.modules():
             if isinstance(part, CompressedLinear):
                 part.int8 = True

@@ -41,7 +41,7 @@ class WholeLinear(CompressedLinear):
         return m * n
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and the identity, the narrower one left where there are fewer outputs than inputs."""
+        """Return the weight and the identity of side n, or of side m and the weight where ``m < n``."""
         W = self.weight
         eye = torch.eye(self.rank, dtype=W.dtype, device=W.device)
         return (W, eye) if self.in_features == self.rank else (eye, W)
