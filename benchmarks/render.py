@@ -149,7 +149,9 @@ def quality(data: dict[str, Any]) -> str:
             cells = [found.get((method, keep)) for keep in keeps]
             figures = ["" if row is None else figure(row["perplexity"][text]) for row in cells]
             lost = [
-                "" if row is None else f"{math.log(row['perplexity'][text] / values[str(row['windows'])]):.3f}"
+                ""
+                if row is None
+                else f"{round(math.log(row['perplexity'][text] / values[str(row['windows'])]), 3) + 0.0:.3f}"
                 for row in cells
             ]
             rows.append([method, *figures, *lost])
