@@ -14,6 +14,7 @@ import torch
 
 from cur.integrations import CompressConfig
 from cur.integrations.blockwise import compress_blockwise, load_skeleton
+from cur.integrations.precision import Precision
 
 RANK = """
 import os, signal, sys
@@ -30,7 +31,8 @@ def watch(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = CompressConfig(layers=3, rank=4, batch_size=1)
-report = compress_blockwise(load_skeleton(directory), windows, out, config, max_shard_size="20kB", progress=watch)
+report = compress_blockwise(load_skeleton(directory), windows, out, config, precision="float32", max_shard_size="20kB",
+                            progress=watch)
 print("chosen", [layer.rows for layer in report.layers])
 """
 
@@ -126,4 +128,5 @@ def test_more_processes_than_batches(
             journal=Journal(directory.parent / "out"),
             team=Team(),
             full=False,
+            precision=Precision.on(torch.device("cpu"), torch.float32, "float32"),
         )
