@@ -512,6 +512,7 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     assert data["parameters"] == data["report"]["after"]["parameters"] == before["parameters"]
     assert data["report"] == before["report"]
     found = json.loads((tmp_path / "int8" / "quantization.json").read_text())
+    assert found["precision"] == "float32"
     assert data["file_bytes"] < before["file_bytes"] - 0.9 * (found["before"] - found["after"])
     assert {layer["layout"] for layer in data["layers"]} == {"cur", "whole"}
     values = [

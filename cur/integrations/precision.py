@@ -122,8 +122,8 @@ class Precision:
                 )
             name = own
         elif asked == "auto":
-            name = str(half).removeprefix("torch.") if _is_fast(device, half) else "float32"
-        elif asked == "bfloat16" and not _is_able(device, torch.bfloat16):
+            name = str(half).removeprefix("torch.") if _is_fast(device, dtype, half) else "float32"
+        elif asked == "bfloat16" and not _is_able(device):
             raise ValueError(f"`precision` 'bfloat16' is not to be had on the device {str(device)!r}; ask for float32")
         else:
             name = asked
@@ -247,19 +247,24 @@ def _half(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _HALVES else torch.bfloat16
 
 
-def _is_fast(device: torch.device, half: torch.dtype) -> bool:
+def _is_fast(device: torch.device, dtype: torch.dtype, half: torch.dtype) -> bool:
     if device.type in ("cpu", "meta"):
         return slowdown(half, torch.get_num_threads()) < _WORTH
-    return half == torch.float16 or _is_able(device, half)
+    if device.type not in ("cuda", "mps") and dtype == half:  # whoever put half precision there knows the device
+        return True
+    return half == torch.float16 or _is_able(device)
 
 
-def _is_able(device: torch.device, half: torch.dtype) -> bool:
+def _is_able(device: torch.device) -> bool:
     """Tell whether a device computes in bfloat16, by what it reports; CPUs all do, some of them slowly."""
     if device.type == "cuda":
-        return half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
-        return half == torch.float16 or torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type in ("cpu", "meta")
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    if device.type in ("cpu", "meta"):
+        return True
+    reports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return reports is not None and bool(reports())
 
 
 @functools.cache

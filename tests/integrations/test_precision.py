@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,3 +273,12 @@ def test_compression_and_healing(
     healed = heal(student, model, windows, healing)
     assert healed.config["precision"] == name
     assert math.isfinite(healed.curve[-1]["loss"])
+
+
+@pytest.mark.parametrize("reports", [True, False, None])
+def test_a_device_that_nobody_here_knows(reports: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = SimpleNamespace() if reports is None else SimpleNamespace(is_bf16_supported=lambda: reports)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: said)
+    device = torch.device("xpu")
+    assert Precision.on(device, torch.float32).name == ("bfloat16" if reports else "float32")
+    assert Precision.on(device, torch.bfloat16).name == "bfloat16"
