@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, gaussian, is_operator, is_sparse, namespace, working_dtype
+from cur._array import Array, adjoint, convert, gaussian, is_operator, is_sparse, namespace, svdvals, working_dtype
 from cur._problem import Choice, Problem, etas
 from cur._products import adjoint_product, frobenius, product, residual_norm
 from cur._validate import check_finite_norm
@@ -205,7 +205,7 @@ def certify(
     value, kind = error.value, error.kind
     scale = problem.total if problem.total is not None else frobenius(reduced.Z)
     if norm == 2:
-        scale = float(namespace(reduced.M).linalg.svdvals(reduced.M)[0])
+        scale = float(svdvals(reduced.M)[0])
         if spectrum is not None and spectrum.is_exact:
             scale = float(spectrum.s[0])
         theorems = [known[name] for name in ("sorensen_embree", "projection") if known.get(name) is not None]
@@ -260,4 +260,4 @@ def spectral_norm(problem: Problem, L: Array, Rw: Array) -> float | None:
     """Return the 2-norm of the residual of a dense matrix by its singular values; None for other matrices."""
     if is_sparse(problem.B) or is_operator(problem.B) or not isinstance(problem.B, type(L)):
         return None
-    return float(namespace(L).linalg.svdvals(problem.B - L @ Rw)[0])
+    return float(svdvals(problem.B - L @ Rw)[0])

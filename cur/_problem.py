@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
-from cur._errors import RankWarning
+from cur._errors import warn
 from cur._products import columns_of, frobenius, product, rows_of, thin
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix
 from cur.bounds import eta
@@ -111,10 +110,8 @@ class Choice:
 def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> Problem:
     """Check and promote the arguments of a driver."""
     check_matrix(A)
-    A = _array.detach(A)
-    dtype = _array.working_dtype(A)
-    if A.dtype != dtype:
-        A = A.astype(dtype) if is_sparse(A) or is_operator(A) else namespace(A).astype(A, dtype)
+    A = _array.promote(A)
+    dtype = A.dtype
     row_weight = as_weight(row_weights, A, 0, dtype)
     column_weight = as_weight(column_weights, A, 1, dtype)
     B = A
@@ -131,13 +128,7 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
                 f"`importance` must have the shape of `A`, {tuple(A.shape)}; got {tuple(importance.shape)}; "
                 "one score per entry is needed"
             )
-        importance = _array.detach(importance)
-        if importance.dtype == dtype:
-            target = importance
-        elif is_dense(importance):
-            target = namespace(importance).astype(importance, dtype)
-        else:
-            target = importance.astype(dtype)
+        target = _array.promote(importance, "importance", dtype)
         if not is_operator(target):
             check_finite_norm(frobenius(target), importance, "importance")
     return Problem(A, B, target, row_weight, column_weight, None if is_operator(B) else frobenius(B))
@@ -193,11 +184,9 @@ def choose(
     found = find_subspace(problem, max(counts), method, rng, power_iterations)
     numerical = found.numerical_rank()
     if truncate and max(counts) > numerical:
-        warnings.warn(
+        warn(
             f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
-            f"the factorization has rank {numerical}",
-            RankWarning,
-            stacklevel=4,
+            f"the factorization has rank {numerical}"
         )
         k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
     pick = BASIS_SELECTORS[select]

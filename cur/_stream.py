@@ -34,9 +34,9 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
                 "check how the rows were cut"
             )
         width = block.shape[1]
-        dtype = _array.working_dtype(block)
-        host = _array.to_numpy(thin(block))
-        host = np.asarray(host, dtype=np.dtype(str(dtype).rsplit(".", 1)[-1]))
+        if _array.is_operator(block):
+            raise TypeError(f"`{name}` must give its rows; a LinearOperator does not; multiply it with an identity")
+        host = _array.to_numpy(thin(_array.promote(block)))
         if not np.isfinite(host).all():
             check_finite_norm(np.nan, host, name)
         yield host
@@ -52,6 +52,8 @@ def _parts(source: Any) -> Iterable[Any]:
         return parts
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return _cut(source)
+    if hasattr(source, "to_numpy"):  # a table, whose iterator gives the names of its columns
+        check_matrix(source, "blocks")
     try:
         parts = iter(source)
     except TypeError:
@@ -65,8 +67,8 @@ def _parts(source: Any) -> Iterable[Any]:
 def _cut(A: Any) -> Iterator[Any]:
     if _array.is_operator(A):
         raise TypeError("`blocks` must give its rows; a LinearOperator does not; use subspace.randomised for it")
-    if len(A.shape) != 2 or 0 in A.shape:
-        raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {tuple(A.shape)}")
+    if A.shape is None or len(A.shape) != 2 or 0 in A.shape:
+        raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {A.shape and tuple(A.shape)}")
     m, n = A.shape
     step = max(1, BLOCK_BYTES // (8 * n))
     if _array.is_sparse(A):

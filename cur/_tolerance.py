@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cur._errors import NumericalError, RankWarning
+from cur._errors import NumericalError
 from cur._problem import Choice
 
 FIRST_WIDTH = 32
@@ -38,7 +37,7 @@ def smallest_rank(
     Parameters
     ----------
     choose_at : callable
-        Makes the choice for a rank.
+        Makes the choice for a rank, without a warning about it: the ranks tried are ours, not the user's.
     assemble : callable
         Makes the certified factorization of a choice, at a chance of failure.
     curve : callable
@@ -71,7 +70,7 @@ def smallest_rank(
     below = 0
     while True:
         width = most if 2 * width > most else width  # near full width the search may as well see everything
-        choice = _quietly(choose_at, width)
+        choice = choose_at(width)
         found = min(choice.rows.shape[0], choice.columns.shape[0])
         last = width >= most or found < width
         if nested and norm == "fro":
@@ -84,7 +83,7 @@ def smallest_rank(
                 k += max(1, k // 50)  # the rounding, or the sketch, asks for a little more
         widest = attempt(choice)
         if widest.certificate.relative <= tol:
-            at = choice.leading if nested else lambda k: _quietly(choose_at, k)
+            at = choice.leading if nested else choose_at
             return _bisect(at, attempt, tol, below, found, widest)
         if last:
             raise _unreachable(tol, widest)
@@ -108,13 +107,6 @@ def _bisect(
         else:
             low = middle
     return best
-
-
-def _quietly(choose_at: Callable[[int], Choice], width: int) -> Choice:
-    """Choose without the warning about ranks: here the width is ours, not the user's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RankWarning)
-        return choose_at(width)
 
 
 def _unreachable(tol: float, result: Any) -> NumericalError:

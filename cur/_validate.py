@@ -16,8 +16,11 @@ __all__ = [
     "check_choice",
     "check_companion",
     "check_count",
+    "check_dense",
     "check_finite_norm",
+    "check_finite_product",
     "check_matrix",
+    "check_plain",
     "check_power_iterations",
     "check_probability",
     "check_rank",
@@ -30,18 +33,11 @@ def check_matrix(A: Any, name: str = "A") -> None:
     """Accept a non-empty two-dimensional numeric array of a known library, a sparse matrix or a linear operator."""
     known = _array.is_sparse(A) or _array.is_operator(A) or _array.is_dense(A) or _array.is_dask(A)
     if not known:
-        remedy = "convert it with numpy.asarray" if isinstance(A, (list, tuple)) else "convert it to one of these"
         raise TypeError(
             f"`{name}` must be an array (NumPy, torch, CuPy, JAX, Dask, ...), a scipy.sparse matrix or a "
-            f"LinearOperator; got {type(A).__name__}; {remedy}"
+            f"LinearOperator; got {type(A).__name__}; {_remedy(A)}"
         )
-    if _array.is_sparse_tensor(A):
-        raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
-    if isinstance(A, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(
-            f"`{name}` must be a plain array; got {type(A).__name__}, whose products mean something else; convert it "
-            "with numpy.asarray (or its filled() where it is masked)"
-        )
+    check_plain(A, name)
     if A.ndim != 2:
         raise ValueError(
             f"`{name}` must have two dimensions, rows and columns; got shape {tuple(A.shape)}; "
@@ -53,6 +49,51 @@ def check_matrix(A: Any, name: str = "A") -> None:
         raise ValueError(
             f"`{name}` must have a known shape; got {tuple(A.shape)}; call its compute_chunk_sizes() first"
         )
+    _check_numeric(A, name)
+
+
+def _remedy(A: Any) -> str:
+    """Return what makes an array of an object that is none."""
+    if hasattr(A, "to_numpy"):  # pandas, polars, xarray
+        return "pass its .to_numpy()"
+    if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__getitem__"):  # h5py, zarr, netCDF
+        return "read it into memory with numpy.asarray, or let stream_cur read it in blocks"
+    return "convert it with numpy.asarray" if isinstance(A, (list, tuple)) else "convert it to one of these"
+
+
+def check_plain(A: Any, name: str) -> None:
+    """Refuse arrays of a known library whose entries are masked, absent, or multiplied in another way."""
+    if _array.is_sparse_tensor(A):
+        raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
+    chunk = A._meta if _array.is_dask(A) else A
+    if isinstance(chunk, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(
+            f"`{name}` must be a plain array; got {type(chunk).__name__}, whose products mean something else; convert "
+            "it with numpy.asarray (or its filled() where it is masked)"
+        )
+    if _array.is_dask(A) and not isinstance(chunk, np.ndarray):
+        raise TypeError(
+            f"`{name}` must have chunks of NumPy arrays; got {type(chunk).__name__}; convert them with map_blocks"
+        )
+    if _array.is_abstract(A):
+        raise TypeError(
+            f"`{name}` must hold values, which decide what is chosen; got one that is traced (jit, vmap, func) or has "
+            "a shape only (meta); call this function outside of the transformation, on arrays that were computed"
+        )
+
+
+def check_dense(A: Any, name: str, ndim: tuple[int, ...] = (2,)) -> None:
+    """Accept a plain dense numeric array in memory, of one of the given numbers of dimensions and not empty."""
+    if not _array.is_dense(A):
+        raise TypeError(f"`{name}` must be a dense array; got {type(A).__name__}; {_remedy(A)}")
+    check_plain(A, name)
+    if A.ndim not in ndim or 0 in A.shape:
+        wanted = " or ".join({1: "one dimension", 2: "two dimensions"}[count] for count in ndim)
+        raise ValueError(f"`{name}` must have {wanted} and no empty one; got shape {tuple(A.shape)}")
+    _check_numeric(A, name)
+
+
+def _check_numeric(A: Any, name: str) -> None:
     if not _is_numeric(A):
         raise TypeError(
             f"`{name}` must hold real or complex numbers; got dtype {A.dtype}; convert it with astype(float)"
@@ -76,10 +117,7 @@ def _half_precisions(xp: Any) -> tuple[Any, ...]:
 
 def check_basis(basis: Any) -> None:
     """Accept a dense two-dimensional floating array with at least one column."""
-    if not _array.is_dense(basis):
-        raise TypeError(f"`basis` must be a dense array; got {type(basis).__name__}")
-    if basis.ndim != 2 or 0 in basis.shape:
-        raise ValueError(f"`basis` must have two dimensions and no empty one; got shape {tuple(basis.shape)}")
+    check_dense(basis, "basis")
     xp = _array.namespace(basis)
     if not xp.isdtype(basis.dtype, ("real floating", "complex floating")):
         raise TypeError(f"`basis` must hold floating-point numbers; got dtype {basis.dtype}")
@@ -198,6 +236,15 @@ def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
             )
         where = f", {int(bad.sum())} of them, the first in row {int(np.argmax(bad > 0))}"
     raise ValueError(f"`{name}` must be finite; it holds NaN or inf{where}; replace or drop these entries first")
+
+
+def check_finite_product(Y: Any, name: str = "A") -> None:
+    """Require that a product with an operator is finite: nobody has seen its entries."""
+    if not np.isfinite(Y).all():
+        raise ValueError(
+            f"`{name}` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
+            "or scale it if its entries are so large that products overflow"
+        )
 
 
 def as_generator(rng: Any) -> np.random.Generator:

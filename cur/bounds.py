@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cur._array import Array, namespace
+from cur._array import Array, svdvals
 
 __all__ = [
     "LIPSCHITZ",
@@ -117,8 +117,7 @@ def eta(chosen: Array, /) -> float:
     """
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
-    s = namespace(chosen).linalg.svdvals(chosen)
-    smallest = float(s[-1])
+    smallest = float(svdvals(chosen)[-1])
     return 1.0 / smallest if smallest > 0 else math.inf
 
 

@@ -162,7 +162,7 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     n = weights.shape[0]
     if weights.shape[1] > n:  # only the range matters
         weights = adjoint(_array.qr(adjoint(weights))[1])
-    vectors, s, _ = xp.linalg.svd(weights, full_matrices=True)
+    vectors, s, _ = _array.svd(weights, full_matrices=True)
     values = xp.concat([s**2, xp.zeros((n - s.shape[0],), dtype=s.dtype, device=_array.take_device(s))])
     return _damped(values, vectors, damping)
 

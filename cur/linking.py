@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from cur._array import Array, adjoint, namespace, qr, solve_triangular, take_device, unit_roundoff
+from cur._array import Array, adjoint, namespace, qr, solve_triangular, svd, take_device, unit_roundoff
 from cur._products import adjoint_product, thin
 
 __all__ = ["Orthogonal", "cross", "optimal", "orthogonalise", "weighted"]
@@ -53,7 +53,7 @@ def _condition(T: Array) -> float:
 
 def _truncated_inverse(T: Array, cutoff: float) -> Array:
     xp = namespace(T)
-    X, s, Yh = xp.linalg.svd(T, full_matrices=False)
+    X, s, Yh = svd(T)
     kept = s > cutoff * xp.max(s)
     reciprocal = xp.where(kept, 1 / xp.where(kept, s, xp.ones_like(s)), xp.zeros_like(s))
     return (adjoint(Yh) * reciprocal[None, :]) @ adjoint(X)

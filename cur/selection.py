@@ -22,6 +22,7 @@ from cur._array import (
     lu_pivots,
     namespace,
     solve_triangular,
+    svd,
     take,
     to_numpy,
 )
@@ -273,7 +274,7 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     while count > 0:
         rest = np.setdiff1d(np.arange(m), chosen)
         step = min(count, p)
-        Y = xp.linalg.svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
+        Y = svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
         weakest = adjoint(Y)[:, p - step :]
         # the weakest direction first, since pivots for it matter most
         candidates = xp.flip(take(basis, convert(rest, basis), axis=0) @ weakest, axis=1)

@@ -23,6 +23,7 @@ from cur._array import (
     lu_pivots,
     namespace,
     qr,
+    svd,
     to_numpy,
     unit_roundoff,
     working_dtype,
@@ -92,7 +93,7 @@ def exact(A: Array, rank: int, /) -> Subspace:
     """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations."""
     if is_sparse(A) or is_operator(A) or is_dask(A):
         raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
-    V, s, Wh = namespace(A).linalg.svd(A, full_matrices=False)
+    V, s, Wh = svd(A)
     s = to_numpy(s).astype(np.float64)
     return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True)
 
@@ -152,10 +153,15 @@ def lanczos(
         raise TypeError(
             "`subspace='lanczos'` is for scipy.sparse matrices and LinearOperator; use 'exact' or 'randomised'"
         )
-    if rank >= min(A.shape):
-        return randomised(A, rank, rng=rng, total=total)
+    generator = as_generator(rng)
+    # ARPACK iterates with the Gram matrix: a product shows a size at which squares stay within the range
+    size = float(np.max(np.abs(sketch(A, 1, rng=generator))))
+    # it finds no vector of the zero matrix, and needs one to spare, of complex matrices even two
+    if size == 0.0 or rank >= min(A.shape) - 1:
+        return randomised(A, rank, rng=generator, total=total)
+    size = max(size, float(np.finfo(A.dtype).smallest_normal))
     try:
-        V, _, _ = scipy.sparse.linalg.svds(A, k=rank, rng=as_generator(rng))
+        V, _, _ = scipy.sparse.linalg.svds(A * A.dtype.type(1 / size), k=rank, rng=generator)
     except scipy.sparse.linalg.ArpackError as error:
         # equal or vanishing singular values leave Lanczos without a direction to go
         raise NumericalError(
@@ -169,7 +175,7 @@ def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
     """Rotate an orthonormal `Q` so that ``V^H A = diag(s) W^H`` holds for its leading columns."""
     # the SVD of Q^H A through the QR of its adjoint: only a small square matrix is left
     P, T = qr(adjoint_product(A, Q))
-    X, s, Yh = namespace(T).linalg.svd(T, full_matrices=False)
+    X, s, Yh = svd(T)
     if total is None and not is_operator(A):
         total = frobenius(A)
     # as adjoints, so that vectors are contiguous, as selection reads them

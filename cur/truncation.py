@@ -146,8 +146,7 @@ def prepared(A: Any) -> Array:
     check_matrix(A)
     if not _array.is_dense(A):
         raise TypeError(f"`A` must be a dense array; got {type(A).__name__}; use `cur.cur`, which reads slices only")
-    A = _array.detach(A)
-    A = namespace(A).astype(A, _array.working_dtype(A))
+    A = _array.promote(A)
     check_finite_norm(frobenius(A), A)
     return A
 
