@@ -230,7 +230,7 @@ def _finite(decompose: Callable[[Any, Any], tuple[Any, ...]], X: Any) -> tuple[A
         factors = tuple(decompose(torch, X))
         if all(bool(torch.isfinite(F).all()) for F in factors):
             return factors
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     return tuple(convert(F, X) for F in decompose(np, to_numpy(X)))
 

@@ -32,7 +32,7 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
         with np.errstate(over="ignore", invalid="ignore"):
             y = np.asarray(operator.matmat(x.astype(_working(declared))))
         check_finite_product(y, name)
-        super().__init__(_common(declared, y.dtype, name) if dtype is None else dtype, (m, n))
+        super().__init__(_common(declared, y.dtype, name) if dtype is None else dtype, (m, n))  # type: ignore[call-arg]
         self.x = x.astype(self.dtype)
         # its squares must neither overflow nor vanish
         self.size = float(np.max(np.abs(y))) or 1.0
@@ -106,8 +106,7 @@ def _working(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _common(declared: np.dtype[Any], found: np.dtype[Any], name: str) -> np.dtype[Any]:
-    """Return the working dtype of an operator by what it says and by what its products are: the coarser, and complex
-    where either is."""
+    """Return the working dtype of an operator that says one and gives another: the coarser, complex if either is."""
     if found.kind not in "fc":
         return _working(declared)
     if np.finfo(found).bits < 32:

@@ -14,7 +14,7 @@ from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import warn
 from cur._products import columns_of, frobenius, product, rows_of, thin
-from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix
+from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
 from cur.bounds import eta
 from cur.importance import Weight, as_weight
 
@@ -109,8 +109,7 @@ class Choice:
 
 def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> Problem:
     """Check and promote the arguments of a driver."""
-    check_matrix(A)
-    A = _array.promote(A)
+    A = check_promoted(A)
     dtype = A.dtype
     row_weight = as_weight(row_weights, A, 0, dtype)
     column_weight = as_weight(column_weights, A, 1, dtype)

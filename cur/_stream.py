@@ -9,7 +9,7 @@ import numpy as np
 
 from cur import _array
 from cur._products import thin
-from cur._validate import check_finite_norm, check_matrix
+from cur._validate import check_finite_norm, check_matrix, check_promoted
 
 BLOCK_BYTES = 1 << 26
 """Size of the blocks that a whole array is cut into."""
@@ -27,16 +27,16 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
     width = None
     for position, block in enumerate(_parts(source)):
         name = f"blocks[{position}]"
-        check_matrix(block, name)
+        if _array.is_operator(block):
+            raise TypeError(f"`{name}` must give its rows; a LinearOperator does not; multiply it with an identity")
+        block = check_promoted(block, name)
         if width is not None and block.shape[1] != width:
             raise ValueError(
                 f"`{name}` must have as many columns as the blocks before, {width}; got shape {tuple(block.shape)}; "
                 "check how the rows were cut"
             )
         width = block.shape[1]
-        if _array.is_operator(block):
-            raise TypeError(f"`{name}` must give its rows; a LinearOperator does not; multiply it with an identity")
-        host = _array.to_numpy(thin(_array.promote(block)))
+        host = _array.to_numpy(thin(block))
         if not np.isfinite(host).all():
             check_finite_norm(np.nan, host, name)
         yield host

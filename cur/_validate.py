@@ -23,6 +23,7 @@ __all__ = [
     "check_plain",
     "check_power_iterations",
     "check_probability",
+    "check_promoted",
     "check_rank",
     "check_rank_or_tol",
     "check_tol",
@@ -82,14 +83,13 @@ def check_plain(A: Any, name: str) -> None:
         )
 
 
-def check_dense(A: Any, name: str, ndim: tuple[int, ...] = (2,)) -> None:
-    """Accept a plain dense numeric array in memory, of one of the given numbers of dimensions and not empty."""
+def check_dense(A: Any, name: str, dimensions: tuple[int, ...] = (2,), what: str = "a matrix") -> None:
+    """Accept a plain dense numeric array in memory that is not empty."""
     if not _array.is_dense(A):
         raise TypeError(f"`{name}` must be a dense array; got {type(A).__name__}; {_remedy(A)}")
     check_plain(A, name)
-    if A.ndim not in ndim or 0 in A.shape:
-        wanted = " or ".join({1: "one dimension", 2: "two dimensions"}[count] for count in ndim)
-        raise ValueError(f"`{name}` must have {wanted} and no empty one; got shape {tuple(A.shape)}")
+    if A.ndim not in dimensions or 0 in A.shape:
+        raise ValueError(f"`{name}` must be {what}, and not empty; got shape {tuple(A.shape)}; reshape it")
     _check_numeric(A, name)
 
 
@@ -113,6 +113,12 @@ def _is_numeric(A: Any) -> bool:
 
 def _half_precisions(xp: Any) -> tuple[Any, ...]:
     return tuple(getattr(xp, name) for name in ("float16", "bfloat16") if hasattr(xp, name))
+
+
+def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
+    """Return a checked matrix in the form and dtype to compute in (`cur._array.promote`)."""
+    check_matrix(A, name)
+    return _array.promote(A, name, dtype)
 
 
 def check_basis(basis: Any) -> None:

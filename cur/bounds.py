@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cur._array import Array, svdvals
+from cur._validate import check_dense
 
 __all__ = [
     "LIPSCHITZ",
@@ -115,6 +116,7 @@ def eta(chosen: Array, /) -> float:
 
     The norm of the oblique projector that interpolates at these rows; infinite if they do not determine the basis.
     """
+    check_dense(chosen, "chosen")
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
     smallest = float(svdvals(chosen)[-1])

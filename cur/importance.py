@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cur import _array
 from cur._array import Array, adjoint, namespace
 from cur._products import scale, transform
-from cur._validate import check_companion
+from cur._validate import check_companion, check_dense
 
 __all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
 
@@ -81,8 +83,7 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     ValueError
         If an entry is negative or not finite, or the array is not one-dimensional.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 1:
         raise ValueError(
             f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `importance.matrix` for a matrix"
@@ -116,8 +117,7 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     ValueError
         If the matrix is not square, not finite, not Hermitian, or has an eigenvalue that is negative beyond rounding.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(
             f"`{name}` must be a square matrix; got shape {tuple(weights.shape)}; "
@@ -153,8 +153,7 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     damping : float, default 0
         As for `matrix`.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 2:
         raise ValueError(f"`{name}` must be a matrix with one row per weighted index; got shape {tuple(weights.shape)}")
     if not bool(xp.all(xp.isfinite(weights))):
@@ -165,6 +164,18 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     vectors, s, _ = _array.svd(weights, full_matrices=True)
     values = xp.concat([s**2, xp.zeros((n - s.shape[0],), dtype=s.dtype, device=_array.take_device(s))])
     return _damped(values, vectors, damping)
+
+
+def floating(weights: Any, name: str) -> tuple[Array, Any]:
+    """Return a plain array in the precision to compute in, and its namespace."""
+    if not _array.is_dense(weights):
+        remedy = "convert it with numpy.asarray" if isinstance(weights, (list, tuple)) else "convert it to an array"
+        raise TypeError(
+            f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
+            f"got {type(weights).__name__}; {remedy}"
+        )
+    check_dense(weights, name, (1, 2), "a vector or a square matrix")
+    return _array.promote(weights), namespace(weights)
 
 
 def _damped(values: Array, vectors: Array, damping: float) -> Weight:
@@ -187,25 +198,19 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
         return None
     if isinstance(weights, Weight):
         weight = weights
-        if weight.vectors is not None:
-            check_companion(weight.vectors, A, name)
-            weight = replace(weight, vectors=_in_dtype(weight.vectors, dtype, name))
     else:
-        if not _array.is_dense(weights):
-            raise TypeError(
-                f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
-                f"got {type(weights).__name__}"
-            )
+        weights, _ = floating(weights, name)
         check_companion(weights, A, name)
-        real = _array.real_dtype(dtype, A)
-        xp = namespace(weights)
-        if weights.ndim == 2:
-            weights = _in_dtype(weights, dtype, name)
-        elif not xp.isdtype(weights.dtype, "complex floating"):
-            weights = xp.astype(weights, real)
-        if weights.ndim not in (1, 2):
-            raise ValueError(f"`{name}` must be a vector or a square matrix; got shape {tuple(weights.shape)}")
+        if weights.ndim == 2:  # in the precision of A, whose rounding is the least that its eigenvalues are damped by
+            weights = in_dtype(weights, dtype, name)
         weight = diagonal(weights, name=name) if weights.ndim == 1 else matrix(weights, name=name)
+    real = _array.real_dtype(dtype, A)
+    parts = {"root": real, "vectors": dtype, "roots": real}
+    for part, wanted in parts.items():
+        value = getattr(weight, part)
+        if value is not None:
+            check_companion(value, A, name)
+            weight = replace(weight, **{part: in_dtype(value, wanted, name)})
     if weight.size != A.shape[axis]:
         raise ValueError(
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
@@ -214,11 +219,20 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
     return weight
 
 
-def _in_dtype(X: Array, dtype: Any, name: str) -> Array:
+def in_dtype(X: Array, dtype: Any, name: str) -> Array:
     xp = namespace(X)
     if xp.isdtype(X.dtype, "complex floating") and not xp.isdtype(dtype, "complex floating"):
         raise TypeError(f"`{name}` must be real for a real `A`; got dtype {X.dtype}; convert `A` to complex")
-    return xp.astype(X, dtype)
+    if X.dtype == dtype:
+        return X
+    with np.errstate(over="ignore"):
+        Y = xp.astype(X, dtype)
+    if not bool(xp.all(xp.isfinite(Y))) and bool(xp.all(xp.isfinite(X))):
+        raise ValueError(
+            f"`{name}` has entries beyond the range of {Y.dtype}, in which `A` is computed; divide it by its largest "
+            "entry, or convert `A` to double precision"
+        )
+    return Y
 
 
 def wanda(W: Array, x_norm: Array, /) -> Array:
@@ -248,6 +262,10 @@ def wanda(W: Array, x_norm: Array, /) -> Array:
     >>> wanda(np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([1.0, 10.0])).tolist()
     [[1.0, 20.0], [3.0, 5.0]]
     """
+    check_dense(W, "W")
+    check_dense(x_norm, "x_norm", (1,), "a vector")
+    check_companion(x_norm, W, "x_norm")
+    W, x_norm = _array.promote(W), _array.promote(x_norm)
     xp = namespace(W, x_norm)
     if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
         raise ValueError(

@@ -240,6 +240,9 @@ def select(
     check_choice(subspace, SUBSPACES, "subspace")
     check_power_iterations(power_iterations)
     problem = prepare(A, importance, row_weights, column_weights)
+    scale = safe_scale(problem.A, problem.total)
+    if scale != 1.0:
+        problem = prepare(scaled(problem.A, 1 / scale), importance, row_weights, column_weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     counts = check_rank(rank, problem.shape)

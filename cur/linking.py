@@ -6,10 +6,22 @@ import math
 
 import numpy as np
 
-from cur._array import Array, adjoint, namespace, qr, solve_triangular, svd, take_device, unit_roundoff
+from cur._array import (
+    Array,
+    adjoint,
+    is_operator,
+    namespace,
+    promote,
+    qr,
+    solve_triangular,
+    svd,
+    take_device,
+    unit_roundoff,
+)
 from cur._products import adjoint_product, thin
+from cur._validate import check_matrix, check_promoted
 
-__all__ = ["Orthogonal", "cross", "optimal", "orthogonalise", "weighted"]
+__all__ = ["Orthogonal", "cross", "optimal", "weighted"]
 
 
 class Orthogonal:
@@ -59,9 +71,16 @@ def _truncated_inverse(T: Array, cutoff: float) -> Array:
     return (adjoint(Yh) * reciprocal[None, :]) @ adjoint(X)
 
 
-def orthogonalise(X: Array) -> Orthogonal:
-    """Return the QR form of a thin matrix that may be sparse or lazy."""
-    return Orthogonal(thin(X))
+def _thin(X: Array, name: str, A: Array) -> Array:
+    """Return columns or rows of `A` as a dense array of its dtype."""
+    check_matrix(X, name)
+    axis = 0 if name == "C" else 1
+    if is_operator(X) or X.shape[axis] != A.shape[axis]:
+        raise ValueError(
+            f"`{name}` must hold {('columns', 'rows')[axis]} of `A`, each of {A.shape[axis]} entries; "
+            f"got {type(X).__name__} of shape {tuple(X.shape)}"
+        )
+    return thin(promote(X, name, A.dtype))
 
 
 def core(QC: Orthogonal, QR: Orthogonal, M: Array) -> Array:
@@ -89,7 +108,8 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     ----------
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
     """
-    QC, QR = orthogonalise(C), orthogonalise(adjoint(R))
+    A = check_promoted(A)
+    QC, QR = Orthogonal(_thin(C, "C", A)), Orthogonal(adjoint(_thin(R, "R", A)))
     return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
 
 
@@ -101,7 +121,8 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     """
     from cur.importance import as_weight
 
-    C, R = thin(C), thin(R)
+    A = check_promoted(A)
+    C, R = _thin(C, "C", A), _thin(R, "R", A)
     for axis, given in enumerate((row_weights, column_weights)):
         weight = as_weight(given, A, axis, A.dtype)
         if weight is not None:
@@ -125,7 +146,7 @@ def cross(block: Array, /) -> Array:
     -------
     array, shape (c, r)
     """
-    block = thin(block)
+    block = thin(check_promoted(block, "block"))
     if block.shape[0] >= block.shape[1]:
         Q = Orthogonal(block)
         return Q.left_divide(adjoint(Q.Q))

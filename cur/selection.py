@@ -8,16 +8,19 @@ only some selectors look at. To choose columns, hand over the basis of the row s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 
 from cur._array import (
     Array,
     adjoint,
     convert,
+    is_dense,
     is_sparse,
     lu_pivots,
     namespace,
@@ -26,7 +29,7 @@ from cur._array import (
     take,
     to_numpy,
 )
-from cur._validate import as_generator, check_basis, check_count
+from cur._validate import as_generator, check_basis, check_count, check_promoted
 
 __all__ = [
     "arp",
@@ -220,6 +223,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
 
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     norms = _row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
@@ -235,12 +239,14 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
     """
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
 
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
@@ -268,7 +274,7 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     """
     check_basis(basis)
     m, p = basis.shape
-    chosen = [int(i) for i in to_numpy(indices)]
+    chosen = [int(i) for i in (to_numpy(indices) if is_dense(indices) else indices)]
     count = check_count(count, default=0, most=m - len(chosen), what="the rows that are left", least=0)
     xp = namespace(basis)
     while count > 0:
@@ -325,15 +331,29 @@ def _fill(chosen: list[int], count: int, m: int) -> np.ndarray[Any, Any]:
 
 
 def _row_norms(matrix: Array) -> np.ndarray[Any, Any]:
-    if is_sparse(matrix):
-        from scipy.sparse.linalg import norm as sparse_norm
-
-        return np.asarray(sparse_norm(matrix, axis=1), dtype=np.float64)
+    """Return the norms of the rows, relative to each other, at any scale."""
+    norms = _plain_norms(matrix)
+    info = namespace(matrix).finfo(matrix.dtype)
+    low, high = math.sqrt(float(info.smallest_normal)) / float(info.eps), math.sqrt(float(info.max))
+    if low < float(norms.max()) < high:
+        return norms
     xp = namespace(matrix)
-    return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
+    # squares leave the range
+    largest = float(abs(matrix).max() if is_sparse(matrix) else xp.max(xp.abs(matrix)))
+    if not 0.0 < largest < math.inf:
+        return norms
+    return _plain_norms(matrix * (1 / max(largest, float(info.smallest_normal))))
+
+
+def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
+    with np.errstate(over="ignore"):
+        if is_sparse(matrix):
+            return np.asarray(scipy.sparse.linalg.norm(matrix, axis=1), dtype=np.float64)
+        xp = namespace(matrix)
+        return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
 
 
 def _required(matrix: Array | None, name: str) -> Array:
     if matrix is None:
         raise TypeError(f"`matrix` must be given for `{name}`, which looks at the rows themselves; pass `matrix=A`")
-    return matrix
+    return check_promoted(matrix, "matrix")

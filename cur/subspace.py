@@ -21,7 +21,6 @@ from cur._array import (
     is_operator,
     is_sparse,
     lu_pivots,
-    namespace,
     qr,
     svd,
     to_numpy,
@@ -31,7 +30,7 @@ from cur._array import (
 from cur._errors import NumericalError
 from cur._products import adjoint_product, frobenius, product
 from cur._stream import read_blocks
-from cur._validate import as_generator
+from cur._validate import as_generator, check_promoted
 
 __all__ = ["RowSpace", "Subspace", "exact", "lanczos", "randomised", "sketch", "stream"]
 
@@ -91,6 +90,7 @@ class Subspace:
 
 def exact(A: Array, rank: int, /) -> Subspace:
     """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations."""
+    A = check_promoted(A)
     if is_sparse(A) or is_operator(A) or is_dask(A):
         raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
     V, s, Wh = svd(A)
@@ -100,6 +100,7 @@ def exact(A: Array, rank: int, /) -> Subspace:
 
 def sketch(A: Array, count: int, /, *, rng: np.random.Generator | int | None = 0) -> Array:
     """Return ``A @ Gaussian`` with `count` columns: one product."""
+    A = check_promoted(A)
     return product(A, gaussian((A.shape[1], count), A, working_dtype(A), as_generator(rng)))
 
 
@@ -134,6 +135,7 @@ def randomised(
     ----------
     Halko, Martinsson and Tropp, SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
     """
+    A = check_promoted(A)
     width = min(rank + OVERSAMPLING, *A.shape)
     Q, _ = qr(sketch(A, width, rng=rng))
     for _ in range(power_iterations):
@@ -149,6 +151,7 @@ def lanczos(
 
     As accurate as `exact` for the vectors wanted; the number of products depends on the gaps between singular values.
     """
+    A = check_promoted(A)
     if not (is_sparse(A) or is_operator(A)):
         raise TypeError(
             "`subspace='lanczos'` is for scipy.sparse matrices and LinearOperator; use 'exact' or 'randomised'"

@@ -68,11 +68,23 @@ KEYS = (
     (slice(2, 9, 3), slice(None)),
     (5, slice(1, 4)),
     (slice(None), 7),
-    ([4, 0, 4], [1, 15]),
+    (slice(None, None, 5), [1, 15]),
+    ([4, 0, 4], slice(3)),
+    np.ix_([4, 0, 4], [1, 15]),
+    ([4, 0, 4], [1, 15, 1]),
+    ([[4, 0], [1, 2]], [1, 15]),
+    ([[3], [5], [7]], 2),
+    (slice(1, 3), [[3, 5], [0, 1]]),
     (np.arange(24) % 2 == 0, 3),
+    np.add.outer(np.arange(24), np.arange(16)) % 5 == 0,
     7,
     slice(3, 5),
+    [2, 9],
+    ...,
+    (..., 4),
+    (4, ...),
     (slice(0, 0), slice(None)),
+    (np.arange(0), np.arange(0)),
 )
 
 
@@ -80,13 +92,7 @@ def test_slices_are_those_of_the_product(form, backend, A):
     F = form(backend.asarray(A.astype(backend.dtype(A.dtype.name))))
     B = to_numpy(F.toarray())
     for key in KEYS if backend.name != "dask" else KEYS[1:3]:
-        full = key if isinstance(key, tuple) else (key, slice(None))
-        rows, columns = (np.arange(n)[k] for k, n in zip(full, B.shape, strict=True))
-        expected = B[np.ix_(np.atleast_1d(rows), np.atleast_1d(columns))]
-        if np.ndim(rows) == 0:
-            expected = expected[0]
-        if np.ndim(columns) == 0:
-            expected = expected[..., 0]
+        expected = B[key]
         found = to_numpy(F[key])
         assert found.shape == expected.shape, key
         np.testing.assert_allclose(found, expected, atol=1e-12 if backend.precise else 1e-5)
@@ -98,6 +104,10 @@ def test_bad_indices(form, A):
         F[24, 0]
     with pytest.raises(IndexError, match="two dimensions; got 3 indices"):
         F[0, 0, 0]
+    with pytest.raises(IndexError, match="two dimensions; got 2 indices"):
+        F[0, None]
+    with pytest.raises(IndexError, match=r"as in NumPy; got shapes \(3,\) and \(2,\); use numpy.ix_ for a block"):
+        F[[4, 0, 4], [1, 15]]
 
 
 def test_counts(form, A):

@@ -218,7 +218,7 @@ def test_osinsky_refuses_sparse_matrices(rng):
     ("basis", "error", "text"),
     [
         ([[1.0]], TypeError, "`basis` must be a dense array; got list"),
-        (np.ones(3), ValueError, r"`basis` must have two dimensions and no empty one; got shape \(3,\)"),
+        (np.ones(3), ValueError, r"`basis` must be a matrix, and not empty; got shape \(3,\)"),
         (np.ones((3, 0)), ValueError, r"got shape \(3, 0\)"),
         (np.ones((3, 2), dtype=int), TypeError, "`basis` must hold floating-point numbers; got dtype int64"),
         (np.full((3, 2), np.nan), ValueError, "`basis` must be finite"),
