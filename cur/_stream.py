@@ -73,4 +73,5 @@ def _cut(A: Any) -> Iterator[Any]:
     step = max(1, BLOCK_BYTES // (8 * n))
     if _array.is_sparse(A):
         A = A.tocsr()
-    return (A[i : i + step, :] for i in range(0, m, step))
+    # the standard leaves slices that end beyond the array undefined
+    return (A[i : min(i + step, m), :] for i in range(0, m, step))

@@ -28,6 +28,7 @@ def smallest_rank(
     nested: bool,
     norm: object,
     failure: float,
+    select: str,
 ) -> Result:
     """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
 
@@ -49,6 +50,8 @@ def smallest_rank(
         every rank that is tried costs a choice.
     norm : "fro" or 2
         Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
+    select : str
+        The selector, for the error.
     failure : float
         Chance that the certificate of the result is wrong, where it comes from a sketch.
 
@@ -86,7 +89,7 @@ def smallest_rank(
             at = choice.leading if nested else choose_at
             return _bisect(at, attempt, tol, below, found, widest)
         if last:
-            raise _unreachable(tol, widest)
+            raise _unreachable(tol, widest, select)
         below, width = (0 if nested else width), min(2 * width, most)
 
 
@@ -109,13 +112,22 @@ def _bisect(
     return best
 
 
-def _unreachable(tol: float, result: Any) -> NumericalError:
+def _unreachable(tol: float, result: Any, select: str) -> NumericalError:
+    """Return the error that says what stands in the way of a tolerance, and what there is to do about it."""
     certificate = result.certificate
     rounding = certificate.rounding / certificate.scale if certificate.scale > 0 else 0.0
+    reason, remedies = "", ["use a larger `tol`"]
+    if certificate.dtype in ("float32", "complex64"):
+        remedies.append("double precision")
+    if select != "deim":
+        remedies.append(f"select='deim', whose columns and rows are less alike than those of {select!r}")
+    if hasattr(result, "U"):
+        reason = ", because U divides by the small singular values of the columns and rows chosen"
+        remedies.append("`interpolative`, which has no U to lose digits")
     return NumericalError(
-        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {result.rank} the relative error is "
-        f"at most {certificate.relative:.2g}, of which {rounding:.2g} is rounding; use a larger `tol`, a wider dtype, "
-        "or `interpolative`, whose coefficients lose fewer digits"
+        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {result.rank}, the last one tried, the "
+        f"relative error is at most {certificate.relative:.2g}, of which {rounding:.2g} is rounding{reason}; "
+        f"{', or '.join(remedies)}"
     )
 
 

@@ -57,9 +57,11 @@ def _remedy(A: Any) -> str:
     """Return what makes an array of an object that is none."""
     if hasattr(A, "to_numpy"):  # pandas, polars, xarray
         return "pass its .to_numpy()"
+    if isinstance(A, (list, tuple, np.matrix)):
+        return "convert it with numpy.asarray"
     if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__getitem__"):  # h5py, zarr, netCDF
         return "read it into memory with numpy.asarray, or let stream_cur read it in blocks"
-    return "convert it with numpy.asarray" if isinstance(A, (list, tuple)) else "convert it to one of these"
+    return "convert it to one of these"
 
 
 def check_plain(A: Any, name: str) -> None:

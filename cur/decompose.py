@@ -194,6 +194,7 @@ def cur(
             nested=select in NESTED,
             norm=norm,
             failure=failure_probability,
+            select=select,
         )
     return result if scale == 1.0 else _rescaled(result, scale)
 

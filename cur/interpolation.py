@@ -123,6 +123,7 @@ def interpolative(
             nested=select in NESTED,
             norm="fro",
             failure=failure_probability,
+            select=select,
         )
     if scale != 1.0 and result.certificate is not None:
         result = replace(result, skeleton=result.skeleton * scale, certificate=result.certificate.scaled(scale))
