@@ -47,16 +47,26 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
     def _rmatmat(self, Y: Vectors) -> Vectors:
         try:
             Z = self._in_dtype(self.operator.rmatmat(Y))
-        except NotImplementedError as error:
+        except (NotImplementedError, TypeError) as error:
+            if self._has_adjoint(Y[:, 0]):
+                raise
             raise TypeError(
-                f"`{self.name}` must have an adjoint, and this {type(self.operator).__name__} has none; "
-                "give it rmatvec=lambda y: ..., the product with the conjugate transpose"
+                f"`{self.name}` must have an adjoint, and this LinearOperator has none; give it "
+                "rmatvec=lambda y: ..., the product with the conjugate transpose"
             ) from error
         self._compare(Y, Z)
         return Z
 
     def _rmatvec(self, y: Vectors) -> Vectors:
         return self._rmatmat(y.reshape(-1, 1))[:, 0]
+
+    def _has_adjoint(self, y: Vectors) -> bool:
+        # SciPy says so of single vectors only; of several it fails in some other way
+        try:
+            self.operator.rmatvec(y)
+        except NotImplementedError:
+            return False
+        return True
 
     def _in_dtype(self, Y: Any) -> Vectors:
         return np.asarray(Y).astype(self.dtype, copy=False)
