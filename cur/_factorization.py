@@ -100,7 +100,8 @@ class Factorization:
         """Return the product as a NumPy array, so that NumPy's functions see the matrix and not its factors."""
         if copy is False:
             raise ValueError("`copy` must not be False: the product of the factors is a new array; use numpy.asarray")
-        return to_numpy(self.toarray()).astype(dtype or np.dtype(self.toarray().dtype), copy=False)
+        product = to_numpy(self.toarray())
+        return product if dtype is None else product.astype(dtype, copy=False)
 
     def __add__(self, other: Any) -> Array:
         """Return ``approximation + other``, m x n numbers."""
@@ -141,8 +142,8 @@ class Factorization:
         first = self.factors[-1]
         xp = namespace(first) if _array.is_dense(first) else np
         wanted = np.dtype(dtype) if xp is np or isinstance(first, np.ndarray) else getattr(xp, str(dtype), dtype)
-        name = str(wanted)
-        if not any(kind in name for kind in ("float", "complex")) or ("complex" in str(self.dtype) > "complex" in name):
+        is_complex = "complex" in str(wanted)
+        if not (is_complex or ("float" in str(wanted) and "complex" not in str(self.dtype))):
             raise TypeError(
                 f"`dtype` must be floating, and complex for a complex matrix; got {dtype!r} for {self.dtype}; "
                 "convert toarray() for anything else"

@@ -118,7 +118,9 @@ def test_honest_operators_pass(dtype, shape, kind, rng):
         Q = np.linalg.qr(random(m, min(m, n, 12), np.random.default_rng(seed)).astype(dtype))[0]
         found = checked(op)
         found.rmatmat(Q)
-        found.rmatmat(np.linalg.qr(np.asarray(op @ random(n, min(m, n, 3), np.random.default_rng(seed)).astype(dtype)))[0])
+        found.rmatmat(
+            np.linalg.qr(np.asarray(op @ random(n, min(m, n, 3), np.random.default_rng(seed)).astype(dtype)))[0]
+        )
         found.rmatvec(random(m, 1, np.random.default_rng(seed))[:, 0].astype(dtype))
         found.H.matvec(np.eye(m, 1, dtype=dtype)[:, 0])
 

@@ -75,9 +75,29 @@ def test_lanczos_finds_the_singular_vectors(rng):
         subspace.lanczos(S.toarray(), 3)
 
 
-def test_lanczos_on_a_matrix_without_directions():
-    with pytest.raises(NumericalError, match=r"use subspace='randomised'"):
-        subspace.lanczos(scipy.sparse.csr_array((30, 20)), 3)
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (5, 5), (2, 2), (40, 1), (1, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("family", ["random", "zero", "flat", "rank_deficient", "repeated_columns"])
+def test_lanczos_at_every_rank_and_scale(shape, dtype, family, rng):
+    A = FAMILIES[family](*shape, rng) * (1 - 1j if "complex" in dtype else 1)
+    for scale in (1.0, 1e-30, 1e30) if dtype in ("float32", "complex64") else (1.0, 1e-200, 1e150):
+        B = (A * scale).astype(dtype)
+        expected = np.linalg.svd(A)[1]
+        for rank in range(1, min(shape) + 1):
+            for S in (scipy.sparse.csr_array(B), scipy.sparse.linalg.aslinearoperator(B)):
+                found = subspace.lanczos(S, rank)
+                tolerance = 100 * np.finfo(dtype).eps
+                np.testing.assert_allclose(found.V.conj().T @ found.V, np.eye(rank), atol=tolerance)
+                np.testing.assert_allclose(found.s[:rank] / scale, expected[:rank], atol=tolerance**0.75)
+
+
+def test_lanczos_that_does_not_converge(monkeypatch, rng):
+    def fail(*args, **options):
+        raise scipy.sparse.linalg.ArpackNoConvergence("no convergence", [], [])
+
+    monkeypatch.setattr(scipy.sparse.linalg, "svds", fail)
+    with pytest.raises(NumericalError, match=r"Lanczos did not converge for `rank` 3: .*; use subspace='randomised'"):
+        subspace.lanczos(scipy.sparse.csr_array(geometric(30, 20, rng)), 3)
 
 
 def test_numerical_rank(rng):
