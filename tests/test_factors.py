@@ -364,7 +364,7 @@ def test_devices(form, rng):
     with pytest.raises(ValueError, match="`device` must be 'cpu' for factors of NumPy, SciPy or Dask; got 'cuda'"):
         N.to("cuda")
     for dtype in (torch.float16, np.float32, np.dtype("f4")):
-        with pytest.raises(TypeError, match="`device` must be a device; got .*; use astype for a dtype"):
+        with pytest.raises(TypeError, match=r"`device` must be a device; got .*; use astype for a dtype"):
             F.to(dtype)
 
 

@@ -255,7 +255,7 @@ def test_what_is_no_plain_array_of_weights(make, rng):
 
 def test_weights_beyond_the_range_of_the_matrix(rng):
     A = random(24, 16, rng).astype(np.float32)
-    with pytest.raises(ValueError, match="`column_weights` has entries beyond the range of float32.*divide it by its"):
+    with pytest.raises(ValueError, match=r"`column_weights` has entries beyond the range of float32.*divide it by its"):
         cur(A, rank=3, column_weights=np.full(16, 1e80))
     with pytest.raises(ValueError, match="`row_weights` has entries beyond the range of float32"):
         cur(A, rank=3, row_weights=np.eye(24) * 1e39)

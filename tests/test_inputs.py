@@ -34,11 +34,11 @@ READERS = dict(readers())
 STREAMS = {name for name, f in READERS.items() if next(iter(inspect.signature(f).parameters)) == "blocks"}
 IN_MEMORY = {"subspace.exact", "truncation.weighted_svd", "truncation.square_errors", "own_rows.own_rows"}
 IN_MEMORY |= {"own_inputs.own_inputs"}
-DENSE = {"numpy", "torch", "jax", "array-api-strict"}
+DENSE = ("numpy", "torch", "jax", "array-api-strict")
 REFUSED = {
-    **dict.fromkeys(IN_MEMORY, {"dask", "sparse", "operator"}),
-    **dict.fromkeys(STREAMS, {"operator"}),
-    "subspace.lanczos": {*DENSE, "dask"},
+    **{name: ("dask", "sparse", "operator") for name in IN_MEMORY},
+    **{name: ("operator",) for name in STREAMS},
+    "subspace.lanczos": (*DENSE, "dask"),
 }
 """Functions and the libraries that they refuse."""
 

@@ -63,7 +63,7 @@ def test_a_wrong_adjoint_is_noticed(driver, dtype, fault, scale, rng):
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_missing_adjoint_is_named(driver, rng):
     A = random(30, 20, rng)
-    with pytest.raises(TypeError, match="`A` must have an adjoint.*has none; give it rmatvec"):
+    with pytest.raises(TypeError, match=r"`A` must have an adjoint.*has none; give it rmatvec"):
         DRIVERS[driver](LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=float))
 
 
