@@ -108,6 +108,8 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
         from cur._operator import checked
 
         return checked(A, name, dtype)
+    if isinstance(A, np.ndarray) and dtype is None and A.dtype.char in "fdFD":
+        return A  # the usual case, and small matrices take no longer than such questions
     A, dtype = detach(A), working_dtype(A) if dtype is None else dtype
     if is_sparse(A):
         A = A if A.dtype == dtype else A.astype(dtype)

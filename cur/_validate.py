@@ -104,7 +104,7 @@ def _check_numeric(A: Any, name: str) -> None:
 
 def _is_numeric(A: Any) -> bool:
     dtype = A.dtype
-    if _array.is_dense(A) or _array.is_dask(A):
+    if not isinstance(A, np.ndarray) and (_array.is_dense(A) or _array.is_dask(A)):
         xp = _array.namespace(A)
         try:
             return bool(xp.isdtype(dtype, ("numeric", "bool"))) or dtype in _half_precisions(xp)

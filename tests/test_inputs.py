@@ -36,8 +36,8 @@ IN_MEMORY = {"subspace.exact", "truncation.weighted_svd", "truncation.square_err
 IN_MEMORY |= {"own_inputs.own_inputs"}
 DENSE = ("numpy", "torch", "jax", "array-api-strict")
 REFUSED = {
-    **{name: ("dask", "sparse", "operator") for name in IN_MEMORY},
-    **{name: ("operator",) for name in STREAMS},
+    **dict.fromkeys(IN_MEMORY, ("dask", "sparse", "operator")),
+    **dict.fromkeys(STREAMS, ("operator",)),
     "subspace.lanczos": (*DENSE, "dask"),
 }
 """Functions and the libraries that they refuse."""
