@@ -135,7 +135,7 @@ def convert(A: Array, like: Array, dtype: Any | None = None) -> Array:
 def to_numpy(A: Array) -> np.ndarray[Any, Any]:
     """Copy a small array to the host."""
     if compat.is_torch_array(A):
-        return np.asarray(A.detach().cpu().resolve_conj().numpy())
+        return np.asarray(A.detach().cpu().resolve_conj().resolve_neg().numpy())
     if compat.is_cupy_array(A):
         return np.asarray(A.get())
     if is_sparse(A):

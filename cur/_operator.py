@@ -32,6 +32,8 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
         with np.errstate(over="ignore", invalid="ignore"):
             y = np.asarray(operator.matmat(x.astype(_working(declared))))
         check_finite_product(y, name)
+        if dtype is not None and dtype.kind != "c" and y.dtype.kind == "c":
+            raise TypeError(f"`{name}` must be real for a real `A`; its products have dtype {y.dtype}")
         super().__init__(_common(declared, y.dtype, name) if dtype is None else dtype, (m, n))  # type: ignore[call-arg]
         self.x = x.astype(self.dtype)
         # its squares must neither overflow nor vanish

@@ -120,6 +120,8 @@ def _half_precisions(xp: Any) -> tuple[Any, ...]:
 def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
     """Return a checked matrix in the form and dtype to compute in (`cur._array.promote`)."""
     check_matrix(A, name)
+    if "complex" in str(A.dtype) and dtype is not None and "complex" not in str(dtype):
+        raise TypeError(f"`{name}` must be real for a real `A`; got dtype {A.dtype}; convert `A` to complex")
     return _array.promote(A, name, dtype)
 
 

@@ -11,7 +11,6 @@ from cur._array import (
     adjoint,
     is_operator,
     namespace,
-    promote,
     qr,
     solve_triangular,
     svd,
@@ -80,7 +79,7 @@ def _thin(X: Array, name: str, A: Array) -> Array:
             f"`{name}` must hold {('columns', 'rows')[axis]} of `A`, each of {A.shape[axis]} entries; "
             f"got {type(X).__name__} of shape {tuple(X.shape)}"
         )
-    return thin(promote(X, name, A.dtype))
+    return thin(check_promoted(X, name, A.dtype))
 
 
 def core(QC: Orthogonal, QR: Orthogonal, M: Array) -> Array:
