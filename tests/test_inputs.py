@@ -244,3 +244,33 @@ def _unscaled(result, size):
     if isinstance(result, cur.CUR):
         return to_numpy(result.C) / size, wide(to_numpy(result.U)) * size, to_numpy(result.R) / size
     return to_numpy(result.skeleton) / size, to_numpy(result.projection)
+
+
+def test_scores_and_slices_of_complex_numbers_need_a_complex_matrix():
+    A = numbers("float64")
+    operator = scipy.sparse.linalg.LinearOperator(
+        A.shape, matvec=lambda x: 1j * (A @ x), rmatvec=lambda y: -1j * (A.T @ y), dtype=float
+    )
+    for matrix, scores in (
+        (A, 1j * A),
+        (scipy.sparse.csr_array(A), scipy.sparse.coo_array(1j * A)),
+        (scipy.sparse.linalg.aslinearoperator(A), scipy.sparse.linalg.aslinearoperator(1j * A)),
+        (scipy.sparse.linalg.aslinearoperator(A), operator),
+    ):
+        with pytest.raises(TypeError, match="`importance` must be real for a real `A`"):
+            cur.cur(matrix, rank=2, importance=scores)
+    with pytest.raises(TypeError, match="`C` must be real for a real `A`"):
+        cur.linking.optimal(A, 1j * A[:, :2], A[:2])
+    with pytest.raises(ValueError, match="`R` must hold rows of `A`, each of 5 entries"):
+        cur.linking.optimal(A, A[:, :2], A[:2, :3])
+
+
+def test_views_of_torch_are_read():
+    torch = importlib.import_module("torch")
+    A = numbers("complex128")
+    T = torch.tensor(A)
+    for view, plain in ((T.mH, A.conj().T), (T.conj().imag, -A.imag), (T.real.t(), A.real.T)):
+        for function in (cur.deim_cur, cur.interpolative, cur.stream_cur):
+            result = function(view, rank=2)
+            E = wide(plain) - exact_product(*(to_numpy(f) for f in result.factors))
+            assert frobenius(E) <= result.certificate.value
