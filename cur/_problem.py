@@ -14,7 +14,7 @@ from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import warn
 from cur._products import columns_of, frobenius, product, rows_of, thin
-from cur._validate import check_choice, check_companion, check_finite_norm, check_promoted
+from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
 from cur.bounds import eta
 from cur.importance import Weight, as_weight
 
@@ -120,13 +120,14 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
         B = column_weight.apply(B, 1)
     target = B
     if importance is not None:
-        target = check_promoted(importance, "importance", dtype)
+        check_matrix(importance, "importance")
         check_companion(importance, A, "importance")
         if tuple(importance.shape) != tuple(A.shape):
             raise ValueError(
                 f"`importance` must have the shape of `A`, {tuple(A.shape)}; got {tuple(importance.shape)}; "
                 "one score per entry is needed"
             )
+        target = check_promoted(importance, "importance", dtype)
         if not is_operator(target):
             check_finite_norm(frobenius(target), importance, "importance")
     return Problem(A, B, target, row_weight, column_weight, None if is_operator(B) else frobenius(B))

@@ -70,9 +70,10 @@ def check_plain(A: Any, name: str) -> None:
         raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
     chunk = A._meta if _array.is_dask(A) else A
     if isinstance(chunk, (np.ma.MaskedArray, np.matrix)):
+        remedy = "with numpy.asarray" if isinstance(chunk, np.matrix) else "with filled(), which fills the gaps"
         raise TypeError(
             f"`{name}` must be a plain array; got {type(chunk).__name__}, whose products mean something else; convert "
-            "it with numpy.asarray (or its filled() where it is masked)"
+            f"it {remedy}"
         )
     if _array.is_dask(A) and not isinstance(chunk, np.ndarray):
         raise TypeError(

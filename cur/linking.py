@@ -9,6 +9,7 @@ import numpy as np
 from cur._array import (
     Array,
     adjoint,
+    is_dense,
     is_operator,
     namespace,
     qr,
@@ -18,7 +19,7 @@ from cur._array import (
     unit_roundoff,
 )
 from cur._products import adjoint_product, thin
-from cur._validate import check_matrix, check_promoted
+from cur._validate import check_companion, check_matrix, check_promoted
 
 __all__ = ["Orthogonal", "cross", "optimal", "weighted"]
 
@@ -73,6 +74,8 @@ def _truncated_inverse(T: Array, cutoff: float) -> Array:
 def _thin(X: Array, name: str, A: Array) -> Array:
     """Return columns or rows of `A` as a dense array of its dtype."""
     check_matrix(X, name)
+    if is_dense(X):
+        check_companion(X, A, name)
     axis = 0 if name == "C" else 1
     if is_operator(X) or X.shape[axis] != A.shape[axis]:
         raise ValueError(
