@@ -24,7 +24,6 @@ from cur._array import (
     is_sparse,
     lu_pivots,
     namespace,
-    solve_triangular,
     svd,
     take,
     to_numpy,
@@ -178,35 +177,83 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     return convert(np.asarray(chosen), basis)
 
 
-def ldeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Choose more rows than there are basis vectors: DEIM first, then the largest leverage of what it leaves.
+def ldeim(
+    basis: Array,
+    count: int | None = None,
+    /,
+    *,
+    matrix: Array | None = None,
+    rng: Generator = 0,
+    vectors: int | None = None,
+) -> Array:
+    """Choose rows by DEIM on the first basis vectors, then by the largest leverage of what that leaves of them.
 
-    After the p steps of `deim`, the remaining ``count - p`` indices are those with the largest row norms of the
-    interpolation residuals of the p basis vectors.
+    After the `vectors` steps of `deim`, the remaining indices are those with the largest row norms of the residuals of
+    these vectors, each interpolated at the indices before it.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Orthonormal columns, the most important first.
+    count : int, optional
+        Number of indices, also more than p; p by default.
+    matrix, rng
+        Not used; here so that all selectors can be called alike.
+    vectors : int, optional
+        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do, or p
+        where that is less. With `count` the method is `deim`.
 
     References
     ----------
     Gidisu and Hochstenbach, "A hybrid DEIM and leverage scores based method for CUR index selection" (2022).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur.selection import deim, ldeim
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 8), 4))[0]
+    >>> deim(V).tolist(), ldeim(V).tolist(), ldeim(V, vectors=4).tolist()
+    ([7, 5, 2, 0], [7, 5, 6, 4], [7, 5, 2, 0])
     """
     check_basis(basis)
     m, p = basis.shape
     count = check_count(count, default=p, most=m, what="the rows")
-    first = deim(basis, min(count, p))
-    if count <= p:
+    usable = min(p, count)
+    vectors = check_count(
+        vectors,
+        default=-(-count // 2),
+        most=usable,
+        what="the basis vectors" if p < count else "the indices to choose",
+        name="vectors",
+    )
+    first = deim(basis, vectors)
+    if vectors == count:
         return first
-    xp = namespace(basis)
-    # rows in pivot order make LU without exchanges: basis = L U, and column j of the residual is L[:, j] U[j, j]
-    upper = convert(scipy.linalg.lu(to_numpy(take(basis, first, axis=0)))[2], basis, basis.dtype)
-    diagonal = xp.linalg.diagonal(upper)
-    scale = xp.where(diagonal == 0, xp.ones_like(diagonal), diagonal)
-    eye = xp.eye(p, dtype=basis.dtype, device=basis.device)
-    upper = upper + xp.where(diagonal == 0, xp.ones_like(diagonal), xp.zeros_like(diagonal))[:, None] * eye
-    residual = basis @ (solve_triangular(upper, eye) * scale[None, :])
+    V, xp = basis[:, :vectors], namespace(basis)
+    residual = V @ convert(_interpolation(to_numpy(take(V, first, axis=0))), basis, basis.dtype)
     scores = np.array(to_numpy(xp.sum(xp.abs(residual) ** 2, axis=1)))
     taken = to_numpy(first)
     scores[taken] = -1.0
-    rest = np.argsort(-scores, kind="stable")[: count - p]
+    rest = np.argsort(-scores, kind="stable")[: count - vectors]
     return convert(np.concatenate([taken, rest]), basis)
+
+
+def _interpolation(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the matrix T for which column j of ``V T`` is that of V, interpolated at its first j rows, less that.
+
+    `block` has the interpolated rows in the order of their pivots, so that it is L U without exchanges. Then
+    ``V U^-1`` has the residuals as columns, each divided by its pivot.
+    """
+    U = np.array(block)
+    for j in range(len(U)):
+        pivot = U[j, j]
+        if pivot == 0:  # nothing is left to interpolate
+            U[j] = 0
+            U[j, j] = 1
+            continue
+        U[j + 1 :] -= np.outer(U[j + 1 :, j] / pivot, U[j])
+        U[j] /= pivot
+    return np.asarray(scipy.linalg.solve_triangular(U, np.eye(len(U), dtype=U.dtype), unit_diagonal=True))
 
 
 def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
