@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, gaussian, is_operator, is_sparse, namespace, svdvals, working_dtype
+from cur._array import Array, adjoint, convert, gaussian, is_sparse, namespace, svdvals, working_dtype
 from cur._problem import Choice, Problem, etas
 from cur._products import adjoint_product, frobenius, product, residual_norm
+from cur._spectral import SpectralError
 from cur._validate import check_finite_norm
 from cur.bounds import (
     Certificate,
@@ -164,7 +165,7 @@ def certify(
     norm: Literal["fro", 2],
     link: str,
     gap: float,
-    spectral: float | None = None,
+    spectral: SpectralError | None = None,
     U: Array,
 ) -> Certificate:
     """Gather what is known of the error of a CUR factorization.
@@ -202,20 +203,23 @@ def certify(
             S = adjoint(reduced.R.T)
             cut = frobenius(reduced.C.T @ (U @ S) - ideal.left_divide(adjoint(ideal.Q) @ S))
             known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.rounding
-    value, kind = error.value, error.kind
+    value, kind, failure = error.value, error.kind, error.failure_probability
     scale = problem.total if problem.total is not None else frobenius(reduced.Z)
-    if norm == 2:
+    if spectral is not None:
         scale = float(svdvals(reduced.M)[0])
         if spectrum is not None and spectrum.is_exact:
             scale = float(spectrum.s[0])
+        else:
+            scale = max(scale, problem.spectral - rounding)
         theorems = [known[name] for name in ("sorensen_embree", "projection") if known.get(name) is not None]
-        if spectral is not None:
-            value, kind = spectral + error.rounding, "exact"
-        elif theorems and min(theorems) < value:
-            value, kind = min(theorems), "bound"
-        elif kind == "exact":
-            kind = "bound"  # the Frobenius norm is an upper bound of the 2-norm
-    failure = error.failure_probability if kind == "probabilistic" else 0.0
+        # the Frobenius norm is an upper bound of the 2-norm
+        bounds: list[tuple[float, Literal["exact", "bound", "probabilistic"], float]]
+        bounds = [(value, "bound" if kind == "exact" else kind, failure), *((b, "bound", 0.0) for b in theorems)]
+        by_norm = spectral.failure_probability
+        bounds.append((spectral.value, "probabilistic" if by_norm else "exact", by_norm))
+        value, kind, _ = min(bounds, key=lambda bound: bound[0])
+        # the least of them is wrong where any of them is
+        failure = sum(failure for _, _, failure in bounds) if kind == "probabilistic" else 0.0
     return Certificate(norm, value, kind, failure, str(_dtype_name(reduced.M)), scale, error.rounding, **known)
 
 
@@ -254,10 +258,3 @@ def _projection(
 
 def _dtype_name(X: Array) -> str:
     return str(X.dtype).rsplit(".", 1)[-1]
-
-
-def spectral_norm(problem: Problem, L: Array, Rw: Array) -> float | None:
-    """Return the 2-norm of the residual of a dense matrix by its singular values; None for other matrices."""
-    if is_sparse(problem.B) or is_operator(problem.B) or not isinstance(problem.B, type(L)):
-        return None
-    return float(svdvals(problem.B - L @ Rw)[0])

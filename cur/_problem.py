@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import warn
 from cur._products import columns_of, frobenius, product, rows_of, thin
+from cur._spectral import spectral_norm
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
 from cur.bounds import eta
 from cur.importance import Weight, as_weight
@@ -80,6 +82,11 @@ class Problem:
     def unit(self) -> float:
         """Unit roundoff of the working precision."""
         return _array.unit_roundoff(_array.working_dtype(self.B), self.B)
+
+    @cached_property
+    def spectral(self) -> float:
+        """A lower bound of ``||B||_2``, but for the rounding of products."""
+        return spectral_norm(self.B, self.B if is_dense(self.B) else np.empty(0, dtype=self.B.dtype))
 
     @property
     def pythagorean_rounding(self) -> float:
@@ -181,8 +188,8 @@ def choose(
     if select == "lupp":
         return _choose_from_sketch(problem, counts, rng)
     found = find_subspace(problem, max(counts), method, rng, power_iterations)
-    numerical = found.numerical_rank()
-    if truncate and max(counts) > numerical:
+    numerical = found.numerical_rank(problem.target) if truncate else max(counts)
+    if max(counts) > numerical:
         warn(
             f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
             f"the factorization has rank {numerical}"

@@ -7,6 +7,7 @@ The theorems (letters as in the documentation's page on the mathematics):
 - (B2) cross core with rows chosen so that ``gamma`` is finite.
 - (B4) a Gaussian sketch drawn after the choice (Gratton and Titley-Peloquin, SIAM J. Matrix Anal. Appl. 39, 2018).
 - (B5) rounding of the evaluation itself, added to every value.
+- (B6) the 2-norm from products with random starts (after Hochstenbach, J. Sci. Comput. 57, 2013).
 - (L) the output of a layer behind a Lipschitz activation (arXiv 2501.04211, Theorem 4.1).
 """
 

@@ -157,13 +157,15 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     xp = namespace(basis)
     V = basis[:, :count]
     E = matrix - V @ (adjoint(V) @ matrix)
+    # of each row by itself: among very many rows all but a few are small
+    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * to_numpy(xp.sum(xp.abs(V) ** 2, axis=1))
     chosen: list[int] = []
     for _ in range(count):
         distance = np.array(to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)))
         residual = to_numpy(xp.sum(xp.abs(E) ** 2, axis=1))
         distance[chosen] = 0.0
         # a row within the span of the chosen ones, up to rounding, cannot serve as a pivot
-        usable = distance > np.finfo(distance.dtype).eps * distance.max(initial=0.0)
+        usable = distance > floor
         if not usable.any():
             return convert(_fill(chosen, count, basis.shape[0]), basis)
         ratio = np.full(distance.shape, np.inf)
@@ -342,7 +344,8 @@ def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], i
     """Pivoted Gram-Schmidt on the rows of `V`; `choose` picks from the squared distances."""
     xp = namespace(V)
     distance = to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)).astype(np.float64)
-    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * distance.max(initial=0.0)
+    # what `count` subtractions leave of a row in the span; of each row by itself, as in `osinsky`
+    floor = count * np.finfo(to_numpy(V[:1, :1]).dtype).eps * distance
     chosen: list[int] = []
     Q = V[:0, :]
     for _ in range(count):

@@ -190,6 +190,18 @@ def test_ldeim_of_vectors_that_interpolation_exhausts():
         selection.ldeim(V, 5, vectors=4)
 
 
+@pytest.mark.parametrize("name", ["qdeim", "arp", "osinsky"])
+def test_small_rows_count_beside_a_large_one(name, rng):
+    """Among very many rows each is below the roundoff of a single large one."""
+    m = 300
+    V = np.zeros((m, 3), dtype=np.float32)
+    V[5, 0] = 1.0
+    V[100:, 1:] = 1e-5 * rng.standard_normal((200, 2))
+    chosen = getattr(selection, name)(V, matrix=V).tolist()
+    assert chosen[0] == 5
+    assert min(chosen[1:]) >= 100
+
+
 def test_oversampling_lowers_eta(rng):
     V = orthonormal(100, 10, rng)
     rows = selection.uniform(V, 10, rng=1)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cur import NumericalError, subspace
-from tests.backends import to_numpy
-from tests.families import FAMILIES, geometric, with_spectrum
+from tests.backends import to_numpy, use
+from tests.families import FAMILIES, geometric, orthonormal, with_spectrum
 
 
 def lost(A, basis):
@@ -101,9 +101,46 @@ def test_lanczos_that_does_not_converge(monkeypatch, rng):
 
 
 def test_numerical_rank(rng):
-    assert subspace.exact(FAMILIES["rank_deficient"](30, 20, rng), 20).numerical_rank() == 10
-    assert subspace.exact(np.zeros((5, 4)), 4).numerical_rank() == 1
-    assert subspace.exact(np.eye(7), 2).numerical_rank() == 7
+    A = FAMILIES["rank_deficient"](30, 20, rng)
+    for matrix, rank, expected in ((A, 20, 10), (A, 7, 10), (np.zeros((5, 4)), 4, 1), (np.eye(7), 5, 7)):
+        assert subspace.exact(matrix, rank).numerical_rank(matrix) == expected
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(120_000, 6), (6, 120_000), (700, 400)])
+def test_long_sides_in_single_precision_hide_no_directions(name, shape, rng):
+    """Singular values of 1e-5 of the largest are not rounding, however long the columns are."""
+    with use(name) as backend:
+        left, right = (orthonormal(side, 6, rng) for side in shape)
+        A = backend.asarray(((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32))
+        for method in (subspace.exact, subspace.randomised):
+            assert method(A, 6).numerical_rank(A) == 6
+        if shape[0] >= shape[1]:
+            found = subspace.stream([to_numpy(A)[i : i + 50_000] for i in range(0, shape[0], 50_000)], 6)
+            assert found.numerical_rank() == 6
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(120_000, 6), (6, 120_000), (250, 200)])
+def test_roundings_that_agree_are_no_directions(name, shape, dtype, rng):
+    """Repeated rows, columns and constants, which are where LAPACK's long sums are most biased."""
+    m, n = shape
+    few = rng.uniform(size=(m, 2))
+    with use(name) as backend:
+        for rank, A in (
+            (1, np.full(shape, 0.1)),
+            (1, np.tile(rng.uniform(size=(1, n)), (m, 1))),
+            (1, np.tile(rng.uniform(size=(m, 1)), (1, n))),
+            (2, few[:, np.arange(n) % 2]),
+            (2, few @ rng.uniform(size=(2, n))),
+        ):
+            matrix = backend.asarray(A.astype(dtype))
+            for method in (subspace.exact, subspace.randomised):
+                assert method(matrix, 5).numerical_rank(matrix) == rank
+            if m >= n and name == "numpy":
+                parts = [A[i : i + m // 3].astype(dtype) for i in range(0, m, m // 3)]
+                assert subspace.stream(parts, 5).numerical_rank() == rank
 
 
 @pytest.mark.parametrize("kind", ["sparse", "operator", "dask"])
