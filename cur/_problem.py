@@ -37,6 +37,13 @@ SELECTORS = (*BASIS_SELECTORS, "lupp", *PLAIN_SELECTORS)
 NESTED = ("deim", "lupp", *PLAIN_SELECTORS)
 """Selectors whose first k indices are a choice for rank k."""
 
+FLAT_ITERATIONS = 4
+"""Power iterations by default for sparse matrices and operators of flat spectrum.
+
+Without, DEIM of a random sparse matrix kept a third of the energy that `lupp` keeps; two iterations were not enough
+(20,000 x 5,000 with 5 entries a row, rank 60: 0.40, 0.98, 1.01 and 1.40 percent with 0, 1, 2 and 4, `lupp` 1.29).
+"""
+
 SUBSPACES = ("auto", "exact", "randomised", "lanczos")
 
 
@@ -141,7 +148,7 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
 
 
 def find_subspace(
-    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int
+    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int | None
 ) -> subspaces.Subspace:
     """Return the leading singular subspaces of the target by the method asked for, or the one that suits it."""
     check_choice(method, SUBSPACES, "subspace")
@@ -155,7 +162,10 @@ def find_subspace(
     total = problem.total if S is problem.B else None
     if method == "lanczos":
         return subspaces.lanczos(S, rank, rng=rng, total=total)
-    return subspaces.randomised(S, rank, power_iterations=power_iterations, rng=rng, total=total)
+    found = subspaces.randomised(S, rank, power_iterations=power_iterations or 0, rng=rng, total=total)
+    if power_iterations is None and (is_sparse(S) or is_operator(S)) and found.is_flat():
+        return subspaces.randomised(S, rank, power_iterations=FLAT_ITERATIONS, rng=rng, total=total)
+    return found
 
 
 def choose(
@@ -164,7 +174,7 @@ def choose(
     select: str,
     method: str,
     rng: np.random.Generator,
-    power_iterations: int,
+    power_iterations: int | None,
     *,
     truncate: bool = True,
 ) -> Choice:

@@ -188,7 +188,7 @@ def _crossing(alphas: Vectors, betas: Vectors, ritz: Vectors, limit: Vectors) ->
         middle = (low + high) / 2
         inside = _christoffel(alphas, betas, middle) < limit
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    return high
+    return np.asarray(high)
 
 
 def _christoffel(alphas: Vectors, betas: Vectors, theta: Vectors) -> Vectors:

@@ -157,8 +157,8 @@ def check_count(count: Any, *, default: int, most: int, what: str, least: int = 
 
 
 def check_power_iterations(value: Any) -> None:
-    """Require a non-negative integer."""
-    if _as_int(value, "power_iterations") < 0:
+    """Require a non-negative integer, or None for the default."""
+    if value is not None and _as_int(value, "power_iterations") < 0:
         raise ValueError(f"`power_iterations` must not be negative; got {value!r}; 0, 1 or 2 are usual")
 
 

@@ -87,7 +87,7 @@ def cur(
     column_weights: Any = None,
     oversample: int = 0,
     norm: Literal["fro", 2] = "fro",
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     failure_probability: float = 1e-6,
     bounds: bool = True,
     rng: np.random.Generator | int | None = 0,
@@ -126,9 +126,10 @@ def cur(
         any, is checked by its singular values, which costs an SVD per check; of all others by Lanczos from random
         vectors (B6), some twenty products with 8 vectors: at most a few percent above the norm, except with
         `failure_probability`.
-    power_iterations : int, default 0
-        Of the randomised subspace. The optimal core makes up for what a rough basis loses: without any, errors were
-        within 3 percent of those from exact singular vectors (``benchmarks/core.py``).
+    power_iterations : int, optional
+        Of the randomised subspace. By default none, since the optimal core makes up for what a rough basis loses:
+        without any, errors were within 3 percent of those from exact singular vectors (``benchmarks/core.py``). But
+        four for a sparse matrix or an operator whose sketch shows a flat spectrum, in which no direction leads.
     failure_probability : float, default 1e-6
         Of certificates by sketches, which only operators, very large sparse matrices and ``norm=2`` get; with `tol`, of
         the whole search.

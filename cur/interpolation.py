@@ -43,7 +43,7 @@ def interpolative(
     importance: Array | None = None,
     row_weights: Any = None,
     column_weights: Any = None,
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     failure_probability: float = 1e-6,
     rng: np.random.Generator | int | None = 0,
 ) -> Interpolative:
@@ -212,7 +212,7 @@ def select(
     importance: Array | None = None,
     row_weights: Any = None,
     column_weights: Any = None,
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     rng: np.random.Generator | int | None = 0,
 ) -> tuple[Array, Array]:
     """Choose rows and columns of a matrix without factoring it.

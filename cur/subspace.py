@@ -39,6 +39,14 @@ OVERSAMPLING = 10
 """Extra sketch columns of the randomised methods; 5 to 10 suffice (Halko, Martinsson and Tropp, SIAM Review 2011)."""
 
 
+FLAT = 0.85
+"""Ratio of the last to the middle singular value of a sketch above which a spectrum is flat.
+
+Random sparse matrices have 0.87 to 0.98 at ranks up to a fiftieth of the shorter side, graphs with hubs 0.65 to 0.71,
+and singular values that fall as ``i**-0.35``, as those of layers of language models, less than 0.79.
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class Subspace:
     """Bases of a leading left and right singular subspace.
@@ -82,6 +90,16 @@ class Subspace:
         if not self.is_exact:
             return None
         return float(self.s[k]) if k < len(self.s) else 0.0
+
+    def is_flat(self) -> bool:
+        """Tell whether the singular values hardly fall where the subspace ends, and most of the matrix lies beyond.
+
+        The bases then are as good as random, but for power iterations.
+        """
+        s = self.s
+        if len(s) >= min(self.V.shape[0], self.W.shape[0]) or s[-1] <= FLAT * s[len(s) // 2]:
+            return False
+        return self.total is None or float(np.sum(s**2)) < 0.5 * self.total**2
 
     def numerical_rank(self, A: Array, /) -> int:
         """Return how many of the directions of the subspace of `A` stand above rounding; at least 1.

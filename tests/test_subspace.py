@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cur import NumericalError, subspace
+from cur import NumericalError, cur, subspace
 from tests.backends import to_numpy, use
 from tests.families import FAMILIES, geometric, orthonormal, with_spectrum
 
@@ -212,3 +212,32 @@ def test_sources_of_a_stream_agree(tmp_path, rng):
 def test_bad_streams(blocks, error, text):
     with pytest.raises(error, match=text):
         subspace.stream(blocks, 2)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "operator"])
+@pytest.mark.parametrize("shape", [(4000, 1200), (700, 2500)])
+def test_flat_spectra_are_iterated_on(kind, shape, rng):
+    """Without, columns and rows of a sparse random matrix are as good as drawn at random."""
+    S = scipy.sparse.random_array(shape, density=4e-3, rng=rng, format="csr", data_sampler=rng.standard_normal)
+    A = S if kind == "sparse" else scipy.sparse.linalg.aslinearoperator(S)
+    size = np.linalg.norm(S.data)
+
+    def kept(**options):
+        C, U, R = cur(A, rank=25, **options).factors
+        return 1 - (np.linalg.norm(S.toarray() - (C @ U) @ R) / size) ** 2
+
+    assert kept() == kept(power_iterations=4, rng=_after_a_sketch(shape[1], 35)) > 1.3 * kept(power_iterations=0)
+    assert subspace.randomised(A, 25).is_flat()
+
+
+def _after_a_sketch(n, width):
+    rng = np.random.default_rng(0)
+    rng.standard_normal((n, width))
+    return rng
+
+
+@pytest.mark.parametrize("family", ["geometric", "slow_decay", "low_rank_plus_noise", "rank_deficient"])
+def test_decaying_spectra_are_not_flat(family, rng):
+    A = scipy.sparse.csr_array(FAMILIES[family](400, 300, rng))
+    assert not subspace.randomised(A, 12).is_flat()
+    assert not subspace.randomised(np.eye(20), 15).is_flat()
