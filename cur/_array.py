@@ -129,6 +129,11 @@ def convert(A: Array, like: Array, dtype: Any | None = None) -> Array:
     if compat.is_torch_array(like):
         # torch shares memory with NumPy and refuses read-only arrays with a warning: copy
         A = np.array(A)
+    if compat.is_jax_array(like) and not compat.is_jax_array(A):
+        import jax
+
+        # its asarray compiles two functions for every shape
+        return jax.device_put(np.array(A, dtype=dtype), take_device(like))
     return xp.asarray(A, dtype=dtype, device=take_device(like))
 
 

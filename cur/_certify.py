@@ -11,7 +11,7 @@ import numpy as np
 
 from cur._array import Array, adjoint, convert, gaussian, is_sparse, namespace, svdvals, working_dtype
 from cur._problem import Choice, Problem, etas
-from cur._products import adjoint_product, frobenius, product, residual_norm
+from cur._products import BLOCK_ENTRIES, adjoint_product, frobenius, product, residual_norm
 from cur._spectral import SpectralError
 from cur._validate import check_finite_norm
 from cur.bounds import (
@@ -27,6 +27,9 @@ from cur.linking import Orthogonal
 
 DIRECT_ENTRIES = 1 << 27
 """Up to this many entries, zeros included, sparse matrices are subtracted in blocks where Pythagoras is too coarse."""
+
+LEAST_AT_ONCE = 16
+"""Vectors of a sketch that an operator is always given at once, however long they are: products with few are slow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +150,19 @@ def _sketched(
 ) -> Residual:
     m = problem.shape[0]
     count = sketch_size(failure)
-    if count >= m:  # fewer rows than a sketch would need: the residual itself
-        X = convert(np.eye(m), left, left.dtype)
-        plain = frobenius(adjoint(adjoint_product(problem.B, X)) - left @ right)
+    whole = count >= m  # fewer rows than a sketch would need: the residual itself
+    most = max(LEAST_AT_ONCE, BLOCK_ENTRIES // max(problem.shape))
+    parts = []
+    for start in range(0, m if whole else count, most):
+        if whole:
+            X = convert(np.eye(m, min(most, m - start), -start), left, left.dtype)
+        else:
+            width = min(most, count - start)
+            X = gaussian((m, width), left, working_dtype(left), rng) / math.sqrt(count)
+        parts.append(frobenius(adjoint(adjoint_product(problem.B, X)) - (adjoint(X) @ left) @ right))
+    plain = math.hypot(*parts)
+    if whole:
         return Residual(plain + rounding, rounding)
-    X = gaussian((m, count), left, working_dtype(left), rng) / math.sqrt(count)
-    plain = frobenius(adjoint(adjoint_product(problem.B, X)) - (adjoint(X) @ left) @ right)
     return Residual(plain * sketch_factor(count, failure) + rounding, rounding, "probabilistic", failure)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from cur import selection
 from cur._array import Array, adjoint, namespace, take, to_numpy
 from cur._certify import certify, evaluation_rounding, leftover, reduce, residual
+from cur._entry import economical
 from cur._errors import NumericalError
 from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, prepare, safe_scale, scaled, slices
 from cur._products import columns_of, frobenius, thin
@@ -73,6 +74,7 @@ def deim_cur(A: Array, /, *, rank: Any = None, tol: float | None = None, **optio
     return cur(A, rank=rank, tol=tol, select="deim", **options)
 
 
+@economical
 def cur(
     A: Array,
     /,

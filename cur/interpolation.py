@@ -10,6 +10,7 @@ import numpy as np
 from cur import _array
 from cur._array import Array, adjoint, convert, namespace, take, to_numpy
 from cur._certify import evaluation_rounding, leftover, residual
+from cur._entry import economical
 from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare, safe_scale, scaled
 from cur._products import adjoint_product, columns_of, frobenius, thin
 from cur._tolerance import relative_curve, smallest_rank
@@ -31,6 +32,7 @@ from cur.linking import Orthogonal
 __all__ = ["interpolative", "select"]
 
 
+@economical
 def interpolative(
     A: Array,
     /,
@@ -202,6 +204,7 @@ def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
     return relative_curve(shells, leftover(problem, frobenius(Zw), lambda: (Q.Q, Zw)))
 
 
+@economical
 def select(
     A: Array,
     /,

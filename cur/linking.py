@@ -18,6 +18,7 @@ from cur._array import (
     take_device,
     unit_roundoff,
 )
+from cur._host import through_numpy
 from cur._products import adjoint_product, thin
 from cur._validate import check_companion, check_matrix, check_promoted
 
@@ -90,6 +91,7 @@ def core(QC: Orthogonal, QR: Orthogonal, M: Array) -> Array:
     return adjoint(QR.left_divide(adjoint(QC.left_divide(M))))
 
 
+@through_numpy
 def optimal(A: Array, C: Array, R: Array, /) -> Array:
     """Return ``U = C^+ A R^+``, which minimises ``||A - C U R||_F``.
 
@@ -115,6 +117,7 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
 
 
+@through_numpy
 def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: object, /) -> Array:
     """Return the U that minimises ``||H^(1/2) (A - C U R) G^(1/2)||_F``.
 
@@ -133,6 +136,7 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     return optimal(A, C, R)
 
 
+@through_numpy
 def cross(block: Array, /) -> Array:
     """Return ``U = A[rows, columns]^+``, which reads no more of the matrix; interpolates A on the cross.
 

@@ -28,6 +28,7 @@ from cur._array import (
     take,
     to_numpy,
 )
+from cur._host import through_numpy
 from cur._validate import as_generator, check_basis, check_count, check_promoted
 
 __all__ = [
@@ -50,6 +51,7 @@ _quiet = np.errstate(invalid="ignore")
 """OpenBLAS's AVX-512 kernel of float32 matrix times vector now and then raises the flag at lanes it does not use."""
 
 
+@through_numpy
 def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by the discrete empirical interpolation method.
 
@@ -103,6 +105,7 @@ def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     return deim(basis, count)
 
 
+@through_numpy
 def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by QR with column pivoting on the adjoint of the basis; ``m count**2`` operations.
 
@@ -118,6 +121,7 @@ def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
 
 
+@through_numpy
 def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by adaptive randomised pivoting.
 
@@ -135,6 +139,7 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
 
 
+@through_numpy
 @_quiet
 def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows so that the squared error is certainly at most ``count + 1`` times the best.
@@ -179,6 +184,7 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     return convert(np.asarray(chosen), basis)
 
 
+@through_numpy
 def ldeim(
     basis: Array,
     count: int | None = None,
@@ -258,6 +264,7 @@ def _interpolation(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(scipy.linalg.solve_triangular(U, np.eye(len(U), dtype=U.dtype), unit_diagonal=True))
 
 
+@through_numpy
 def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows, without duplicates, with probability proportional to their leverage ``||basis[i, :]||**2``.
 
@@ -270,6 +277,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
     return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
 
 
+@through_numpy
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
     check_basis(basis)
@@ -278,6 +286,7 @@ def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
 
 
+@through_numpy
 def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows with probability proportional to their squared norms in `matrix`, keeping each drawn row once.
 
@@ -293,6 +302,7 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
 
+@through_numpy
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
     check_basis(basis)
@@ -300,6 +310,7 @@ def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
 
+@through_numpy
 def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     """Add `count` rows to `indices` where the chosen rows of the basis are weakest.
 

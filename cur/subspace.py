@@ -29,6 +29,7 @@ from cur._array import (
     working_dtype,
 )
 from cur._errors import NumericalError
+from cur._host import through_numpy
 from cur._products import adjoint_product, frobenius, product
 from cur._stream import read_blocks
 from cur._validate import as_generator, check_promoted
@@ -136,6 +137,7 @@ def rounding_level(length: int) -> float:
     return min(length, 20.0 + 2.0 * math.sqrt(length))
 
 
+@through_numpy
 def exact(A: Array, rank: int, /) -> Subspace:
     """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations."""
     A = check_promoted(A)
@@ -146,12 +148,14 @@ def exact(A: Array, rank: int, /) -> Subspace:
     return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True)
 
 
+@through_numpy
 def sketch(A: Array, count: int, /, *, rng: np.random.Generator | int | None = 0) -> Array:
     """Return ``A @ Gaussian`` with `count` columns: one product."""
     A = check_promoted(A)
     return product(A, gaussian((A.shape[1], count), A, working_dtype(A), as_generator(rng)))
 
 
+@through_numpy
 def randomised(
     A: Array,
     rank: int,
