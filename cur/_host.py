@@ -26,7 +26,7 @@ def through_numpy(function: Function) -> Function:
 
     @functools.wraps(function)
     def entry(first: Any, *others: Any, **options: Any) -> Any:
-        if not is_host_jax(first):
+        if not (is_host_jax(first) and _is_native(first)):
             return function(first, *others, **options)
         arguments = [on_host(x) for x in (first, *others)]
         return on_device(function(*arguments, **{k: on_host(v) for k, v in options.items()}), first)
@@ -44,11 +44,15 @@ def is_host_jax(A: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and all(d.platform == "cpu" for d in value.devices())
 
 
+def _is_native(value: Any) -> bool:
+    """Tell whether NumPy has the dtype, as it does not have bfloat16."""
+    return np.dtype(value.dtype).kind in "biufc"
+
+
 def on_host(value: Any) -> Any:
     """Return arrays of JAX, alone or as the parts of a weight, as those of NumPy."""
     if is_host_jax(value):
-        known = np.dtype(value.dtype).kind in "biufc"  # NumPy has no bfloat16
-        return to_numpy(detach(value) if known else promote(value))
+        return to_numpy(detach(value) if _is_native(value) else promote(value))
     return _mapped(value, on_host) if is_dataclass(value) else value
 
 
