@@ -45,8 +45,8 @@ def is_host_jax(A: Any) -> bool:
 
 
 def _is_native(value: Any) -> bool:
-    """Tell whether NumPy has the dtype, as it does not have bfloat16."""
-    return np.dtype(value.dtype).kind in "biufc"
+    """Tell whether the dtype is NumPy's own, as bfloat16 is not."""
+    return np.dtype(value.dtype).isbuiltin == 1
 
 
 def on_host(value: Any) -> Any:
