@@ -46,7 +46,7 @@ def is_host_jax(A: Any) -> bool:
 
 def _is_native(value: Any) -> bool:
     """Tell whether the dtype is NumPy's own, as bfloat16 is not."""
-    return np.dtype(value.dtype).isbuiltin == 1
+    return bool(np.dtype(value.dtype).isbuiltin == 1)
 
 
 def on_host(value: Any) -> Any:
