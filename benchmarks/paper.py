@@ -67,9 +67,9 @@ class Inputs:
 class Bench:
     """The model, its texts, and what was measured on them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, kept: str | None) -> None:
         self.model, self.tokenizer, self.source = load_model()
-        self.precision = precision_of(self.model, options)
+        self.precision = precision_of(self.model, options, kept)
         self.dense = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.blocks = [name for name, _ in decoder_layers(self.model)]
         reference = "\n\n".join(topics.values())
@@ -322,11 +322,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.wikitext.is_dir():
         sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
-    bench = Bench(options)
     result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"questions": {}}
+    bench = Bench(options, result["evaluation"]["products"] if "evaluation" in result else None)
     result |= {
         "model": bench.source,
-        "evaluation": {"windows": options.windows, "length": 1024, "precision": f"products in {bench.precision}"},
+        "evaluation": {"windows": options.windows, "length": 1024, "products": bench.precision},
         "dense": bench.score(),
         "seconds to calibrate": bench.inputs.seconds,
         **environment(),

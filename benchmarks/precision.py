@@ -83,9 +83,7 @@ def passes(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
         with Precision.of(model, name).products():
             seconds = least(lambda: model(windows[:1, :TOKENS]), tries=3)
         chosen = name == Precision.of(model).name
-        rows.append(
-            {"weights": "int8", "products": name, "tokens/s": TOKENS / seconds, "auto": chosen}
-        )
+        rows.append({"weights": "int8", "products": name, "tokens/s": TOKENS / seconds, "auto": chosen})
         print(rows[-1], flush=True)
     return rows
 

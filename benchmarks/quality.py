@@ -423,7 +423,7 @@ def calibrate(
     model: Any, windows: Tensor, rest: Tensor, names: list[str], cache: Path | None, precision: str
 ) -> tuple[Known, dict[str, float]]:
     """Let the model write text; measure second moments of inputs and output gradients on both texts, or read them."""
-    written = _file(cache, f"own-{_digest(windows)}-{DEFAULT.own_text}.safetensors")
+    written = _file(cache, f"own-{_digest(windows)}-{DEFAULT.own_text}-{precision}.safetensors")
     seconds: dict[str, float] = {}
     if written is not None and written.exists():
         own = load_file(written)["windows"]
@@ -445,7 +445,7 @@ def calibrate(
             save_file({"windows": own}, written)
     parts = []
     for name, part in (("given", windows), ("own", own)):
-        file = _file(cache, f"{name}-{_digest(part)}.statistics.safetensors")
+        file = _file(cache, f"{name}-{_digest(part)}-{precision}.statistics.safetensors")
         if file is not None and file.exists():
             parts.append(Statistics.load(file))
             continue

@@ -243,7 +243,7 @@ def paper(data: dict[str, Any]) -> str:
     scoring = data["evaluation"]
     parts.append(
         f"*Dense: {dense}. The first {scoring['windows']} windows of {scoring['length']} tokens, "
-        f"{scoring['precision']}; {data['seconds to calibrate']:.0f} s to calibrate.*"
+        f"products in {scoring['products']}; {data['seconds to calibrate']:.0f} s to calibrate.*"
     )
     return "\n\n".join([*parts, provenance(data)])
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -294,9 +293,8 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert child.stderr is not None
-    begin = time.monotonic()
     while "ready" not in child.stderr.readline():
-        assert time.monotonic() - begin < 120
+        assert child.poll() is None
     child.send_signal(number)
     _, errors = child.communicate()
     assert child.returncode == code

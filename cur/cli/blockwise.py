@@ -21,13 +21,11 @@ from cur.integrations.blockwise import (
     load_skeleton,
     perplexity_blockwise,
 )
-from cur.integrations.blockwise.journal import Journal
 from cur.integrations.budget import BudgetConfig
-from cur.integrations.checkpoint import check_target
 from cur.integrations.config import CompressConfig
 from cur.integrations.evaluate import Perplexity
 from cur.integrations.plan import Plan
-from cur.integrations.precision import Precision, continued
+from cur.integrations.precision import Precision
 from cur.integrations.report import CompressionReport
 
 __all__ = ["block_by_block", "compress_by_blocks", "evaluate_by_blocks", "place"]
@@ -86,10 +84,6 @@ def compress_by_blocks(
     """Compress a checkpoint into another; from a tokenizer `read` makes batches, and `held_out` windows."""
     with _watched() as watch:
         skeleton = _open(model, dtype, device)
-        if watch is not None:
-            begun = Journal(check_target(out, overwrite=overwrite))
-            passes = continued(precision, begun.begun_with("precision"), begun.directory)
-            note.print(Precision.on(skeleton.device, dtype, passes).remark())
         return compress_blockwise(
             skeleton,
             read(skeleton.tokenizer),
@@ -97,6 +91,7 @@ def compress_by_blocks(
             config,
             statistics=stats,
             precision=precision,
+            announce=note.print,
             held_out=None if held_out is None else held_out(skeleton.tokenizer),
             overwrite=overwrite,
             progress=watch,
@@ -119,7 +114,7 @@ def evaluate_by_blocks(
         skeleton = _open(model, dtype, device)
         windows = read(skeleton.tokenizer)
         passes = Precision.on(skeleton.device, dtype, precision)
-        note.print(passes.remark())
+        note.print(passes.remark(precision))
         progress = None if watch is None else lambda done, total: watch("evaluate", done, total)
         return perplexity_blockwise(skeleton, windows, batch_size=batch_size, precision=passes.name, progress=progress)
 

@@ -329,7 +329,7 @@ def _load_stored(directory: Path) -> LoadedModel:
 def _passes(loaded: LoadedModel, asked: str) -> str:
     """Return the precision of all passes of a command, and say what it means on this device."""
     found = Precision.of(loaded.model, asked)
-    note.print(found.remark())
+    note.print(found.remark(asked))
     return found.name
 
 

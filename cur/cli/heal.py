@@ -205,7 +205,7 @@ def _heal_in_memory(
             dense = load_model(teacher, dtype=dtype)
             student = load_student(directory, dense.model)
             samples = read(dense.tokenizer)
-        note.print(precision_of(student, config, state).remark())
+        note.print(precision_of(student, config, state).remark(config.precision))
         report = heal_(
             student,
             dense.model,
@@ -233,6 +233,7 @@ def _heal_by_blocks(
     overwrite: bool,
 ) -> HealingReport:
     from cur.healing import heal_blockwise
+    from cur.healing.blockwise import precision_blockwise
     from cur.integrations.blockwise import Team, load_skeleton
 
     if Team().size > 1:
@@ -241,6 +242,7 @@ def _heal_by_blocks(
         with bar.busy("Opening the models"):
             student, dense = load_skeleton(directory, dtype=dtype), load_skeleton(teacher, dtype=dtype)
             samples = read(dense.tokenizer)
+        note.print(precision_blockwise(dense, out, config).remark(config.precision))
         return heal_blockwise(
             student,
             dense,

@@ -38,6 +38,7 @@ from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.blockwise.writer import fill
+from cur.integrations.experts import eager_experts
 from cur.integrations.nn import compressed_modules
 from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
@@ -113,8 +114,7 @@ def heal_blockwise(
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     journal = Journal(target)
-    asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
-    passes = Precision.on(teacher.device, teacher.dtype, asked)
+    passes = precision_blockwise(teacher, target, config)
     config = replace(config, precision=passes.name)
     journal.begin(
         {
@@ -130,7 +130,13 @@ def heal_blockwise(
         }
     )
     try:
-        with journal.explaining(target), evaluating(student.model), evaluating(teacher.model):
+        with (
+            journal.explaining(target),
+            evaluating(student.model),
+            evaluating(teacher.model),
+            eager_experts(student.model),
+            eager_experts(teacher.model),
+        ):
             run = _Run(student, teacher, text, config, journal, tensorboard, progress)
             report = run.heal()
             save_healed(
@@ -148,6 +154,13 @@ def heal_blockwise(
         journal.release()
     journal.remove()
     return report
+
+
+def precision_blockwise(teacher: Skeleton, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
+    """Return the precision of a run: that of the unfinished one at the same target, if there is one."""
+    journal = Journal(Path(target).expanduser().absolute())
+    asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
+    return Precision.on(teacher.device, teacher.dtype, asked)
 
 
 def _check(config: HealingConfig) -> None:

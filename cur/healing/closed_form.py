@@ -267,11 +267,13 @@ def solve_block_(
                 same = seen[name].shape == x.shape
                 given = dense(x) if same else pair.student.model.get_submodule(name)(x)
                 target = (1.0 - correction) * given + correction * dense(seen[name])
-                problem.add(token_rows(x, mask, name), token_rows(target, mask, name))
-        for name, problem in problems.items():
-            before = problem.error(cores[name].value)
-            cores[name].write_(problem.solve(ridge=ridge))
-            fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
+                with pair.precision.exact():
+                    problem.add(token_rows(x, mask, name), token_rows(target, mask, name))
+        with pair.precision.exact():
+            for name, problem in problems.items():
+                before = problem.error(cores[name].value)
+                cores[name].write_(problem.solve(ridge=ridge))
+                fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
     return fits
 
 

@@ -27,6 +27,7 @@ from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, saving_memory, summary, train
 from cur.integrations._forward import evaluating, model_inputs, padding_mask
 from cur.integrations.calibration import collect_gradients
+from cur.integrations.experts import eager_experts
 from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
@@ -123,7 +124,7 @@ def heal(
     config = replace(config, precision=passes.name)
     log = Log(None if kept is None else kept / LOG, tensorboard)
     seconds: dict[str, float] = {}
-    with evaluating(student), evaluating(teacher):
+    with evaluating(student), evaluating(teacher), eager_experts(student), eager_experts(teacher):
         pair = Pair(student, teacher, config, probe=probe)
         run = fingerprint(pair, text)
         if cache is not None:

@@ -59,9 +59,10 @@ class LayerMoments:
         right = self.pair.cores[name].right.float()
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            z = (token_rows(args[0], self.mask, name).float() @ right.T).double()
-            y = token_rows(output, self.mask, name).float()
-            weighed = y if name not in self.metrics else y @ self.metrics[name].to(y)
+            with self.pair.precision.exact():
+                z = (token_rows(args[0], self.mask, name).float() @ right.T).double()
+                y = token_rows(output, self.mask, name).float()
+                weighed = y if name not in self.metrics else y @ self.metrics[name].to(y)
             gram, square, count = self._sums.get(name, (torch.zeros((), dtype=torch.float64), 0.0, 0))
             self._sums[name] = (gram.to(z.device) + z.T @ z, square + float((y * weighed).sum()), count + len(z))
 

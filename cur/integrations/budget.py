@@ -275,6 +275,7 @@ def plan_budget(
         seed=config.seed,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
+        calibration_precision=statistics.precision,
         own_text=statistics.own_text,
         correction=config.correction,
         angular=statistics.angular,

@@ -179,7 +179,13 @@ def collect_gradients(
     if not find_modules(model, modules, "modules"):
         raise ValueError("`modules` is empty: there is nothing to measure")
     found = collect(model, batches, modules=(), gradients=modules, precision=precision, seed=seed, progress=progress)
-    return dataclasses.replace(statistics, output_products=found.output_products, output_counts=found.output_counts)
+    name = statistics.precision
+    return dataclasses.replace(
+        statistics,
+        output_products=found.output_products,
+        output_counts=found.output_counts,
+        precision=name if name in ("", found.precision) else f"{name}, gradients in {found.precision}",
+    )
 
 
 def _collect(

@@ -93,13 +93,16 @@ def _figures(report: CompressionReport) -> list[str]:
         "",
         *_how(plan),
         f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "
-        f"seed {plan.seed}{_passes(report.precision)}.",
+        f"seed {plan.seed}{_passes(report)}.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
     ]
 
 
-def _passes(precision: str) -> str:
-    return f", products in {precision}" if precision else ""
+def _passes(report: CompressionReport) -> str:
+    measured, later = report.plan.calibration_precision or report.precision, report.precision
+    if not measured:
+        return ""
+    return f", products in {measured}" + (f", of later passes in {later}" if later not in ("", measured) else "")
 
 
 def _how(plan: Plan) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from cur._errors import NumericalError
 from cur.integrations._forward import Progress, body, evaluating, find_nonfinite, model_inputs, run
+from cur.integrations.experts import eager_experts
 from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
@@ -112,12 +115,11 @@ def perplexity(
     passes = Precision.of(model, precision)
     begin = time.perf_counter()
     nll, done = 0.0, 0
-    with evaluating(model):
+    with evaluating(model), eager_experts(model), passes.products(), _unrounded(head, passes):
         separate = head_is_separate(model, head, windows[:1, :_PROBE])
         for batch in parts:
             ids = batch["input_ids"]
-            with passes.products():
-                loss = _nll_in_chunks(model, head, batch, passes) if separate else _nll(model, batch)
+            loss = _nll_in_chunks(model, head, batch) if separate else _nll(model, batch)
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the likelihood of window {done} is not finite; "
@@ -162,17 +164,33 @@ def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bo
     return ours.shape == whole.shape and bool((ours - whole).abs().max() <= tolerance)
 
 
-def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any], passes: Precision) -> float:
+@contextmanager
+def _unrounded(head: Any, passes: Precision) -> Iterator[None]:
+    """Let a head compute logits as its weights are: their third digit is one of the likelihood."""
+    forward, before = head.forward, vars(head).get("forward")
+
+    def exact(x: torch.Tensor) -> Any:
+        with passes.exact():
+            return forward(x.to(head.weight.dtype))
+
+    head.forward = exact
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:  # a hook of accelerate
+            head.forward = before
+
+
+def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any]) -> float:
     inner = body(model)
     inputs = model_inputs(inner, batch)
     states = run(inner, inputs)[0][:, :-1].flatten(0, 1)
     targets = inputs["input_ids"][:, 1:].flatten().to(states.device)
     step = max(_CHUNK // head.weight.shape[0], 1)
-    with passes.exact():
-        return sum(
-            _sum_nll(head(part.to(head.weight.dtype)), target)
-            for part, target in zip(states.split(step), targets.split(step), strict=True)
-        )
+    return sum(
+        _sum_nll(head(part), target) for part, target in zip(states.split(step), targets.split(step), strict=True)
+    )
 
 
 def _nll(model: nn.Module, batch: dict[str, Any]) -> float:

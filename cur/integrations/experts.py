@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from cur.integrations.nn import CompressedLinear, swap_
 
-__all__ = ["LinearExperts", "is_experts", "release_", "rolled", "unroll_", "unrolled"]
+__all__ = ["LinearExperts", "eager_experts", "is_experts", "release_", "rolled", "unroll_", "unrolled"]
 
 # What `transformers.integrations.moe.use_experts_implementation` puts on every class that keeps to its interface.
+# The attribute of a configuration that names the way in which experts are multiplied with.
+_EXPERTS = "_experts_implementation"
+
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 
 
@@ -130,6 +133,24 @@ def unrolled(model: nn.Module) -> Iterator[None]:
                 if places.get(name) is linear and not linear.compressed()
             },
         )
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Let transformers multiply with the experts one by one for a while, by products that every precision reaches.
+
+    Its grouped products are its own: neither autocast nor a mode of PyTorch's functions knows them.
+    """
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    changed = [config for config in configs.values() if getattr(config, _EXPERTS, None) not in (None, "eager")]
+    before = [getattr(config, _EXPERTS) for config in changed]
+    for config in changed:
+        setattr(config, _EXPERTS, "eager")
+    try:
+        yield
+    finally:
+        for config, was in zip(changed, before, strict=True):
+            setattr(config, _EXPERTS, was)
 
 
 def release_(model: nn.Module) -> None:

@@ -150,10 +150,11 @@ def _load(
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     # Files of the hub may take minutes to arrive: their bars stay.
     reading = nullcontext() if gguf is None else _reading_once()
-    with quiet() if Path(place).exists() else nullcontext(), reading:
+    with quiet() if Path(place).exists() else nullcontext():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
+            with reading:
+                tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+                model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"`model` {source!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:

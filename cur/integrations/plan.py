@@ -39,7 +39,7 @@ __all__ = [
     "is_multiple",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the JSON written; a reader refuses newer ones."""
 
 METHODS = ("cur", "weighted", "rows", "neurons")
@@ -223,6 +223,8 @@ class Plan:
         SHA-256 of the calibration tokens, or None when it is not known.
     calibration_tokens : int
         Their number.
+    calibration_precision : str
+        Of the products in the passes over them, ``"float32"`` for instance; empty where it is not known.
     angular : mapping of int to float
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
@@ -246,6 +248,7 @@ class Plan:
     precision: str = "float32"
     calibration: str | None = None
     calibration_tokens: int = 0
+    calibration_precision: str = ""
     angular: Mapping[int, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     own_text: float = 0.0
@@ -351,6 +354,7 @@ class Plan:
             "precision": self.precision,
             "calibration": self.calibration,
             "calibration_tokens": self.calibration_tokens,
+            "calibration_precision": self.calibration_precision,
             "angular": {str(layer): distance for layer, distance in self.angular.items()},
             "versions": dict(self.versions),
             "own_text": self.own_text,

@@ -141,6 +141,7 @@ def plan_of(
         precision=config.precision,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
+        calibration_precision=statistics.precision,
         angular=statistics.angular,
         versions=versions(),
     )

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 """What can be asked for of any weights: a name, or the faster."""
 
 NAMES = (*PRECISIONS, "float16", "float64")
-"""Besides, what can be asked for of weights in that dtype."""
+"""The same, and what can be asked for of weights in that dtype alone."""
 
 # A layer and the tokens in a pass, for the measurement: large enough for the units of a processor, and some 0.3 s where
 # the products are emulated.
@@ -40,25 +40,21 @@ _WORTH = 0.8
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-# Everything that multiplies matrices in the forward pass of a transformer; what multiplies entry by entry needs no
-# units.
-_PRODUCTS: tuple[Callable[..., Any], ...] = (
-    nn.functional.linear,
-    nn.functional.conv1d,
-    nn.functional.conv2d,
-    nn.functional.scaled_dot_product_attention,
-    torch.addmm,
-    torch.baddbmm,
-    torch.bmm,
-    torch.einsum,
-    torch.matmul,
-    torch.mm,
-    torch.Tensor.__matmul__,
-    torch.Tensor.addmm,
-    torch.Tensor.baddbmm,
-    torch.Tensor.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.mm,
+# Everything that multiplies matrices; what multiplies entry by entry needs no units.
+_PRODUCTS = frozenset(
+    getattr(place, name)
+    for place, names in (
+        (
+            nn.functional,
+            "bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm linear "
+            "multi_head_attention_forward scaled_dot_product_attention",
+        ),
+        (torch, "addbmm addmm addmv addr baddbmm bmm chain_matmul dot einsum inner matmul mm mv outer tensordot"),
+        (torch, "_grouped_mm _native_multi_head_attention"),
+        (torch.Tensor, "__matmul__ __rmatmul__ addbmm addmm addmv baddbmm bmm dot inner matmul mm mv"),
+    )
+    for name in names.split()
+    if hasattr(place, name)
 )
 
 
@@ -99,55 +95,50 @@ class Precision:
         dtype : torch.dtype
             Of its weights.
         asked : str, default "auto"
-            One of :data:`PRECISIONS`, or the dtype of the weights. ``"auto"`` is what is faster on the device, of
-            float32 and half precision (that of the weights, or bfloat16): on a CPU by a measurement, see
-            :func:`slowdown`, elsewhere by what the device reports. Weights in float64 keep it.
+            ``"float32"``, or half precision: ``"bfloat16"``, or that of the weights. ``"auto"`` is the faster of the
+            two on the device: on a CPU by a measurement, see :func:`slowdown`, elsewhere by what the device reports.
+            Weights in float64 keep it.
 
         Raises
         ------
         ValueError
-            If there is no such precision, or the device cannot compute in it.
+            If there is no such precision for these weights, or the device cannot compute in it.
         """
-        own = str(dtype).removeprefix("torch.")
-        if asked not in (*PRECISIONS, own):
+        own = _name(dtype)
+        half = _name(_half(dtype))
+        known = ("auto", own) if dtype == torch.float64 else ("auto", "float32", half)
+        if asked not in known:
             raise ValueError(
-                f"`precision` must be one of {', '.join(PRECISIONS)}, or {own} as the weights are, got {asked!r}"
+                f"`precision` must be one of {', '.join(known)} for weights in {own}, got {asked!r}; load them in "
+                "another dtype for passes in another"
             )
-        half = _half(dtype)
-        if dtype == torch.float64:
-            if asked not in ("auto", own):
-                raise ValueError(
-                    f"`precision` must be auto or float64 for weights in float64, got {asked!r}; load them in another "
-                    "dtype for passes in that"
-                )
-            name = own
-        elif asked == "auto":
-            name = str(half).removeprefix("torch.") if _is_fast(device, dtype, half) else "float32"
-        elif asked == "bfloat16" and not _is_able(device):
-            raise ValueError(f"`precision` 'bfloat16' is not to be had on the device {str(device)!r}; ask for float32")
-        else:
-            name = asked
-        return cls(name, dtype, device)
+        if asked == "auto":
+            fast = "float32" if not _is_fast(device, dtype) else half
+            asked = own if dtype == torch.float64 else fast
+        elif asked == half != own and not _is_able(device):
+            raise ValueError(f"`precision` {half!r} is not to be had on the device {str(device)!r}; ask for float32")
+        return cls(asked, dtype, device)
 
     @classmethod
     def widest(cls, model: nn.Module) -> Precision:
         """Return the precision for what must not be rounded more than the weights are."""
         own = cls.of(model).dtype
-        return cls.of(model, "float32" if own in _HALVES else str(own).removeprefix("torch."))
+        return cls.of(model, "float32" if own in _HALVES else _name(own))
 
-    def remark(self) -> str:
-        """Return a sentence on what the precision costs or saves on this device."""
-        own = str(self.dtype).removeprefix("torch.")
+    def remark(self, asked: str = "auto") -> str:
+        """Return a sentence on what the precision costs or saves on this device, for who asked for one or for auto."""
+        own = _name(self.dtype)
         text = f"Products in {self.name}" if self.name == own else f"Weights in {own}, products in {self.name}"
         if self.device.type != "cpu" or self.dtype == torch.float64:
             return f"{text}."
-        half = _half(self.dtype)
-        ratio = slowdown(half, torch.get_num_threads())
-        if self.name != "float32":
-            how = f"{1 / ratio:.1f} times as fast as" if ratio < 1 else f"{ratio:.0f} times slower than"
-            emulated = ", which emulates them; ask for float32 or auto" if ratio > _HOPELESS else ""
-            return f"{text}, {how} in float32 on this processor{emulated}."
-        return f"{text}; in {str(half).removeprefix('torch.')} they take {ratio:.2g} times as long on this processor."
+        ratio = slowdown(_half(self.dtype), torch.get_num_threads())
+        times = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+        if self.name == "float32":
+            return f"{text}; {_name(_half(self.dtype))} takes {times} times as long on this processor."
+        if ratio < 1:
+            return f"{text}, {1 / ratio:.1f} times as fast as float32 on this processor."
+        remedy = "; ask for float32 or auto" if asked == self.name else ""
+        return f"{text}, in {times} times the time of float32 on this processor, which emulates it{remedy}."
 
     def products(self, *, cache: bool = False) -> AbstractContextManager[Any]:
         """Return a context in which a model computes its products so.
@@ -159,17 +150,17 @@ class Precision:
         Parameters
         ----------
         cache : bool, default False
-            Whether rounded weights are kept until the context ends, which takes half as much memory again and saves
-            rounding them in every call; for weights that do not change meanwhile.
+            Whether rounded weights that could learn are kept until the context ends, which takes half as much memory
+            again and saves rounding them in every call; for weights that do not change meanwhile.
         """
-        if self.name == str(self.dtype).removeprefix("torch."):
-            return nullcontext()
-        if self.dtype in _HALVES and self.name == "float32":
+        if self.name == _name(self.dtype):
+            return self.exact()
+        if self.dtype in _HALVES:
             return _InSingle()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.name), cache_enabled=cache)
 
     def exact(self) -> AbstractContextManager[Any]:
-        """Return a context, inside that of :meth:`products`, in which products are those of the dtype they are in."""
+        """Return a context, inside that of :meth:`products` too, that rounds nothing which is not in half precision."""
         return torch.autocast(self.device.type, enabled=False)
 
 
@@ -190,7 +181,7 @@ class _InSingle(TorchFunctionMode):
         if not halves:
             return func(*args, **kwargs)
         wide = {name: _widened(value) for name, value in kwargs.items()}
-        return func(*map(_widened, args), **wide).to(halves[0])
+        return _narrowed(func(*map(_widened, args), **wide), halves[0])
 
 
 def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
@@ -207,6 +198,12 @@ def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in _HALVES else value
     return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
+
+
+def _narrowed(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.dtype == torch.float32 else value
+    return type(value)(_narrowed(part, dtype) for part in value) if type(value) in (list, tuple) else value
 
 
 def check(asked: str) -> None:
@@ -237,9 +234,13 @@ def continued(asked: str, kept: str | None, where: Path) -> str:
     if asked == "auto":
         return kept
     raise ValueError(
-        f"`precision` must be {kept} or auto, got {asked!r}: {where} holds an unfinished run in {kept}, which goes on "
-        f"in that; remove {where} to begin anew"
+        f"`precision` must be {kept} or auto, got {asked!r}: {where} holds a run in {kept}, which goes on in that; "
+        f"remove {where} to begin anew"
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:
@@ -247,7 +248,9 @@ def _half(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _HALVES else torch.bfloat16
 
 
-def _is_fast(device: torch.device, dtype: torch.dtype, half: torch.dtype) -> bool:
+def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether half precision is faster than float32 for weights of a dtype."""
+    half = _half(dtype)
     if device.type in ("cpu", "meta"):
         return slowdown(half, torch.get_num_threads()) < _WORTH
     if device.type not in ("cuda", "mps") and dtype == half:  # whoever put half precision there knows the device
@@ -286,9 +289,15 @@ def slowdown(half: torch.dtype, threads: int | None = None) -> float:
     float
         Below 1 where half precision is faster. From three on it is a lower limit of one try.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        single = _shortest(_product(torch.float32))
-        return _shortest(_product(half), enough=_HOPELESS * single) / single
+    # Rounds products in float32 to bfloat16 on some processors, and would be measured in its place.
+    rounding = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            single = _shortest(_product(torch.float32))
+            return _shortest(_product(half), enough=_HOPELESS * single) / single
+    finally:
+        torch.set_float32_matmul_precision(rounding)
 
 
 def _shortest(work: Callable[[], None], enough: float = math.inf) -> float:

@@ -125,7 +125,8 @@ class CompressionReport:
     perplexity : mapping of str to float
         By state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
     precision : str
-        Of the products in passes over text, ``"float32"`` for instance; empty where it is not known.
+        Of the products in passes over text, ``"float32"`` for instance; empty where it is not known. The plan names
+        that of the calibration, which may have been measured earlier.
     versions : mapping of str to str
         Python and libraries.
     """

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cur.integrations._forward import Progress, evaluating
+from cur.integrations.experts import eager_experts
 from cur.integrations.gradients import draw
 from cur.integrations.precision import Precision
 from cur.integrations.text import batches
@@ -82,7 +83,7 @@ def sample_windows(
     first = torch.tensor([token for token in range(vocabulary) if token not in special])
     windows: list[torch.Tensor] = []
     # Token by token, rounding all weights would take longer than multiplying with them.
-    with evaluating(model), Precision.of(model, precision).products(cache=True):
+    with evaluating(model), eager_experts(model), Precision.of(model, precision).products(cache=True):
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             heights = np.stack([np.random.default_rng((seed, number)).random(length) for number in numbers])

@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from cur.healing import HealingConfig, heal, twin
-from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, perplexity
+from cur.healing.closed_form import LeastSquares
+from cur.integrations import (
+    BudgetConfig,
+    CompressConfig,
+    Statistics,
+    collect,
+    collect_gradients,
+    compress,
+    perplexity,
+)
 from cur.integrations import precision as module
 from cur.integrations._forward import checkpointing
 from cur.integrations.arriving import in_order
+from cur.integrations.card import model_card
 from cur.integrations.layers import decoder_layers, linear_modules
 from cur.integrations.precision import Precision, check, continued
 from cur.integrations.sampling import sample_windows
+from tests.integrations.architectures import FAMILIES
 
 CPU = torch.device("cpu")
 MEASURED = module.slowdown  # before the fixture of all tests puts a constant in its place
@@ -93,11 +104,17 @@ def test_other_devices_are_asked(kind: str, reports: bool, name: str, monkeypatc
 
 
 def test_bad_input(llama: PreTrainedModel, windows: torch.Tensor) -> None:
-    for asked, dtype in (("half", torch.float32), ("float16", torch.float32), ("float64", torch.bfloat16)):
-        with pytest.raises(ValueError, match=rf"`precision` must be one of auto, float32, bfloat16.*got '{asked}'"):
-            Precision.on(CPU, dtype, asked)
-    with pytest.raises(ValueError, match="must be auto or float64 for weights in float64, got 'float32'"):
-        Precision.on(CPU, torch.float64, "float32")
+    known = {
+        torch.float32: "auto, float32, bfloat16",
+        torch.bfloat16: "auto, float32, bfloat16",
+        torch.float16: "auto, float32, float16",
+        torch.float64: "auto, float64",
+    }
+    for dtype, names in known.items():
+        own = str(dtype).removeprefix("torch.")
+        for asked in {"half", "float16", "float32", "bfloat16", "float64"} - set(names.split(", ")):
+            with pytest.raises(ValueError, match=rf"must be one of {names} for weights in {own}, got '{asked}'"):
+                Precision.on(CPU, dtype, asked)
     with pytest.raises(ValueError, match="`precision` must be one of auto, float32, bfloat16, got 'half'"):
         check("half")
     for run in (
@@ -111,6 +128,22 @@ def test_bad_input(llama: PreTrainedModel, windows: torch.Tensor) -> None:
             run()
 
 
+@pytest.mark.parametrize("ratio", [0.5, 20.0])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "xpu"])
+@pytest.mark.parametrize("reports", [True, False])
+def test_what_auto_found_can_be_asked_for(
+    ratio: float, kind: str, reports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "slowdown", lambda half, threads=None: ratio)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: reports)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: reports)
+    said = SimpleNamespace(is_bf16_supported=lambda: reports)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: said)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        name = Precision.on(torch.device(kind), dtype).name
+        assert Precision.on(torch.device(kind), dtype, name).name == name
+
+
 def test_a_run_that_goes_on(tmp_path: Any) -> None:
     assert continued("auto", None, tmp_path) == "auto"
     assert continued("auto", "bfloat16", tmp_path) == continued("bfloat16", "bfloat16", tmp_path) == "bfloat16"
@@ -121,13 +154,13 @@ def test_a_run_that_goes_on(tmp_path: Any) -> None:
 def test_remarks(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(ratio: float, dtype: torch.dtype, asked: str) -> str:
         monkeypatch.setattr(module, "slowdown", lambda half, threads=None: ratio)
-        return Precision.on(CPU, dtype, asked).remark()
+        return Precision.on(CPU, dtype, asked).remark(asked)
 
-    assert "bfloat16, 2.0 times as fast as in float32" in said(0.5, torch.float32, "auto")
-    assert "Products in float32; in bfloat16 they take 20 times as long" in said(20, torch.float32, "auto")
-    assert "Weights in bfloat16, products in float32; in bfloat16" in said(20, torch.bfloat16, "auto")
-    assert "20 times slower" in said(20, torch.bfloat16, "bfloat16")
-    assert "emulates them; ask for float32 or auto" in said(20, torch.bfloat16, "bfloat16")
+    assert "bfloat16, 2.0 times as fast as float32" in said(0.5, torch.float32, "auto")
+    assert said(20, torch.float32, "auto").startswith("Products in float32; bfloat16 takes 20 times as long")
+    assert "Weights in bfloat16, products in float32; bfloat16 takes 1.3" in said(1.3, torch.bfloat16, "auto")
+    assert "in 104 times the time of float32" in said(104, torch.bfloat16, "bfloat16")
+    assert "emulates it; ask for float32 or auto." in said(20, torch.bfloat16, "bfloat16")
     assert said(20, torch.float64, "auto") == "Products in float64."
 
 
@@ -152,14 +185,16 @@ def test_products_of_half_weights_in_single(kind: str, make_model: Make, windows
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """The dtypes of all products below autograd."""
 
-    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
+        self.called: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        self.called.add(name)
         if name in self.PRODUCTS or name.startswith("_scaled_dot_product"):
             self.dtypes.add(args[1].dtype)
         return func(*args, **(kwargs or {}))
@@ -176,17 +211,46 @@ def run(model: PreTrainedModel, windows: torch.Tensor, name: str) -> torch.Tenso
 def test_every_pass_is_in_the_precision_that_is_named(
     dtype: torch.dtype, name: str, llama: PreTrainedModel, windows: torch.Tensor
 ) -> None:
-    model = llama.to(dtype)
+    model, asked = llama.to(dtype), getattr(torch, name)
     names = linear_modules(model, "all-linear")
-    passes: list[Callable[[], Any]] = [
-        lambda: collect(model, [windows], modules=names, moments="full", precision=name),
-        lambda: sample_windows(model, count=2, length=6, precision=name),
-    ]
-    for work in passes:
-        with Watch() as seen:
-            work()
-        seen.dtypes.discard(torch.float64)  # sums over tokens
-        assert seen.dtypes == {getattr(torch, name)}
+    seen = {
+        "collect": watched(lambda: collect(model, [windows], modules=names, moments="full", precision=name)),
+        "sample": watched(lambda: sample_windows(model, count=2, length=6, precision=name)),
+        "perplexity": watched(lambda: perplexity(model, windows, precision=name)),
+        "fits": watched(
+            lambda: in_order(
+                model,
+                [{"input_ids": windows}],
+                linear_modules(model, ("down_proj",)),
+                lambda layer, _: model.get_submodule(layer),
+                precision=name,
+            )
+        ),
+    }
+    # Logits are as the weights of the head are, second moments of fits in float32, others in float64.
+    assert seen["collect"] - {torch.float64} == seen["sample"] == {asked}
+    assert seen["perplexity"] == {asked, torch.float32}
+    assert seen["fits"] - {torch.float64} == {asked, torch.float32}
+
+
+def watched(work: Callable[[], Any]) -> set[torch.dtype]:
+    with Watch() as seen:
+        work()
+    return seen.dtypes
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+def test_experts_too(family: str, dtype: torch.dtype, name: str, windows: torch.Tensor) -> None:
+    """transformers multiplies with all experts at once, by products that no context of PyTorch's reaches."""
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].config()).eval().to(dtype)
+    way = model.config._experts_implementation
+    assert watched(lambda: sample_windows(model, count=2, length=6, precision=name)) == {getattr(torch, name)}
+    with Watch() as seen:
+        perplexity(model, windows, precision=name)
+    assert seen.dtypes == {getattr(torch, name), torch.float32}
+    assert not {called for called in seen.called if "grouped" in called}
+    assert model.config._experts_implementation == way
 
 
 @pytest.mark.parametrize("saving", [False, True])
@@ -204,18 +268,69 @@ def test_gradients_too_and_blocks_that_run_again(
     assert all(part.grad is not None and part.grad.dtype == dtype for part in model.parameters())
 
 
-def test_logits_are_not_rounded(llama: PreTrainedModel, windows: torch.Tensor) -> None:
-    """The head is multiplied as it is: a third digit of logits would be one of the likelihood."""
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_logits_are_not_rounded(kind: str, llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    """The head is multiplied as it is, also where what it gives is capped afterwards."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gemma2 = Gemma2Config(vocab_size=101, num_key_value_heads=2, head_dim=8, **shape)
+    model = llama if kind == "llama" else Gemma2ForCausalLM(gemma2).eval()
     seen: list[tuple[torch.dtype, torch.dtype]] = []
-    head: Any = llama.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, output: seen.append((args[0].dtype, output.dtype)))
-    found = perplexity(llama, windows, precision="bfloat16")
+    found = perplexity(model, windows, precision="bfloat16")
     assert found.precision == "bfloat16"
-    assert set(seen) == {(torch.float32, torch.float32)}
-    exact = perplexity(llama, windows, precision="float32")
+    assert {output for _, output in seen} == {torch.float32}
+    assert "forward" not in vars(head)
+    exact = perplexity(model, windows, precision="float32")
     assert found.value == pytest.approx(exact.value, rel=0.01)
     assert found.value != exact.value
     assert "products in bfloat16" in str(found)
+
+
+def test_a_name_wins_over_an_autocast_around_it(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = perplexity(llama, windows, precision="float32")
+    assert found.value == perplexity(llama, windows, precision="float32").value
+
+
+def test_attention_of_pytorch_itself() -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).to(torch.bfloat16)
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    with Precision.of(attention, "float32").products(), Watch() as seen:
+        output = attention(x, x, x)[0]
+    assert output.dtype == torch.bfloat16
+    assert seen.dtypes == {torch.float32}
+
+
+def test_least_squares_are_not_rounded(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    student = twin(llama)
+    compress(student, windows, CompressConfig(layers=2, rank=4), precision="float32")
+    seen: list[torch.dtype] = []
+    solve = LeastSquares.add
+
+    def add(self: Any, x: torch.Tensor, wanted: torch.Tensor) -> None:
+        seen.append((self.core.right.float() @ self.core.right.float().T).dtype)
+        solve(self, x, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeastSquares, "add", add)
+        heal(student, llama, windows, HealingConfig(steps=0, held_out=2, precision="bfloat16"))
+    assert seen
+    assert set(seen) == {torch.float32}
+
+
+def test_what_was_measured_in_another_precision_is_recorded_as_such(
+    llama: PreTrainedModel, windows: torch.Tensor
+) -> None:
+    names = linear_modules(llama, CompressConfig().targets)
+    layers = [name for name, _ in decoder_layers(llama)]
+    statistics = collect(llama, [windows], modules=names, layers=layers, precision="bfloat16")
+    report = compress(llama, statistics, CompressConfig(layers=2, rank=4), precision="float32")
+    assert (report.plan.calibration_precision, report.precision) == ("bfloat16", "float32")
+    card = model_card(llama, report)
+    assert "seed 0, products in bfloat16, of later passes in float32." in card
+    both = collect_gradients(llama, [windows], statistics, modules=names[:1], precision="float32")
+    assert both.precision == "bfloat16, gradients in float32"
 
 
 def test_statistics_in_bfloat16_are_those_in_float32_but_for_rounding(

@@ -18,7 +18,7 @@ from cur.integrations._directory import is_full
 
 __all__ = ["Journal", "JournalError", "digest_of"]
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 class JournalError(CURError, ValueError):

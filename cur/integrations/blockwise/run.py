@@ -6,7 +6,6 @@ import copy
 import functools
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,6 +61,7 @@ def compress_blockwise(
     statistics: str | os.PathLike[str] | None = None,
     held_out: Tensor | None = None,
     precision: str = "auto",
+    announce: Callable[[str], object] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int, int | None], object] | None = None,
@@ -96,6 +96,8 @@ def compress_blockwise(
     precision : str, default "auto"
         Of the products in passes over text, as for :func:`~cur.integrations.compress`. All processes compute in one,
         float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which it was begun.
+    announce : callable, optional
+        Called by the process that leads with a sentence on the precision that all have agreed on.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
@@ -134,7 +136,7 @@ def compress_blockwise(
     if stored is not None:
         Statistics.load(stored, moments=False).check(skeleton.model)
     with Team().joined(skeleton.device) as team:
-        passes = _agreed(team, journal, skeleton, precision)
+        passes = _agreed(team, journal, skeleton, precision, announce)
         _begin(team, journal, _inputs(skeleton, given, config, stored, held_out, passes))
         try:
             with journal.explaining(target):
@@ -305,7 +307,9 @@ def _inputs(
     }
 
 
-def _agreed(team: Team, journal: Journal, skeleton: Skeleton, asked: str) -> Precision:
+def _agreed(
+    team: Team, journal: Journal, skeleton: Skeleton, asked: str, announce: Callable[[str], object] | None
+) -> Precision:
     """Return the precision of all processes; what one of them cannot do is raised by all."""
     kept = team.agree(journal.begun_with("precision"))
     met: ValueError | None = None
@@ -318,16 +322,17 @@ def _agreed(team: Team, journal: Journal, skeleton: Skeleton, asked: str) -> Pre
     if errors:
         raise errors[0]
     names = team.gather(name)
-    if len(set(names)) > 1:
-        if team.leads:
+    agreed = Precision.on(skeleton.device, skeleton.dtype, name if len(set(names)) == 1 else "float32")
+    if announce is not None and team.leads:
+        if len(set(names)) > 1:
             fastest = ", ".join(f"{names.count(each)} in {each}" for each in sorted(set(names)))
-            warnings.warn(
-                f"the processes run on different processors (fastest are {fastest}): all compute products in float32; "
-                "name a `precision` to decide otherwise",
-                stacklevel=3,
+            announce(
+                f"The processes run on different processors (fastest are {fastest}): all compute products in float32; "
+                "name a `precision` to decide otherwise."
             )
-        name = "float32"
-    return Precision.on(skeleton.device, skeleton.dtype, name)
+        else:
+            announce(agreed.remark(asked))
+    return agreed
 
 
 def _begin(team: Team, journal: Journal, inputs: Mapping[str, Any]) -> None:

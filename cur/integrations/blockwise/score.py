@@ -14,6 +14,7 @@ from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.experts import eager_experts
 from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
@@ -68,7 +69,7 @@ def perplexity_blockwise(
     with tempfile.TemporaryDirectory(prefix="cur-", dir=scratch) as directory:
         tunnel = Tunnel(skeleton, States(Path(directory), skeleton.device))
         passes = Precision.on(skeleton.device, skeleton.dtype, precision)
-        with tunnel.open(), evaluating(model):
+        with tunnel.open(), evaluating(model), eager_experts(model):
             skeleton.load_outside()
             tunnel.recording = True
             for index in range(count):
