@@ -73,7 +73,9 @@ def working_dtype(A: Any) -> Any:
         bits = xp.finfo(dtype).bits
         if bits > 64:  # NumPy's long doubles: LAPACK has none, and would round them in silence
             return xp.complex128 if xp.isdtype(dtype, "complex floating") else xp.float64
-        return xp.float32 if bits < 32 else dtype
+        if bits < 32:
+            return xp.complex64 if "complex" in str(dtype) else xp.float32  # torch has half of them as well
+        return dtype
     dtype = np.dtype(dtype)
     if dtype.kind in "fc" and np.finfo(dtype).bits > 64:
         return np.dtype(np.complex128 if dtype.kind == "c" else np.float64)

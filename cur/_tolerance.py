@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ def smallest_rank(
     nested: bool,
     norm: object,
     failure: float,
+    certain: bool,
 ) -> Result:
     """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
 
@@ -50,6 +51,8 @@ def smallest_rank(
         every rank that is tried costs a choice.
     norm : "fro" or 2
         Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
+    certain : bool
+        Whether the errors of `curve` are those of the whole matrix, and not only of what was seen of an operator.
     failure : float
         Chance that the certificate of the result is wrong, where it comes from a sketch.
 
@@ -69,26 +72,55 @@ def smallest_rank(
 
     width = min(FIRST_WIDTH, most)
     below = 0
+    best: Result | None = None
     while True:
         width = most if 2 * width > most else width  # near full width the search may as well see everything
         choice = _quietly(choose_at, width)
         found = min(choice.rows.shape[0], choice.columns.shape[0])
         last = width >= most or found < width
-        if nested and norm == "fro":
-            fits = np.flatnonzero(curve(choice) <= tol)
-            k = int(fits[0]) + 1 if fits.size else found + 1
-            while k <= found:
+        errors = curve(choice) if norm == "fro" else np.ones(found)
+        if nested:
+            for k in _ranks(errors, tol):
                 result = attempt(choice.leading(k))
                 if result.certificate.relative <= tol:
                     return result
-                k += max(1, k // 50)  # the rounding, or the sketch, asks for a little more
+                best = _better(best, result)
+                if certain and _stuck(result, errors[k - 1], tol):
+                    raise _unreachable(tol, best)
         widest = attempt(choice)
         if widest.certificate.relative <= tol:
             at = choice.leading if nested else lambda k: _quietly(choose_at, k)
             return _bisect(at, attempt, tol, below, found, widest)
-        if last:
-            raise _unreachable(tol, widest)
+        best = _better(best, widest)
+        if last or (certain and norm == "fro" and _stuck(widest, errors[-1], tol)):
+            raise _unreachable(tol, best)
         below, width = (0 if nested else width), min(2 * width, most)
+
+
+def _ranks(errors: np.ndarray[Any, Any], tol: float) -> Iterator[int]:
+    """Yield the ranks to try, from the first whose best core meets the tolerance: rounding, or a sketch, asks for more.
+
+    Closely while a few more indices may be all that is missing, then in larger steps.
+    """
+    fits = np.flatnonzero(errors <= tol)
+    k = first = int(fits[0]) + 1 if fits.size else len(errors) + 1
+    while k <= len(errors):
+        yield k
+        k += max(1, k // 50) if k < 1.15 * first else max(1, k // 10)
+
+
+def _stuck(result: Any, best_core: float, tol: float) -> bool:
+    """Tell whether larger ranks are of no use: the error is far above that of the best core, and above the tolerance.
+
+    What is left then is the rounding of U. It grows with the rank until small singular values are cut, and no longer
+    falls from there on: by less than the factors here, as measured on kernels and on graded matrices.
+    """
+    relative = result.certificate.relative
+    return bool(result.certificate.kind == "exact" and relative > max(4 * tol, 5 * best_core))
+
+
+def _better(best: Result | None, result: Result) -> Result:
+    return result if best is None or result.certificate.relative < best.certificate.relative else best
 
 
 def _bisect(
@@ -117,13 +149,13 @@ def _quietly(choose_at: Callable[[int], Choice], width: int) -> Choice:
         return choose_at(width)
 
 
-def _unreachable(tol: float, result: Any) -> NumericalError:
-    certificate = result.certificate
-    rounding = certificate.rounding / certificate.scale if certificate.scale > 0 else 0.0
+def _unreachable(tol: float, best: Any) -> NumericalError:
+    certificate = best.certificate
     return NumericalError(
-        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {result.rank} the relative error is "
-        f"at most {certificate.relative:.2g}, of which {rounding:.2g} is rounding; use a larger `tol`, a wider dtype, "
-        "or `interpolative`, whose coefficients lose fewer digits"
+        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: the least relative error is "
+        f"{certificate.relative:.2g}, at rank {best.rank}, and larger ranks do not lower it, because U divides by the "
+        "small singular values of the columns and rows; use a larger `tol`, a wider dtype, or `interpolative`, which "
+        "loses fewer digits"
     )
 
 

@@ -7,12 +7,14 @@ approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cur import _array
 from cur._array import Array, adjoint, namespace
-from cur._products import scale, transform
+from cur._products import largest, scale, transform
+from cur._scale import times_power
 from cur._validate import check_companion
 
 __all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
@@ -44,6 +46,12 @@ class Weight:
         if self.root is not None:
             return scale(A, self.root, axis)
         return transform(A, self.vectors * self.roots[None, :], axis)
+
+    def adjoint_apply(self, X: Array) -> Array:
+        """Return ``F X``, where ``F F^H`` is the weight."""
+        if self.root is not None:
+            return scale(X, self.root, 0)
+        return (self.vectors * self.roots[None, :]) @ X
 
     def candidates(self, basis: Array) -> Array:
         """Carry an orthonormal basis in weighted coordinates over to the rows or columns one can choose.
@@ -182,14 +190,23 @@ def _damped(values: Array, vectors: Array, damping: float) -> Weight:
 
 def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
     """Turn the `row_weights` or `column_weights` of a driver into a `Weight`."""
+    weight, exponent = unit_weight(weights, A, axis, dtype)
+    return weight if weight is None or exponent == 0 else _times(weight, exponent)
+
+
+def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight | None, int]:
+    """Return a weight whose factor has norm one, nearly, and the power of two by which the one given is larger.
+
+    Scaled before it is brought to `dtype`: in the range of that, small weights of large matrices would vanish.
+    """
     name = ("row_weights", "column_weights")[axis]
     if weights is None:
-        return None
+        return None, 0
+    exponent = 0
     if isinstance(weights, Weight):
         weight = weights
         if weight.vectors is not None:
             check_companion(weight.vectors, A, name)
-            weight = replace(weight, vectors=_in_dtype(weight.vectors, dtype, name))
     else:
         if not _array.is_dense(weights):
             raise TypeError(
@@ -197,21 +214,50 @@ def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
                 f"got {type(weights).__name__}"
             )
         check_companion(weights, A, name)
-        real = _array.real_dtype(dtype, A)
-        xp = namespace(weights)
-        if weights.ndim == 2:
-            weights = _in_dtype(weights, dtype, name)
-        elif not xp.isdtype(weights.dtype, "complex floating"):
-            weights = xp.astype(weights, real)
+        weights = _array.detach(weights)
+        weights = namespace(weights).astype(weights, _wider(_array.working_dtype(weights), dtype, weights))
         if weights.ndim not in (1, 2):
             raise ValueError(f"`{name}` must be a vector or a square matrix; got shape {tuple(weights.shape)}")
-        weight = diagonal(weights, name=name) if weights.ndim == 1 else matrix(weights, name=name)
+        if weights.ndim == 1:
+            weight = diagonal(weights, name=name)
+        else:
+            # an even power, whose root is a power of two
+            exponent = _exponent(weights) // 2
+            weight = matrix(_in_dtype(times_power(weights, -2 * exponent), dtype, name), name=name)
     if weight.size != A.shape[axis]:
         raise ValueError(
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
             f"got {weight.size}"
         )
-    return weight
+    more = _exponent(weight.roots if weight.root is None else weight.root)
+    weight = _times(weight, -more)
+    if weight.root is not None:
+        real = _array.real_dtype(dtype, A)
+        return replace(weight, root=namespace(weight.root).astype(weight.root, real)), exponent + more
+    vectors, roots = _in_dtype(weight.vectors, dtype, name), weight.roots
+    xp = namespace(roots)
+    if vectors.dtype != weight.vectors.dtype:  # raised above what rounding the vectors does to the small ones
+        roots = xp.sqrt(roots**2 + 4 * weight.size * _array.unit_roundoff(dtype, A) * xp.max(roots) ** 2)
+    roots = xp.astype(roots, _array.real_dtype(dtype, A))
+    return replace(weight, vectors=vectors, roots=roots), exponent + more
+
+
+def _wider(own: Any, dtype: Any, like: Array) -> Any:
+    """Return the dtype of a weight, or the real one of the matrix where that is more precise."""
+    real = _array.real_dtype(dtype, like)
+    return real if _array.unit_roundoff(real, like) < _array.unit_roundoff(own, like) else own
+
+
+def _exponent(X: Array) -> int:
+    """Return the exponent of the largest entry; 0 where there is none, or none that is finite."""
+    peak = largest(X)
+    return math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
+
+
+def _times(weight: Weight, exponent: int) -> Weight:
+    """Return a weight whose factor is ``2^exponent`` times that of another."""
+    name = "roots" if weight.root is None else "root"
+    return replace(weight, **{name: times_power(getattr(weight, name), exponent)})
 
 
 def _in_dtype(X: Array, dtype: Any, name: str) -> Array:
