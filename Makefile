@@ -1,7 +1,7 @@
 # Everything runs in one virtual environment, made when it is missing and brought up to date when
 # pyproject.toml or constraints.txt change. On a machine with only Python (3.10 or newer) and make:
 #
-#   make demo    compress a real language model, reload it, compare   (about 5 minutes after installation)
+#   make demo    compress a real language model, reload it, compare   (2 to 4 minutes after installation)
 #   make test    the whole test suite                                 (at most 15 minutes on 2 cores)
 
 PYTHON   ?= python3

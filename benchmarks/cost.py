@@ -138,7 +138,7 @@ def measure_time(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
         begin = time.process_time()
         plan = make_plan(model, statistics, config)
         planned = time.process_time()
-        decompose(model, plan, statistics)
+        decompose(model, plan, statistics, precision=_own(model))
         done = time.process_time()
         stages = {"calibrate": calibration, "plan": planned - begin, "decompose": done - planned}
         rows.append(
@@ -160,7 +160,19 @@ def measure_time(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
 def calibrate(model: Any, given: Any, moments: Any, targets: str | tuple[str, ...]) -> Statistics:
     """Collect what a setting measures."""
     names = candidates(model, CompressConfig(targets=targets, layers="all"))
-    return collect(model, given, modules=names, moments=moments, layers=[layer for layer, _ in decoder_layers(model)])
+    return collect(
+        model,
+        given,
+        modules=names,
+        moments=moments,
+        layers=[layer for layer, _ in decoder_layers(model)],
+        precision=_own(model),
+    )
+
+
+def _own(model: Any) -> str:
+    """Return the precision of the weights, in which plain passes compute."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def measure_memory(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
@@ -207,7 +219,7 @@ def child(asked: dict[str, Any]) -> None:
     statistics = calibrate(model, given, moments, targets)
     calibrated = peak()
     tensors = {id(one): one.nbytes for part in (statistics.square_sums, statistics.products) for one in part.values()}
-    carry_out_(model, make_plan(model, statistics, config), statistics, text=given)
+    carry_out_(model, make_plan(model, statistics, config), statistics, text=given, precision=_own(model))
     row = {
         "imports, bytes": imports,
         "model, bytes": size,

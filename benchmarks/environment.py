@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PACKAGES = ("cur-decomposition", "numpy", "scipy", "torch", "transformers")
 
@@ -24,6 +28,18 @@ def environment() -> dict[str, Any]:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": int(threads)},
         "versions": versions,
     }
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Let a script be told the precision of products in passes over text."""
+    parser.add_argument("--precision", default="auto", help="of products in passes: float32, bfloat16 or auto")
+
+
+def precision_of(model: nn.Module, options: argparse.Namespace, kept: str | None = None) -> str:
+    """Return the precision of a script's passes: that of the results that are there, if rows are added to them."""
+    from cur.integrations.precision import Precision, continued
+
+    return Precision.of(model, continued(options.precision, kept, options.out)).name
 
 
 def processor() -> str:

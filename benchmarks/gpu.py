@@ -58,6 +58,7 @@ def measured(shape: str, device: torch.device, *, windows: int, length: int, bat
         "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
         "windows": windows,
         "length": length,
+        "precision": report.precision,
         "seconds": {
             "making the model": made_in,
             **report.seconds,

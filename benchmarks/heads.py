@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
+from benchmarks.environment import add_precision, environment
 from benchmarks.quality import BOTH, DEFAULT, KEEP, WIKITEXT, calibrate, calibration_windows, count
 from cur import importance, ranks
 from cur.integrations import Statistics, decoder_layers, linear_modules, load_model
 from cur.integrations.budget import error_curves, joint_curves
 from cur.integrations.curves import Cut, LayerCurve, NeuronCurve, unit
+from cur.integrations.precision import Precision
 from cur.truncation import square_errors
 
 RESULTS = Path(__file__).resolve().parent / "results" / "heads.json"
@@ -45,12 +46,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--cache", type=Path, help="directory that keeps the calibration")
     parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares of parameters to keep")
+    add_precision(parser)
     options = parser.parse_args()
 
     model, tokenizer, source = load_model()
     names = linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+    precision = Precision.of(model, options.precision).name
     windows, rest = calibration_windows(tokenizer, options.wikitext, options.calibration)
-    statistics = calibrate(model, windows, rest, names, options.cache)[0].statistics[BOTH]
+    statistics = calibrate(model, windows, rest, names, options.cache, precision)[0].statistics[BOTH]
     curves = error_curves(model, statistics, DEFAULT, names, progress=count("curves"))
     neurons = joint_curves(model, statistics, DEFAULT, names, progress=count("neurons"))
     values, queries = [], []
@@ -74,6 +77,7 @@ def main() -> None:
         "question": "Would heads of attention that give up dimensions help?",
         "model": source,
         "windows": len(windows),
+        "precision": precision,
         "rows": rows,
         **environment(),
     }

@@ -22,13 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from environment import environment, processor
+from environment import add_precision, environment, precision_of, processor
 from paper_setting import SETTING, WIKITEXT
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ from cur.healing.cache import TeacherCache
 from cur.healing.data import Text
 from cur.healing.pair import Pair
 from cur.integrations import collect, compress, decoder_layers, load_model, perplexity, read_text, save, token_windows
+from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,7 @@ class Bench:
         self.cache = options.cache
         self.state = options.state
         self.teacher, self.tokenizer, self.source = load_model(options.model)
+        self.precision = precision_of(self.teacher, options)
         self.valid = self._windows("valid.txt", read_text(options.wikitext / "valid.txt"), LENGTH, None)
         reference = "\n\n".join(topics.values())
         texts = {"WikiText-2": read_text(options.wikitext / "test.txt"), "language reference": reference}
@@ -129,14 +131,24 @@ class Bench:
             batches(calibration, batch_size=SETTING.batch_size),
             modules=[name for name, _ in model.named_modules() if name.endswith(SETTING.targets)],
             layers=[name for name, _ in decoder_layers(model)],
+            precision=self.precision,
         )
-        save(model, self.tokenizer, options.student, report=compress(model, statistics, SETTING))
+        save(
+            model,
+            self.tokenizer,
+            options.student,
+            report=compress(model, statistics, SETTING, precision=self.precision),
+        )
 
     def student(self) -> Any:
         return load_student(self.student_directory, self.teacher)
 
     def measure(self, model: nn.Module, texts: dict[str, Tensor] | None = None) -> dict[str, float]:
-        return {name: perplexity(model, windows).value for name, windows in (texts or self.held_out).items()}
+        """Score in float32, whatever the rows were made in."""
+        return {
+            name: perplexity(model, windows, precision="float32").value
+            for name, windows in (texts or self.held_out).items()
+        }
 
 
 def healed(bench: Bench, name: str) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
     student = bench.student()
     state = None if bench.state is None else bench.state / name
     options: dict[str, Any] = {"cache": bench.cache, "state": state, "progress": _show(name)}
-    report = heal(student, bench.teacher, bench.valid, HEALED[name], **options)
+    report = heal(student, bench.teacher, bench.valid, replace(HEALED[name], precision=bench.precision), **options)
     # Of a row that went on after an interruption the seconds are not known.
     whole = "closed form" in report.seconds
     seconds = {**report.seconds, "a step": report.seconds["heal"] / report.steps if report.steps else None}
@@ -158,6 +170,7 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
         "fits": [asdict(fit) for fit in report.fits],
         "teacher from cache": bench.cache is not None,
         "processor": processor(),
+        "precision": bench.precision,
     }
 
 
@@ -172,7 +185,7 @@ def step_times(bench: Bench) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as scratch:
             for what in ("teacher run", "teacher from cache"):
                 plain: dict[str, Any] = {"closed_form": False, "metric_windows": 0, "natural_steps": 0, "held_out": 0}
-                config = HealingConfig(steps=4, scope=scope, **plain)
+                config = HealingConfig(steps=4, scope=scope, precision=bench.precision, **plain)
                 clock: list[float] = []
                 heal(
                     student,
@@ -196,6 +209,7 @@ def adapted(bench: Bench, name: str) -> dict[str, Any]:
         "trainable": trained,
         "seconds": {"heal": seconds},
         "processor": processor(),
+        "precision": bench.precision,
     }
 
 
@@ -214,7 +228,7 @@ def adapt(
     bench: Bench, student: Any, parameters: list[nn.Parameter], windows: Tensor, *, steps: int, rate: float
 ) -> tuple[int, float]:
     """Train parameters on the teacher's distribution, with the batches and the schedule of `heal`."""
-    config = HealingConfig(steps=steps, learning_rate=rate)
+    config = HealingConfig(steps=steps, learning_rate=rate, precision=bench.precision)
     text = Text(windows, batch_size=BATCH, held_out=config.held_out, seed=config.seed)
     pair = Pair(student, bench.teacher, config, probe=windows[:1, :8])
     pair.cache = None if bench.cache is None else TeacherCache(bench.cache, pair.key())
@@ -258,13 +272,14 @@ def adapt_to_domain(bench: Bench, name: str) -> dict[str, Any]:
         parameter.requires_grad_(True)
     before = bench.measure(model, bench.other_half)
     config = HealingConfig(steps=FORGETTING_STEPS, learning_rate=rate)
+    passes = Precision.of(model, bench.precision)
     text = Text(bench.domain, batch_size=BATCH, held_out=0, seed=0)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=config.betas, weight_decay=0.0)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         ids = text.batch(step)["input_ids"]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with passes.products():
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
@@ -272,7 +287,13 @@ def adapt_to_domain(bench: Bench, name: str) -> dict[str, Any]:
         optimizer.zero_grad()
         _show(name)(step, config.steps, {"loss": float(loss.detach())})
     after = bench.measure(model, bench.other_half)
-    return {"before": before, "after": after, "trainable": sum(p.numel() for p in parameters), "steps": config.steps}
+    return {
+        "before": before,
+        "after": after,
+        "trainable": sum(p.numel() for p in parameters),
+        "steps": config.steps,
+        "precision": bench.precision,
+    }
 
 
 MEMORY = """
@@ -327,6 +348,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="directory in which what the teacher says is kept")
     parser.add_argument("--state", type=Path, help="directory in which an interrupted row of healing goes on")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    add_precision(parser)
     options = parser.parse_args()
     if not options.wikitext.is_dir():
         sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")

@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct. Unless a row says otherwise: ten blocks of smallest angular distance, their ``q_proj k_proj
 gate_proj``, rank at most 128 and at most break-even, WANDA and DEIM, plain U, calibration on 64 windows of 512 tokens
 of WikiText-2 ``valid.txt``. Perplexity over the first 8 windows of 1024 tokens of WikiText-2 ``test.txt`` and of the
-CPython language reference, each window on its own. Products are in bfloat16 (autocast), which is four times as fast on
-processors that have it and moves the perplexities by less than the choices that are compared.
+CPython language reference, each window on its own. Products of all passes are in bfloat16 where the processor has units
+for it, which moves the perplexities by less than the choices that are compared.
 
     python benchmarks/paper.py [--wikitext DIR] [--only NAME ...]
 
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
+from environment import add_precision, environment, precision_of
 
 from cur import cur, importance, ranks
 from cur.integrations import (
@@ -69,6 +69,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model, self.tokenizer, self.source = load_model()
+        self.precision = precision_of(self.model, options)
         self.dense = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.blocks = [name for name, _ in decoder_layers(self.model)]
         reference = "\n\n".join(topics.values())
@@ -86,10 +87,14 @@ class Bench:
         """Calibrate on windows."""
         names = [f"{block}.{path}" for block in self.blocks for path in ("self_attn.q_proj", "mlp.gate_proj")]
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            found = collect(
-                self.model, batches(windows, batch_size=4), modules=names, layers=self.blocks, moments=moments
-            )
+        found = collect(
+            self.model,
+            batches(windows, batch_size=4),
+            modules=names,
+            layers=self.blocks,
+            moments=moments,
+            precision=self.precision,
+        )
         seconds = time.perf_counter() - start
         roots = {name: _root(found.second_moment(name)) for name in names} if moments == "full" else {}
         return Inputs({name: found.x_norm(name) for name in names}, roots, found.angular, seconds)
@@ -133,8 +138,10 @@ class Bench:
 
     def score(self) -> dict[str, float]:
         """Return the perplexity of both texts."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return {name: perplexity(self.model, windows).value for name, windows in self.held_out.items()}
+        return {
+            name: perplexity(self.model, windows, precision=self.precision).value
+            for name, windows in self.held_out.items()
+        }
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
@@ -311,6 +318,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of 1024 tokens to score")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="questions to answer")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    add_precision(parser)
     options = parser.parse_args()
     if not options.wikitext.is_dir():
         sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
@@ -318,7 +326,7 @@ def main() -> None:
     result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"questions": {}}
     result |= {
         "model": bench.source,
-        "evaluation": {"windows": options.windows, "length": 1024, "precision": "bfloat16 autocast"},
+        "evaluation": {"windows": options.windows, "length": 1024, "precision": f"products in {bench.precision}"},
         "dense": bench.score(),
         "seconds to calibrate": bench.inputs.seconds,
         **environment(),

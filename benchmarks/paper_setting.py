@@ -49,6 +49,9 @@ VARIANTS = {
 # Measured with the published CURing code at the same setting, on this protocol.
 PUBLISHED = {"WikiText-2": 102.7, "language reference": 76.3}
 
+# Part of the protocol by which the figures from elsewhere were measured.
+PRECISION = "float32"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,6 +82,7 @@ def main() -> None:
         batches(calibration, batch_size=SETTING.batch_size),
         modules=[name for name, _ in dense.named_modules() if name.endswith(SETTING.targets)],
         layers=[name for name, _ in decoder_layers(dense)],
+        precision=PRECISION,
         progress=_bar("calibrate"),
     )
     calibrate = time.perf_counter() - start
@@ -94,7 +98,7 @@ def main() -> None:
             rows[name] = {"perplexity": _measure(dense, held_out, name)}
         else:
             model = copy.deepcopy(dense)
-            report = compress(model, statistics, VARIANTS[name])
+            report = compress(model, statistics, VARIANTS[name], precision=PRECISION)
             rows[name] = {
                 "perplexity": _measure(model, held_out, name),
                 "parameters": report.after.parameters,
@@ -110,7 +114,7 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         "model": source,
         "calibration": {"file": "valid.txt", "windows": 64, "length": 512, "sha256": statistics.text_hash},
-        "evaluation": {"windows": options.windows, "length": 1024},
+        "evaluation": {"windows": options.windows, "length": 1024, "precision": PRECISION},
         "rows": rows,
         **environment(),
     }
@@ -122,7 +126,7 @@ def main() -> None:
 def _measure(model: Any, held_out: dict[str, torch.Tensor], what: str) -> dict[str, float]:
     values = {}
     for name, windows in held_out.items():
-        values[name] = perplexity(model, windows, progress=_bar(f"{what}: {name}")).value
+        values[name] = perplexity(model, windows, precision=PRECISION, progress=_bar(f"{what}: {name}")).value
         print(f"-> {values[name]:.2f}", file=sys.stderr, flush=True)
     return values
 

@@ -27,8 +27,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +50,7 @@ from benchmarks.baselines import (
     refit,
     whitened,
 )
-from benchmarks.environment import environment
+from benchmarks.environment import add_precision, environment, precision_of
 from cur import ranks
 from cur.healing import HealingConfig, heal
 from cur.integrations import (
@@ -108,6 +107,7 @@ class Known:
     rest: Tensor
     statistics: dict[str, Statistics]
     names: list[str]
+    precision: str
     memory: dict[str, Any] = field(default_factory=dict)
     made: dict[float, Made] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -137,10 +137,14 @@ class Known:
         if len(given) < windows - own:
             sys.exit(f"healing needs {windows - own} windows that are not calibrated on; ask for less --calibration")
         given = given[evenly(windows - own, len(given))]
-        with half_products():
-            written = sample_windows(
-                self.dense, count=own, length=HEALING_LENGTH, seed=DEFAULT.seed + 1, progress=count("sample")
-            )
+        written = sample_windows(
+            self.dense,
+            count=own,
+            length=HEALING_LENGTH,
+            seed=DEFAULT.seed + 1,
+            precision=self.precision,
+            progress=count("sample"),
+        )
         places = torch.cat([torch.arange(0.5, len(part)) / len(part) for part in (given, written)])
         return torch.cat([given, written])[places.argsort(stable=True)]
 
@@ -204,8 +208,7 @@ def mpifa(known: Known, keep: float, text: str = GIVEN) -> Made:
         return left @ right
 
     blocks = [name for name, _ in decoder_layers(model)]
-    with half_products():
-        reconstruct_(model, known.dense, known.windows[text], blocks, GROUPS, fit, progress=count("reconstruct"))
+    reconstruct_(model, known.dense, known.windows[text], blocks, GROUPS, fit, progress=count("reconstruct"))
     shapes = known.shapes()
     return model, 2 * sum(ranks.parameters(*shapes[n], rank, layout="interpolative") for n, rank in chosen.items())
 
@@ -224,8 +227,8 @@ def ours(text: str = BOTH, **options: Any) -> Callable[[Known, float], Made]:
             )
         model = copy.deepcopy(known.dense)
         plan = plan_budget(model, statistics, config, *known.memory[key])
-        with half_products():
-            carry_out_(model, plan, statistics, text=batches(known.windows[text], batch_size=4), progress=_stage)
+        given = batches(known.windows[text], batch_size=4)
+        carry_out_(model, plan, statistics, text=given, precision=known.precision, progress=_stage)
         chosen = {entry.name: entry.parameters for entry in plan.entries}
         return model, 2 * sum(chosen.get(name, m * n) for name, (m, n) in known.shapes().items())
 
@@ -248,7 +251,7 @@ def healed(method: Callable[[Known, float], Made]) -> Callable[[Known, float], M
 
     def run(known: Known, keep: float) -> Made:
         model, stored = method(known, keep)
-        report = heal(model, known.dense, known.fresh, HealingConfig(), progress=_healing)
+        report = heal(model, known.dense, known.fresh, HealingConfig(precision=known.precision), progress=_healing)
         known.facts["healing"] = {
             "numbers": report.trainable,
             "before": report.before["kl"],
@@ -277,8 +280,9 @@ def int8(method: Callable[[Known, float], Made]) -> Callable[[Known, float], Mad
     def run(known: Known, keep: float) -> Made:
         model, _ = method(known, keep)
         given, names = batches(known.windows[GIVEN], batch_size=4), quantizable(model)
-        with half_products():
-            statistics = collect(model, given, modules=names, moments="full", progress=count("inputs"))
+        statistics = collect(
+            model, given, modules=names, moments="full", precision=known.precision, progress=count("inputs")
+        )
         quantize_(model, statistics, progress=count("round"))
         factors = [part for part in model.modules() if isinstance(part, Int8Linear)]
         return model, sum(part.integers.numel() + 2 * part.scale.numel() for part in factors)
@@ -328,9 +332,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares of parameters to keep")
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure")
     parser.add_argument("--again", action="store_true", help="measure what is in the results again")
-    parser.add_argument("--fast", action="store_true", help="score with products in bfloat16, off by 0.1 percent")
     parser.add_argument("--cache", type=Path, help="directory that keeps the calibration")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    add_precision(parser)
     options = parser.parse_args()
 
     dense, tokenizer, source = load_model()
@@ -343,7 +347,9 @@ def main() -> None:
             "language reference": "\n\n".join(topics.values()),
         }.items()
     }
-    known, seconds = calibrate(dense, windows, rest, names, options.cache)
+    kept = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else []
+    precision = precision_of(dense, options, kept[0]["products"] if kept else None)
+    known, seconds = calibrate(dense, windows, rest, names, options.cache, precision)
     hashes = {name: _digest(part) for name, part in known.windows.items()}
     result = _earlier(options.out, hashes)
     result.update(
@@ -370,7 +376,7 @@ def main() -> None:
         for name in held_out
         for number in {options.windows, min(FEW, options.windows)}
     ):
-        for name, found in perplexities(dense, held_out, "dense", fast=options.fast).items():
+        for name, found in perplexities(dense, held_out, "dense", precision).items():
             dense_at[name].update(found)
         _write(options.out, result)
     for title in options.only:
@@ -382,7 +388,7 @@ def main() -> None:
             start = time.perf_counter()
             model, stored = METHODS[title](known, keep)
             took = time.perf_counter() - start
-            scores = perplexities(model, held_out, f"{title}, {keep}", fast=options.fast)
+            scores = perplexities(model, held_out, f"{title}, {keep}", precision)
             row = {
                 "method": title,
                 "keep": keep,
@@ -390,7 +396,7 @@ def main() -> None:
                 "seconds": took,
                 "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "windows": options.windows,
-                "products": "bfloat16" if options.fast else "float32",
+                "products": precision,
                 "perplexity": {text: values[str(options.windows)] for text, values in scores.items()},
                 "perplexity of few": {text: values[str(min(FEW, options.windows))] for text, values in scores.items()},
                 **known.facts,
@@ -413,55 +419,48 @@ def calibration_windows(tokenizer: Any, wikitext: Path, number: int) -> tuple[Te
     return windows, every[~(every[:, None] == windows).all(dim=-1).any(dim=1)]
 
 
-@contextmanager
-def half_products(on: bool = True) -> Iterator[None]:
-    """Take products in bfloat16 and sums in float32 where the processor is faster so (several times, with AMX)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if on else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def calibrate(
-    model: Any, windows: Tensor, rest: Tensor, names: list[str], cache: Path | None
+    model: Any, windows: Tensor, rest: Tensor, names: list[str], cache: Path | None, precision: str
 ) -> tuple[Known, dict[str, float]]:
-    """Let the model write text; measure second moments of inputs and output gradients on both texts, or read them.
-
-    See :func:`half_products` for the passes.
-    """
+    """Let the model write text; measure second moments of inputs and output gradients on both texts, or read them."""
     written = _file(cache, f"own-{_digest(windows)}-{DEFAULT.own_text}.safetensors")
     seconds: dict[str, float] = {}
-    with half_products():
-        if written is not None and written.exists():
-            own = load_file(written)["windows"]
-        else:
-            start = time.perf_counter()
-            given = batches(windows, batch_size=4)
-            texts = own_text(
-                model, given, share=DEFAULT.own_text, batch_size=4, seed=DEFAULT.seed, progress=count("sample")
-            )
-            own = torch.cat([batch["input_ids"] for batch in texts])
-            seconds["sample"] = time.perf_counter() - start
-            if written is not None:
-                save_file({"windows": own}, written)
-        parts = []
-        for name, part in (("given", windows), ("own", own)):
-            file = _file(cache, f"{name}-{_digest(part)}.statistics.safetensors")
-            if file is not None and file.exists():
-                parts.append(Statistics.load(file))
-                continue
-            start = time.perf_counter()
-            given = list(batches(part, batch_size=4))
-            watch = count(f"calibrate, {name}")
-            statistics = collect(model, given, modules=names, moments="full", gradients=names, progress=watch)
-            seconds[name] = time.perf_counter() - start
-            parts.append(statistics)
-            if file is not None:
-                statistics.save(file)
+    if written is not None and written.exists():
+        own = load_file(written)["windows"]
+    else:
+        start = time.perf_counter()
+        given = batches(windows, batch_size=4)
+        texts = own_text(
+            model,
+            given,
+            share=DEFAULT.own_text,
+            batch_size=4,
+            seed=DEFAULT.seed,
+            precision=precision,
+            progress=count("sample"),
+        )
+        own = torch.cat([batch["input_ids"] for batch in texts])
+        seconds["sample"] = time.perf_counter() - start
+        if written is not None:
+            save_file({"windows": own}, written)
+    parts = []
+    for name, part in (("given", windows), ("own", own)):
+        file = _file(cache, f"{name}-{_digest(part)}.statistics.safetensors")
+        if file is not None and file.exists():
+            parts.append(Statistics.load(file))
+            continue
+        start = time.perf_counter()
+        given = list(batches(part, batch_size=4))
+        watch = count(f"calibrate, {name}")
+        statistics = collect(
+            model, given, modules=names, moments="full", gradients=names, precision=precision, progress=watch
+        )
+        seconds[name] = time.perf_counter() - start
+        parts.append(statistics)
+        if file is not None:
+            statistics.save(file)
     both = {GIVEN: windows, BOTH: torch.cat([windows, own])}
-    return Known(model, both, rest, {GIVEN: parts[0], BOTH: _together(*parts)}, names), seconds
+    return Known(model, both, rest, {GIVEN: parts[0], BOTH: _together(*parts)}, names, precision), seconds
 
 
 def _digest(windows: Tensor) -> str:
@@ -492,7 +491,7 @@ def _together(one: Statistics, other: Statistics) -> Statistics:
 
 
 def perplexities(
-    model: nn.Module, held_out: dict[str, Tensor], what: str, *, fast: bool
+    model: nn.Module, held_out: dict[str, Tensor], what: str, precision: str
 ) -> dict[str, dict[str, float]]:
     """Score a model on every text: on all windows, and on the first :data:`FEW`, by how many they are."""
     values: dict[str, dict[str, float]] = {}
@@ -500,8 +499,7 @@ def perplexities(
         nll, tokens, done = 0.0, 0, 0
         values[name] = {}
         for part in filter(len, (windows[:FEW], windows[FEW:])):
-            with half_products(fast):
-                found = perplexity(model, part, progress=count(f"{what}: {name}"))
+            found = perplexity(model, part, precision=precision, progress=count(f"{what}: {name}"))
             nll, tokens, done = nll + found.nll, tokens + found.tokens, done + len(part)
             values[name][str(done)] = math.exp(nll / tokens)
         print(f"-> {values[name][str(done)]:.2f}", file=sys.stderr, flush=True)

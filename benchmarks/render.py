@@ -462,6 +462,39 @@ def cost(data: dict[str, Any]) -> str:
     return "\n\n".join([*tables, text, provenance(data)])
 
 
+def precision(data: dict[str, Any]) -> str:
+    """Return the times of products and passes in every precision, each processor beside the others."""
+    every = data["processors"]
+    outputs, inputs = data["layer"]
+    parts = []
+    for name, found in every.items():
+        layer = [
+            [row["products in"], cell(row["forward, ms"]), cell(row["with gradient, ms"])] for row in found["products"]
+        ]
+        model = [
+            [row["weights"], f"{row['products']}{' (auto)' if row['auto'] else ''}", f"{row['tokens/s']:,.0f}"]
+            for row in found["passes"]
+        ]
+        parts += [
+            f"**{name}**: a product with its gradient takes {cell(found['bfloat16 over float32'])} times as long in "
+            f"bfloat16 as in float32, {cell(found['float16 over float32'])} times in float16.",
+            table(
+                [f"Layer of {outputs} x {inputs}, {data['tokens']} tokens", "forward, ms", "with gradient, ms"], layer
+            ),
+            table(["Weights", "products", "tokens/s"], model),
+        ]
+        if "differences" in found:
+            changed = found["differences"]
+            values = changed["perplexity"]
+            parts.append(
+                f"Perplexity of {changed['windows']} windows of {changed['length']} tokens of the CPython language "
+                f"reference: {values['float32']:.3f} with products in float32, {values['bfloat16']:.3f} in bfloat16. "
+                "Divergence of the distributions of the next token: "
+                f"{changed['divergence, nats']:.5f} ± {1.96 * changed['its standard error, over windows']:.5f} nats."
+            )
+    return "\n\n".join([*parts, provenance(data)])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
     "gpu": gpu,
@@ -484,6 +517,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "paper": paper,
     "healing": healing,
     "paper_setting": paper_setting,
+    "precision": precision,
     "quality": quality,
 }
 

@@ -81,6 +81,7 @@ def child(asked: dict[str, Any]) -> None:
         chosen = json.dumps([[one.name, one.rows, one.columns] for one in report.layers])
         result = {
             "threads": asked["threads"],
+            "precision": report.precision,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "total": round(sum(report.seconds.values()) + opened, 1),
             "read, MB/s": round(1e-6 * reading[0] / reading[1], 1),

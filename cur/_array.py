@@ -8,6 +8,7 @@ standard where it has none.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
@@ -60,6 +61,19 @@ def detach(A: Array) -> Array:
     return A
 
 
+def is_abstract(A: Any) -> bool:
+    """Tell whether `A` is an array without values: traced by a transformation, or a tensor of shape and dtype only."""
+    if compat.is_jax_array(A):
+        import jax
+
+        return isinstance(detach(A), jax.core.Tracer)
+    if compat.is_torch_array(A):
+        import torch
+
+        return A.is_meta or type(A).__name__ == "FakeTensor" or torch._C._functorch.is_functorch_wrapped_tensor(A)
+    return False
+
+
 def working_dtype(A: Any) -> Any:
     """Return the dtype to compute in: half precisions become single, all that is not floating point or wider double."""
     xp = namespace(A)
@@ -84,6 +98,25 @@ def working_dtype(A: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
+def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
+    """Bring a checked matrix, cut out of differentiation, to the form and the dtype to compute in.
+
+    Of SciPy's sparse formats only two can all that is asked of a matrix: products, slices and entries. `dtype` is that
+    of a matrix it goes with, by default its own `working_dtype`.
+    """
+    if is_operator(A):
+        from cur._operator import checked
+
+        return checked(A, name, dtype)
+    if isinstance(A, np.ndarray) and dtype is None and A.dtype.char in "fdFD":
+        return A  # the usual case, and small matrices take no longer than such questions
+    A, dtype = detach(A), working_dtype(A) if dtype is None else dtype
+    if is_sparse(A):
+        A = A if A.dtype == dtype else A.astype(dtype)
+        return A if A.format in ("csr", "csc") else A.tocsr()
+    return A if A.dtype == dtype else namespace(A).astype(A, dtype)
+
+
 def _device_or_none(A: Any) -> Any:
     return None if is_dask(A) or is_sparse(A) else take_device(A)
 
@@ -96,13 +129,18 @@ def convert(A: Array, like: Array, dtype: Any | None = None) -> Array:
     if compat.is_torch_array(like):
         # torch shares memory with NumPy and refuses read-only arrays with a warning: copy
         A = np.array(A)
+    if compat.is_jax_array(like) and not compat.is_jax_array(A):
+        import jax
+
+        # its asarray compiles two functions for every shape
+        return jax.device_put(np.array(A, dtype=dtype), take_device(like))
     return xp.asarray(A, dtype=dtype, device=take_device(like))
 
 
 def to_numpy(A: Array) -> np.ndarray[Any, Any]:
     """Copy a small array to the host."""
     if compat.is_torch_array(A):
-        return np.asarray(A.detach().cpu().resolve_conj().numpy())
+        return np.asarray(A.detach().cpu().resolve_conj().resolve_neg().numpy())
     if compat.is_cupy_array(A):
         return np.asarray(A.get())
     if is_sparse(A):
@@ -171,8 +209,37 @@ def qr(X: Array) -> tuple[Array, Array]:
         if condition < CHOLESKY_TWICE:
             Q, R_again, _ = _cholesky_qr(Q)
             return Q, R_again @ R
-    Q, R = namespace(X).linalg.qr(X, mode="reduced")
+    Q, R = _finite(lambda xp, Y: xp.linalg.qr(Y), X)
     return Q, R
+
+
+def svd(X: Array, *, full_matrices: bool = False) -> tuple[Array, Array, Array]:
+    """Return ``V, s, W^H`` of the singular value decomposition."""
+    V, s, Wh = _finite(lambda xp, Y: xp.linalg.svd(Y, full_matrices=full_matrices), X)
+    return V, s, Wh
+
+
+def svdvals(X: Array) -> Array:
+    """Return the singular values, non-increasing."""
+    return _finite(lambda xp, Y: (xp.linalg.svdvals(Y),), X)[0]
+
+
+def _finite(decompose: Callable[[Any, Any], tuple[Any, ...]], X: Any) -> tuple[Any, ...]:
+    """Return factors, NumPy's where those of torch hold NaN.
+
+    MKL's QR of single-precision complex matrices, which its SVD begins with, divides by zero where columns repeat.
+    """
+    if not compat.is_torch_array(X):
+        return tuple(decompose(namespace(X), X))
+    import torch
+
+    try:
+        factors = tuple(decompose(torch, X))
+        if all(bool(torch.isfinite(F).all()) for F in factors):
+            return factors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    return tuple(convert(F, X) for F in decompose(np, to_numpy(X)))
 
 
 CHOLESKY_ONCE = 1.1

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, gaussian, is_operator, is_sparse, namespace
+from cur._array import Array, adjoint, convert, gaussian, is_sparse, namespace, svdvals
 from cur._problem import Choice, Problem, etas
-from cur._products import adjoint_product, frobenius, product, pythagorean_rounding, residual_norm
+from cur._products import BLOCK_ENTRIES, adjoint_product, frobenius, product, pythagorean_rounding, residual_norm
+from cur._spectral import SpectralError
 from cur._validate import check_finite_norm
 from cur._wide import Residual, Weights
 from cur.bounds import (
@@ -27,6 +28,9 @@ from cur.linking import Orthogonal
 
 DIRECT_ENTRIES = 1 << 27
 """Up to this many entries, zeros included, sparse matrices are subtracted in blocks where Pythagoras is too coarse."""
+
+LEAST_AT_ONCE = 16
+"""Vectors of a sketch that an operator is always given at once, however long they are: products with few are slow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,23 +191,27 @@ def _sketched(
     m, n = problem.shape
     C, *chain = factors
     count = sketch_size(failure)
-    if count < m:
-        X = gaussian((m, count), C, C.dtype, rng) / math.sqrt(count)
-        factor = sketch_factor(count, failure)
-    else:  # fewer rows than a sketch would need: the residual itself
-        X = np.eye(m, dtype=C.dtype)
-        factor = 1.0
-    Y = X if problem.row_weight is None else problem.row_weight.adjoint_apply(X)
-    Z = adjoint(adjoint_product(problem.near, Y))
+    whole = count >= m  # fewer rows than a sketch would need: the residual itself
+    factor = 1.0 if whole else sketch_factor(count, failure)
     weights = Weights(None, problem.column_weight, problem.shift)
-    E = Residual(Z, C, chain, weights, single=_is_single(problem), sketch=adjoint(Y))
-    plain = E.norm()
-    # of the products with the matrix: partial sums are of the size of the parts of the matrix that they see, since the
-    # random numbers do not depend on it; what an operator does inside is not known, and taken to be the same
-    rounding = factor * (E.rounding(plain) + 2 * (m + n) * problem.unit * frobenius(weights.apply(Z)))
-    if count < m:
-        return Error(plain * factor + rounding, rounding, inner, "probabilistic", failure)
-    return Error(plain + rounding, rounding, inner)
+    most = max(LEAST_AT_ONCE, BLOCK_ENTRIES // max(problem.shape))
+    norms, roundings = [], []
+    for start in range(0, m if whole else count, most):
+        if whole:
+            X = convert(np.eye(m, min(most, m - start), -start), C, C.dtype)
+        else:
+            X = gaussian((m, min(most, count - start)), C, C.dtype, rng) / math.sqrt(count)
+        Y = X if problem.row_weight is None else problem.row_weight.adjoint_apply(X)
+        Z = adjoint(adjoint_product(problem.near, Y))
+        E = Residual(Z, C, chain, weights, single=_is_single(problem), sketch=adjoint(Y))
+        norms.append(E.norm())
+        # of the products with the matrix: partial sums are of the size of the parts of the matrix that they see, since
+        # the random numbers do not depend on it; what an operator does inside is not known, and taken to be the same
+        of_products = 2 * (m + n) * problem.unit * frobenius(weights.apply(Z))
+        roundings.append(E.rounding(norms[-1]) + of_products)
+    rounding = factor * math.hypot(*roundings)
+    value = factor * math.hypot(*norms) + rounding
+    return Error(value, rounding, inner) if whole else Error(value, rounding, inner, "probabilistic", failure)
 
 
 def certify(
@@ -215,7 +223,7 @@ def certify(
     norm: Literal["fro", 2],
     link: str,
     gap: float,
-    spectral: float | None = None,
+    spectral: SpectralError | None = None,
     U: Array,
 ) -> Certificate:
     """Gather what is known of the error of a CUR factorization.
@@ -253,22 +261,25 @@ def certify(
             S = adjoint(reduced.R.T)
             cut = frobenius(reduced.C.T @ (U @ S) - ideal.left_divide(adjoint(ideal.Q) @ S))
             known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.evaluation
-    value, kind = error.value, error.kind
+    value, kind, failure = error.value, error.kind, error.failure_probability
     scale = problem.total if problem.total is not None else frobenius(reduced.Z)
-    if norm == 2:
-        scale = float(namespace(reduced.M).linalg.svdvals(reduced.M)[0])
+    if spectral is not None:
+        scale = float(svdvals(reduced.M)[0])
         if spectrum is not None and spectrum.is_exact:
             scale = float(spectrum.s[0])
+        else:
+            scale = max(scale, problem.spectral - rounding)
         theorems = [known[name] for name in ("sorensen_embree", "projection") if known.get(name) is not None]
-        if spectral is not None:
-            value, kind = spectral + error.evaluation + error.rounding, "exact"
-        elif theorems and min(theorems) < value:
-            value, kind = min(theorems), "bound"
-        elif kind == "exact":
-            kind = "bound"  # the Frobenius norm is an upper bound of the 2-norm
-    failure = error.failure_probability if kind == "probabilistic" else 0.0
-    found = Certificate(norm, value, kind, failure, str(_dtype_name(reduced.M)), scale, error.rounding, **known)
-    return found.shifted(problem.size)
+        # the Frobenius norm is an upper bound of the 2-norm
+        bounds: list[tuple[float, Literal["exact", "bound", "probabilistic"], float]]
+        bounds = [(value, "bound" if kind == "exact" else kind, failure), *((b, "bound", 0.0) for b in theorems)]
+        by_norm = spectral.failure_probability
+        bounds.append((spectral.value, "probabilistic" if by_norm else "exact", by_norm))
+        value, kind, _ = min(bounds, key=lambda bound: bound[0])
+        # the least of them is wrong where any of them is
+        failure = sum(failure for _, _, failure in bounds) if kind == "probabilistic" else 0.0
+    dtype = str(_dtype_name(reduced.M))
+    return Certificate(norm, value, kind, failure, dtype, scale, error.rounding, **known).shifted(problem.size)
 
 
 def _projection(
@@ -306,10 +317,3 @@ def _projection(
 
 def _dtype_name(X: Array) -> str:
     return str(X.dtype).rsplit(".", 1)[-1]
-
-
-def spectral_norm(problem: Problem, L: Array, Rw: Array) -> float | None:
-    """Return the 2-norm of the residual of a dense matrix by its singular values; None for other matrices."""
-    if is_sparse(problem.B) or is_operator(problem.B) or not isinstance(problem.B, type(L)):
-        return None
-    return float(namespace(L).linalg.svdvals(problem.B - L @ Rw)[0])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["CURError", "NumericalError", "RankWarning"]
+import sys
+import warnings
+from pathlib import Path
+
+__all__ = ["CURError", "NumericalError", "RankWarning", "warn"]
 
 
 class CURError(Exception):
@@ -15,3 +19,14 @@ class NumericalError(CURError, ArithmeticError):
 
 class RankWarning(UserWarning):
     """The requested rank exceeds the numerical rank of the matrix and was truncated."""
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn(message: str, category: type[Warning] = RankWarning) -> None:
+    """Warn at the line of the user's that called the package, through however many functions of ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

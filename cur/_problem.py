@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ import numpy as np
 from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
-from cur._errors import NumericalError, RankWarning
+from cur._errors import NumericalError, warn
 from cur._products import columns_of, frobenius, pythagorean_rounding, rows_of, thin
 from cur._scale import brought_near_one, times_power
-from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix
+from cur._spectral import spectral_norm
+from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
 from cur._wide import Weights
 from cur.bounds import eta
 from cur.importance import Weight, unit_weight
@@ -37,6 +38,13 @@ PLAIN_SELECTORS: dict[str, Callable[..., Array]] = {
 SELECTORS = (*BASIS_SELECTORS, "lupp", *PLAIN_SELECTORS)
 NESTED = ("deim", "lupp", *PLAIN_SELECTORS)
 """Selectors whose first k indices are a choice for rank k."""
+
+FLAT_ITERATIONS = 4
+"""Power iterations by default for sparse matrices and operators of flat spectrum.
+
+Without, DEIM of a random sparse matrix kept a third of the energy that `lupp` keeps; two iterations were not enough
+(20,000 x 5,000 with 5 entries a row, rank 60: 0.40, 0.98, 1.01 and 1.40 percent with 0, 1, 2 and 4, `lupp` 1.29).
+"""
 
 SUBSPACES = ("auto", "exact", "randomised", "lanczos")
 
@@ -97,6 +105,11 @@ class Problem:
     def unit(self) -> float:
         """Unit roundoff of the working precision."""
         return _array.unit_roundoff(_array.working_dtype(self.B), self.B)
+
+    @cached_property
+    def spectral(self) -> float:
+        """A lower bound of ``||B||_2``, but for the rounding of products."""
+        return spectral_norm(self.B, self.B if is_dense(self.B) else np.empty(0, dtype=self.B.dtype))
 
     @property
     def pythagorean_rounding(self) -> float:
@@ -159,11 +172,8 @@ class Choice:
 
 def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> Problem:
     """Check and promote the arguments of a driver."""
-    check_matrix(A)
-    A = _array.detach(A)
-    dtype = _array.working_dtype(A)
-    if A.dtype != dtype:
-        A = A.astype(dtype) if is_sparse(A) or is_operator(A) else namespace(A).astype(A, dtype)
+    A = check_promoted(A)
+    dtype = A.dtype
     near, exponent, total = brought_near_one(A)
     row_weight, row_exponent = unit_weight(row_weights, A, 0, dtype)
     column_weight, column_exponent = unit_weight(column_weights, A, 1, dtype)
@@ -172,7 +182,7 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
         B = Weights(row_weight, column_weight).apply(near)
         B, shift, total = brought_near_one(B, lambda e: Weights(row_weight, column_weight, -e).apply(near))
         shift = -shift
-        _check_nothing_vanished(B, near, shift, total)
+        _check_nothing_vanished(A, B, Weights(row_weight, column_weight, shift), total)
     target = B
     if importance is not None:
         check_matrix(importance, "importance")
@@ -182,14 +192,7 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
                 f"`importance` must have the shape of `A`, {tuple(A.shape)}; got {tuple(importance.shape)}; "
                 "one score per entry is needed"
             )
-        importance = _array.detach(importance)
-        if importance.dtype == dtype:
-            target = importance
-        elif is_dense(importance):
-            target = namespace(importance).astype(importance, dtype)
-        else:
-            target = importance.astype(dtype)
-        target, _, size = brought_near_one(target)
+        target, _, size = brought_near_one(check_promoted(importance, "importance", dtype))
         if size is not None:
             check_finite_norm(size, importance, "importance")
     return Problem(
@@ -197,13 +200,13 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
     )
 
 
-def _check_nothing_vanished(B: Array, near: Array, shift: int, total: float | None) -> None:
+def _check_nothing_vanished(A: Array, B: Array, weights: Weights, total: float | None) -> None:
     """Refuse a weighted matrix of which a part that counts may have fallen below the smallest number."""
     if total is None:
         return
     info = namespace(B).finfo(B.dtype)
-    lost = math.ldexp(2 * math.sqrt(math.prod(B.shape)) * float(info.smallest_normal), shift)
-    if lost > float(info.eps) * total and (total > 0.0 or (shift > 0 and frobenius(near) > 0.0)):
+    lost = math.ldexp(2 * math.sqrt(math.prod(B.shape)) * float(info.smallest_normal), weights.exponent)
+    if (lost > float(info.eps) * total) if total > 0.0 else weights.touch(A):
         raise NumericalError(
             f"`A` and its weights span so many sizes that products of both leave the range of {B.dtype}; "
             "use double precision, or weights closer to one another"
@@ -211,7 +214,7 @@ def _check_nothing_vanished(B: Array, near: Array, shift: int, total: float | No
 
 
 def find_subspace(
-    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int
+    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int | None
 ) -> subspaces.Subspace:
     """Return the leading singular subspaces of the target by the method asked for, or the one that suits it."""
     check_choice(method, SUBSPACES, "subspace")
@@ -225,7 +228,10 @@ def find_subspace(
     total = problem.total if S is problem.B else None
     if method == "lanczos":
         return subspaces.lanczos(S, rank, rng=rng, total=total)
-    return subspaces.randomised(S, rank, power_iterations=power_iterations, rng=rng, total=total)
+    found = subspaces.randomised(S, rank, power_iterations=power_iterations or 0, rng=rng, total=total)
+    if power_iterations is None and (is_sparse(S) or is_operator(S)) and found.is_flat():
+        return subspaces.randomised(S, rank, power_iterations=FLAT_ITERATIONS, rng=rng, total=total)
+    return found
 
 
 def choose(
@@ -234,7 +240,7 @@ def choose(
     select: str,
     method: str,
     rng: np.random.Generator,
-    power_iterations: int,
+    power_iterations: int | None,
     *,
     truncate: bool = True,
 ) -> Choice:
@@ -258,13 +264,11 @@ def choose(
     if select == "lupp":
         return _choose_from_sketch(problem, counts, rng)
     found = find_subspace(problem, max(counts), method, rng, power_iterations)
-    numerical = found.numerical_rank()
-    if truncate and max(counts) > numerical:
-        warnings.warn(
+    numerical = found.numerical_rank(problem.target) if truncate else max(counts)
+    if max(counts) > numerical:
+        warn(
             f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
-            f"the factorization has rank {numerical}",
-            RankWarning,
-            stacklevel=4,
+            f"the factorization has rank {numerical}"
         )
         k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
     pick = BASIS_SELECTORS[select]

@@ -23,6 +23,7 @@ from cur._array import (
     take,
     to_numpy,
 )
+from cur._validate import check_finite_product
 
 __all__ = [
     "adjoint_product",
@@ -66,11 +67,7 @@ def _finite_product(A: Array, X: Array) -> Array:
         return thin(A @ X)
     with np.errstate(over="ignore", invalid="ignore"):
         Y = A @ X
-    if not np.isfinite(Y).all():
-        raise ValueError(
-            "`A` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
-            "or scale it if its entries are so large that products overflow"
-        )
+    check_finite_product(Y)
     return Y
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cur import _array
 from cur._products import thin
-from cur._validate import check_finite_norm, check_matrix
+from cur._validate import check_finite_norm, check_matrix, check_promoted
 
 BLOCK_BYTES = 1 << 26
 """Size of the blocks that a whole array is cut into."""
@@ -27,16 +27,16 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
     width = None
     for position, block in enumerate(_parts(source)):
         name = f"blocks[{position}]"
-        check_matrix(block, name)
+        if _array.is_operator(block):
+            raise TypeError(f"`{name}` must give its rows; a LinearOperator does not; multiply it with an identity")
+        block = check_promoted(block, name)
         if width is not None and block.shape[1] != width:
             raise ValueError(
                 f"`{name}` must have as many columns as the blocks before, {width}; got shape {tuple(block.shape)}; "
                 "check how the rows were cut"
             )
         width = block.shape[1]
-        dtype = _array.working_dtype(block)
         host = _array.to_numpy(thin(block))
-        host = np.asarray(host, dtype=np.dtype(str(dtype).rsplit(".", 1)[-1]))
         if not np.isfinite(host).all():
             check_finite_norm(np.nan, host, name)
         yield host
@@ -52,6 +52,8 @@ def _parts(source: Any) -> Iterable[Any]:
         return parts
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return _cut(source)
+    if hasattr(source, "to_numpy"):  # a table, whose iterator gives the names of its columns
+        check_matrix(source, "blocks")
     try:
         parts = iter(source)
     except TypeError:
@@ -65,10 +67,11 @@ def _parts(source: Any) -> Iterable[Any]:
 def _cut(A: Any) -> Iterator[Any]:
     if _array.is_operator(A):
         raise TypeError("`blocks` must give its rows; a LinearOperator does not; use subspace.randomised for it")
-    if len(A.shape) != 2 or 0 in A.shape:
-        raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {tuple(A.shape)}")
+    if A.shape is None or len(A.shape) != 2 or 0 in A.shape:
+        raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {A.shape and tuple(A.shape)}")
     m, n = A.shape
     step = max(1, BLOCK_BYTES // (8 * n))
     if _array.is_sparse(A):
         A = A.tocsr()
-    return (A[i : i + step, :] for i in range(0, m, step))
+    # the standard leaves slices that end beyond the array undefined
+    return (A[i : min(i + step, m), :] for i in range(0, m, step))

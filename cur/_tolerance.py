@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cur._errors import NumericalError, RankWarning
+from cur._errors import NumericalError
 from cur._problem import Choice
 
 FIRST_WIDTH = 32
@@ -30,6 +29,7 @@ def smallest_rank(
     norm: object,
     failure: float,
     certain: bool,
+    select: str,
 ) -> Result:
     """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
 
@@ -39,7 +39,7 @@ def smallest_rank(
     Parameters
     ----------
     choose_at : callable
-        Makes the choice for a rank.
+        Makes the choice for a rank, without a warning about it: the ranks tried are ours, not the user's.
     assemble : callable
         Makes the certified factorization of a choice, at a chance of failure.
     curve : callable
@@ -53,6 +53,8 @@ def smallest_rank(
         Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
     certain : bool
         Whether the errors of `curve` are those of the whole matrix, and not only of what was seen of an operator.
+    select : str
+        The selector, for the error.
     failure : float
         Chance that the certificate of the result is wrong, where it comes from a sketch.
 
@@ -75,7 +77,7 @@ def smallest_rank(
     best: Result | None = None
     while True:
         width = most if 2 * width > most else width  # near full width the search may as well see everything
-        choice = _quietly(choose_at, width)
+        choice = choose_at(width)
         found = min(choice.rows.shape[0], choice.columns.shape[0])
         last = width >= most or found < width
         errors = curve(choice) if norm == "fro" else np.ones(found)
@@ -86,14 +88,14 @@ def smallest_rank(
                     return result
                 best = _better(best, result)
                 if certain and _stuck(result, errors[k - 1], tol):
-                    raise _unreachable(tol, best)
+                    raise _unreachable(tol, best, select)
         widest = attempt(choice)
         if widest.certificate.relative <= tol:
-            at = choice.leading if nested else lambda k: _quietly(choose_at, k)
+            at = choice.leading if nested else choose_at
             return _bisect(at, attempt, tol, below, found, widest)
         best = _better(best, widest)
         if last or (certain and norm == "fro" and _stuck(widest, errors[-1], tol)):
-            raise _unreachable(tol, best)
+            raise _unreachable(tol, best, select)
         below, width = (0 if nested else width), min(2 * width, most)
 
 
@@ -142,20 +144,21 @@ def _bisect(
     return best
 
 
-def _quietly(choose_at: Callable[[int], Choice], width: int) -> Choice:
-    """Choose without the warning about ranks: here the width is ours, not the user's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RankWarning)
-        return choose_at(width)
-
-
-def _unreachable(tol: float, best: Any) -> NumericalError:
+def _unreachable(tol: float, best: Any, select: str) -> NumericalError:
+    """Return the error that says what stands in the way of a tolerance, and what there is to do about it."""
     certificate = best.certificate
+    reason, remedies = "", ["use a larger `tol`"]
+    if certificate.dtype in ("float32", "complex64"):
+        remedies.append("double precision")
+    if select != "deim":
+        remedies.append(f"select='deim', whose columns and rows are less alike than those of {select!r}")
+    if hasattr(best, "U"):
+        reason = ", because U divides by the small singular values of the columns and rows chosen"
+        remedies.append("`interpolative`, which has no U to lose digits")
     return NumericalError(
-        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: the least relative error is "
-        f"{certificate.relative:.2g}, at rank {best.rank}, and larger ranks do not lower it, because U divides by the "
-        "small singular values of the columns and rows; use a larger `tol`, a wider dtype, or `interpolative`, which "
-        "loses fewer digits"
+        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {best.rank}, the best one tried, the "
+        f"relative error is at most {certificate.relative:.2g}, and larger ranks do not lower it{reason}; "
+        f"{', or '.join(remedies)}"
     )
 
 

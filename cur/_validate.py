@@ -16,10 +16,14 @@ __all__ = [
     "check_choice",
     "check_companion",
     "check_count",
+    "check_dense",
     "check_finite_norm",
+    "check_finite_product",
     "check_matrix",
+    "check_plain",
     "check_power_iterations",
     "check_probability",
+    "check_promoted",
     "check_rank",
     "check_rank_or_tol",
     "check_tol",
@@ -30,18 +34,11 @@ def check_matrix(A: Any, name: str = "A") -> None:
     """Accept a non-empty two-dimensional numeric array of a known library, a sparse matrix or a linear operator."""
     known = _array.is_sparse(A) or _array.is_operator(A) or _array.is_dense(A) or _array.is_dask(A)
     if not known:
-        remedy = "convert it with numpy.asarray" if isinstance(A, (list, tuple)) else "convert it to one of these"
         raise TypeError(
             f"`{name}` must be an array (NumPy, torch, CuPy, JAX, Dask, ...), a scipy.sparse matrix or a "
-            f"LinearOperator; got {type(A).__name__}; {remedy}"
+            f"LinearOperator; got {type(A).__name__}; {_remedy(A)}"
         )
-    if _array.is_sparse_tensor(A):
-        raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
-    if isinstance(A, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(
-            f"`{name}` must be a plain array; got {type(A).__name__}, whose products mean something else; convert it "
-            "with numpy.asarray (or its filled() where it is masked)"
-        )
+    check_plain(A, name)
     if A.ndim != 2:
         raise ValueError(
             f"`{name}` must have two dimensions, rows and columns; got shape {tuple(A.shape)}; "
@@ -53,6 +50,53 @@ def check_matrix(A: Any, name: str = "A") -> None:
         raise ValueError(
             f"`{name}` must have a known shape; got {tuple(A.shape)}; call its compute_chunk_sizes() first"
         )
+    _check_numeric(A, name)
+
+
+def _remedy(A: Any) -> str:
+    """Return what makes an array of an object that is none."""
+    if hasattr(A, "to_numpy"):  # pandas, polars, xarray
+        return "pass its .to_numpy()"
+    if isinstance(A, (list, tuple, np.matrix)):
+        return "convert it with numpy.asarray"
+    if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__getitem__"):  # h5py, zarr, netCDF
+        return "read it into memory with numpy.asarray, or let stream_cur read it in blocks"
+    return "convert it to one of these"
+
+
+def check_plain(A: Any, name: str) -> None:
+    """Refuse arrays of a known library whose entries are masked, absent, or multiplied in another way."""
+    if _array.is_sparse_tensor(A):
+        raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
+    chunk = A._meta if _array.is_dask(A) else A
+    if isinstance(chunk, (np.ma.MaskedArray, np.matrix)):
+        remedy = "with numpy.asarray" if isinstance(chunk, np.matrix) else "with filled(), which fills the gaps"
+        raise TypeError(
+            f"`{name}` must be a plain array; got {type(chunk).__name__}, whose products mean something else; convert "
+            f"it {remedy}"
+        )
+    if _array.is_dask(A) and not isinstance(chunk, np.ndarray):
+        raise TypeError(
+            f"`{name}` must have chunks of NumPy arrays; got {type(chunk).__name__}; convert them with map_blocks"
+        )
+    if _array.is_abstract(A):
+        raise TypeError(
+            f"`{name}` must hold values, which decide what is chosen; got one that is traced (jit, vmap, func) or has "
+            "a shape only (meta); call this function outside of the transformation, on arrays that were computed"
+        )
+
+
+def check_dense(A: Any, name: str, dimensions: tuple[int, ...] = (2,), what: str = "a matrix") -> None:
+    """Accept a plain dense numeric array in memory that is not empty."""
+    if not _array.is_dense(A):
+        raise TypeError(f"`{name}` must be a dense array; got {type(A).__name__}; {_remedy(A)}")
+    check_plain(A, name)
+    if A.ndim not in dimensions or 0 in A.shape:
+        raise ValueError(f"`{name}` must be {what}, and not empty; got shape {tuple(A.shape)}; reshape it")
+    _check_numeric(A, name)
+
+
+def _check_numeric(A: Any, name: str) -> None:
     if not _is_numeric(A):
         raise TypeError(
             f"`{name}` must hold real or complex numbers; got dtype {A.dtype}; convert it with astype(float)"
@@ -61,7 +105,7 @@ def check_matrix(A: Any, name: str = "A") -> None:
 
 def _is_numeric(A: Any) -> bool:
     dtype = A.dtype
-    if _array.is_dense(A) or _array.is_dask(A):
+    if not isinstance(A, np.ndarray) and (_array.is_dense(A) or _array.is_dask(A)):
         xp = _array.namespace(A)
         try:
             return bool(xp.isdtype(dtype, ("numeric", "bool"))) or dtype in _half_precisions(xp)
@@ -74,12 +118,17 @@ def _half_precisions(xp: Any) -> tuple[Any, ...]:
     return tuple(getattr(xp, name) for name in ("float16", "bfloat16") if hasattr(xp, name))
 
 
+def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
+    """Return a checked matrix in the form and dtype to compute in (`cur._array.promote`)."""
+    check_matrix(A, name)
+    if "complex" in str(A.dtype) and dtype is not None and "complex" not in str(dtype):
+        raise TypeError(f"`{name}` must be real for a real `A`; got dtype {A.dtype}; convert `A` to complex")
+    return _array.promote(A, name, dtype)
+
+
 def check_basis(basis: Any) -> None:
     """Accept a dense two-dimensional floating array with at least one column."""
-    if not _array.is_dense(basis):
-        raise TypeError(f"`basis` must be a dense array; got {type(basis).__name__}")
-    if basis.ndim != 2 or 0 in basis.shape:
-        raise ValueError(f"`basis` must have two dimensions and no empty one; got shape {tuple(basis.shape)}")
+    check_dense(basis, "basis")
     xp = _array.namespace(basis)
     if not xp.isdtype(basis.dtype, ("real floating", "complex floating")):
         raise TypeError(f"`basis` must hold floating-point numbers; got dtype {basis.dtype}")
@@ -108,8 +157,8 @@ def check_count(count: Any, *, default: int, most: int, what: str, least: int = 
 
 
 def check_power_iterations(value: Any) -> None:
-    """Require a non-negative integer."""
-    if _as_int(value, "power_iterations") < 0:
+    """Require a non-negative integer, or None for the default."""
+    if value is not None and _as_int(value, "power_iterations") < 0:
         raise ValueError(f"`power_iterations` must not be negative; got {value!r}; 0, 1 or 2 are usual")
 
 
@@ -200,6 +249,15 @@ def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
             )
         where = f", {int(bad.sum())} of them, the first in row {int(np.argmax(bad > 0))}"
     raise ValueError(f"`{name}` must be finite; it holds NaN or inf{where}; replace or drop these entries first")
+
+
+def check_finite_product(Y: Any, name: str = "A") -> None:
+    """Require that a product with an operator is finite: nobody has seen its entries."""
+    if not np.isfinite(Y).all():
+        raise ValueError(
+            f"`{name}` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
+            "or scale it if its entries are so large that products overflow"
+        )
 
 
 def as_generator(rng: Any) -> np.random.Generator:

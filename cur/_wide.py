@@ -41,6 +41,18 @@ class Weights:
         E = times_power(E, self.exponent)
         return E if self.columns is None else self.columns.apply(E, 1)
 
+    def touch(self, A: Array) -> bool:
+        """Tell whether any entry of a matrix has a weight in both directions, however small all of them are."""
+        xp = namespace(A)
+        signs = replace(self, exponent=0)
+        for name in ("rows", "columns"):
+            weight = getattr(self, name)
+            if weight is not None and weight.root is not None:
+                root = namespace(weight.root).astype(weight.root > 0, weight.root.dtype)
+                signs = replace(signs, **{name: replace(weight, root=root)})
+        ones = (A != 0).astype(A.dtype) if is_sparse(A) else xp.astype(A != 0, A.dtype)
+        return largest(signs.apply(ones)) > 0.0
+
     def bound(self) -> float:
         """Return a bound on the 2-norm of both together."""
         peaks = [largest(w.roots if w.root is None else w.root) for w in (self.rows, self.columns) if w is not None]

@@ -7,6 +7,7 @@ The theorems (letters as in the documentation's page on the mathematics):
 - (B2) cross core with rows chosen so that ``gamma`` is finite.
 - (B4) a Gaussian sketch drawn after the choice (Gratton and Titley-Peloquin, SIAM J. Matrix Anal. Appl. 39, 2018).
 - (B5) rounding of the evaluation itself, added to every value.
+- (B6) the 2-norm from products with random starts (after Hochstenbach, J. Sci. Comput. 57, 2013).
 - (L) the output of a layer behind a Lipschitz activation (arXiv 2501.04211, Theorem 4.1).
 """
 
@@ -16,7 +17,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cur._array import Array, namespace
+from cur._array import Array, svdvals
+from cur._validate import check_dense
 
 __all__ = [
     "LIPSCHITZ",
@@ -120,10 +122,10 @@ def eta(chosen: Array, /) -> float:
 
     The norm of the oblique projector that interpolates at these rows; infinite if they do not determine the basis.
     """
+    check_dense(chosen, "chosen")
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
-    s = namespace(chosen).linalg.svdvals(chosen)
-    smallest = float(s[-1])
+    smallest = float(svdvals(chosen)[-1])
     return 1.0 / smallest if smallest > 0 else math.inf
 
 

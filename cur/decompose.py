@@ -9,7 +9,8 @@ import numpy as np
 
 from cur import selection
 from cur._array import Array, adjoint, namespace, take, to_numpy
-from cur._certify import certify, evaluation_rounding, leftover, measure, reduce, spectral_norm
+from cur._certify import certify, evaluation_rounding, leftover, measure, reduce
+from cur._entry import economical
 from cur._problem import (
     NESTED,
     SELECTORS,
@@ -24,6 +25,7 @@ from cur._problem import (
 )
 from cur._products import columns_of, frobenius, thin
 from cur._scale import times_power
+from cur._spectral import spectral_error
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
     as_generator,
@@ -83,6 +85,7 @@ def deim_cur(A: Array, /, *, rank: Any = None, tol: float | None = None, **optio
     return cur(A, rank=rank, tol=tol, select="deim", **options)
 
 
+@economical
 def cur(
     A: Array,
     /,
@@ -97,7 +100,7 @@ def cur(
     column_weights: Any = None,
     oversample: int = 0,
     norm: Literal["fro", 2] = "fro",
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     failure_probability: float = 1e-6,
     bounds: bool = True,
     rng: np.random.Generator | int | None = 0,
@@ -132,14 +135,17 @@ def cur(
     oversample : int, default 0
         Rows beyond the number of columns, added where the cross core is weakest (Park and Nakatsukasa).
     norm : {"fro", 2}, default "fro"
-        Norm of the certificate and of `tol`. With ``tol`` and ``norm=2`` the residual of a dense matrix is checked by
-        its singular values, which costs an SVD per check.
-    power_iterations : int, default 0
-        Of the randomised subspace. The optimal core makes up for what a rough basis loses: without any, errors were
-        within 3 percent of those from exact singular vectors (``benchmarks/core.py``).
+        Norm of the certificate and of `tol`. With ``norm=2`` the residual of a small dense matrix, and with `tol` of
+        any, is checked by its singular values, which costs an SVD per check; of all others by Lanczos from random
+        vectors (B6), some twenty products with 8 vectors: at most a few percent above the norm, except with
+        `failure_probability`.
+    power_iterations : int, optional
+        Of the randomised subspace. By default none, since the optimal core makes up for what a rough basis loses:
+        without any, errors were within 3 percent of those from exact singular vectors (``benchmarks/core.py``). But
+        four for a sparse matrix or an operator whose sketch shows a flat spectrum, in which no direction leads.
     failure_probability : float, default 1e-6
-        Of certificates by sketches, which only operators and very large sparse matrices get; with `tol`, of the whole
-        search.
+        Of certificates by sketches, which only operators, very large sparse matrices and ``norm=2`` get; with `tol`, of
+        the whole search.
     bounds : bool, default True
         Whether the certificate has (B1) also where that takes two products of its own, with `importance`. The error
         itself is certified in any case.
@@ -202,6 +208,7 @@ def cur(
         norm=norm,
         failure=failure_probability,
         certain=problem.total is not None,
+        select=select,
     )
 
 
@@ -213,7 +220,7 @@ def _assemble(
     norm: Literal["fro", 2],
     failure: float,
     rng: np.random.Generator,
-    spectral: bool,
+    direct: bool,
 ) -> CUR:
     """Make U for a choice, and the certificate."""
     if link == "cross":
@@ -240,16 +247,23 @@ def _assemble(
     U = times_power(returned, problem.exponent)  # without the digits that it lost below the normal numbers
     T, S = reduced.C.T, adjoint(reduced.R.T)
     gap = frobenius(reduced.M - T @ U @ S)
+    inner = evaluation_rounding(T, U, S, u=problem.unit)
+    if norm == 2 and problem.total is None:
+        failure /= 2  # of two sketches
     error = measure(
         problem,
         (near_C, U, near_R),
         kept=frobenius(reduced.M),
         gap=gap,
-        inner=evaluation_rounding(T, U, S, u=problem.unit),
+        inner=inner,
         failure=failure,
         rng=rng,
     )
-    two = spectral_norm(problem, Cw @ U, Rw) if spectral and norm == 2 else None
+    two = None
+    if norm == 2:
+        # of products with vectors: as many terms as the matrix and the factors have
+        rounding = 2 * (max(problem.shape) + 20) * problem.unit * (problem.total or frobenius(reduced.Z)) + inner
+        two = spectral_error(problem.B, Cw @ U, Rw, direct=direct, rounding=rounding, failure=failure, rng=rng)
     certificate = certify(problem, choice, reduced, error, norm=norm, link=link, gap=gap, spectral=two, U=U)
     return CUR(C, returned, R, choice.rows, choice.columns, certificate)
 

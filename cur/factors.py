@@ -1,23 +1,21 @@
 """The result types: CUR, folded and interpolative factorizations.
 
-All are immutable, live in the library and on the device of the matrix they came from, multiply from both sides,
-transpose, slice without forming the product, and convert into each other.
+All are immutable, live in the library and on the device of the matrix they came from, behave as the matrix that they
+stand for (`cur._factorization`), and convert into each other.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse.linalg
 
 from cur import _array
-from cur._array import Array, adjoint, convert, is_dask, is_sparse, lu_pivots, namespace, qr, take, to_numpy
-from cur._atomic import replace_file
+from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, take, to_numpy
 from cur._dominant import dominant
+from cur._factorization import Factorization
 from cur._products import thin
 from cur.bounds import Certificate
 from cur.linking import Orthogonal
@@ -25,132 +23,8 @@ from cur.linking import Orthogonal
 __all__ = ["CUR", "Folded", "Interpolative"]
 
 
-class _Factorization:
-    """What all factorizations share: a chain of thin matrices whose product approximates a matrix."""
-
-    @property
-    def factors(self) -> tuple[Array, ...]:
-        """The matrices whose product is the approximation, left to right."""
-        raise NotImplementedError
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (m, n) of the approximation."""
-        return (int(self.factors[0].shape[0]), int(self.factors[-1].shape[1]))
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the factors."""
-        return self.factors[0].dtype
-
-    @property
-    def T(self) -> _Factorization:
-        """The transposed factorization."""
-        raise NotImplementedError
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers are stored."""
-        return sum(f.nnz if is_sparse(f) else int(np.prod(f.shape)) for f in self._stored())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these numbers; for sparse factors, of their non-zero entries."""
-        return sum(
-            f.nnz * f.dtype.itemsize if is_sparse(f) else int(np.prod(f.shape)) * _itemsize(f) for f in self._stored()
-        )
-
-    def _stored(self) -> tuple[Array, ...]:
-        return self.factors
-
-    def _labels(self) -> dict[str, Any]:
-        return {}
-
-    def __matmul__(self, x: Array) -> Array:
-        """Return ``approximation @ x`` for a vector or matrix, by products with thin matrices only."""
-        for f in reversed(self.factors):
-            x = f @ x
-        return x
-
-    def __rmatmul__(self, x: Array) -> Array:
-        """Return ``x @ approximation``."""
-        for f in self.factors:
-            x = x @ f
-        return x
-
-    # NumPy must leave `array @ factorization` to us
-    __array_ufunc__ = None
-
-    def toarray(self) -> Array:
-        """Return the m x n approximation as one array."""
-        first, *rest = self.factors
-        for f in rest:
-            first = first @ f
-        return first.toarray() if is_sparse(first) else first
-
-    def __getitem__(self, key: Any) -> Array:
-        """Return entries, rows, columns or a block, ``result[i, j]``, computed from the factors."""
-        if not isinstance(key, tuple):
-            key = (key, slice(None))
-        if len(key) != 2:
-            raise IndexError(f"a factorization has two dimensions; got {len(key)} indices")
-        (i, drop_row), (j, drop_column) = (_positions(k, n) for k, n in zip(key, self.shape, strict=True))
-        first, *middle, last = self.factors
-        x = thin(take(first, convert(i, first), axis=0))
-        for f in middle:
-            x = x @ f
-        x = x @ thin(take(last, convert(j, last), axis=1))
-        if drop_row:
-            x = x[0, ...]
-        return x[..., 0] if drop_column else x
-
-    def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
-        """Return SciPy's operator for the approximation, for its iterative solvers. NumPy and SciPy factors only."""
-        if not all(isinstance(f, np.ndarray) or is_sparse(f) for f in self.factors):
-            raise TypeError("a LinearOperator needs NumPy or SciPy factors; move the factors to the host first")
-        chain = [scipy.sparse.linalg.aslinearoperator(f) for f in self.factors]
-        product: scipy.sparse.linalg.LinearOperator = chain[0]
-        for operator in chain[1:]:
-            product = product @ operator
-        return product
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the factorization as ``.npz``; beside the target first, then renamed."""
-        arrays: dict[str, Any] = {name: to_numpy(value) for name, value in vars(self).items() if _is_array(value)}
-        with replace_file(path) as stream:
-            np.savez(stream, kind=np.asarray(type(self).__name__), **arrays, **self._labels())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Any:
-        """Read a factorization written by `save`, as NumPy arrays; nothing is unpickled.
-
-        The certificate is not stored: it speaks of a matrix that is not in the file.
-        """
-        with np.load(path, allow_pickle=False) as data:
-            kind = str(data["kind"]) if "kind" in data else None
-            types = {t.__name__: t for t in (CUR, Folded, Interpolative)}
-            if kind not in types:
-                raise ValueError(f"`path` must be a file written by `save`; {os.fspath(path)!r} is not")
-            if not issubclass(types[kind], cls):
-                raise ValueError(f"`path` holds a factorization of kind {kind}; load it with {kind}.load")
-            return types[kind](**{name: data[name] for name in data.files if name != "kind"})
-
-
-def _is_array(value: Any) -> bool:
-    return is_sparse(value) or is_dask(value) or _array.is_dense(value)
-
-
-def _itemsize(x: Array) -> int:
-    return int(getattr(x.dtype, "itemsize", 0)) or to_numpy(x[:1, :1]).dtype.itemsize
-
-
-def _positions(key: Any, n: int) -> tuple[np.ndarray[Any, Any], bool]:
-    positions = np.arange(n)[to_numpy(key) if _array.is_dense(key) else key]
-    return np.atleast_1d(positions), positions.ndim == 0
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class CUR(_Factorization):
+class CUR(Factorization):
     """A matrix by its own columns and rows, ``A ~ C U R``.
 
     Unpacks as ``C, U, R``.
@@ -177,6 +51,8 @@ class CUR(_Factorization):
     rows: Array
     columns: Array
     certificate: Certificate | None = None
+
+    _numbers = ("C", "U", "R")
 
     @property
     def factors(self) -> tuple[Array, ...]:
@@ -223,7 +99,7 @@ class CUR(_Factorization):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Folded(_Factorization):
+class Folded(Factorization):
     """A matrix as the product of two thin ones.
 
     Attributes
@@ -234,6 +110,8 @@ class Folded(_Factorization):
 
     left: Array
     right: Array
+
+    _numbers = ("left", "right")
 
     @property
     def factors(self) -> tuple[Array, ...]:
@@ -276,7 +154,7 @@ class Folded(_Factorization):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interpolative(_Factorization):
+class Interpolative(Factorization):
     """A matrix by some of its rows (or columns) and the coefficients that give all the others.
 
     Attributes
@@ -299,6 +177,8 @@ class Interpolative(_Factorization):
     others: Array
     side: str = "rows"
     certificate: Certificate | None = None
+
+    _numbers = ("skeleton", "coefficients")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "side", str(self.side))  # an array of one string when read from a file

@@ -11,11 +11,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cur import _array
 from cur._array import Array, adjoint, namespace
 from cur._products import largest, scale, transform
 from cur._scale import times_power
-from cur._validate import check_companion
+from cur._validate import check_companion, check_dense
 
 __all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
 
@@ -89,8 +91,7 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     ValueError
         If an entry is negative or not finite, or the array is not one-dimensional.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 1:
         raise ValueError(
             f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `importance.matrix` for a matrix"
@@ -124,8 +125,7 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     ValueError
         If the matrix is not square, not finite, not Hermitian, or has an eigenvalue that is negative beyond rounding.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(
             f"`{name}` must be a square matrix; got shape {tuple(weights.shape)}; "
@@ -161,8 +161,7 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     damping : float, default 0
         As for `matrix`.
     """
-    weights = _array.detach(weights)
-    xp = namespace(weights)
+    weights, xp = floating(weights, name)
     if weights.ndim != 2:
         raise ValueError(f"`{name}` must be a matrix with one row per weighted index; got shape {tuple(weights.shape)}")
     if not bool(xp.all(xp.isfinite(weights))):
@@ -170,9 +169,21 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     n = weights.shape[0]
     if weights.shape[1] > n:  # only the range matters
         weights = adjoint(_array.qr(adjoint(weights))[1])
-    vectors, s, _ = xp.linalg.svd(weights, full_matrices=True)
+    vectors, s, _ = _array.svd(weights, full_matrices=True)
     values = xp.concat([s**2, xp.zeros((n - s.shape[0],), dtype=s.dtype, device=_array.take_device(s))])
     return _damped(values, vectors, damping)
+
+
+def floating(weights: Any, name: str) -> tuple[Array, Any]:
+    """Return a plain array in the precision to compute in, and its namespace."""
+    if not _array.is_dense(weights):
+        remedy = "convert it with numpy.asarray" if isinstance(weights, (list, tuple)) else "convert it to an array"
+        raise TypeError(
+            f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
+            f"got {type(weights).__name__}; {remedy}"
+        )
+    check_dense(weights, name, (1, 2), "a vector or a square matrix")
+    return _array.promote(weights), namespace(weights)
 
 
 def _damped(values: Array, vectors: Array, damping: float) -> Weight:
@@ -205,25 +216,20 @@ def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight |
     exponent = 0
     if isinstance(weights, Weight):
         weight = weights
-        if weight.vectors is not None:
-            check_companion(weight.vectors, A, name)
     else:
-        if not _array.is_dense(weights):
-            raise TypeError(
-                f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
-                f"got {type(weights).__name__}"
-            )
+        weights, _ = floating(weights, name)
         check_companion(weights, A, name)
-        weights = _array.detach(weights)
-        weights = namespace(weights).astype(weights, _wider(_array.working_dtype(weights), dtype, weights))
-        if weights.ndim not in (1, 2):
-            raise ValueError(f"`{name}` must be a vector or a square matrix; got shape {tuple(weights.shape)}")
+        weights = namespace(weights).astype(weights, _wider(weights.dtype, dtype, weights))
         if weights.ndim == 1:
             weight = diagonal(weights, name=name)
         else:
-            # an even power, whose root is a power of two
+            # an even power, whose root is a power of two; in the precision of A, whose rounding is the least that
+            # eigenvalues are damped by
             exponent = _exponent(weights) // 2
-            weight = matrix(_in_dtype(times_power(weights, -2 * exponent), dtype, name), name=name)
+            weight = matrix(in_dtype(times_power(weights, -2 * exponent), dtype, name), name=name)
+    for part in ("root", "vectors", "roots"):
+        if getattr(weight, part) is not None:
+            check_companion(getattr(weight, part), A, name)
     if weight.size != A.shape[axis]:
         raise ValueError(
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
@@ -233,13 +239,21 @@ def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight |
     weight = _times(weight, -more)
     if weight.root is not None:
         real = _array.real_dtype(dtype, A)
-        return replace(weight, root=namespace(weight.root).astype(weight.root, real)), exponent + more
-    vectors, roots = _in_dtype(weight.vectors, dtype, name), weight.roots
+        return replace(weight, root=_lifted(weight.root, real)), exponent + more
+    vectors, roots = in_dtype(weight.vectors, dtype, name), weight.roots
     xp = namespace(roots)
     if vectors.dtype != weight.vectors.dtype:  # raised above what rounding the vectors does to the small ones
         roots = xp.sqrt(roots**2 + 4 * weight.size * _array.unit_roundoff(dtype, A) * xp.max(roots) ** 2)
     roots = xp.astype(roots, _array.real_dtype(dtype, A))
     return replace(weight, vectors=vectors, roots=roots), exponent + more
+
+
+def _lifted(root: Array, dtype: Any) -> Array:
+    """Return roots in `dtype`, those below its normal numbers as the smallest of these: weights do not vanish."""
+    xp = namespace(root)
+    rounded = xp.astype(root, dtype)
+    least = xp.full_like(rounded, float(xp.finfo(dtype).smallest_normal))
+    return xp.where((root > 0) & (rounded < least), least, rounded)
 
 
 def _wider(own: Any, dtype: Any, like: Array) -> Any:
@@ -260,11 +274,20 @@ def _times(weight: Weight, exponent: int) -> Weight:
     return replace(weight, **{name: times_power(getattr(weight, name), exponent)})
 
 
-def _in_dtype(X: Array, dtype: Any, name: str) -> Array:
+def in_dtype(X: Array, dtype: Any, name: str) -> Array:
     xp = namespace(X)
     if xp.isdtype(X.dtype, "complex floating") and not xp.isdtype(dtype, "complex floating"):
         raise TypeError(f"`{name}` must be real for a real `A`; got dtype {X.dtype}; convert `A` to complex")
-    return xp.astype(X, dtype)
+    if X.dtype == dtype:
+        return X
+    with np.errstate(over="ignore"):
+        Y = xp.astype(X, dtype)
+    if not bool(xp.all(xp.isfinite(Y))) and bool(xp.all(xp.isfinite(X))):
+        raise ValueError(
+            f"`{name}` has entries beyond the range of {Y.dtype}, in which `A` is computed; divide it by its largest "
+            "entry, or convert `A` to double precision"
+        )
+    return Y
 
 
 def wanda(W: Array, x_norm: Array, /) -> Array:
@@ -294,6 +317,10 @@ def wanda(W: Array, x_norm: Array, /) -> Array:
     >>> wanda(np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([1.0, 10.0])).tolist()
     [[1.0, 20.0], [3.0, 5.0]]
     """
+    check_dense(W, "W")
+    check_dense(x_norm, "x_norm", (1,), "a vector")
+    check_companion(x_norm, W, "x_norm")
+    W, x_norm = _array.promote(W), _array.promote(x_norm)
     xp = namespace(W, x_norm)
     if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
         raise ValueError(

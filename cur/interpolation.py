@@ -10,6 +10,7 @@ import numpy as np
 from cur import _array
 from cur._array import Array, adjoint, convert, namespace, take, to_numpy
 from cur._certify import evaluation_rounding, leftover, measure
+from cur._entry import economical
 from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
 from cur._products import adjoint_product, columns_of, frobenius, thin
 from cur._scale import times_power
@@ -32,6 +33,7 @@ from cur.linking import Orthogonal
 __all__ = ["interpolative", "select"]
 
 
+@economical
 def interpolative(
     A: Array,
     /,
@@ -44,7 +46,7 @@ def interpolative(
     importance: Array | None = None,
     row_weights: Any = None,
     column_weights: Any = None,
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     failure_probability: float = 1e-6,
     rng: np.random.Generator | int | None = 0,
 ) -> Interpolative:
@@ -117,6 +119,7 @@ def interpolative(
             norm="fro",
             failure=failure_probability,
             certain=problem.total is not None,
+            select=select,
         )
     if side == "rows":
         skeleton, coefficients = adjoint(result.skeleton), adjoint(result.coefficients)
@@ -193,6 +196,7 @@ def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
     return relative_curve(shells, leftover(problem, frobenius(Zw), lambda: (Q.Q, Zw)))
 
 
+@economical
 def select(
     A: Array,
     /,
@@ -203,7 +207,7 @@ def select(
     importance: Array | None = None,
     row_weights: Any = None,
     column_weights: Any = None,
-    power_iterations: int = 0,
+    power_iterations: int | None = None,
     rng: np.random.Generator | int | None = 0,
 ) -> tuple[Array, Array]:
     """Choose rows and columns of a matrix without factoring it.

@@ -7,11 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from cur._array import Array, adjoint, namespace, qr, solve_triangular, take_device, to_numpy, unit_roundoff
+from cur._array import (
+    Array,
+    adjoint,
+    is_dense,
+    is_operator,
+    namespace,
+    qr,
+    solve_triangular,
+    svd,
+    take_device,
+    to_numpy,
+    unit_roundoff,
+)
+from cur._host import through_numpy
 from cur._products import adjoint_product, frobenius, thin
+from cur._validate import check_companion, check_matrix, check_promoted
 from cur._wide import Residual, Weights
 
-__all__ = ["Orthogonal", "cross", "optimal", "orthogonalise", "weighted"]
+__all__ = ["Orthogonal", "cross", "optimal", "weighted"]
 
 
 WELL = 10.0
@@ -60,15 +74,24 @@ def _condition(T: Array) -> float:
 
 def _truncated_inverse(T: Array, cutoff: float) -> Array:
     xp = namespace(T)
-    X, s, Yh = xp.linalg.svd(T, full_matrices=False)
+    X, s, Yh = svd(T)
     kept = s > cutoff * xp.max(s)
     reciprocal = xp.where(kept, 1 / xp.where(kept, s, xp.ones_like(s)), xp.zeros_like(s))
     return (adjoint(Yh) * reciprocal[None, :]) @ adjoint(X)
 
 
-def orthogonalise(X: Array) -> Orthogonal:
-    """Return the QR form of a thin matrix that may be sparse or lazy."""
-    return Orthogonal(thin(X))
+def _thin(X: Array, name: str, A: Array) -> Array:
+    """Return columns or rows of `A` as a dense array of its dtype."""
+    check_matrix(X, name)
+    if is_dense(X):
+        check_companion(X, A, name)
+    axis = 0 if name == "C" else 1
+    if is_operator(X) or X.shape[axis] != A.shape[axis]:
+        raise ValueError(
+            f"`{name}` must hold {('columns', 'rows')[axis]} of `A`, each of {A.shape[axis]} entries; "
+            f"got {type(X).__name__} of shape {tuple(X.shape)}"
+        )
+    return thin(check_promoted(X, name, A.dtype))
 
 
 def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
@@ -85,8 +108,8 @@ def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
     u = unit_roundoff(dtype, M)
     T, S = QC.T, adjoint(QR.T)
     lengths = xp.linalg.vector_norm(T, axis=0)[:, None] * xp.linalg.vector_norm(S, axis=1)[None, :]
-    X, s, Yh = xp.linalg.svd(T, full_matrices=False)
-    V, t, Zh = xp.linalg.svd(S, full_matrices=False)
+    X, s, Yh = svd(T)
+    V, t, Zh = svd(S)
     sizes = to_numpy(s), to_numpy(t)
     K = adjoint(X) @ M @ adjoint(Zh)
     entire = frobenius(K) ** 2
@@ -116,6 +139,7 @@ MEASURED = 4
 """Of these, how many are measured. The estimates were off by a factor of four, and the best was among as many."""
 
 
+@through_numpy
 def optimal(A: Array, C: Array, R: Array, /) -> Array:
     """Return ``U = C^+ A R^+``, which minimises ``||A - C U R||_F``.
 
@@ -136,10 +160,12 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     ----------
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
     """
-    QC, QR = orthogonalise(C), orthogonalise(adjoint(R))
+    A = check_promoted(A)
+    QC, QR = Orthogonal(_thin(C, "C", A)), Orthogonal(adjoint(_thin(R, "R", A)))
     return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
 
 
+@through_numpy
 def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: object, /) -> Array:
     """Return the U that minimises ``||H^(1/2) (A - C U R) G^(1/2)||_F``.
 
@@ -148,7 +174,8 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     """
     from cur.importance import as_weight
 
-    C, R = thin(C), thin(R)
+    A = check_promoted(A)
+    C, R = _thin(C, "C", A), _thin(R, "R", A)
     for axis, given in enumerate((row_weights, column_weights)):
         weight = as_weight(given, A, axis, A.dtype)
         if weight is not None:
@@ -157,6 +184,7 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     return optimal(A, C, R)
 
 
+@through_numpy
 def cross(block: Array, /) -> Array:
     """Return ``U = A[rows, columns]^+``, which reads no more of the matrix; interpolates A on the cross.
 
@@ -172,7 +200,7 @@ def cross(block: Array, /) -> Array:
     -------
     array, shape (c, r)
     """
-    block = thin(block)
+    block = thin(check_promoted(block, "block"))
     if block.shape[0] >= block.shape[1]:
         Q = Orthogonal(block)
         return Q.left_divide(adjoint(Q.Q))

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, real_dtype, take, to_numpy, unit_roundoff
+from cur._array import (
+    Array,
+    adjoint,
+    convert,
+    lu_pivots,
+    namespace,
+    promote,
+    qr,
+    real_dtype,
+    take,
+    to_numpy,
+    unit_roundoff,
+)
 from cur._validate import check_rank
 from cur.factors import Interpolative
 from cur.importance import Weight, as_weight
@@ -127,4 +139,5 @@ def _diagonal(weights: Any, A: Array) -> Array:
         if weights.root is not None:
             return xp.astype(weights.root, real) ** 2
         return xp.astype(xp.sum(xp.abs(weights.vectors * weights.roots[None, :]) ** 2, axis=1), real)
+    weights = promote(weights)
     return xp.astype(xp.abs(xp.linalg.diagonal(weights) if weights.ndim == 2 else weights), real)

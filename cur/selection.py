@@ -8,24 +8,28 @@ only some selectors look at. To choose columns, hand over the basis of the row s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 
 from cur._array import (
     Array,
     adjoint,
     convert,
+    is_dense,
     is_sparse,
     lu_pivots,
     namespace,
-    solve_triangular,
+    svd,
     take,
     to_numpy,
 )
-from cur._validate import as_generator, check_basis, check_count
+from cur._host import through_numpy
+from cur._validate import as_generator, check_basis, check_count, check_promoted
 
 __all__ = [
     "arp",
@@ -47,6 +51,7 @@ _quiet = np.errstate(invalid="ignore")
 """OpenBLAS's AVX-512 kernel of float32 matrix times vector now and then raises the flag at lanes it does not use."""
 
 
+@through_numpy
 def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by the discrete empirical interpolation method.
 
@@ -100,6 +105,7 @@ def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     return deim(basis, count)
 
 
+@through_numpy
 def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by QR with column pivoting on the adjoint of the basis; ``m count**2`` operations.
 
@@ -115,6 +121,7 @@ def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
 
 
+@through_numpy
 def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by adaptive randomised pivoting.
 
@@ -132,6 +139,7 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
 
 
+@through_numpy
 @_quiet
 def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows so that the squared error is certainly at most ``count + 1`` times the best.
@@ -154,13 +162,15 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     xp = namespace(basis)
     V = basis[:, :count]
     E = matrix - V @ (adjoint(V) @ matrix)
+    # of each row by itself: among very many rows all but a few are small
+    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * to_numpy(xp.sum(xp.abs(V) ** 2, axis=1))
     chosen: list[int] = []
     for _ in range(count):
         distance = np.array(to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)))
         residual = to_numpy(xp.sum(xp.abs(E) ** 2, axis=1))
         distance[chosen] = 0.0
         # a row within the span of the chosen ones, up to rounding, cannot serve as a pivot
-        usable = distance > np.finfo(distance.dtype).eps * distance.max(initial=0.0)
+        usable = distance > floor
         if not usable.any():
             return convert(_fill(chosen, count, basis.shape[0]), basis)
         ratio = np.full(distance.shape, np.inf)
@@ -174,37 +184,87 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     return convert(np.asarray(chosen), basis)
 
 
-def ldeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Choose more rows than there are basis vectors: DEIM first, then the largest leverage of what it leaves.
+@through_numpy
+def ldeim(
+    basis: Array,
+    count: int | None = None,
+    /,
+    *,
+    matrix: Array | None = None,
+    rng: Generator = 0,
+    vectors: int | None = None,
+) -> Array:
+    """Choose rows by DEIM on the first basis vectors, then by the largest leverage of what that leaves of them.
 
-    After the p steps of `deim`, the remaining ``count - p`` indices are those with the largest row norms of the
-    interpolation residuals of the p basis vectors.
+    After the `vectors` steps of `deim`, the remaining indices are those with the largest row norms of the residuals of
+    these vectors, each interpolated at the indices before it.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Orthonormal columns, the most important first.
+    count : int, optional
+        Number of indices, also more than p; p by default.
+    matrix, rng
+        Not used; here so that all selectors can be called alike.
+    vectors : int, optional
+        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do, or p
+        where that is less. With `count` the method is `deim`.
 
     References
     ----------
     Gidisu and Hochstenbach, "A hybrid DEIM and leverage scores based method for CUR index selection" (2022).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur.selection import deim, ldeim
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 8), 4))[0]
+    >>> deim(V).tolist(), ldeim(V).tolist(), ldeim(V, vectors=4).tolist()
+    ([7, 5, 2, 0], [7, 5, 6, 4], [7, 5, 2, 0])
     """
     check_basis(basis)
     m, p = basis.shape
     count = check_count(count, default=p, most=m, what="the rows")
-    first = deim(basis, min(count, p))
-    if count <= p:
+    usable = min(p, count)
+    vectors = check_count(
+        vectors,
+        default=-(-count // 2),
+        most=usable,
+        what="the basis vectors" if p < count else "the indices to choose",
+        name="vectors",
+    )
+    first = deim(basis, vectors)
+    if vectors == count:
         return first
-    xp = namespace(basis)
-    # rows in pivot order make LU without exchanges: basis = L U, and column j of the residual is L[:, j] U[j, j]
-    upper = convert(scipy.linalg.lu(to_numpy(take(basis, first, axis=0)))[2], basis, basis.dtype)
-    diagonal = xp.linalg.diagonal(upper)
-    scale = xp.where(diagonal == 0, xp.ones_like(diagonal), diagonal)
-    eye = xp.eye(p, dtype=basis.dtype, device=basis.device)
-    upper = upper + xp.where(diagonal == 0, xp.ones_like(diagonal), xp.zeros_like(diagonal))[:, None] * eye
-    residual = basis @ (solve_triangular(upper, eye) * scale[None, :])
+    V, xp = basis[:, :vectors], namespace(basis)
+    residual = V @ convert(_interpolation(to_numpy(take(V, first, axis=0))), basis, basis.dtype)
     scores = np.array(to_numpy(xp.sum(xp.abs(residual) ** 2, axis=1)))
     taken = to_numpy(first)
     scores[taken] = -1.0
-    rest = np.argsort(-scores, kind="stable")[: count - p]
+    rest = np.argsort(-scores, kind="stable")[: count - vectors]
     return convert(np.concatenate([taken, rest]), basis)
 
 
+def _interpolation(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the matrix T for which column j of ``V T`` is that of V, interpolated at its first j rows, less that.
+
+    `block` has the interpolated rows in the order of their pivots, so that it is L U without exchanges. Then
+    ``V U^-1`` has the residuals as columns, each divided by its pivot.
+    """
+    U = np.array(block)
+    for j in range(len(U)):
+        pivot = U[j, j]
+        if pivot == 0:  # nothing is left to interpolate
+            U[j] = 0
+            U[j, j] = 1
+            continue
+        U[j + 1 :] -= np.outer(U[j + 1 :, j] / pivot, U[j])
+        U[j] /= pivot
+    return np.asarray(scipy.linalg.solve_triangular(U, np.eye(len(U), dtype=U.dtype), unit_diagonal=True))
+
+
+@through_numpy
 def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows, without duplicates, with probability proportional to their leverage ``||basis[i, :]||**2``.
 
@@ -217,13 +277,16 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
     return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
 
 
+@through_numpy
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     norms = _row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
 
 
+@through_numpy
 def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows with probability proportional to their squared norms in `matrix`, keeping each drawn row once.
 
@@ -234,16 +297,20 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
     """
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
 
+@through_numpy
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
+    check_basis(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
 
+@through_numpy
 def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     """Add `count` rows to `indices` where the chosen rows of the basis are weakest.
 
@@ -267,13 +334,13 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     """
     check_basis(basis)
     m, p = basis.shape
-    chosen = [int(i) for i in to_numpy(indices)]
+    chosen = [int(i) for i in (to_numpy(indices) if is_dense(indices) else indices)]
     count = check_count(count, default=0, most=m - len(chosen), what="the rows that are left", least=0)
     xp = namespace(basis)
     while count > 0:
         rest = np.setdiff1d(np.arange(m), chosen)
         step = min(count, p)
-        Y = xp.linalg.svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
+        Y = svd(take(basis, convert(np.asarray(chosen), basis), axis=0), full_matrices=True)[2]
         weakest = adjoint(Y)[:, p - step :]
         # the weakest direction first, since pivots for it matter most
         candidates = xp.flip(take(basis, convert(rest, basis), axis=0) @ weakest, axis=1)
@@ -288,7 +355,8 @@ def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], i
     """Pivoted Gram-Schmidt on the rows of `V`; `choose` picks from the squared distances."""
     xp = namespace(V)
     distance = to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)).astype(np.float64)
-    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * distance.max(initial=0.0)
+    # what `count` subtractions leave of a row in the span; of each row by itself, as in `osinsky`
+    floor = count * np.finfo(to_numpy(V[:1, :1]).dtype).eps * distance
     chosen: list[int] = []
     Q = V[:0, :]
     for _ in range(count):
@@ -324,15 +392,29 @@ def _fill(chosen: list[int], count: int, m: int) -> np.ndarray[Any, Any]:
 
 
 def _row_norms(matrix: Array) -> np.ndarray[Any, Any]:
-    if is_sparse(matrix):
-        from scipy.sparse.linalg import norm as sparse_norm
-
-        return np.asarray(sparse_norm(matrix, axis=1), dtype=np.float64)
+    """Return the norms of the rows, relative to each other, at any scale."""
+    norms = _plain_norms(matrix)
+    info = namespace(matrix).finfo(matrix.dtype)
+    low, high = math.sqrt(float(info.smallest_normal)) / float(info.eps), math.sqrt(float(info.max))
+    if low < float(norms.max()) < high:
+        return norms
     xp = namespace(matrix)
-    return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
+    # squares leave the range
+    largest = float(abs(matrix).max() if is_sparse(matrix) else xp.max(xp.abs(matrix)))
+    if not 0.0 < largest < math.inf:
+        return norms
+    return _plain_norms(matrix * (1 / max(largest, float(info.smallest_normal))))
+
+
+def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
+    with np.errstate(over="ignore"):
+        if is_sparse(matrix):
+            return np.asarray(scipy.sparse.linalg.norm(matrix, axis=1), dtype=np.float64)
+        xp = namespace(matrix)
+        return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
 
 
 def _required(matrix: Array | None, name: str) -> Array:
     if matrix is None:
         raise TypeError(f"`matrix` must be given for `{name}`, which looks at the rows themselves; pass `matrix=A`")
-    return matrix
+    return check_promoted(matrix, "matrix")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
 from cur import subspace
 from cur._array import adjoint, take
 from cur._certify import evaluation_rounding
-from cur._errors import NumericalError
+from cur._errors import NumericalError, warn
 from cur._products import frobenius, pythagorean_rounding
 from cur._scale import times_power
+from cur._spectral import norm_bounds
 from cur._stream import read_blocks
-from cur._validate import check_rank
+from cur._validate import as_generator, check_choice, check_probability, check_rank
 from cur.bounds import Certificate, eta, projection_bound
 from cur.factors import CUR
 from cur.linking import Orthogonal, core
@@ -28,7 +31,15 @@ DOUBLE = 2.0**-53
 """Unit roundoff of the arithmetic of the second pass."""
 
 
-def stream_cur(blocks: Any, /, *, rank: int | tuple[int, int]) -> CUR:
+def stream_cur(
+    blocks: Any,
+    /,
+    *,
+    rank: int | tuple[int, int],
+    norm: Literal["fro", 2] = "fro",
+    failure_probability: float = 1e-6,
+    rng: np.random.Generator | int | None = 0,
+) -> CUR:
     """Factor a matrix that comes as blocks of rows, in two passes.
 
     The first pass finds the row space and the rows (`cur.subspace.stream`): its memory does not depend on the number
@@ -42,7 +53,14 @@ def stream_cur(blocks: Any, /, *, rank: int | tuple[int, int]) -> CUR:
         of rows, or a callable that returns a new iterator over the blocks. A plain iterator can be read only once and
         is refused.
     rank : int or (int, int)
-        Number of rows and columns, or (rows, columns).
+        Number of rows and columns, or (rows, columns). A rank above the numerical rank of the matrix is truncated to it
+        with a `RankWarning`.
+    norm : {"fro", 2}, default "fro"
+        Norm of the certificate. The 2-norm takes one more pass for every step of Lanczos, some twenty.
+    failure_probability : float, default 1e-6
+        Of a certificate in the 2-norm.
+    rng : Generator, int or None, default 0
+        Source of the random vectors that Lanczos begins with; nothing else is random.
 
     Returns
     -------
@@ -71,9 +89,19 @@ def stream_cur(blocks: Any, /, *, rank: int | tuple[int, int]) -> CUR:
             "`blocks` must be readable twice, and an iterator is not; pass the array, a list of blocks, or a "
             "callable that returns a new iterator each time"
         )
+    check_choice(norm, ("fro", 2), "norm")
+    check_probability(failure_probability)
+    generator = as_generator(rng)
     pair = check_rank(rank, (sys.maxsize, sys.maxsize))  # its kind now; its size when the shape is known
     found = subspace.stream(blocks, max(pair))
-    k_rows, k_columns = (min(k, found.numerical_rank()) for k in check_rank(rank, found.shape))
+    k_rows, k_columns = check_rank(rank, found.shape)
+    numerical = found.numerical_rank()
+    if max(k_rows, k_columns) > numerical:
+        warn(
+            f"rank {max(k_rows, k_columns)} was asked for, but the numerical rank is {numerical}; "
+            f"the factorization has rank {numerical}"
+        )
+        k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
     W, u = found.W[:, :k_columns], DOUBLE
     columns = deim(W)
     rows, R = found.rows[:k_rows], found.R[:k_rows]
@@ -114,11 +142,64 @@ def stream_cur(blocks: Any, /, *, rank: int | tuple[int, int]) -> CUR:
         eta_columns=eta_columns,
         projection=projection,
     )
+    if norm == 2:
+        rounding = pythagorean_rounding(found.shape, u) * total
+        factors = (times_power(_double(C), -exponent) @ U, near_R)
+        certificate = _in_2_norm(
+            blocks, exponent, factors, certificate, inner, rounding, failure_probability, generator
+        )
     return CUR(C, returned, R, rows, columns, certificate.shifted(exponent))
 
 
 def _double(X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return X.astype(np.complex128 if np.iscomplexobj(X) else np.float64, copy=False)
+
+
+def _scaled_blocks(blocks: Any, exponent: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Read the blocks in double precision, divided by a power of two."""
+    return (times_power(_double(block), -exponent) for block in read_blocks(blocks))
+
+
+def _in_2_norm(
+    blocks: Any,
+    exponent: int,
+    factors: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+    certificate: Certificate,
+    inner: float,
+    rounding: float,
+    failure: float,
+    rng: np.random.Generator,
+) -> Certificate:
+    """Return the certificate of the same factors in the 2-norm, by products with the blocks, pass after pass."""
+    left, right = factors
+    n = right.shape[1]
+
+    def gram(X: np.ndarray[Any, Any], *, residual: bool) -> np.ndarray[Any, Any]:
+        total, seen = np.zeros_like(X), 0
+        inside = right @ X
+        for block in _scaled_blocks(blocks, exponent):
+            Y, L = block @ X, left[seen : seen + block.shape[0]]
+            if residual:
+                Y = Y - L @ inside
+            total += adjoint(block) @ Y
+            if residual:
+                total -= adjoint(right) @ (adjoint(L) @ Y)
+            seen += block.shape[0]
+        return total
+
+    options: dict[str, Any] = {"is_complex": right.dtype.kind == "c", "rng": rng}
+    _, upper = norm_bounds(functools.partial(gram, residual=True), n, failure=failure, **options)
+    lower, _ = norm_bounds(functools.partial(gram, residual=False), n, failure=failure, **options)
+    value = upper + rounding + inner
+    return replace(
+        certificate,
+        norm=2,
+        value=min(value, certificate.value),
+        kind="probabilistic" if value < certificate.value else "bound",
+        failure_probability=failure if value < certificate.value else 0.0,
+        scale=max(lower - rounding, 0.0),
+        rounding=rounding + inner,
+    )
 
 
 def _collect(

@@ -15,9 +15,9 @@ import numpy as np
 from cur import _array
 from cur._array import Array, adjoint, namespace, to_numpy
 from cur._products import frobenius
-from cur._validate import check_companion, check_finite_norm, check_matrix, check_rank
+from cur._validate import check_companion, check_finite_norm, check_promoted, check_rank
 from cur.factors import Folded
-from cur.importance import Weight, as_weight
+from cur.importance import Weight, as_weight, floating, in_dtype
 
 __all__ = ["WeightedSVD", "square_errors", "weighted_svd"]
 
@@ -143,11 +143,9 @@ def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any =
 
 def prepared(A: Any) -> Array:
     """Check that a matrix is dense and finite, and bring it to the dtype to compute in."""
-    check_matrix(A)
+    A = check_promoted(A)
     if not _array.is_dense(A):
         raise TypeError(f"`A` must be a dense array; got {type(A).__name__}; use `cur.cur`, which reads slices only")
-    A = _array.detach(A)
-    A = namespace(A).astype(A, _array.working_dtype(A))
     check_finite_norm(frobenius(A), A)
     return A
 
@@ -203,6 +201,7 @@ def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
         F = checked.vectors * checked.roots[None, :]
         return F @ (adjoint(F) @ B)
     name = ("row_weights", "column_weights")[axis]
+    weights, _ = floating(weights, name)
     check_companion(weights, original, name)
     m = B.shape[0]
     if tuple(weights.shape) != (m, m):
@@ -210,8 +209,7 @@ def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, shape ({m}, {m}); "
             f"got shape {tuple(weights.shape)}"
         )
-    xp = namespace(B)
-    weights = xp.astype(_array.detach(weights), B.dtype)
+    weights = in_dtype(weights, B.dtype, name)
     size, asymmetry = frobenius(weights), frobenius(weights - adjoint(weights))
     if not math.isfinite(size):
         raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")

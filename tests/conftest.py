@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -50,3 +51,11 @@ def dense(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20250101)
+
+
+@pytest.fixture(autouse=True)
+def products_in_single(monkeypatch):
+    """What is fastest depends on the processor: in this process "auto" means float32, but where a test decides."""
+    loaded = sys.modules.get("cur.integrations.precision")
+    if loaded is not None:
+        monkeypatch.setattr(loaded, "slowdown", lambda half, threads=None: 1.0)

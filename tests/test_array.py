@@ -133,3 +133,36 @@ def test_exchanges_become_positions(rng):
         order[[i, j]] = order[[j, i]]
     assert _array._exchange(exchanges, 5, 5).tolist() == order.tolist()
     assert len(_array.lu_pivots(X)) == 5
+
+
+DEGENERATE = {
+    "ones": lambda m, n, rng: np.ones((m, n)),
+    "zeros": lambda m, n, rng: np.zeros((m, n)),
+    "repeated columns": lambda m, n, rng: np.repeat(rng.standard_normal((m, 1)), n, axis=1),
+    "few columns": lambda m, n, rng: rng.standard_normal((m, 3))[:, rng.integers(0, 3, n)],
+    "rank two": lambda m, n, rng: rng.standard_normal((m, 2)) @ rng.standard_normal((2, n)),
+    "zeros and ones": lambda m, n, rng: rng.integers(0, 2, (m, n)).astype(float),
+    "tiny": lambda m, n, rng: np.full((m, n), 1e-30),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("shape", [(20, 20), (20, 7), (64, 32), (7, 7), (31, 2)])
+def test_factors_of_degenerate_matrices_are_finite_and_right(dtype, kind, shape, rng):
+    """Of torch above all, whose QR of complex matrices in single precision gives NaN for some."""
+    X = (DEGENERATE[kind](*shape, rng) * ((1 + 1j) / 2**0.5 if "complex" in dtype else 1)).astype(dtype)
+    T = torch.tensor(X)
+    tolerance = 50 * np.finfo(dtype).eps
+    size = np.linalg.norm(X.astype("complex128"))
+    for Q, R in (_array.qr(T), _array.qr(X)):
+        Q, R = to_numpy(Q), to_numpy(R)
+        np.testing.assert_allclose(Q @ R, X, atol=tolerance * size)
+        np.testing.assert_allclose(Q.conj().T @ Q, np.eye(shape[1]), atol=tolerance)
+    V, s, Wh = (to_numpy(F) for F in _array.svd(T))
+    np.testing.assert_allclose((V * s) @ Wh, X, atol=tolerance * size)
+    np.testing.assert_allclose(to_numpy(_array.svdvals(T)), s, atol=tolerance * size)
+
+
+def test_factors_of_matrices_with_nan_are_left_to_the_checks():
+    assert np.isnan(to_numpy(_array.qr(torch.full((3, 2), torch.nan))[0])).all()

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.bounds import BOUNDS, search
 from cur import bounds, cur, deim
 from cur.linking import cross, optimal
-from tests.families import orthonormal, with_spectrum
+from tests.families import orthonormal, random, with_spectrum
 
 
 def test_no_bound_fails_in_a_random_search():
@@ -251,3 +252,33 @@ def test_activations_that_are_not_known() -> None:
         bounds.layer_output_bound(-1.0)
     with pytest.raises(ValueError, match="`size` must be"):
         bounds.layer_output_bound(1.0, math.nan)
+
+
+@pytest.mark.parametrize("shape", [(900, 700), (300, 2000)])
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatch):
+    """Of 427 vectors, as long as the matrix has rows, only some are held at once, and the certificate stays."""
+    A = random(*shape, rng)
+    widths = []
+
+    def matmat(transposed, X):
+        widths.append(X.shape[1])
+        return (A.T if transposed else A) @ X
+
+    operator = scipy.sparse.linalg.LinearOperator(
+        shape,
+        matvec=lambda x: A @ x,
+        rmatvec=lambda x: A.T @ x,
+        matmat=lambda X: matmat(False, X),
+        rmatmat=lambda X: matmat(True, X),
+        dtype=float,
+    )
+    whole = cur(operator, rank=4)
+    assert max(widths) >= min(300, shape[0])
+    widths.clear()
+    monkeypatch.setattr("cur._certify.BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("cur._certify.LEAST_AT_ONCE", at_once)
+    result = cur(operator, rank=4)
+    assert max(widths) <= max(at_once, 14)
+    assert np.linalg.norm(A - result.toarray()) <= result.certificate.value * (1 + 1e-12)
+    assert result.certificate.value == pytest.approx(whole.certificate.value, rel=0.2)

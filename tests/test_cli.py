@@ -132,7 +132,7 @@ def test_version() -> None:
 
 
 def test_python_m_cur() -> None:
-    out, _ = (child := process("--version")).communicate(timeout=120)
+    out, _ = (child := process("--version")).communicate()
     assert child.returncode == 0
     assert out.startswith("cur ")
 
@@ -298,7 +298,7 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
     while "ready" not in child.stderr.readline():
         assert time.monotonic() - begin < 120
     child.send_signal(number)
-    _, errors = child.communicate(timeout=30)
+    _, errors = child.communicate()
     assert child.returncode == code
     assert "Traceback" not in errors
     assert not any(tmp_path.iterdir())
@@ -512,6 +512,7 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     assert data["parameters"] == data["report"]["after"]["parameters"] == before["parameters"]
     assert data["report"] == before["report"]
     found = json.loads((tmp_path / "int8" / "quantization.json").read_text())
+    assert found["precision"] == "float32"
     assert data["file_bytes"] < before["file_bytes"] - 0.9 * (found["before"] - found["after"])
     assert {layer["layout"] for layer in data["layers"]} == {"cur", "whole"}
     values = [
@@ -545,3 +546,40 @@ def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) ->
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     assert set(report["perplexity"]) == {"before, held-out", "after, held-out"}
     assert "Perplexity after, held-out" in done.stdout
+
+
+def test_other_libraries_say_nothing_when_they_are_imported(tmp_path: Path) -> None:
+    child = process("inspect", str(tmp_path))
+    said, errors = child.communicate()
+    assert child.returncode == 2
+    assert said == ""
+    assert errors.splitlines() == [
+        line for line in errors.splitlines() if line.startswith("Error: ") or tmp_path.name in line
+    ]
+    assert errors.startswith("Error: ")
+
+
+def test_the_precision_of_passes_is_named_and_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16"]
+    small = ["--layers", "2", "--rank", "4", *calibration]
+    for asked, used in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        out = tmp_path / asked
+        done = cur("compress", model, *small, "--precision", asked, "--out", out)
+        assert done.exit_code == 0, done.stderr
+        assert f"Products in {used}" in done.stderr.replace("products", "Products")
+        assert json.loads((out / "report.json").read_text())["precision"] == used
+        assert f"products in {used}" in (out / "README.md").read_text()
+        assert f"roducts in {used}" in (out / "report.html").read_text()
+    scored = cur("evaluate", tmp_path / "auto", *calibration, "--precision", "bfloat16", "--json")
+    assert json.loads(scored.stdout)["precision"] == "bfloat16"
+    for command in (
+        ["compress", model, *small, "--out", tmp_path / "no"],
+        ["evaluate", model],
+        ["quantize", tmp_path / "auto", "--out", tmp_path / "no"],
+        ["plan", model, *small, "--out", tmp_path / "no.json"],
+        ["heal", tmp_path / "auto", "--out", tmp_path / "no"],
+    ):
+        refused = cur(*command, "--precision", "half")
+        assert refused.exit_code == 2
+        assert "`precision` must be one of" in refused.stderr
+        assert not list(tmp_path.glob("no*"))

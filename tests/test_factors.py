@@ -14,7 +14,7 @@ from cur import CUR, Folded, Interpolative, cur, interpolative
 from cur._array import lu_pivots
 from cur._dominant import LARGEST
 from cur.ranks import parameters
-from tests.backends import to_numpy
+from tests.backends import BACKENDS, to_numpy, use
 from tests.families import geometric, random
 
 FORMS = {
@@ -29,6 +29,13 @@ FORMS = {
 @pytest.fixture(params=FORMS)
 def form(request):
     return FORMS[request.param]
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name not in ("jax", "jax-x64", "cupy")])
+def light(request):
+    """The libraries that compile nothing."""
+    with use(request.param) as found:
+        yield found
 
 
 @pytest.fixture
@@ -68,11 +75,23 @@ KEYS = (
     (slice(2, 9, 3), slice(None)),
     (5, slice(1, 4)),
     (slice(None), 7),
-    ([4, 0, 4], [1, 15]),
+    (slice(None, None, 5), [1, 15]),
+    ([4, 0, 4], slice(3)),
+    np.ix_([4, 0, 4], [1, 15]),
+    ([4, 0, 4], [1, 15, 1]),
+    ([[4, 0], [1, 2]], [1, 15]),
+    ([[3], [5], [7]], 2),
+    (slice(1, 3), [[3, 5], [0, 1]]),
     (np.arange(24) % 2 == 0, 3),
+    np.add.outer(np.arange(24), np.arange(16)) % 5 == 0,
     7,
     slice(3, 5),
+    [2, 9],
+    ...,
+    (..., 4),
+    (4, ...),
     (slice(0, 0), slice(None)),
+    (np.arange(0), np.arange(0)),
 )
 
 
@@ -80,13 +99,7 @@ def test_slices_are_those_of_the_product(form, backend, A):
     F = form(backend.asarray(A.astype(backend.dtype(A.dtype.name))))
     B = to_numpy(F.toarray())
     for key in KEYS if backend.name != "dask" else KEYS[1:3]:
-        full = key if isinstance(key, tuple) else (key, slice(None))
-        rows, columns = (np.arange(n)[k] for k, n in zip(full, B.shape, strict=True))
-        expected = B[np.ix_(np.atleast_1d(rows), np.atleast_1d(columns))]
-        if np.ndim(rows) == 0:
-            expected = expected[0]
-        if np.ndim(columns) == 0:
-            expected = expected[..., 0]
+        expected = B[key]
         found = to_numpy(F[key])
         assert found.shape == expected.shape, key
         np.testing.assert_allclose(found, expected, atol=1e-12 if backend.precise else 1e-5)
@@ -98,6 +111,10 @@ def test_bad_indices(form, A):
         F[24, 0]
     with pytest.raises(IndexError, match="two dimensions; got 3 indices"):
         F[0, 0, 0]
+    with pytest.raises(IndexError, match="two dimensions; got 2 indices"):
+        F[0, None]
+    with pytest.raises(IndexError, match=r"as in NumPy; got shapes \(3,\) and \(2,\); use numpy.ix_ for a block"):
+        F[[4, 0, 4], [1, 15]]
 
 
 def test_counts(form, A):
@@ -247,3 +264,112 @@ def test_cur_unpacks(A):
     F = cur(A, rank=5)
     C, U, R = F
     assert (C is F.C, U is F.U, R is F.R, len(F)) == (True, True, True, 3)
+
+
+def test_numpy_sees_the_matrix_and_not_its_factors(form, light, rng):
+    """A square one above all, whose factors would stack to an array of three."""
+    A = (random(6, 6, rng) + 0.1j * random(6, 6, rng)).astype(light.dtype("complex128"))
+    for rank in (6, 5):
+        F = cur(light.asarray(A), rank=6) if rank == 6 else form(light.asarray(A))
+        B = to_numpy(F.toarray())
+        found = np.asarray(F)
+        assert (found.shape, found.dtype, F.ndim) == ((6, 6), A.dtype, 2)
+        np.testing.assert_array_equal(found, B)
+        assert np.asarray(F, dtype=np.complex64).dtype == np.complex64
+        assert np.allclose(F, B)
+        np.testing.assert_allclose(np.linalg.norm(F), np.linalg.norm(B))
+        assert not np.shares_memory(np.array(F), np.asarray(F))
+        with pytest.raises(ValueError, match="`copy` must not be False"):
+            np.asarray(F, copy=False)
+
+
+def test_sums_and_differences(form, light, A):
+    A = A.astype(light.dtype(A.dtype.name))
+    F = form(light.asarray(A))
+    B, tolerance = to_numpy(F.toarray()), 1e-12 if light.precise else 1e-5
+    for other in (light.companion(A), F):
+        X = A if other is not F else B
+        np.testing.assert_allclose(to_numpy(F + other), B + X, atol=tolerance)
+        np.testing.assert_allclose(to_numpy(F - other), B - X, atol=tolerance)
+    if light.name == "array-api-strict":
+        return  # its operators raise for operands they do not know
+    np.testing.assert_allclose(to_numpy(light.companion(A) - F), A - B, atol=tolerance)
+    np.testing.assert_allclose(to_numpy(light.companion(A) + F), A + B, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "dia_array", "coo_matrix"])
+def test_sparse_matrices_go_with_them(form, A, kind):
+    F, S = form(A), getattr(scipy.sparse, kind)(np.round(A, 1))
+    B, X = F.toarray(), S.toarray()
+    np.testing.assert_allclose(S - F, X - B, atol=1e-12)
+    np.testing.assert_allclose(F - S, B - X, atol=1e-12)
+    np.testing.assert_allclose(S.conj().T @ F, X.conj().T @ B, atol=1e-12)
+    np.testing.assert_allclose(F @ S.conj().T, B @ X.conj().T, atol=1e-12)
+    assert type(S.conj().T @ F) is np.ndarray
+
+
+def test_conjugates_and_adjoints(form, light, A):
+    F = form(light.asarray(A.astype(light.dtype(A.dtype.name))))
+    B = to_numpy(F.toarray())
+    tolerance = 1e-12 if light.precise else 1e-5
+    np.testing.assert_allclose(to_numpy(F.H.toarray()), B.conj().T, atol=tolerance)
+    np.testing.assert_allclose(to_numpy(F.conj().toarray()), B.conj(), atol=tolerance)
+    assert type(F.H) is type(F)
+    assert getattr(F.H, "certificate", None) == getattr(F, "certificate", None)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-10, 1.0, 1e200])
+def test_norms_from_the_factors(form, scale, A):
+    F = form(A)
+    parts = {name: getattr(F, name) for name in type(F)._numbers}
+    first = "C" if "C" in parts else "left" if "left" in parts else "skeleton"
+    F = dataclasses.replace(F, **{first: parts[first] * scale})
+    B = F.toarray() / scale
+    assert F.norm() / scale == pytest.approx(np.linalg.norm(B), rel=1e-13)
+    assert F.norm(2) / scale == pytest.approx(np.linalg.norm(B, 2), rel=1e-13)
+    assert dataclasses.replace(F, **{name: 0 * part for name, part in parts.items()}).norm() >= 0.0
+    with pytest.raises(ValueError, match="`ord` must be one of 'fro', 2; got 1"):
+        F.norm(1)
+
+
+def test_norms_in_every_library(form, light, A):
+    F = form(light.asarray(A.astype(light.dtype(A.dtype.name))))
+    assert F.norm() == pytest.approx(np.linalg.norm(to_numpy(F.toarray())), rel=1e-12 if light.precise else 1e-5)
+
+
+def test_other_dtypes(form, light, A):
+    F = form(light.asarray(A.astype(light.dtype(A.dtype.name))))
+    G = F.astype("complex64")
+    assert "complex64" in str(G.dtype)
+    np.testing.assert_allclose(to_numpy(G.toarray()), to_numpy(F.toarray()), atol=1e-5)
+    assert F.astype(F.dtype) is F
+    if G.dtype != F.dtype and hasattr(G, "certificate"):
+        assert G.certificate is None
+    for dtype in ("float32", "int64"):
+        with pytest.raises(TypeError, match="`dtype` must be floating, and complex for a complex matrix; got"):
+            F.astype(dtype)
+
+
+def test_devices(form, rng):
+    torch = pytest.importorskip("torch")
+    xp = pytest.importorskip("array_api_strict")
+    B = random(24, 16, rng)
+    F = form(torch.tensor(B))
+    assert F.to("cpu").toarray().equal(F.toarray())
+    assert all(x.is_meta for x in vars(F.to("meta")).values() if hasattr(x, "is_meta"))
+    S = form(xp.asarray(B)).to(xp.Device("device1"))
+    assert {x.device for x in vars(S).values() if hasattr(x, "device")} == {xp.Device("device1")}
+    N = form(B)
+    assert N.to("cpu") is N
+    with pytest.raises(ValueError, match="`device` must be 'cpu' for factors of NumPy, SciPy or Dask; got 'cuda'"):
+        N.to("cuda")
+    for dtype in (torch.float16, np.float32, np.dtype("f4")):
+        with pytest.raises(TypeError, match=r"`device` must be a device; got .*; use astype for a dtype"):
+            F.to(dtype)
+
+
+def test_what_would_form_the_product_in_silence_is_refused(form, A):
+    F = form(A)
+    for function in (lambda: 2 * F, lambda: F * A, lambda: np.abs(F), lambda: F / 2, lambda: np.exp(F)):
+        with pytest.raises(TypeError):
+            function()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 from scipy.linalg import sqrtm
 
-from cur import cur, importance, interpolative
+from cur import cur, importance, interpolative, own_inputs, own_rows, select
+from cur.truncation import weighted_svd
 from tests.backends import to_numpy
 from tests.families import orthonormal, random
 
@@ -191,3 +193,88 @@ def test_bad_weights(weights, error, text, rng):
         cur(A.T, rank=2, row_weights=weights)
     with pytest.raises(error, match=text.replace("column", "row")):
         interpolative(A.T, rank=2, row_weights=weights, side="rows")
+
+
+@pytest.mark.parametrize("made", ["float16", "float32", "float64", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("used", ["float32", "float64", "complex64"])
+@pytest.mark.parametrize("kind", ["diagonal", "matrix", "factor"])
+def test_weights_of_any_dtype_serve_matrices_of_any_other(dense, made, used, kind, rng):
+    """And the factors come in the dtype of the matrix."""
+    if dense.name.startswith("jax") and (made, used) not in (("int64", "float32"), ("float16", "complex64")):
+        pytest.skip("two pairs are enough for what JAX compiles")
+    if dense.name == "array-api-strict" and made == "float16":
+        pytest.skip("the standard has no half precision")
+    A = random(24, 16, rng).astype(dense.dtype(used))
+    w = (rng.integers(0, 2 if made == "bool" else 5, 16)).astype(float)
+    given = {"diagonal": w, "matrix": np.diag(w), "factor": np.diag(w)}[kind]
+    X = dense.asarray(given.astype(np.float32 if made == "float16" and dense.name == "jax" else made))
+    weight = getattr(importance, kind)(X)
+    for result in (
+        cur(dense.asarray(A), rank=4, column_weights=weight),
+        interpolative(dense.asarray(A), rank=4, column_weights=weight),
+    ):
+        assert all(str(f.dtype).endswith(A.dtype.name) for f in result.factors)
+        E = A - np.linalg.multi_dot([to_numpy(f) for f in result.factors])
+        G = np.diag(w**2 if kind == "factor" else w)
+        # what a matrix of half or single precision is damped by
+        assert weighted_norm(E, G=G) <= result.certificate.value * 1.001
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "matrix", "factor"])
+def test_weights_of_another_library_are_refused(kind, rng):
+    torch = pytest.importorskip("torch")
+    A, w = random(24, 16, rng), np.linspace(0.1, 1, 16)
+    given = w if kind == "diagonal" else np.diag(w)
+    pairs = (
+        (A, torch.tensor(given)),
+        (torch.tensor(A), given),
+        (scipy.sparse.csr_array(A), torch.tensor(given)),
+    )
+    for matrix, other in pairs:
+        for driver in (cur, interpolative, select):
+            with pytest.raises(TypeError, match="`column_weights` must be an array of the same library as `A`"):
+                driver(matrix, rank=2, column_weights=getattr(importance, kind)(other))
+
+
+@pytest.mark.parametrize("make", [importance.diagonal, importance.matrix, importance.factor, "driver"])
+def test_what_is_no_plain_array_of_weights(make, rng):
+    A = random(24, 16, rng)
+    w = np.linspace(0, 1, 16)
+    given = w if make in (importance.diagonal, "driver") else np.diag(w)
+    function = (lambda x: cur(A, rank=3, column_weights=x)) if make == "driver" else make
+    name = "column_weights" if make == "driver" else "weights"
+    with pytest.raises(TypeError, match=f"`{name}` must be a plain array; got MaskedArray"):
+        function(np.ma.masked_greater(given, 0.5))
+    with pytest.raises(TypeError, match=f"`{name}` must be an array .*; got list; convert it with numpy.asarray"):
+        function(given.tolist())
+    with pytest.raises(TypeError, match=f"`{name}` must hold real or complex numbers"):
+        function(given.astype(str))
+    with pytest.raises(ValueError, match=f"`{name}` must be .* and not empty"):
+        function(given[:0])
+
+
+def test_weights_beyond_the_range_of_the_matrix(rng):
+    A = random(24, 16, rng).astype(np.float32)
+    with pytest.raises(ValueError, match=r"`column_weights` has entries beyond the range of float32.*divide it by its"):
+        cur(A, rank=3, column_weights=np.full(16, 1e80))
+    with pytest.raises(ValueError, match="`row_weights` has entries beyond the range of float32"):
+        cur(A, rank=3, row_weights=np.eye(24) * 1e39)
+
+
+def test_weights_of_complex_entries_keep_them(rng):
+    A, G = random(24, 16, rng), moments(16, 40, rng, is_complex=True)
+    for function in (weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+        with pytest.raises(TypeError, match="`column_weights` must be real for a real `A`"):
+            function(A, column_weights=G)
+    for function in (weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+        with pytest.raises(TypeError, match="`row_weights` must be real for a real `A`"):
+            function(A, row_weights=moments(24, 40, rng, is_complex=True))
+
+
+def test_wanda_of_integers_and_lists(rng):
+    W = np.array([[-128, 2], [3, 4]], dtype=np.int8)
+    np.testing.assert_array_equal(importance.wanda(W, np.array([1, 2])), [[128, 4], [3, 8]])
+    with pytest.raises(TypeError, match="`W` must be a dense array; got list"):
+        importance.wanda(W.tolist(), np.ones(2))
+    with pytest.raises(TypeError, match="`x_norm` must be a plain array; got MaskedArray"):
+        importance.wanda(W, np.ma.masked_greater(np.ones(2), 0))

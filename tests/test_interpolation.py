@@ -7,9 +7,10 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 
-from cur import RankWarning, interpolative, select
-from tests.backends import to_numpy
-from tests.families import DTYPES, FAMILIES, cast, frobenius, hilbert, random, remainder
+from cur import RankWarning, cur, interpolative, select, selection
+from cur._problem import SELECTORS
+from tests.backends import to_numpy, use
+from tests.families import DTYPES, FAMILIES, cast, frobenius, geometric, hilbert, random, remainder
 
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-10, 1e-12])
@@ -97,3 +98,37 @@ def test_rank_must_be_one_number(rng):
         interpolative(random(8, 5, rng), rank=(2, 3))
     with pytest.raises(ValueError, match="`side` must be one of 'rows', 'columns'; got 'left'"):
         interpolative(random(8, 5, rng), rank=2, side="left")
+
+
+@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_select_gives_the_indices_of_the_driver_at_every_scale(method, dtype, rng):
+    A = (geometric(60, 40, rng) * (1 + 1j if dtype == "complex64" else 1)).astype(dtype)
+    expected = [to_numpy(i).tolist() for i in select(A, rank=5, method=method)]
+    kinds = ("numpy", "torch", "array-api-strict", "dask", "sparse", "operator")
+    kinds = kinds if method in ("deim", "norm") else kinds[:1]
+    powers = {"float32": (-90, 90), "float64": (-900, 900), "complex64": (-90, -70)}[dtype]
+    for power in powers:
+        B = A * A.real.dtype.type(2.0**power)
+        with np.errstate(under="ignore"):
+            driver = cur(B, rank=5, select=method)
+        assert [driver.rows.tolist(), driver.columns.tolist()] == expected
+        for kind in kinds:
+            if (kind, method) == ("operator", "norm"):
+                continue  # it shows no entries
+            with use(kind) as backend:
+                found = select(backend.asarray(B), rank=5, method=method, subspace="randomised")
+            assert [to_numpy(i).tolist() for i in found] == expected, (kind, power)
+
+
+@pytest.mark.parametrize("name", ["norm", "cmd"])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "array-api-strict", "dask", "sparse"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_selectors_by_norms_at_every_scale(name, kind, dtype, rng):
+    A = (FAMILIES["outliers"](30, 20, rng).T).astype(dtype)
+    basis = np.linalg.qr(random(20, 3, rng))[0]
+    expected = getattr(selection, name)(basis, 3, matrix=A).tolist()
+    for power in (-1000, -600, 600, 990) if dtype == "float64" else (-100, -75, 75, 100):
+        with use(kind) as backend:
+            found = getattr(selection, name)(backend.companion(basis), 3, matrix=backend.asarray(np.ldexp(A, power)))
+        assert to_numpy(found).tolist() == expected, power

@@ -92,3 +92,13 @@ def test_weighted_core_of_sparse_matrices(rng):
     S = scipy.sparse.csr_array(A)
     found = linking.weighted(S, S[:, :4], S[:5], F @ F.T, None)
     np.testing.assert_allclose(found, linking.weighted(A, A[:, :4], A[:5], F @ F.T, None), rtol=1e-8)
+
+
+def test_slices_of_another_library_are_refused(rng):
+    torch = pytest.importorskip("torch")
+    A = random(8, 6, rng)
+    for matrix, C, R in ((A, torch.tensor(A[:, :2]), A[:2]), (torch.tensor(A), torch.tensor(A[:, :2]), A[:2])):
+        name = "C" if matrix is A else "R"
+        for function in (linking.optimal, lambda *args: linking.weighted(*args, None, None)):
+            with pytest.raises(TypeError, match=f"`{name}` must be an array of the same library as `A`"):
+                function(matrix, C, R)

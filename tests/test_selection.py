@@ -10,9 +10,9 @@ import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur import bounds, deim, selection
+from cur import bounds, cur, deim, selection
 from tests.backends import to_numpy
-from tests.families import orthonormal, random
+from tests.families import FAMILIES, orthonormal, random
 
 SELECTORS = [getattr(selection, name) for name in selection.__all__ if name != "oversample"]
 
@@ -144,19 +144,62 @@ def test_arp_follows_the_squared_distances():
     assert counts[2] == 0
 
 
-def test_ldeim_begins_with_deim_and_goes_beyond_the_basis(rng):
-    V = orthonormal(40, 5, rng)
-    chosen = selection.ldeim(V, 12)
-    assert chosen[:5].tolist() == deim(V).tolist()
-    assert len(set(chosen.tolist())) == 12
-    # the residual of each basis vector after interpolation at the indices before it
-    rows = chosen[:5]
-    residual = np.stack(
-        [V[:, j] - V[:, :j] @ np.linalg.solve(V[rows[:j], :j], V[rows[:j], j]) for j in range(5)], axis=1
-    )
-    scores = np.linalg.norm(residual, axis=1)
-    scores[rows] = -1
-    assert chosen[5:].tolist() == np.argsort(-scores, kind="stable")[:7].tolist()
+def textbook_ldeim(V: np.ndarray, count: int, vectors: int) -> list[int]:
+    """Gidisu and Hochstenbach's method as they wrote it down: DEIM overwrites the vectors, then rows are ranked."""
+    U = V[:, :vectors].copy()
+    chosen: list[int] = []
+    for j in range(vectors):
+        chosen.append(int(np.argmax(np.abs(U[:, j]))))
+        later = U[:, j + 1 :]
+        later -= U[:, : j + 1] @ np.linalg.solve(U[chosen, : j + 1], later[chosen])
+    ranked = np.argsort(-np.linalg.norm(U, axis=1), kind="stable")
+    return chosen + [int(i) for i in ranked if i not in chosen][: count - vectors]
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize(
+    ("count", "vectors"), [(1, None), (6, None), (7, None), (12, None), (30, None), (9, 2), (9, 9)]
+)
+def test_ldeim_is_the_textbook_method(count, vectors, is_complex, rng):
+    V = orthonormal(40, 9, rng, is_complex=is_complex)
+    used = min(-(-count // 2), 9) if vectors is None else vectors
+    assert selection.ldeim(V, count, vectors=vectors).tolist() == textbook_ldeim(V, count, used)
+
+
+@pytest.mark.parametrize("k", [3, 8, 15])
+def test_ldeim_of_a_factorization_uses_half_the_vectors(k, rng):
+    A = FAMILIES["geometric"](60, 40, rng)
+    V, _, Wh = np.linalg.svd(A, full_matrices=False)
+    found = cur(A, rank=k, select="ldeim", subspace="exact")
+    assert found.rows.tolist() == textbook_ldeim(V, k, -(-k // 2))
+    assert found.columns.tolist() == textbook_ldeim(Wh.T, k, -(-k // 2))
+    assert found.rows.tolist() != deim(V[:, :k]).tolist()
+
+
+def test_ldeim_in_every_library(dense, rng):
+    V = orthonormal(30, 6, rng)
+    assert to_numpy(selection.ldeim(dense.asarray(V), 10)).tolist() == selection.ldeim(V, 10).tolist()
+
+
+def test_ldeim_of_vectors_that_interpolation_exhausts():
+    V = np.zeros((6, 3))
+    V[0, 0] = V[1, 1] = 1.0
+    chosen = selection.ldeim(V, 5, vectors=3)
+    assert sorted(set(chosen.tolist())) == sorted(chosen.tolist())
+    with pytest.raises(ValueError, match="`vectors` must be between 1 and 3, the number of the basis vectors; got 4"):
+        selection.ldeim(V, 5, vectors=4)
+
+
+@pytest.mark.parametrize("name", ["qdeim", "arp", "osinsky"])
+def test_small_rows_count_beside_a_large_one(name, rng):
+    """Among very many rows each is below the roundoff of a single large one."""
+    m = 300
+    V = np.zeros((m, 3), dtype=np.float32)
+    V[5, 0] = 1.0
+    V[100:, 1:] = 1e-5 * rng.standard_normal((200, 2))
+    chosen = getattr(selection, name)(V, matrix=V).tolist()
+    assert chosen[0] == 5
+    assert min(chosen[1:]) >= 100
 
 
 def test_oversampling_lowers_eta(rng):
@@ -218,7 +261,7 @@ def test_osinsky_refuses_sparse_matrices(rng):
     ("basis", "error", "text"),
     [
         ([[1.0]], TypeError, "`basis` must be a dense array; got list"),
-        (np.ones(3), ValueError, r"`basis` must have two dimensions and no empty one; got shape \(3,\)"),
+        (np.ones(3), ValueError, r"`basis` must be a matrix, and not empty; got shape \(3,\)"),
         (np.ones((3, 0)), ValueError, r"got shape \(3, 0\)"),
         (np.ones((3, 2), dtype=int), TypeError, "`basis` must hold floating-point numbers; got dtype int64"),
         (np.full((3, 2), np.nan), ValueError, "`basis` must be finite"),

@@ -11,7 +11,7 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cur import stream_cur
+from cur import RankWarning, stream_cur
 from tests.families import FAMILIES, frobenius, geometric, remainder
 
 
@@ -64,6 +64,19 @@ def test_memory_does_not_grow_with_the_rows(rng):
     peak(20)
     extra = peak(200) - peak(20)
     assert extra < 180 * 50 * 4 * 8 * 10 < 180 * 50 * 300 * 8 / 5
+
+
+def test_rank_above_the_numerical_rank_warns(rng):
+    A = FAMILIES["rank_deficient"](60, 20, rng)
+    with pytest.warns(RankWarning, match="rank 15 was asked for, but the numerical rank is 10") as caught:
+        result = stream_cur([A[:25], A[25:]], rank=15)
+    assert [w.filename for w in caught] == [__file__]
+    assert result.rank == 10
+
+
+def test_long_columns_in_single_precision_keep_their_rank(rng):
+    A = (rng.standard_normal((200_000, 4)) * [1, 1e-1, 1e-3, 1e-4]).astype(np.float32)
+    assert stream_cur(A, rank=4).rank == 4
 
 
 def test_what_cannot_be_read_twice_is_refused():

@@ -11,9 +11,9 @@ import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cur import NumericalError, subspace
-from tests.backends import to_numpy
-from tests.families import FAMILIES, geometric, with_spectrum
+from cur import NumericalError, cur, subspace
+from tests.backends import to_numpy, use
+from tests.families import FAMILIES, geometric, orthonormal, with_spectrum
 
 
 def lost(A, basis):
@@ -75,15 +75,72 @@ def test_lanczos_finds_the_singular_vectors(rng):
         subspace.lanczos(S.toarray(), 3)
 
 
-def test_lanczos_on_a_matrix_without_directions():
-    with pytest.raises(NumericalError, match=r"use subspace='randomised'"):
-        subspace.lanczos(scipy.sparse.csr_array((30, 20)), 3)
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (5, 5), (2, 2), (40, 1), (1, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("family", ["random", "zero", "flat", "rank_deficient", "repeated_columns"])
+def test_lanczos_at_every_rank_and_scale(shape, dtype, family, rng):
+    A = FAMILIES[family](*shape, rng) * (1 - 1j if "complex" in dtype else 1)
+    for scale in (1.0, 1e-30, 1e30) if dtype in ("float32", "complex64") else (1.0, 1e-200, 1e150):
+        B = (A * scale).astype(dtype)
+        expected = np.linalg.svd(A)[1]
+        for rank in range(1, min(shape) + 1):
+            for S in (scipy.sparse.csr_array(B), scipy.sparse.linalg.aslinearoperator(B)):
+                found = subspace.lanczos(S, rank)
+                tolerance = 100 * np.finfo(dtype).eps
+                np.testing.assert_allclose(found.V.conj().T @ found.V, np.eye(rank), atol=tolerance)
+                np.testing.assert_allclose(found.s[:rank] / scale, expected[:rank], atol=tolerance**0.75)
+
+
+def test_lanczos_that_does_not_converge(monkeypatch, rng):
+    def fail(*args, **options):
+        raise scipy.sparse.linalg.ArpackNoConvergence("no convergence", [], [])
+
+    monkeypatch.setattr(scipy.sparse.linalg, "svds", fail)
+    with pytest.raises(NumericalError, match=r"Lanczos did not converge for `rank` 3: .*; use subspace='randomised'"):
+        subspace.lanczos(scipy.sparse.csr_array(geometric(30, 20, rng)), 3)
 
 
 def test_numerical_rank(rng):
-    assert subspace.exact(FAMILIES["rank_deficient"](30, 20, rng), 20).numerical_rank() == 10
-    assert subspace.exact(np.zeros((5, 4)), 4).numerical_rank() == 1
-    assert subspace.exact(np.eye(7), 2).numerical_rank() == 7
+    A = FAMILIES["rank_deficient"](30, 20, rng)
+    for matrix, rank, expected in ((A, 20, 10), (A, 7, 10), (np.zeros((5, 4)), 4, 1), (np.eye(7), 5, 7)):
+        assert subspace.exact(matrix, rank).numerical_rank(matrix) == expected
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(120_000, 6), (6, 120_000), (700, 400)])
+def test_long_sides_in_single_precision_hide_no_directions(name, shape, rng):
+    """Singular values of 1e-5 of the largest are not rounding, however long the columns are."""
+    with use(name) as backend:
+        left, right = (orthonormal(side, 6, rng) for side in shape)
+        A = backend.asarray(((left * np.logspace(0, -5, 6)) @ right.T).astype(np.float32))
+        for method in (subspace.exact, subspace.randomised):
+            assert method(A, 6).numerical_rank(A) == 6
+        if shape[0] >= shape[1]:
+            found = subspace.stream([to_numpy(A)[i : i + 50_000] for i in range(0, shape[0], 50_000)], 6)
+            assert found.numerical_rank() == 6
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(120_000, 6), (6, 120_000), (250, 200)])
+def test_roundings_that_agree_are_no_directions(name, shape, dtype, rng):
+    """Repeated rows, columns and constants, which are where LAPACK's long sums are most biased."""
+    m, n = shape
+    few = rng.uniform(size=(m, 2))
+    with use(name) as backend:
+        for rank, A in (
+            (1, np.full(shape, 0.1)),
+            (1, np.tile(rng.uniform(size=(1, n)), (m, 1))),
+            (1, np.tile(rng.uniform(size=(m, 1)), (1, n))),
+            (2, few[:, np.arange(n) % 2]),
+            (2, few @ rng.uniform(size=(2, n))),
+        ):
+            matrix = backend.asarray(A.astype(dtype))
+            for method in (subspace.exact, subspace.randomised):
+                assert method(matrix, 5).numerical_rank(matrix) == rank
+            if m >= n and name == "numpy":
+                parts = [A[i : i + m // 3].astype(dtype) for i in range(0, m, m // 3)]
+                assert subspace.stream(parts, 5).numerical_rank() == rank
 
 
 @pytest.mark.parametrize("kind", ["sparse", "operator", "dask"])
@@ -155,3 +212,32 @@ def test_sources_of_a_stream_agree(tmp_path, rng):
 def test_bad_streams(blocks, error, text):
     with pytest.raises(error, match=text):
         subspace.stream(blocks, 2)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "operator"])
+@pytest.mark.parametrize("shape", [(4000, 1200), (700, 2500)])
+def test_flat_spectra_are_iterated_on(kind, shape, rng):
+    """Without, columns and rows of a sparse random matrix are as good as drawn at random."""
+    S = scipy.sparse.random_array(shape, density=4e-3, rng=rng, format="csr", data_sampler=rng.standard_normal)
+    A = S if kind == "sparse" else scipy.sparse.linalg.aslinearoperator(S)
+    size = np.linalg.norm(S.data)
+
+    def kept(**options):
+        C, U, R = cur(A, rank=25, **options).factors
+        return 1 - (np.linalg.norm(S.toarray() - (C @ U) @ R) / size) ** 2
+
+    assert kept() == kept(power_iterations=4, rng=_after_a_sketch(shape[1], 35)) > 1.3 * kept(power_iterations=0)
+    assert subspace.randomised(A, 25).is_flat()
+
+
+def _after_a_sketch(n, width):
+    rng = np.random.default_rng(0)
+    rng.standard_normal((n, width))
+    return rng
+
+
+@pytest.mark.parametrize("family", ["geometric", "slow_decay", "low_rank_plus_noise", "rank_deficient"])
+def test_decaying_spectra_are_not_flat(family, rng):
+    A = scipy.sparse.csr_array(FAMILIES[family](400, 300, rng))
+    assert not subspace.randomised(A, 12).is_flat()
+    assert not subspace.randomised(np.eye(20), 15).is_flat()

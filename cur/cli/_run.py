@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
+import logging
 import math
 import os
 import signal
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
@@ -142,6 +145,7 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
         signal.signal(signal.SIGTERM, _terminated)
         try:
             _quiet()
+            _load()
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             note.print("Interrupted; nothing was left half-written.")
@@ -167,6 +171,20 @@ def _sentence(error: BaseException) -> str:
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)  # unwinds, so that temporary directories go
+
+
+def _load() -> None:
+    """Import what the commands need; what other libraries say meanwhile is of no use to those who type a command."""
+    disabled, show = logging.root.manager.disable, warnings.showwarning
+    # Not standard error: handlers that are made meanwhile would go on writing to what stands in for it.
+    logging.disable(logging.WARNING)
+    warnings.showwarning = lambda *_, **__: None
+    try:
+        with redirect_stdout(io.StringIO()):
+            import cur.integrations  # noqa: F401
+    finally:
+        warnings.showwarning = show
+        logging.disable(disabled)
 
 
 def _quiet() -> None:

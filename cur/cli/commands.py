@@ -34,6 +34,7 @@ from cur.integrations.inspect import summarize
 from cur.integrations.models import LoadedModel, load_model
 from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
+from cur.integrations.precision import Precision, check
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.statistics import Statistics
@@ -60,6 +61,7 @@ def run_compress(
     source: Source,
     held_out: HeldOut | None,
     dtype: str,
+    precision: str,
     device: str,
     low_memory: bool | None,
     overwrite: bool,
@@ -67,6 +69,7 @@ def run_compress(
 ) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
     check_target(out, overwrite=overwrite)
+    check(precision)
     kind, where = _dtype(dtype), place(device)
     asked = Plan.load(how) if isinstance(how, Path) else how
     if block_by_block(model, low_memory, kind):
@@ -78,6 +81,7 @@ def run_compress(
             held_out=None if held_out is None else held_out.read,
             stats=source.stats,
             dtype=kind,
+            precision=precision,
             device=device,
             overwrite=overwrite,
         )
@@ -93,16 +97,19 @@ def run_compress(
                 asked.check(loaded.model)
             given = source.batches(loaded.tokenizer)
             judged = None if held_out is None else held_out.read(loaded.tokenizer)
+        passes = _passes(loaded, precision)
         if judged is not None:
             watch = bar.of("before", len(judged))
-            perplexities["before, held-out"] = perplexity(loaded.model, judged, progress=watch).value
-        statistics, plan, given = _decide(loaded, asked, given, source.stats, clock, bar)
+            before = perplexity(loaded.model, judged, precision=passes, progress=watch)
+            perplexities["before, held-out"] = before.value
+        statistics, plan, given = _decide(loaded, asked, given, source.stats, passes, clock, bar)
         if isinstance(asked, Plan) and asked.calibration not in (None, statistics.text_hash):
             note.print("The calibration text is another than the one that the plan was made from.")
-        report = carry_out_(loaded.model, plan, statistics, text=given, clock=clock, progress=bar)
+        report = carry_out_(loaded.model, plan, statistics, text=given, precision=passes, clock=clock, progress=bar)
         if judged is not None:
             watch = bar.of("after", len(judged))
-            perplexities["after, held-out"] = perplexity(loaded.model, judged, progress=watch).value
+            after = perplexity(loaded.model, judged, precision=passes, progress=watch)
+            perplexities["after, held-out"] = after.value
         report = replace(report, perplexity=perplexities)
         with bar.busy("Saving"):
             target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
@@ -130,16 +137,18 @@ def run_plan(
     *,
     source: Source,
     dtype: str,
+    precision: str,
     as_json: bool,
 ) -> None:
     """Run `cur plan`."""
     if out.is_dir():
         raise ValueError(f"{out} is a directory; name the JSON file to write")
+    check(precision)
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(model, dtype=_dtype(dtype))
             given = source.batches(loaded.tokenizer)
-        _, plan, _ = _decide(loaded, config, given, source.stats, Clock(), bar)
+        _, plan, _ = _decide(loaded, config, given, source.stats, _passes(loaded, precision), Clock(), bar)
     plan.save(out)
     if as_json:
         print(json.dumps(plan.to_dict()))
@@ -153,6 +162,7 @@ def _decide(
     asked: CompressConfig | BudgetConfig | Plan,
     given: list[Any],
     stats: Path | None,
+    precision: str,
     clock: Clock,
     bar: Stages,
 ) -> tuple[Statistics, Plan, list[Any]]:
@@ -164,15 +174,15 @@ def _decide(
         own = 0.0
         if not isinstance(asked, CompressConfig) and (asked.correction > 0 or not known):
             share = asked.own_text if earlier is None else earlier.own_text
-            given, own = with_own_text(model, given, share, seed=asked.seed, progress=bar)
+            given, own = with_own_text(model, given, share, seed=asked.seed, precision=precision, progress=bar)
         if earlier is not None:
             statistics = earlier
             statistics.check(model)
         else:
             if isinstance(asked, Plan):
-                statistics = measure_plan(model, given, asked, progress=bar)
+                statistics = measure_plan(model, given, asked, precision=precision, progress=bar)
             else:
-                statistics = measure(model, given, asked, own_text=own, progress=bar)
+                statistics = measure(model, given, asked, own_text=own, precision=precision, progress=bar)
             if stats is not None:
                 statistics.save(stats)
     with clock.stage("plan"):
@@ -199,9 +209,10 @@ def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwr
     output.print(f"Saved to {out}.")
 
 
-def run_quantize(directory: Path, out: Path, *, source: Source, overwrite: bool, as_json: bool) -> None:
+def run_quantize(directory: Path, out: Path, *, source: Source, precision: str, overwrite: bool, as_json: bool) -> None:
     """Run `cur quantize`."""
     check_target(out, overwrite=overwrite)
+    check(precision)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
         raise ValueError(f"{directory} is rounded to int8 already; start from what it was made from")
     with bars() as bar:
@@ -209,7 +220,8 @@ def run_quantize(directory: Path, out: Path, *, source: Source, overwrite: bool,
             loaded = _load_stored(directory)
             model, given = loaded.model, source.batches(loaded.tokenizer)
         names = quantizable(model)
-        measured = collect(model, given, modules=names, moments="full", progress=bar.of("calibrate"))
+        passes = _passes(loaded, precision)
+        measured = collect(model, given, modules=names, moments="full", precision=passes, progress=bar.of("calibrate"))
         found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
         with bar.busy("Saving"):
             save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
@@ -233,12 +245,14 @@ def run_evaluate(
     window_length: int,
     batch_size: int,
     dtype: str,
+    precision: str,
     device: str,
     low_memory: bool | None,
     as_json: bool,
 ) -> None:
     """Run `cur evaluate`."""
     source, name = (embedded_text("evaluate"), "embedded text") if text is None else (read_text(text), str(text))
+    check(precision)
     kind, where = _dtype(dtype), place(device)
 
     def read(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -246,14 +260,17 @@ def run_evaluate(
 
     if block_by_block(model, low_memory, kind):
         called = str(model)
-        result = evaluate_by_blocks(called, read=read, batch_size=batch_size, dtype=kind, device=device)
+        result = evaluate_by_blocks(
+            called, read=read, batch_size=batch_size, dtype=kind, precision=precision, device=device
+        )
     else:
         with bars() as bar:
             with bar.busy("Loading the model"):
                 loaded = load_model(model, dtype=kind, device_map=where)
                 held_out, called = read(loaded.tokenizer), loaded.source
             watch = bar.of("evaluate", len(held_out))
-            result = perplexity(loaded.model, held_out, batch_size=batch_size, progress=watch)
+            passes = _passes(loaded, precision)
+            result = perplexity(loaded.model, held_out, batch_size=batch_size, precision=passes, progress=watch)
     if as_json:
         print(json.dumps({"model": called, "text": name, "window_length": window_length, **asdict(result)}))
         return
@@ -307,6 +324,13 @@ def _load_stored(directory: Path) -> LoadedModel:
     """Load a checkpoint in the dtype it is stored in."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return load_model(str(directory), dtype=getattr(torch, str(config.get("dtype") or "float32")))
+
+
+def _passes(loaded: LoadedModel, asked: str) -> str:
+    """Return the precision of all passes of a command, and say what it means on this device."""
+    found = Precision.of(loaded.model, asked)
+    note.print(found.remark())
+    return found.name
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cur._errors import NumericalError
 from cur.cli import tables
-from cur.cli._run import bars, output
+from cur.cli._run import bars, note, output
 from cur.cli.heal import show_status
 from cur.decompose import deim_cur
 from cur.healing import HealingConfig, heal, twin
@@ -25,6 +25,7 @@ from cur.integrations.checkpoint import check_target, save
 from cur.integrations.compress import CompressConfig, compress
 from cur.integrations.evaluate import perplexity
 from cur.integrations.models import LoadedModel, load_model
+from cur.integrations.precision import Precision
 from cur.integrations.text import embedded_text, token_windows
 
 __all__ = ["run_demo"]
@@ -32,7 +33,7 @@ __all__ = ["run_demo"]
 # The paper's setting; 128 is its largest rank carried over to this model's width.
 SETTING = CompressConfig(layers=10, targets=("q_proj", "k_proj", "gate_proj"), rank=128)
 # Windows and tokens in each, of the two halves of the embedded text.
-HALVES: dict[Literal["calibrate", "evaluate"], tuple[int, int]] = {"calibrate": (64, 512), "evaluate": (12, 1024)}
+HALVES: dict[Literal["calibrate", "evaluate"], tuple[int, int]] = {"calibrate": (32, 512), "evaluate": (4, 1024)}
 
 # The closed form on a part of the text, and a few steps: what fits into the time of a demo.
 HEALING = HealingConfig(steps=2, closed_form_windows=8, metric_windows=2, natural_steps=0, held_out=0, warmup=1)
@@ -90,15 +91,18 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
                 )
                 for half, (count, length) in HALVES.items()
             )
+        passes = Precision.of(loaded.model)
+        note.print(passes.remark())
         numerics = _numerics(loaded)
-        before = perplexity(loaded.model, held_out, progress=bar.of("before", len(held_out)))
+        before = perplexity(loaded.model, held_out, precision=passes.name, progress=bar.of("before", len(held_out)))
         dense_sentence = _say(loaded)
         student = twin(loaded.model)
-        report = compress(student, calibration, SETTING, progress=bar)
-        after = perplexity(student, held_out, progress=bar.of("after", len(held_out)))
+        report = compress(student, calibration, SETTING, precision=passes.name, progress=bar)
+        after = perplexity(student, held_out, precision=passes.name, progress=bar.of("after", len(held_out)))
         text = calibration.reshape(-1, HEALING_LENGTH)
-        healing = heal(student, loaded.model, text, HEALING, progress=show_status(bar))
-        healed = perplexity(student, held_out, progress=bar.of("healed", len(held_out)))
+        how = replace(HEALING, precision=passes.name)
+        healing = heal(student, loaded.model, text, how, progress=show_status(bar))
+        healed = perplexity(student, held_out, precision=passes.name, progress=bar.of("healed", len(held_out)))
         with bar.busy("Saving"):
             report = replace(report, perplexity={"before, held-out": before.value, "after, held-out": healed.value})
             save(student, tokenizer, out, report=report, overwrite=overwrite)
@@ -119,7 +123,8 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
         output.print(tables.seconds_line(seconds))
         output.print(
             f"Perplexity on held-out text ({after.tokens:,} tokens): {before.value:.2f} before, {after.value:.2f} "
-            f"compressed, {healed.value:.2f} healed ({healing.trainable:,} numbers, {healing.steps} steps)."
+            f"compressed, {healed.value:.2f} healed ({healing.trainable:,} numbers, {healing.steps} steps); products "
+            f"in {passes.name}."
         )
         output.print(
             "DEIM-CUR of {matrix}, {shape[0]} x {shape[1]}, rank {rank}: ||A - CUR|| = {error:.6f} <= "

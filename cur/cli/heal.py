@@ -75,7 +75,7 @@ def heal(
         float, typer.Option(help="Largest size of a step, relative to what the loss itself asks for.")
     ] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Pull back to where the steps began.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="Of the passes: bfloat16 or float32.")] = "bfloat16",
+    precision: o.Precision = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -197,7 +197,7 @@ def _heal_in_memory(
 ) -> HealingReport:
     from cur.healing import heal as heal_
     from cur.healing import load_student, save_healed
-    from cur.healing.heal import LOG
+    from cur.healing.heal import LOG, precision_of
     from cur.integrations.models import load_model
 
     with bars() as bar:
@@ -205,6 +205,7 @@ def _heal_in_memory(
             dense = load_model(teacher, dtype=dtype)
             student = load_student(directory, dense.model)
             samples = read(dense.tokenizer)
+        note.print(precision_of(student, config, state).remark())
         report = heal_(
             student,
             dense.model,

@@ -24,6 +24,12 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.", s
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is not empty.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of products in passes over text: float32, bfloat16, or auto, the faster on the device.",
+    ),
+]
 LowMemory = Annotated[
     bool | None,
     typer.Option(

@@ -24,7 +24,7 @@ from cur.healing.heal import fingerprint
 from cur.healing.learner import Learner
 from cur.healing.logs import Log
 from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.pair import Pair, autocast, only_cores, outputs_of
+from cur.healing.pair import Pair, only_cores, outputs_of
 from cur.healing.report import HealingReport, best_step
 from cur.healing.saving import save_healed
 from cur.healing.sharing import check_pair, share_
@@ -39,6 +39,7 @@ from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.nn import compressed_modules
+from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
 
 __all__ = ["heal_blockwise"]
@@ -112,13 +113,19 @@ def heal_blockwise(
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     journal = Journal(target)
+    asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
+    passes = Precision.on(teacher.device, teacher.dtype, asked)
+    config = replace(config, precision=passes.name)
     journal.begin(
         {
             "student": student.shards.digest(),
             "teacher": teacher.shards.digest(),
             "text": text.digest(),
-            "configuration": {name: value for name, value in config.to_dict().items() if name != "save_every"},
+            "configuration": {
+                name: value for name, value in config.to_dict().items() if name not in ("save_every", "precision")
+            },
             "dtype": str(student.dtype),
+            "precision": passes.name,
             "versions": versions(),
         }
     )
@@ -188,6 +195,7 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.student, self.teacher, self.text, self.config = student, teacher, text, config
+        self.passes = Precision.on(teacher.device, teacher.dtype, config.precision)
         self.journal, self.tensorboard, self.progress = journal, tensorboard, progress
         self.states = States(journal.directory / "states", teacher.device)
         self.tunnel = Tunnel(teacher, self.states)
@@ -241,7 +249,7 @@ class _Run:
     def _begin(self) -> None:
         """Store what the embeddings of the teacher return."""
         self.tunnel.active, self.tunnel.recording = 0, True
-        with torch.no_grad(), autocast(self.config, self.teacher.device):
+        with torch.no_grad(), self.passes.products():
             for batch in self.carried.values():
                 self.passing.enter(batch)
         self.tunnel.recording = False
@@ -266,7 +274,7 @@ class _Run:
         if index in self.compressed:
             self._heal(index)
         else:
-            with torch.no_grad(), autocast(self.config, self.teacher.device):
+            with torch.no_grad(), self.passes.products():
                 for batch in self.carried.values():
                     self._teach(index, batch)
                 for key, batch in self.walked.items() if index > self.first else ():
@@ -347,7 +355,7 @@ class _Run:
         begin = time.perf_counter()
         wanted: dict[str, dict[str, Tensor]] = {}
         looked_at = dict(self.fitting)
-        with torch.no_grad(), pair.autocast():
+        with torch.no_grad(), pair.precision.products():
             for key, batch in self.carried.items():
                 with (
                     outputs_of(self.teacher.model, pair.watched) as modules,
@@ -359,10 +367,11 @@ class _Run:
                 if key in looked_at:
                     wanted[key] = seen
         before = summary(look(pair, [Goal(pair, index)], self.text))
+        log.write("begin", 0, {"precision": self.passes.name, "device": str(self.passes.device)})
         log.write("before", 0, before)
         fits: list[LayerFit] = []
         moments = LayerMoments(pair, {})
-        with torch.no_grad(), pair.autocast():
+        with torch.no_grad(), pair.precision.products():
             if self.fitting:
                 fits = solve_block_(
                     pair,

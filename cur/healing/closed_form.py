@@ -202,7 +202,7 @@ def closed_form_(
     """
     fits: list[LayerFit] = []
     student, teacher = pair.student, pair.teacher
-    with torch.no_grad(), pair.autocast():
+    with torch.no_grad(), pair.precision.products():
         theirs = [teacher.enter(batch) for batch in batches]
         masks = [padding_mask(model_inputs(teacher.model, batch)) for batch in batches]
         ours = list(theirs)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cur.integrations.precision import NAMES
+
 __all__ = ["HealingConfig", "Objectives"]
 
 SCOPES = ("model", "block")
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,10 @@ class HealingConfig:
         Largest norm of the gradient in whitened coordinates; 0 does not clip.
     damping : float, default 0.01
         Of the whitening, relative to the mean eigenvalue of each moment.
-    precision : {"float32", "bfloat16"}, default "bfloat16"
-        Of the forward and backward passes (autocast); cores, losses and least squares are float32 or float64.
+    precision : {"auto", "float32", "bfloat16"}, default "auto"
+        Of the products in forward and backward passes; cores, losses and least squares are float32 or float64.
+        ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.precision.Precision`; reports, logs
+        and states name it, and a run that goes on does so in the precision in which it was begun.
     gradient_checkpointing : bool, default False
         Whether blocks are run a second time in the backward pass instead of keeping their activations.
     held_out : int, default 8
@@ -148,7 +151,7 @@ class HealingConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     damping: float = 0.01
-    precision: str = "bfloat16"
+    precision: str = "auto"
     gradient_checkpointing: bool = False
     held_out: int = 8
     evaluate_every: int = 25
@@ -163,7 +166,7 @@ class HealingConfig:
             value: Any = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
-        for name, allowed in (("scope", SCOPES), ("precision", PRECISIONS)):
+        for name, allowed in (("scope", SCOPES), ("precision", NAMES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("ridge", "final_rate", "weight_decay", "clip"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cur.healing.state import StateFile, digest
 from cur.healing.train import Goal, Progress, Status, Task, look, saving_memory, summary, train
 from cur.integrations._forward import evaluating, model_inputs, padding_mask
 from cur.integrations.calibration import collect_gradients
+from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
 
@@ -88,7 +89,8 @@ def heal(
     Raises
     ------
     ValueError
-        If the teacher has another vocabulary, width or shape of layers than the student, or there is too little text.
+        If the teacher has another vocabulary, width or shape of layers than the student, there is too little text, or
+        the directory `state` holds a run in another precision than the one that is named.
     NumericalError
         If a loss, a gradient or an activation is not finite; the best state so far is in the student then.
     StateError
@@ -117,6 +119,8 @@ def heal(
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     probe = text.batch(0)["input_ids"][:1, :_PROBE]
     kept = None if state is None else Path(state).expanduser()
+    passes = precision_of(student, config, kept)
+    config = replace(config, precision=passes.name)
     log = Log(None if kept is None else kept / LOG, tensorboard)
     seconds: dict[str, float] = {}
     with evaluating(student), evaluating(teacher):
@@ -128,12 +132,21 @@ def heal(
         file = None if kept is None else StateFile(kept / STATE, run)
         with only_cores(pair):
             found = None if file is None else file.read()
+            if found is None:
+                log.write("begin", 0, {"precision": passes.name, "device": str(passes.device)})
             start = _start(pair, text, log, seconds, progress) if found is None else _resumed(pair, found[1])
             tasks = _tasks(pair, start)
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
-                    pair, tasks, text, config, log=log, state=file, facts=start.to_dict(), progress=progress
+                    pair,
+                    tasks,
+                    text,
+                    config,
+                    log=log,
+                    state=file,
+                    facts={**start.to_dict(), "precision": passes.name},
+                    progress=progress,
                 )
             seconds["heal"] = time.perf_counter() - begin
     log.close()
@@ -149,6 +162,14 @@ def heal(
         seconds=seconds,
         versions=versions(),
     )
+
+
+def precision_of(student: nn.Module, config: HealingConfig, state: Path | None) -> Precision:
+    """Return the precision of a run: that of the state it goes on from, if there is one; see :func:`continued`."""
+    if state is None:
+        return Precision.of(student, config.precision)
+    begun_in = StateFile.facts_in(state / STATE).get("precision")
+    return Precision.of(student, continued(config.precision, begun_in, state))
 
 
 @dataclass(frozen=True)
@@ -211,10 +232,14 @@ def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
     if not pair.config.metric_windows:
         return {}
     nothing = Statistics(tokens=0, samples=0, square_sums={}, counts={})
-    with pair.autocast():
-        found = collect_gradients(
-            pair.teacher.model, text.spread(pair.config.metric_windows), nothing, modules=names, seed=pair.config.seed
-        )
+    found = collect_gradients(
+        pair.teacher.model,
+        text.spread(pair.config.metric_windows),
+        nothing,
+        modules=names,
+        precision=pair.precision.name,
+        seed=pair.config.seed,
+    )
     metrics = {name: found.output_moment(name) for name in names}
     # A few thousand gradients do not span the outputs of a wide layer; none of them may count for nothing.
     return {name: H + _FLOOR * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype) for name, H in metrics.items()}
@@ -238,7 +263,7 @@ def _tasks(pair: Pair, start: _Start) -> list[Task]:
 def _moments(pair: Pair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
     """Return the moments of every compressed layer in the student as it is."""
     moments = LayerMoments(pair, metrics)
-    with torch.no_grad(), pair.autocast(), moments.watching():
+    with torch.no_grad(), pair.precision.products(), moments.watching():
         for batch in text.spread(MOMENT_SAMPLES):
             moments.mask = padding_mask(model_inputs(pair.student.model, batch))
             pair.student.finish(batch, stop=pair.last)

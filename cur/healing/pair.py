@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from cur.healing.stack import Stack
 from cur.healing.state import digest
 from cur.integrations._forward import model_inputs, padding_mask
 from cur.integrations.nn import dense_weight
+from cur.integrations.precision import Precision
 
-__all__ = ["Loss", "Pair", "autocast", "only_cores", "outputs_of"]
+__all__ = ["Loss", "Pair", "only_cores", "outputs_of"]
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Pair:
         By name of the compressed layer.
     student, teacher : Stack
         The blocks of both.
+    precision : Precision
+        Of the products in both.
     first, last : int
         Indices of the first and the last block with compressed layers.
     entrance : int
@@ -94,6 +97,7 @@ class Pair:
         self.first, self.last = self.student.compressed[0], self.student.compressed[-1]
         self.cache = cache
         self.device = next(parameter.device for parameter in student.parameters() if not parameter.is_meta)
+        self.precision = Precision.of(student, config.precision)
         goals, count = config.matched, len(self.student.blocks)
         if config.scope == "block":
             kept = {index + shift for index in self.student.compressed for shift in (-1, 0)}
@@ -111,16 +115,12 @@ class Pair:
     def key(self) -> str:
         """Return a hash of what the teacher gives depends on; the layers that were compressed stand for it."""
         dense = {name: dense_weight(self.teacher.model.get_submodule(name), name)[0] for name in self.cores}
-        return digest({}, digest(dense), self.config.precision, self.kept, self.watched, self.stop)
-
-    def autocast(self) -> Any:
-        """Return the context of a pass in the precision of this pair."""
-        return autocast(self.config, self.device)
+        return digest({}, digest(dense), self.precision.name, self.kept, self.watched, self.stop)
 
     def teach(self, batch: Mapping[str, Any]) -> Taught:
         """Run the teacher, or look up what it gave for this batch before."""
         found = None if self.cache is None else self.cache.read(batch)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.precision.products():
             taught = self._ask(batch) if found is None else found.to(self.device)
             if self.cache is not None and found is None:
                 self.cache.write(batch, taught)
@@ -145,7 +145,7 @@ class Pair:
         mask = self._mask(batch)
         with (
             torch.set_grad_enabled(learning),
-            self.autocast(),
+            self.precision.products(),
             outputs_of(self.student.model, self.watched) as modules,
         ):
             outputs = self.student.finish(batch, self.first, taught.hidden.get(self.first - 1))
@@ -158,7 +158,7 @@ class Pair:
         total, parts = _weighed(terms, goals.to_dict())
         # Without a weight the likelihood is still watched, on held-out text.
         if outputs.last is not None and taught.last is not None and (goals.kl or goals.next_token or not learning):
-            with self.autocast():
+            with self.precision.products():
                 value, found = output_losses(
                     outputs.last[:, :-1].flatten(0, 1),
                     taught.last[:, :-1].flatten(0, 1),
@@ -192,7 +192,7 @@ class Pair:
             entry = replace(entry, hidden=taught.hidden[index - 1])
         with (
             torch.set_grad_enabled(learning),
-            self.autocast(),
+            self.precision.products(),
             outputs_of(self.student.model, names if goals.modules else []) as modules,
         ):
             found = self.student.block(index, entry)
@@ -206,14 +206,6 @@ class Pair:
 
     def _mask(self, batch: Mapping[str, Any]) -> Tensor | None:
         return padding_mask(model_inputs(self.student.model, batch))
-
-
-def autocast(config: HealingConfig, device: torch.device) -> Any:
-    """Return the context of a pass in the precision of a configuration."""
-    if config.precision == "float32":
-        return nullcontext()
-    # The cache would go on with the core that a layer had at its first call, after another was put there.
-    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class HealingReport:
         looks = {-1: self.before, **{int(look["step"]): look for look in self.curve}}
         first = self.before.get("perplexity")
         last = None if self.best_step is None else looks[self.best_step].get("perplexity")
-        text = f"Healed {self.trainable:,} numbers in {self.steps} steps"
+        text = f"Healed {self.trainable:,} numbers in {self.steps} steps, products in {self.config['precision']}"
         if first is None or last is None:
             return text
         return f"{text}; perplexity on held-out text {first:.2f} before, {last:.2f} after"

@@ -49,6 +49,8 @@ def save_healed(
     with new_directory(directory, overwrite=overwrite) as scratch:
         save(student, tokenizer, scratch, overwrite=True, max_shard_size=max_shard_size, weights=weights)
         report.save(scratch / "healing.json")
+        with (scratch / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n{report}. `healing.json` and `healing.jsonl` say how.\n")
         for file, name in ((source / PLAN, PLAN), (source / REPORT, REPORT), (log, "healing.jsonl")):
             if file.exists():
                 shutil.copyfile(file, scratch / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -95,6 +95,16 @@ class StateFile:
             )
         facts: dict[str, Any] = json.loads(head["facts"])
         return tensors, facts
+
+    @staticmethod
+    def facts_in(path: Path) -> dict[str, Any]:
+        """Return the facts of a state of any run, to be read before it is known whose it is; none of a damaged file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: dict[str, Any] = json.loads(file.metadata()["facts"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return {}
+        return found
 
     def remove(self) -> None:
         """Delete the file, if it is there."""

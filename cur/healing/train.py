@@ -278,7 +278,7 @@ def _token_count(batch: Mapping[str, Any]) -> int:
 
 def saving_memory(pair: Pair) -> AbstractContextManager[None]:
     """Let blocks be run a second time in the backward pass, if the configuration says so."""
-    return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [])
+    return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)
 
 
 def _learning(pair: Pair) -> list[torch.nn.Module]:

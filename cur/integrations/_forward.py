@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cur.integrations.experts import LinearExperts
+from cur.integrations.precision import Precision
 
 __all__ = [
     "Masks",
@@ -61,15 +62,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep only the inputs of blocks for the backward pass, and run each block again then."""
+def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator[None]:
+    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision."""
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             # Blocks are run in evaluation mode: there is no random state to restore.
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return checkpoint(
+                forward,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), precision.products()),
+                **kwargs,
+            )
 
         return again
 

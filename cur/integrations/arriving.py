@@ -28,6 +28,7 @@ from cur.integrations._forward import (
 )
 from cur.integrations._inputs import add_gram_, mirror_
 from cur.integrations.layers import decoder_layers
+from cur.integrations.precision import Precision
 
 __all__ = ["Arriving", "in_order", "spread"]
 
@@ -121,7 +122,14 @@ class _Call:
         return state
 
 
-def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequence[str], make: Make) -> None:
+def in_order(
+    model: nn.Module,
+    given: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    make: Make,
+    *,
+    precision: str = "auto",
+) -> None:
     """Go through the blocks of a model and make each layer from what arrives at it; the model is not changed.
 
     Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
@@ -145,7 +153,10 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
     names : sequence of str
         Layers to make.
     make : callable
-        See :data:`Make`.
+        See :data:`Make`. Its own products are not those of the passes.
+    precision : str, default "auto"
+        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
+        :class:`~cur.integrations.precision.Precision`.
 
     Raises
     ------
@@ -154,7 +165,8 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
     """
     blocks = decoder_layers(model)
     masks = [padding_mask(model_inputs(model, batch)) for batch in given]
-    with evaluating(model):
+    passes = Precision.of(model, precision)
+    with evaluating(model), passes.products():
         theirs, calls = _entrances(model, [block for _, block in blocks], given)
         ours, changed = theirs, False
         for index, (prefix, block) in enumerate(blocks):
@@ -176,9 +188,10 @@ def in_order(model: nn.Module, given: Sequence[Mapping[str, Any]], names: Sequen
                     lacking = streams if group == [first] and first in added else None
                     if not all(first in inputs for inputs in seen):
                         raise _out_of_turn(first)
-                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking)
-                    for name in group:
-                        stands[name] = make(f"{prefix}.{name}", arriving)
+                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes)
+                    with passes.exact():
+                        for name in group:
+                            stands[name] = make(f"{prefix}.{name}", arriving)
                 changed = changed or bool(groups)
                 ours = [course.to_the_end() for course in courses] if changed else after
             theirs = after
@@ -304,6 +317,7 @@ def _moments(
     dense: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     streams: Sequence[_Stream] | None,
+    passes: Precision,
 ) -> Arriving:
     """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
@@ -316,12 +330,13 @@ def _moments(
     tokens = 0
     for number, (course, x, mask) in enumerate(zip(courses, dense, masks, strict=True)):
         z, x = (token_rows(rows, mask, name).float() for rows in (course.to_layer(name), x))
-        if streams is not None and missing is not None:
-            e = streams[number].before[name] - course.stream
-            missing += token_rows(e, mask, name).float().T @ z
         # Products in single precision, for speed; their rounding lies far below the ridge.
-        add_gram_(student, z)
-        cross += x.T @ z
+        with passes.exact():
+            if streams is not None and missing is not None:
+                e = streams[number].before[name] - course.stream
+                missing += token_rows(e, mask, name).float().T @ z
+            add_gram_(student, z)
+            cross += x.T @ z
         tokens += len(z)
     mirror_(student)
     return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)

@@ -30,6 +30,7 @@ from cur.integrations._inputs import InputSums
 from cur.integrations.experts import unrolled
 from cur.integrations.gradients import OutputGradients
 from cur.integrations.layers import decoder_layers
+from cur.integrations.precision import Precision
 from cur.integrations.statistics import Statistics, by_stack
 
 __all__ = ["Statistics", "collect", "collect_gradients"]
@@ -45,6 +46,7 @@ def collect(
     layers: Sequence[str] | None = None,
     gradients: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    precision: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -88,6 +90,9 @@ def collect(
         Full names of the modules at whose outputs gradients are measured.
     gradient_checkpointing : bool, default False
         Whether the backward pass runs every block again instead of keeping its activations.
+    precision : str, default "auto"
+        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
+        :class:`~cur.integrations.precision.Precision`.
     seed : int, default 0
         For the labels of the gradients.
     progress : callable, optional
@@ -103,8 +108,8 @@ def collect(
     TypeError
         If gradients are asked for, and the model is an encoder-decoder or has no input embeddings or no logits.
     ValueError
-        If there is no batch, no token, no such module, a module that received nothing or that no gradient reached, or
-        a module whose input does not have one row per token although there is padding.
+        If there is no batch, no token, no such module, a module that received nothing or that no gradient reached,
+        a module whose input does not have one row per token although there is padding, or no such precision.
     NumericalError
         If a weight, an input, a hidden state or a gradient is NaN or infinite; the message names where it began.
     """
@@ -112,8 +117,9 @@ def collect(
         raise ValueError(f"`moments` must be 'diagonal' or 'full', got {moments!r}")
     with unrolled(model):
         blocks = [block for _, block in decoder_layers(model)] if gradients and gradient_checkpointing else []
-        with checkpointing(blocks):
-            return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, seed, progress)
+        passes = Precision.of(model, precision)
+        with checkpointing(blocks, passes):
+            return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, passes, seed, progress)
 
 
 def collect_gradients(
@@ -123,6 +129,7 @@ def collect_gradients(
     /,
     *,
     modules: Sequence[str],
+    precision: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -148,6 +155,8 @@ def collect_gradients(
         Where the result is added.
     modules : sequence of str
         Full names of the modules to measure.
+    precision : str, default "auto"
+        As for :func:`collect`.
     seed : int, default 0
         For the labels.
     progress : callable, optional
@@ -169,7 +178,7 @@ def collect_gradients(
     """
     if not find_modules(model, modules, "modules"):
         raise ValueError("`modules` is empty: there is nothing to measure")
-    found = collect(model, batches, modules=(), gradients=modules, seed=seed, progress=progress)
+    found = collect(model, batches, modules=(), gradients=modules, precision=precision, seed=seed, progress=progress)
     return dataclasses.replace(statistics, output_products=found.output_products, output_counts=found.output_counts)
 
 
@@ -180,6 +189,7 @@ def _collect(
     moments: str,
     layers: tuple[str, ...],
     gradients: Sequence[str],
+    passes: Precision,
     seed: int,
     progress: Progress | None,
 ) -> Statistics:
@@ -209,7 +219,7 @@ def _collect(
     if outputs_of is not None:
         handles += outputs_of.attach()
     try:
-        with evaluating(model), nullcontext() if outputs_of is None else outputs_of.flowing():
+        with evaluating(model), passes.products(), nullcontext() if outputs_of is None else outputs_of.flowing():
             for batch in batches:
                 inputs = model_inputs(inner, batch)
                 masks.start(inputs, batch)
@@ -250,6 +260,7 @@ def _collect(
         layers=layers,
         text_hash=seen.hexdigest(),
         model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        precision=passes.name,
     )
 
 

@@ -93,9 +93,13 @@ def _figures(report: CompressionReport) -> list[str]:
         "",
         *_how(plan),
         f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "
-        f"seed {plan.seed}.",
+        f"seed {plan.seed}{_passes(report.precision)}.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
     ]
+
+
+def _passes(precision: str) -> str:
+    return f", products in {precision}" if precision else ""
 
 
 def _how(plan: Plan) -> list[str]:

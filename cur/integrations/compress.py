@@ -28,6 +28,7 @@ from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
+from cur.integrations.precision import Precision
 from cur.integrations.pruning import FittedBefore, fit_before, keep_neurons
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions
@@ -74,6 +75,7 @@ def compress(
     calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
     config: CompressConfig | BudgetConfig | None = None,
     *,
+    precision: str = "auto",
     progress: StageProgress | None = None,
 ) -> CompressionReport:
     """Replace linear layers of a model by factored ones, in place.
@@ -87,6 +89,9 @@ def compress(
         earlier run, which must cover the targets.
     config : CompressConfig or BudgetConfig, optional
         Blocks and a rank, or a budget of parameters. Default: the paper's setting.
+    precision : str, default "auto"
+        Of the products in passes over text, as for :func:`~cur.integrations.collect`; the configuration has that of the
+        factorizations.
     progress : callable, optional
         See :data:`StageProgress`.
 
@@ -117,16 +122,18 @@ def compress(
     """
     config = config or CompressConfig()
     with unrolled(model):
-        return _compress(model, calibration, config, progress)
+        return _compress(model, calibration, config, precision, progress)
 
 
 def _compress(
     model: PreTrainedModel,
     calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
     config: CompressConfig | BudgetConfig,
+    precision: str,
     progress: StageProgress | None,
 ) -> CompressionReport:
     names = candidates(model, config)
+    precision = Precision.of(model, precision).name  # one for all passes
     clock = Clock()
     before = model_size(model)
     text: list[Any] | None = None
@@ -136,11 +143,17 @@ def _compress(
         else:
             text, own = as_batches(calibration, config.batch_size), 0.0
             if isinstance(config, BudgetConfig):
-                text, own = with_own_text(model, text, config.own_text, seed=config.seed, progress=progress)
-            statistics = measure(model, text, config, modules=names, own_text=own, progress=progress)
+                text, own = with_own_text(
+                    model, text, config.own_text, seed=config.seed, precision=precision, progress=progress
+                )
+            statistics = measure(
+                model, text, config, modules=names, own_text=own, precision=precision, progress=progress
+            )
     with clock.stage("plan"):
         plan = make_plan(model, statistics, config, progress=progress)
-    return carry_out_(model, plan, statistics, before=before, text=text, clock=clock, progress=progress)
+    return carry_out_(
+        model, plan, statistics, before=before, text=text, precision=precision, clock=clock, progress=progress
+    )
 
 
 def carry_out_(
@@ -150,6 +163,7 @@ def carry_out_(
     *,
     before: Size | None = None,
     text: Sequence[Mapping[str, Tensor]] | None = None,
+    precision: str = "auto",
     clock: Clock | None = None,
     progress: StageProgress | None = None,
 ) -> CompressionReport:
@@ -168,6 +182,8 @@ def carry_out_(
     text : sequence of mapping, optional
         Batches. On the first the change of every layer's output is measured; to all of them layers are fitted, as far
         as the plan says so: each to the inputs that it gets from compressed layers before it.
+    precision : str, default "auto"
+        Of the products in these passes, as for :func:`compress`.
     clock : Clock, optional
         With the seconds of the stages before.
     progress : callable, optional
@@ -181,10 +197,11 @@ def carry_out_(
         If a weight is NaN or infinite.
     """
     clock = clock or Clock()
+    passes = Precision.of(model, precision)
     with unrolled(model):
         before = before or model_size(model)
         with clock.stage("decompose"):
-            layers, reports = decompose(model, plan, statistics, progress, text=text)
+            layers, reports = decompose(model, plan, statistics, progress, text=text, precision=passes.name)
         if text is not None:
             with clock.stage("outputs"):
                 changes = output_changes(model, layers, text[0])
@@ -199,6 +216,7 @@ def carry_out_(
         before=before,
         after=model_size(model),
         seconds=clock.seconds,
+        precision=passes.name,
         versions=versions(),
     )
 
@@ -214,7 +232,13 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
 
 
 def with_own_text(
-    model: PreTrainedModel, given: list[Any], share: float, *, seed: int = 0, progress: StageProgress | None = None
+    model: PreTrainedModel,
+    given: list[Any],
+    share: float,
+    *,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: StageProgress | None = None,
 ) -> tuple[list[Any], float]:
     """Return batches with others that the model writes itself, and the share, 0 if there are none.
 
@@ -222,7 +246,7 @@ def with_own_text(
     """
     size = max(len(next(iter(batch.values()))) for batch in given)
     watch = None if progress is None else functools.partial(progress, "sample")
-    own = own_text(model, given, share=share, batch_size=size, seed=seed, progress=watch)
+    own = own_text(model, given, share=share, batch_size=size, seed=seed, precision=precision, progress=watch)
     return [*given, *own], share if own else 0.0
 
 
@@ -233,6 +257,7 @@ def measure(
     *,
     modules: list[str] | None = None,
     own_text: float = 0.0,
+    precision: str = "auto",
     progress: StageProgress | None = None,
 ) -> Statistics:
     """Collect the statistics that a configuration needs.
@@ -249,6 +274,8 @@ def measure(
         Layers to measure; by default all that the configuration could choose.
     own_text : float, default 0.0
         How many of the batches the model wrote itself, as a multiple of the others, for the record.
+    precision : str, default "auto"
+        As for :func:`compress`.
     progress : callable, optional
         See :data:`StageProgress`.
     """
@@ -262,13 +289,19 @@ def measure(
             gradients=config.gradients if isinstance(config, BudgetConfig) else False,
             checkpointing=config.gradient_checkpointing if isinstance(config, BudgetConfig) else False,
             seed=config.seed,
+            precision=precision,
             progress=progress,
         )
     return replace(found, own_text=own_text)
 
 
 def measure_plan(
-    model: PreTrainedModel, given: list[Any], plan: Plan, *, progress: StageProgress | None = None
+    model: PreTrainedModel,
+    given: list[Any],
+    plan: Plan,
+    *,
+    precision: str = "auto",
+    progress: StageProgress | None = None,
 ) -> Statistics:
     """Collect the statistics that a plan needs, to carry it out.
 
@@ -288,6 +321,7 @@ def measure_plan(
             full=plan.needs_moments,
             gradients=any(entry.gradients for entry in plan.entries),
             seed=plan.seed,
+            precision=precision,
             progress=progress,
         )
     return replace(found, own_text=plan.own_text)
@@ -301,6 +335,7 @@ def _collect(
     full: bool,
     gradients: bool,
     seed: int,
+    precision: str,
     progress: StageProgress | None,
     checkpointing: bool = False,
 ) -> Statistics:
@@ -313,6 +348,7 @@ def _collect(
         gradients=names if gradients else (),
         gradient_checkpointing=checkpointing,
         seed=seed,
+        precision=precision,
         progress=None if progress is None else functools.partial(progress, "calibrate"),
     )
 
@@ -335,6 +371,7 @@ def decompose(
     progress: StageProgress | None = None,
     *,
     text: Sequence[Mapping[str, Any]] | None = None,
+    precision: str = "auto",
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
     """Factor the layers of a plan; return by name what will stand for them, and a report on each.
 
@@ -388,7 +425,7 @@ def decompose(
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
         fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
         widest = max((entry.shape[1] for entry in fitted.values()), default=1)
-        in_order(model, spread(text, widest), list(fitted), make)
+        in_order(model, spread(text, widest), list(fitted), make, precision=precision)
         for name, layer in layers.items():  # made while the model was in evaluation mode
             layer.train(model.get_submodule(name).training)
     for name, entry in entries.items():

@@ -12,6 +12,7 @@ from torch import nn
 
 from cur._errors import NumericalError
 from cur.integrations._forward import Progress, body, evaluating, find_nonfinite, model_inputs, run
+from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
 __all__ = ["Perplexity", "perplexity"]
@@ -37,6 +38,8 @@ class Perplexity:
         Windows scored.
     seconds : float
         Wall-clock time.
+    precision : str
+        Of the products in the passes, ``"float32"`` for instance.
     """
 
     value: float
@@ -44,9 +47,13 @@ class Perplexity:
     tokens: int
     windows: int
     seconds: float
+    precision: str
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} over {self.tokens} tokens in {self.windows} windows ({self.seconds:.1f} s)"
+        return (
+            f"{self.value:.2f} over {self.tokens} tokens in {self.windows} windows ({self.seconds:.1f} s, products in "
+            f"{self.precision})"
+        )
 
 
 def perplexity(
@@ -55,6 +62,7 @@ def perplexity(
     /,
     *,
     batch_size: int = 1,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> Perplexity:
     """Score token windows with a causal language model, each window on its own.
@@ -73,6 +81,10 @@ def perplexity(
         int64, shape (count, length), as :func:`cur.integrations.token_windows` returns.
     batch_size : int, default 1
         Windows per forward pass; changes the result by rounding only.
+    precision : str, default "auto"
+        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
+        :class:`~cur.integrations.precision.Precision`. Logits are computed as the
+        weights of the head are, in any case.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in windows.
 
@@ -85,7 +97,8 @@ def perplexity(
     TypeError
         If the model is not a causal language model, or `windows` is not an integer matrix.
     ValueError
-        If windows are shorter than two tokens, or a token is outside the model's vocabulary.
+        If windows are shorter than two tokens, a token is outside the model's vocabulary, or there is no such
+        precision.
     NumericalError
         If the likelihood is not finite; the message names where that began.
     """
@@ -96,13 +109,15 @@ def perplexity(
     vocabulary = head.weight.shape[0]
     if not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
         raise ValueError(f"`windows` holds token {int(windows.max())}, outside the model's vocabulary of {vocabulary}")
+    passes = Precision.of(model, precision)
     begin = time.perf_counter()
     nll, done = 0.0, 0
     with evaluating(model):
         separate = head_is_separate(model, head, windows[:1, :_PROBE])
         for batch in parts:
             ids = batch["input_ids"]
-            loss = _nll_in_chunks(model, head, batch) if separate else _nll(model, batch)
+            with passes.products():
+                loss = _nll_in_chunks(model, head, batch, passes) if separate else _nll(model, batch)
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the likelihood of window {done} is not finite; "
@@ -115,7 +130,7 @@ def perplexity(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     mean = nll / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, nll, tokens, len(windows), time.perf_counter() - begin)
+    return Perplexity(value, nll, tokens, len(windows), time.perf_counter() - begin, passes.name)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
@@ -147,15 +162,17 @@ def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bo
     return ours.shape == whole.shape and bool((ours - whole).abs().max() <= tolerance)
 
 
-def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any]) -> float:
+def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any], passes: Precision) -> float:
     inner = body(model)
     inputs = model_inputs(inner, batch)
     states = run(inner, inputs)[0][:, :-1].flatten(0, 1)
     targets = inputs["input_ids"][:, 1:].flatten().to(states.device)
     step = max(_CHUNK // head.weight.shape[0], 1)
-    return sum(
-        _sum_nll(head(part), target) for part, target in zip(states.split(step), targets.split(step), strict=True)
-    )
+    with passes.exact():
+        return sum(
+            _sum_nll(head(part.to(head.weight.dtype)), target)
+            for part, target in zip(states.split(step), targets.split(step), strict=True)
+        )
 
 
 def _nll(model: nn.Module, batch: dict[str, Any]) -> float:

@@ -16,6 +16,7 @@ from cur._array import unit_roundoff
 from cur.bounds import LIPSCHITZ, layer_output_bound
 from cur.integrations._forward import Masks, body, evaluating, model_inputs, run, token_rows
 from cur.integrations.nn import FACTORED, CompressedLinear, dense_weight
+from cur.integrations.precision import Precision
 from cur.integrations.spectra import EXACT_UP_TO, singular_values
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
@@ -119,7 +120,7 @@ def output_changes(
     watch = _Watch(model, layers, masks)
     handles = [*masks.attach(), *watch.attach()]
     try:
-        with evaluating(model):
+        with evaluating(model), Precision.widest(model).products():
             masks.start(inputs, batch)
             run(inner, inputs)
     finally:

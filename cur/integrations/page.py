@@ -129,7 +129,7 @@ def _summary(report: CompressionReport) -> str:
     own = f", {plan.own_text:g} times as many of them the model's own as given" if plan.own_text else ""
     lines.append(
         f"Calibrated on {plan.calibration_tokens:,} tokens{own}, seed {plan.seed}; SHA-256 of the tokens "
-        f"{plan.calibration or 'unknown'}."
+        f"{plan.calibration or 'unknown'}." + (f" Products in {report.precision}." if report.precision else "")
     )
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 

@@ -51,11 +51,14 @@ class Quantization:
         independent and of one size.
     before, after : int
         Bytes of these layers.
+    precision : str
+        Of the products in the passes of the statistics, ``"float32"`` for instance; empty where it is not known.
     """
 
     errors: dict[str, float]
     before: int
     after: int
+    precision: str = ""
 
 
 def quantizable(model: nn.Module, /) -> list[str]:
@@ -168,7 +171,12 @@ def quantize_(
             whole[name] = WholeLinear.from_int8(factors["W"], transposed=transposed).train(layer.training)
     swap_(model, whole)
     mark_(model)
-    return Quantization(errors=errors, before=before, after=sum(_bytes(model.get_submodule(name)) for name in names))
+    return Quantization(
+        errors=errors,
+        before=before,
+        after=sum(_bytes(model.get_submodule(name)) for name in names),
+        precision="" if statistics is None else statistics.precision,
+    )
 
 
 def save_quantized(

@@ -124,6 +124,8 @@ class CompressionReport:
         Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``swap``.
     perplexity : mapping of str to float
         By state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
+    precision : str
+        Of the products in passes over text, ``"float32"`` for instance; empty where it is not known.
     versions : mapping of str to str
         Python and libraries.
     """
@@ -134,6 +136,7 @@ class CompressionReport:
     after: Size
     seconds: Mapping[str, float]
     perplexity: Mapping[str, float] = field(default_factory=dict)
+    precision: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,6 +148,7 @@ class CompressionReport:
             "after": asdict(self.after),
             "seconds": dict(self.seconds),
             "perplexity": dict(self.perplexity),
+            "precision": self.precision,
             "versions": dict(self.versions),
         }
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cur.integrations._forward import Progress, evaluating
 from cur.integrations.gradients import draw
+from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
 __all__ = ["own_text", "sample_windows"]
@@ -25,6 +26,7 @@ def sample_windows(
     length: int,
     seed: int = 0,
     batch_size: int = 32,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Let a causal language model write windows of tokens.
@@ -46,6 +48,10 @@ def sample_windows(
         For the draws.
     batch_size : int, default 32
         Windows that are written together.
+    precision : str, default "auto"
+        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
+        :class:`~cur.integrations.precision.Precision`. Another one may lead
+        to another text.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in windows.
 
@@ -57,7 +63,7 @@ def sample_windows(
     Raises
     ------
     ValueError
-        If a number is below 1.
+        If a number is below 1, or there is no such precision.
 
     Examples
     --------
@@ -75,7 +81,8 @@ def sample_windows(
     special = _special(model)
     first = torch.tensor([token for token in range(vocabulary) if token not in special])
     windows: list[torch.Tensor] = []
-    with evaluating(model):
+    # Token by token, rounding all weights would take longer than multiplying with them.
+    with evaluating(model), Precision.of(model, precision).products(cache=True):
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             heights = np.stack([np.random.default_rng((seed, number)).random(length) for number in numbers])
@@ -93,6 +100,7 @@ def own_text(
     share: float,
     batch_size: int,
     seed: int,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Let a model write windows of the length of those in given batches, to calibrate on both.
@@ -110,7 +118,7 @@ def own_text(
     if not share or not written or not _writes_text(model):
         return []
     count, length = math.ceil(share * sum(len(one) for one in written)), max(one.shape[1] for one in written)
-    windows = sample_windows(model, count=count, length=length, seed=seed, progress=progress)
+    windows = sample_windows(model, count=count, length=length, seed=seed, precision=precision, progress=progress)
     return batches(windows, batch_size=batch_size)
 
 

@@ -80,6 +80,8 @@ class Statistics:
         SHA-256 of the token ids or other inputs, sample by sample without padding.
     model : str
         Name of the model.
+    precision : str
+        Of the products in the passes, ``"float32"`` for instance; empty where it is not known.
     versions : mapping of str to str
         Versions of the packages that measured.
     """
@@ -96,6 +98,7 @@ class Statistics:
     own_text: float = 0.0
     text_hash: str = ""
     model: str = ""
+    precision: str = ""
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __repr__(self) -> str:
@@ -215,6 +218,7 @@ class Statistics:
             "own_text": self.own_text,
             "text_hash": self.text_hash,
             "model": self.model,
+            "precision": self.precision,
             "versions": dict(self.versions),
             "shared": shared,
         }
@@ -277,6 +281,7 @@ class Statistics:
             own_text=facts.get("own_text", 0.0),
             text_hash=facts["text_hash"],
             model=facts["model"],
+            precision=facts.get("precision", ""),
             versions=facts["versions"],
             **parts,
         )

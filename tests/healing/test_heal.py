@@ -48,7 +48,7 @@ def test_the_weight_moves_within_the_span_of_columns_and_rows(
         for name, m in compressed_modules(student).items()
     }
     before = cores(student)
-    heal(student, teacher, windows, settings(steps=5))
+    heal(student, teacher, windows, settings(steps=5, precision="auto"))
     for name, weight in cores(student).items():
         change = weight - before[name]
         size = torch.linalg.norm(change)
@@ -104,7 +104,7 @@ def test_layouts_learn_the_same_function(
     found = []
     for layout in ("cur", "folded"):
         student = make_student(teacher, layout=layout)
-        heal(student, teacher, windows, settings(steps=0, ridge=0.0))
+        heal(student, teacher, windows, settings(steps=0, ridge=0.0, precision="auto"))
         found.append(cores(student))
     for name, weight in found[0].items():
         assert torch.linalg.norm(found[1][name] - weight) <= 1e-6 * torch.linalg.norm(weight)
@@ -273,6 +273,26 @@ def test_blocks_go_on_as_well(
     assert same(everything(student), everything(expected))
     assert len(report.fits) == len(compressed_modules(student))
     assert report.before
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_was_begun(
+    teacher: PreTrainedModel, make_student: Make, windows: torch.Tensor, settings: Settings, tmp_path: Path
+) -> None:
+    def interrupt(status: Status) -> None:
+        if status.step == 3:
+            raise KeyboardInterrupt
+
+    config = settings(precision="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        heal(make_student(teacher), teacher, windows, config, state=tmp_path, progress=interrupt)
+    with pytest.raises(ValueError, match=r"`precision` must be bfloat16 or auto, got 'float32'.*unfinished run"):
+        heal(make_student(teacher), teacher, windows, settings(precision="float32"), state=tmp_path)
+    # What is faster here would be float32.
+    report = heal(make_student(teacher), teacher, windows, settings(precision="auto"), state=tmp_path)
+    assert report.config["precision"] == "bfloat16"
+    assert "products in bfloat16" in str(report)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["precision"] for line in lines if line["event"] == "begin"] == ["bfloat16"]
 
 
 def test_a_state_of_another_run_is_refused(

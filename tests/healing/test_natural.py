@@ -91,7 +91,9 @@ def test_memory_can_be_saved_for_time(run: Run, monkeypatch: pytest.MonkeyPatch)
     asked: list[bool] = []
     checkpointing = cur.healing.train.checkpointing
     monkeypatch.setattr(
-        cur.healing.train, "checkpointing", lambda blocks: asked.append(bool(blocks)) or checkpointing(blocks)
+        cur.healing.train,
+        "checkpointing",
+        lambda blocks, passes: asked.append(bool(blocks)) or checkpointing(blocks, passes),
     )
     found = [run(gradient_checkpointing=saving).curve[0]["loss"] for saving in (False, True)]
     assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -202,3 +202,34 @@ class TestRealModel:
     def test_it_knows_the_language_reference(self, real_model: LoadedModel) -> None:
         windows = token_windows(real_model.tokenizer, embedded_text("evaluate"), length=512, count=2)
         assert 5 < perplexity(real_model.model, windows).value < 20
+
+
+def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened: list[Any] = []
+    reader = gguf.GGUFReader
+
+    def read(path: Any) -> Any:
+        opened.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", read)
+    seen: list[Any] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        seen.extend([gguf.GGUFReader(str(file)), gguf.GGUFReader(str(file))])
+        raise OSError("no model in it")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ValueError, match="cannot be loaded: no model in it"):
+        load_model(file)
+    assert opened == [str(file)]
+    assert seen[0] is seen[1]
+    assert gguf.GGUFReader is read  # as it was, whatever happened

@@ -21,6 +21,7 @@ from cur.integrations.blockwise.team import Team
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.blockwise.writer import TensorFile
 from cur.integrations.calibration import collect
+from cur.integrations.precision import Precision
 from cur.integrations.statistics import Statistics, by_stack
 
 __all__ = ["Calibration", "text_hash"]
@@ -43,6 +44,8 @@ class Calibration:
         The processes.
     full : bool
         Whether full second moments are gathered.
+    precision : Precision
+        Of the products in the passes, the same in all processes.
     stored : Path, optional
         A file of statistics that stand for what would be measured; then only the first batch is run, on which the
         change of each layer's output is measured.
@@ -62,6 +65,7 @@ class Calibration:
         journal: Journal,
         team: Team,
         full: bool,
+        precision: Precision,
         stored: Path | None = None,
     ) -> None:
         if len(given) < team.size:
@@ -75,6 +79,7 @@ class Calibration:
         self.journal = journal
         self.team = team
         self.full = full
+        self.precision = precision
         self.stored = stored
         self.running = self.given if stored is None else self.given[:1]
         self.states = States(journal.directory / "states", skeleton.device)
@@ -185,10 +190,11 @@ class Calibration:
                     modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
                     moments="full" if self.full else "diagonal",
                     layers=[name],
+                    precision=self.precision.name,
                     progress=step,
                 )
             else:
-                with evaluating(self.skeleton.model):
+                with evaluating(self.skeleton.model), self.precision.products():
                     for batch in own:
                         run(self._inputs, model_inputs(self._inputs, batch))
                         step()

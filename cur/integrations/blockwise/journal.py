@@ -46,6 +46,10 @@ class Journal:
         self.directory = target.with_name(f".{target.name}.run")
         self._lock: Any = None
 
+    def begun_with(self, key: str) -> Any:
+        """Return what a run that was begun and not finished was given under a key; None if there is no such run."""
+        return (self._read(self.directory / "inputs.json") or {}).get(key)
+
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Take the lock, and start a run or go on with one.
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from cur.integrations.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.nn import swap_
 from cur.integrations.plan import Plan
 from cur.integrations.planning import candidates
+from cur.integrations.precision import Precision, continued
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
 from cur.integrations.statistics import Statistics
@@ -59,6 +61,7 @@ def compress_blockwise(
     *,
     statistics: str | os.PathLike[str] | None = None,
     held_out: Tensor | None = None,
+    precision: str = "auto",
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int, int | None], object] | None = None,
@@ -90,6 +93,9 @@ def compress_blockwise(
         File of statistics, as for :meth:`Statistics.save`: used in the place of the text if it is there, else written.
     held_out : Tensor, optional
         Token windows whose perplexity is measured before and after, for the report.
+    precision : str, default "auto"
+        Of the products in passes over text, as for :func:`~cur.integrations.compress`. All processes compute in one,
+        float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which it was begun.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
@@ -105,7 +111,8 @@ def compress_blockwise(
     Raises
     ------
     ValueError
-        As :func:`~cur.integrations.compress`, or if the configuration needs the whole model.
+        As :func:`~cur.integrations.compress`, or if the configuration needs the whole model, or an unfinished run was
+        begun in another precision than the one that is named.
     JournalError
         If another run writes to the same directory, or an unfinished one was begun with other inputs.
     ShardError
@@ -127,15 +134,18 @@ def compress_blockwise(
     if stored is not None:
         Statistics.load(stored, moments=False).check(skeleton.model)
     with Team().joined(skeleton.device) as team:
-        _begin(team, journal, _inputs(skeleton, given, config, stored, held_out))
+        passes = _agreed(team, journal, skeleton, precision)
+        _begin(team, journal, _inputs(skeleton, given, config, stored, held_out, passes))
         try:
             with journal.explaining(target):
                 full = isinstance(config, BudgetConfig) or config.needs_moments
-                measuring = Calibration(skeleton, given, names, journal=journal, team=team, full=full, stored=stored)
+                measuring = Calibration(
+                    skeleton, given, names, journal=journal, team=team, full=full, precision=passes, stored=stored
+                )
                 perplexities = _before(measuring, held_out, progress)
                 report, final = _run(measuring, file, target, config, overwrite, max_shard_size, progress)
                 if held_out is not None and team.leads:
-                    value = _score(target, skeleton, held_out, journal, progress)
+                    value = _score(target, skeleton, held_out, journal, passes, progress)
                     report = replace(report, perplexity={**perplexities, "after, held-out": value})
                     describe(final, target, report)
         finally:
@@ -184,6 +194,7 @@ def _run(
         before=before,
         after=model_size(final),
         seconds=clock.seconds,
+        precision=measuring.precision.name,
         versions=versions(),
     )
     if team.leads:
@@ -211,7 +222,13 @@ def _before(
     facts = journal.facts("before")
     if facts is None:
         watch = None if progress is None else functools.partial(progress, "before")
-        scored = perplexity_blockwise(measuring.skeleton, held_out, scratch=journal.directory, progress=watch)
+        scored = perplexity_blockwise(
+            measuring.skeleton,
+            held_out,
+            precision=measuring.precision.name,
+            scratch=journal.directory,
+            progress=watch,
+        )
         facts = {"value": scored.value}
         journal.finish("before", **facts)
     return {"before, held-out": facts["value"]}
@@ -222,12 +239,15 @@ def _score(
     skeleton: Skeleton,
     held_out: Tensor,
     journal: Journal,
+    passes: Precision,
     progress: Callable[[str, int, int | None], object] | None,
 ) -> float:
     """Return the perplexity of what was written."""
     written = load_skeleton(target, dtype=skeleton.dtype, device=skeleton.device)
     watch = None if progress is None else functools.partial(progress, "after")
-    return perplexity_blockwise(written, held_out, scratch=journal.directory, progress=watch).value
+    return perplexity_blockwise(
+        written, held_out, precision=passes.name, scratch=journal.directory, progress=watch
+    ).value
 
 
 def _names(skeleton: Skeleton, config: CompressConfig | BudgetConfig | Plan) -> list[str]:
@@ -266,6 +286,7 @@ def _inputs(
     config: CompressConfig | BudgetConfig | Plan,
     stored: Path | None,
     held_out: Tensor | None,
+    passes: Precision,
 ) -> dict[str, Any]:
     """Return everything that the result depends on."""
     decided = config.to_dict() if isinstance(config, Plan) else asdict(config)
@@ -279,8 +300,34 @@ def _inputs(
         "statistics": None if stored is None else digest_of(stored),
         "held-out text": None if held_out is None else text_hash(skeleton.model, [held_out]),
         "dtype": str(skeleton.dtype),
+        "precision": passes.name,
         "versions": versions(),
     }
+
+
+def _agreed(team: Team, journal: Journal, skeleton: Skeleton, asked: str) -> Precision:
+    """Return the precision of all processes; what one of them cannot do is raised by all."""
+    kept = team.agree(journal.begun_with("precision"))
+    met: ValueError | None = None
+    name = ""
+    try:
+        name = Precision.on(skeleton.device, skeleton.dtype, continued(asked, kept, journal.directory)).name
+    except ValueError as error:
+        met = error
+    errors = [error for error in team.gather(met) if error is not None]
+    if errors:
+        raise errors[0]
+    names = team.gather(name)
+    if len(set(names)) > 1:
+        if team.leads:
+            fastest = ", ".join(f"{names.count(each)} in {each}" for each in sorted(set(names)))
+            warnings.warn(
+                f"the processes run on different processors (fastest are {fastest}): all compute products in float32; "
+                "name a `precision` to decide otherwise",
+                stacklevel=3,
+            )
+        name = "float32"
+    return Precision.on(skeleton.device, skeleton.dtype, name)
 
 
 def _begin(team: Team, journal: Journal, inputs: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
 __all__ = ["perplexity_blockwise"]
@@ -25,6 +26,7 @@ def perplexity_blockwise(
     /,
     *,
     batch_size: int = 1,
+    precision: str = "auto",
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
@@ -41,6 +43,8 @@ def perplexity_blockwise(
         int64, shape (count, length).
     batch_size : int, default 1
         Windows per forward pass.
+    precision : str, default "auto"
+        As for :func:`~cur.integrations.perplexity`.
     scratch : Path, optional
         Directory for hidden states, two numbers for each token and unit of width. Default: the system's temporary one.
     progress : callable, optional
@@ -63,6 +67,7 @@ def perplexity_blockwise(
     inner = body(model)
     with tempfile.TemporaryDirectory(prefix="cur-", dir=scratch) as directory:
         tunnel = Tunnel(skeleton, States(Path(directory), skeleton.device))
+        passes = Precision.on(skeleton.device, skeleton.dtype, precision)
         with tunnel.open(), evaluating(model):
             skeleton.load_outside()
             tunnel.recording = True
@@ -70,7 +75,8 @@ def perplexity_blockwise(
                 skeleton.load_block(index)
                 tunnel.active = index
                 for number, batch in enumerate(parts):
-                    run(inner, model_inputs(inner, batch))
+                    with passes.products():
+                        run(inner, model_inputs(inner, batch))
                     if progress is not None:
                         progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
                 skeleton.free_block(index)
@@ -85,6 +91,6 @@ def perplexity_blockwise(
                 if progress is not None:
                     progress(count * len(windows) + done, total)
 
-            result = perplexity(model, windows, batch_size=batch_size, progress=watch)
+            result = perplexity(model, windows, batch_size=batch_size, precision=passes.name, progress=watch)
             skeleton.free_outside()
     return replace(result, seconds=time.perf_counter() - start)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from cur.integrations import CompressConfig
-from cur.integrations.blockwise import compress_blockwise, load_skeleton
+from cur.integrations import CompressConfig, compress, load_model, perplexity, save
+from cur.integrations.blockwise import compress_blockwise, load_skeleton, perplexity_blockwise
+from cur.integrations.precision import Precision
 
 RANK = """
 import os, signal, sys
@@ -30,7 +31,8 @@ def watch(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = CompressConfig(layers=3, rank=4, batch_size=1)
-report = compress_blockwise(load_skeleton(directory), windows, out, config, max_shard_size="20kB", progress=watch)
+report = compress_blockwise(load_skeleton(directory), windows, out, config, precision="float32", max_shard_size="20kB",
+                            progress=watch)
 print("chosen", [layer.rows for layer in report.layers])
 """
 
@@ -126,4 +128,97 @@ def test_more_processes_than_batches(
             journal=Journal(directory.parent / "out"),
             team=Team(),
             full=False,
+            precision=Precision.on(torch.device("cpu"), torch.float32, "float32"),
         )
+
+
+AGREED = """
+import os, sys, warnings
+import torch
+from cur.integrations import CompressConfig, precision
+from cur.integrations.blockwise import Team, compress_blockwise, load_skeleton
+
+directory, out = sys.argv[1:]
+torch.set_num_threads(1)
+first = os.environ["RANK"] == "0"
+precision.slowdown = lambda half, threads=None: 0.5 if first else 20.0
+windows = torch.randint(3, 101, (4, 12), generator=torch.Generator().manual_seed(7))
+config = CompressConfig(layers=2, rank=4)
+
+def run(name, **options):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = compress_blockwise(load_skeleton(directory), windows, f"{out}/{name}", config, **options)
+    print(name, report.precision, [str(one.message) for one in said if "different processors" in str(one.message)])
+
+with Team().joined():
+    run("auto")
+    run("named", precision="bfloat16")
+    precision._is_able = lambda device: first
+    try:
+        run("unable", precision="bfloat16")
+    except ValueError as error:
+        print("refused", error)
+"""
+
+
+def test_processes_on_different_processors_agree_on_a_precision(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory, script = checkpoint("llama"), tmp_path / "agreed.py"
+    script.write_text(AGREED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(
+        [*command, str(script), str(directory), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(filter(None, done.stdout.splitlines()))
+    assert [line.partition("[")[0] for line in lines[:4]] == ["auto float32 "] * 2 + ["named bfloat16 "] * 2
+    told = [line for line in lines if "the processes run on different processors" in line]
+    assert len(told) == 1  # by the process that leads
+    assert "fastest are 1 in bfloat16, 1 in float32" in told[0]
+    assert lines[4:] == ["refused `precision` 'bfloat16' is not to be had on the device 'cpu'; ask for float32"] * 2
+    assert not (tmp_path / "unable").exists()
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_was_begun(
+    checkpoint: Callable[[str], Path], windows: torch.Tensor
+) -> None:
+    directory = checkpoint("llama")
+    out, config = directory.parent / "out", CompressConfig(layers=2, rank=4)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "decompose":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_blockwise(load_skeleton(directory), windows, out, config, precision="bfloat16", progress=stop)
+    with pytest.raises(ValueError, match=r"`precision` must be bfloat16 or auto, got 'float32'"):
+        compress_blockwise(load_skeleton(directory), windows, out, config, precision="float32")
+    # What is faster here would be float32.
+    assert compress_blockwise(load_skeleton(directory), windows, out, config).precision == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_block_by_block_as_in_memory_in_every_precision(
+    name: str, dtype: torch.dtype, checkpoint: Callable[[str], Path], windows: torch.Tensor
+) -> None:
+    directory, config = checkpoint("llama"), CompressConfig(layers=2, rank=4)
+    whole, parts = directory.parent / "whole", directory.parent / "parts"
+    loaded = load_model(directory, dtype=dtype)
+    report = compress(loaded.model, windows, config, precision=name)
+    save(loaded.model, loaded.tokenizer, whole, report=report)
+    skeleton = load_skeleton(directory, dtype=dtype)
+    compress_blockwise(skeleton, windows, parts, config, precision=name)
+    assert filecmp.cmp(whole / "cur_model.safetensors", parts / "cur_model.safetensors", shallow=False)
+    values = [
+        perplexity(loaded.model, windows, precision=name).value,
+        perplexity_blockwise(load_skeleton(parts, dtype=dtype), windows, precision=name).value,
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
