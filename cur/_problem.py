@@ -14,7 +14,7 @@ from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import NumericalError, warn
-from cur._products import columns_of, frobenius, pythagorean_rounding, rows_of, thin
+from cur._products import columns_of, pythagorean_rounding, rows_of, thin
 from cur._scale import brought_near_one, times_power
 from cur._spectral import spectral_norm
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted

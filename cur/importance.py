@@ -202,7 +202,14 @@ def _damped(values: Array, vectors: Array, damping: float) -> Weight:
 def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
     """Turn the `row_weights` or `column_weights` of a driver into a `Weight`."""
     weight, exponent = unit_weight(weights, A, axis, dtype)
-    return weight if weight is None or exponent == 0 else _times(weight, exponent)
+    if weight is None or exponent == 0:
+        return weight
+    with np.errstate(over="ignore"):
+        weight = _times(weight, exponent)
+    if not largest(weight.roots if weight.root is None else weight.root) < math.inf:
+        name = ("row_weights", "column_weights")[axis]
+        raise ValueError(f"`{name}` has entries beyond the range of {dtype}; divide it by its largest entry first")
+    return weight
 
 
 def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight | None, int]:

@@ -226,7 +226,7 @@ def _embedded(X: np.ndarray) -> np.ndarray:
 
 def _integers(X: np.ndarray) -> tuple[np.ndarray, int]:
     """A matrix as whole numbers times one power of two."""
-    mantissa, exponent = np.frexp(np.asarray(X))
+    mantissa, exponent = np.frexp(np.asarray(X).astype(np.longdouble))
     mantissa, exponent = np.ldexp(mantissa, 64), exponent.astype(np.int64) - 64
     low = int(exponent[mantissa != 0].min(initial=0)) if np.any(mantissa) else 0
     numbers = np.vectorize(int, otypes=[object])(mantissa)
