@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, gaussian, is_sparse, namespace, svdvals, working_dtype
+from cur._array import Array, adjoint, convert, gaussian, is_sparse, namespace, svdvals
 from cur._problem import Choice, Problem, etas
-from cur._products import BLOCK_ENTRIES, adjoint_product, frobenius, product, residual_norm
+from cur._products import BLOCK_ENTRIES, adjoint_product, frobenius, product, pythagorean_rounding, residual_norm
 from cur._spectral import SpectralError
 from cur._validate import check_finite_norm
+from cur._wide import Residual, Weights
 from cur.bounds import (
     Certificate,
     cross_bound,
@@ -62,37 +63,41 @@ def reduce(problem: Problem, Cw: Array, Rw: Array) -> Reduced:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """The Frobenius norm of a residual: its value, what of it is rounding, and how it was obtained."""
+class Error:
+    """The Frobenius norm of a residual: its value, what of it is rounding, and how it was obtained.
+
+    `evaluation` bounds the rounding with which the factors, multiplied in the working precision, miss their product.
+    """
 
     value: float
     rounding: float
+    evaluation: float
     kind: Literal["exact", "bound", "probabilistic"] = "exact"
     failure_probability: float = 0.0
 
 
-def residual(
+def measure(
     problem: Problem,
-    factors: Callable[[], tuple[Array, Array]],
+    factors: tuple[Array, ...],
     *,
     kept: float,
     gap: float,
     inner: float,
     failure: float,
     rng: np.random.Generator,
-) -> Residual:
-    """Return ``||B - left right||_F`` for an approximation whose columns lie in the range of the chosen ones.
+) -> Error:
+    """Return the weighted error of an approximation whose columns lie in the range of the chosen ones.
 
     Parameters
     ----------
-    factors : callable
-        Makes the thin factors of the approximation, in weighted coordinates.
+    factors : tuple of arrays
+        Those of `near`, as they are returned: C and U and R, or C and coefficients.
     kept : float
         Norm of the orthogonal projection of `B` that the best coefficients would reproduce.
     gap : float
         Norm of the difference between that projection and the approximation.
     inner : float
-        Rounding of the evaluation of their product.
+        Bound on the rounding of the evaluation of the product in the working precision, that of `gap` included.
     failure, rng
         Of the sketch, where one is needed.
 
@@ -100,23 +105,43 @@ def residual(
     -----
     The residual splits into orthogonal parts, ``||B||^2 - kept^2 + gap^2``, all known without another pass. Where the
     rounding of that difference is more than a few percent of the result, the factors are subtracted from the matrix
-    itself, block by block. Operators, and sparse matrices too large for that, get a fresh sketch (B4).
+    itself, block by block and in a wider precision. Operators, and sparse matrices too large for that, get a fresh
+    sketch (B4).
     """
-    u = problem.unit
+    error = _measured(problem, factors, kept, gap, inner, failure, rng)
+    # weights are rounded to the working precision: roots of diagonal ones by a unit each
+    extra = 4 * problem.unit * error.value if problem.weighted else 0.0
+    return replace(error, value=error.value + extra, rounding=error.rounding + extra)
+
+
+def _measured(
+    problem: Problem,
+    factors: tuple[Array, ...],
+    kept: float,
+    gap: float,
+    inner: float,
+    failure: float,
+    rng: np.random.Generator,
+) -> Error:
     m, n = problem.shape
     if problem.total is not None:
         squares = problem.total**2
         missed = max(squares - kept**2, 0.0)
         slack = problem.pythagorean_rounding
-        if slack <= 0.05 * (missed + gap**2) or squares == 0.0:
+        plain = math.hypot(math.sqrt(missed), gap)
+        if (slack <= 0.05 * plain**2 and inner <= 0.02 * plain) or squares == 0.0:
             value = math.sqrt(missed + slack + gap**2) + inner
-            return Residual(value, value - math.hypot(math.sqrt(missed), gap))
+            return Error(value, value - plain, inner)
         if not is_sparse(problem.B) or m * n <= DIRECT_ENTRIES:
-            plain = residual_norm(problem.B, *factors())
-            # of the subtraction, and of the sum of squares
-            rounding = inner + 2 * u * problem.total + (m * n) ** 0.25 * u * plain
-            return Residual(plain + rounding, rounding)
-    return _sketched(problem, *factors(), inner, failure, rng)
+            E = Residual(problem.near, factors[0], factors[1:], problem.weights, single=_is_single(problem))
+            plain = E.norm()
+            rounding = E.rounding(plain)
+            return Error(plain + rounding, rounding, inner)
+    return _sketched(problem, factors, inner, failure, rng)
+
+
+def _is_single(problem: Problem) -> bool:
+    return problem.unit > 1e-12
 
 
 def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, Array]]) -> float:
@@ -130,47 +155,70 @@ def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, A
 
 
 def evaluation_rounding(*factors: Array, u: float) -> float:
-    """Return the rounding with which a product of thin matrices is evaluated from the left.
+    """Return a bound on the rounding with which a product of thin matrices is evaluated from the left.
 
-    For ``C U R``: ``2 (c^1/2 + r^1/2) u || D_C U D_R ||_F``, where the diagonals hold the norms of the columns of C
-    and of the rows of R: the root of the sum of squares of all products that are added up, times the square roots of
-    the lengths of the sums, as in the probabilistic analysis of inner products (Higham and Mary, SIAM J. Sci. Comput.
-    41, 2019). The worst case, with c and r in place of their roots and magnitudes that add up, was never nearly seen.
+    For ``C U R``: ``4 (c + r + 20) u ||C D_C^-1||_2 ||D_R^-1 R||_2 || D_C U D_R ||_F``, where the diagonals hold the
+    norms of the columns of C and of the rows of R. It holds in the worst case, in any order of summation: a partial
+    sum of ``C u`` is ``C D_C^-1`` times a part of ``D_C u``, and each of the c additions is off by u times one of
+    these. The constant leaves room for the QR behind C and R, and for products that are rounded before they are added.
     """
     xp = namespace(*factors)
-    squares = xp.sum(xp.abs(factors[0]) ** 2, axis=0)
-    for f in factors[1:-1]:
-        squares = squares @ xp.abs(f) ** 2
-    size = math.sqrt(float(xp.sum(squares * xp.sum(xp.abs(factors[-1]) ** 2, axis=1))))
-    return 2 * sum(math.sqrt(f.shape[0]) for f in factors[1:]) * u * size
+    first, *middle, last = factors
+    left, right = xp.linalg.vector_norm(first, axis=0), xp.linalg.vector_norm(last, axis=1)
+    weighed = convert(np.eye(1), first, first.dtype) if not middle else middle[0]
+    for f in middle[1:]:
+        weighed = weighed @ f
+    size = (
+        float(xp.linalg.vector_norm(left * right))
+        if not middle
+        else frobenius(left[:, None] * weighed * right[None, :])
+    )
+    lengths = sum(int(f.shape[0]) for f in factors[1:])
+    return float(4 * (lengths + 20) * u * _spread(first, left) * _spread(adjoint(last), right) * size)
+
+
+def _spread(X: Array, norms: Array) -> float:
+    """Return a bound on the 2-norm of `X` with columns of norm one, at least 1."""
+    xp = namespace(X)
+    X = X / xp.where(norms > 0, norms, xp.ones_like(norms))[None, :]
+    gram = adjoint(X) @ X
+    return max(1.0, 1.01 * math.sqrt(math.sqrt(frobenius(gram @ gram))))
 
 
 def _sketched(
-    problem: Problem, left: Array, right: Array, rounding: float, failure: float, rng: np.random.Generator
-) -> Residual:
-    m = problem.shape[0]
+    problem: Problem, factors: tuple[Array, ...], inner: float, failure: float, rng: np.random.Generator
+) -> Error:
+    m, n = problem.shape
+    C, *chain = factors
     count = sketch_size(failure)
     whole = count >= m  # fewer rows than a sketch would need: the residual itself
+    factor = 1.0 if whole else sketch_factor(count, failure)
+    weights = Weights(None, problem.column_weight, problem.shift)
     most = max(LEAST_AT_ONCE, BLOCK_ENTRIES // max(problem.shape))
-    parts = []
+    norms, roundings = [], []
     for start in range(0, m if whole else count, most):
         if whole:
-            X = convert(np.eye(m, min(most, m - start), -start), left, left.dtype)
+            X = convert(np.eye(m, min(most, m - start), -start), C, C.dtype)
         else:
-            width = min(most, count - start)
-            X = gaussian((m, width), left, working_dtype(left), rng) / math.sqrt(count)
-        parts.append(frobenius(adjoint(adjoint_product(problem.B, X)) - (adjoint(X) @ left) @ right))
-    plain = math.hypot(*parts)
-    if whole:
-        return Residual(plain + rounding, rounding)
-    return Residual(plain * sketch_factor(count, failure) + rounding, rounding, "probabilistic", failure)
+            X = gaussian((m, min(most, count - start)), C, C.dtype, rng) / math.sqrt(count)
+        Y = X if problem.row_weight is None else problem.row_weight.adjoint_apply(X)
+        Z = adjoint(adjoint_product(problem.near, Y))
+        E = Residual(Z, C, chain, weights, single=_is_single(problem), sketch=adjoint(Y))
+        norms.append(E.norm())
+        # of the products with the matrix: partial sums are of the size of the parts of the matrix that they see, since
+        # the random numbers do not depend on it; what an operator does inside is not known, and taken to be the same
+        of_products = 2 * (m + n) * problem.unit * frobenius(weights.apply(Z))
+        roundings.append(E.rounding(norms[-1]) + of_products)
+    rounding = factor * math.hypot(*roundings)
+    value = factor * math.hypot(*norms) + rounding
+    return Error(value, rounding, inner) if whole else Error(value, rounding, inner, "probabilistic", failure)
 
 
 def certify(
     problem: Problem,
     choice: Choice,
     reduced: Reduced,
-    error: Residual,
+    error: Error,
     *,
     norm: Literal["fro", 2],
     link: str,
@@ -188,11 +236,11 @@ def certify(
     optimal = link != "cross" and (link == "weighted" or not problem.weighted)
     known: dict[str, Any] = {"eta_rows": eta_rows, "eta_columns": eta_columns}
     spectrum = choice.subspace if problem.target is problem.B else None
-    # 20: the constant of QR, for very small matrices
-    rounding = (max(problem.shape) + 20) * problem.unit * (problem.total or frobenius(reduced.Z))
+    # of the products with the bases, of their orthogonality and of the norms
+    rounding = pythagorean_rounding(problem.shape, problem.unit) * (problem.total or frobenius(reduced.Z))
     if choice.V is not None and choice.W is not None and eta_rows is not None and eta_columns is not None:
         kr, kc = choice.V.shape[1], choice.W.shape[1]
-        slack = (eta_rows + eta_columns) * rounding + error.rounding + gap
+        slack = (eta_rows + eta_columns) * rounding + error.evaluation + gap
         if spectrum is not None:
             known["sigma_next"] = spectrum.sigma_next(min(kr, kc))
         if optimal:
@@ -212,7 +260,7 @@ def certify(
             ideal = Orthogonal(block, cutoff=block.shape[1] * problem.unit)
             S = adjoint(reduced.R.T)
             cut = frobenius(reduced.C.T @ (U @ S) - ideal.left_divide(adjoint(ideal.Q) @ S))
-            known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.rounding
+            known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.evaluation
     value, kind, failure = error.value, error.kind, error.failure_probability
     scale = problem.total if problem.total is not None else frobenius(reduced.Z)
     if spectral is not None:
@@ -230,7 +278,8 @@ def certify(
         value, kind, _ = min(bounds, key=lambda bound: bound[0])
         # the least of them is wrong where any of them is
         failure = sum(failure for _, _, failure in bounds) if kind == "probabilistic" else 0.0
-    return Certificate(norm, value, kind, failure, str(_dtype_name(reduced.M)), scale, error.rounding, **known)
+    dtype = str(_dtype_name(reduced.M))
+    return Certificate(norm, value, kind, failure, dtype, scale, error.rounding, **known).shifted(problem.size)
 
 
 def _projection(

@@ -38,7 +38,8 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
         self.x = x.astype(self.dtype)
         # its squares must neither overflow nor vanish
         self.size = float(np.max(np.abs(y))) or 1.0
-        self.y = y.astype(self.dtype) / self.dtype.type(self.size)
+        # in double precision: in single, complex quotients of very small numbers overflow
+        self.y = (y.astype(np.result_type(y, np.float64)) / self.size).astype(self.dtype)
 
     def _matmat(self, X: Vectors) -> Vectors:
         return self._in_dtype(self.operator.matmat(X))

@@ -13,12 +13,14 @@ import numpy as np
 from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
-from cur._errors import warn
-from cur._products import columns_of, frobenius, product, rows_of, thin
+from cur._errors import NumericalError, warn
+from cur._products import columns_of, pythagorean_rounding, rows_of, thin
+from cur._scale import brought_near_one, times_power
 from cur._spectral import spectral_norm
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
+from cur._wide import Weights
 from cur.bounds import eta
-from cur.importance import Weight, as_weight
+from cur.importance import Weight, unit_weight
 
 BASIS_SELECTORS: dict[str, Callable[..., Array]] = {
     "deim": selection.deim,
@@ -51,15 +53,25 @@ SUBSPACES = ("auto", "exact", "randomised", "lanczos")
 class Problem:
     """A matrix ready to be factored.
 
+    Three sizes may be anything: those of the matrix, of the weights, and of both together. Powers of two bring all of
+    them near one, so that squares and products stay in the range of the working precision.
+
     Attributes
     ----------
     A : matrix
-        The user's, detached and promoted to the working dtype.
+        The user's, detached and promoted to the working dtype: what rows and columns are taken from.
+    near : matrix
+        ``2^-exponent A``; `A` itself where squares of its entries stay in the range.
+    exponent : int
     B : matrix
-        `A` in weighted coordinates, ``F_H^H A F_G``; `A` itself without weights.
+        `near` in weighted coordinates, ``2^shift F_H^H near F_G``; `near` itself without weights.
     target : matrix
         Whose leading singular subspaces guide the choice: `B`, or the importance given.
     row_weight, column_weight : Weight or None
+        Of size one.
+    shift : int
+    weight_exponent : int
+        What was taken from both weights.
     total : float or None
         ``||B||_F``; None for an operator.
     bounds : bool
@@ -67,10 +79,14 @@ class Problem:
     """
 
     A: Array
+    near: Array
+    exponent: int
     B: Array
     target: Array
     row_weight: Weight | None
     column_weight: Weight | None
+    shift: int
+    weight_exponent: int
     total: float | None
     bounds: bool = True
 
@@ -97,11 +113,44 @@ class Problem:
 
     @property
     def pythagorean_rounding(self) -> float:
-        """Rounding of ``||B||^2 - ||Q^H B||^2``, of the products and of the QR that made Q.
+        """Rounding of ``||B||^2 - ||Q^H B P||^2``, of the products and of the QRs that made Q and P."""
+        return pythagorean_rounding(self.shape, self.unit) * (self.total or 0.0) ** 2
 
-        The constant 20 is for very small matrices, where that of the QR outweighs the dimensions.
-        """
-        return 2 * (max(self.shape) + 20) * self.unit * (self.total or 0.0) ** 2
+    @property
+    def weights(self) -> Weights:
+        """What turns the residual of `near` into that of `B`."""
+        return Weights(self.row_weight, self.column_weight, self.shift)
+
+    @property
+    def size(self) -> int:
+        """Power of two by which a norm of `B` is that of the weighted matrix of the user."""
+        return self.exponent + self.weight_exponent - self.shift
+
+    def adjoint(self) -> Problem:
+        """Return the problem of the adjoint, whose rows are the columns of this one."""
+        A, near, B, target = (adjoint(X) for X in (self.A, self.near, self.B, self.target))
+        near, B = A if self.near is self.A else near, near if self.B is self.near else B
+        return replace(
+            self,
+            A=A,
+            near=near,
+            B=B,
+            target=B if self.target is self.B else target,
+            row_weight=self.column_weight,
+            column_weight=self.row_weight,
+        )
+
+    def core_of_the_matrix(self, U: Array) -> Array:
+        """Return the core between rows and columns of `A` for one between those of `near`."""
+        if self.exponent == 0:
+            return U
+        with np.errstate(over="ignore"):
+            U = times_power(U, -self.exponent)
+        if not bool(namespace(U).all(namespace(U).isfinite(U))):
+            raise NumericalError(
+                "`A` has entries so small that U, of the size of their reciprocals, overflows; scale it"
+            )
+        return U
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +174,15 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
     """Check and promote the arguments of a driver."""
     A = check_promoted(A)
     dtype = A.dtype
-    row_weight = as_weight(row_weights, A, 0, dtype)
-    column_weight = as_weight(column_weights, A, 1, dtype)
-    B = A
-    if row_weight is not None:
-        B = row_weight.apply(B, 0)
-    if column_weight is not None:
-        B = column_weight.apply(B, 1)
+    near, exponent, total = brought_near_one(A)
+    row_weight, row_exponent = unit_weight(row_weights, A, 0, dtype)
+    column_weight, column_exponent = unit_weight(column_weights, A, 1, dtype)
+    B, shift = near, 0
+    if row_weight is not None or column_weight is not None:
+        B = Weights(row_weight, column_weight).apply(near)
+        B, shift, total = brought_near_one(B, lambda e: Weights(row_weight, column_weight, -e).apply(near))
+        shift = -shift
+        _check_nothing_vanished(A, B, Weights(row_weight, column_weight, shift), total)
     target = B
     if importance is not None:
         check_matrix(importance, "importance")
@@ -141,10 +192,25 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
                 f"`importance` must have the shape of `A`, {tuple(A.shape)}; got {tuple(importance.shape)}; "
                 "one score per entry is needed"
             )
-        target = check_promoted(importance, "importance", dtype)
-        if not is_operator(target):
-            check_finite_norm(frobenius(target), importance, "importance")
-    return Problem(A, B, target, row_weight, column_weight, None if is_operator(B) else frobenius(B))
+        target, _, size = brought_near_one(check_promoted(importance, "importance", dtype))
+        if size is not None:
+            check_finite_norm(size, importance, "importance")
+    return Problem(
+        A, near, exponent, B, target, row_weight, column_weight, shift, row_exponent + column_exponent, total
+    )
+
+
+def _check_nothing_vanished(A: Array, B: Array, weights: Weights, total: float | None) -> None:
+    """Refuse a weighted matrix of which a part that counts may have fallen below the smallest number."""
+    if total is None:
+        return
+    info = namespace(B).finfo(B.dtype)
+    lost = math.ldexp(2 * math.sqrt(math.prod(B.shape)) * float(info.smallest_normal), weights.exponent)
+    if (lost > float(info.eps) * total) if total > 0.0 else weights.touch(A):
+        raise NumericalError(
+            f"`A` and its weights span so many sizes that products of both leave the range of {B.dtype}; "
+            "use double precision, or weights closer to one another"
+        )
 
 
 def find_subspace(
@@ -246,35 +312,17 @@ def etas(problem: Problem, choice: Choice) -> tuple[float | None, float | None]:
     return values[0], values[1]
 
 
-def slices(problem: Problem, choice: Choice) -> tuple[Array, Array, Array, Array]:
-    """Return C and R of the matrix, and both in weighted coordinates."""
-    C, R = columns_of(problem.A, choice.columns), rows_of(problem.A, choice.rows)
-    Cw = thin(C) if problem.row_weight is None else problem.row_weight.apply(thin(C), 0)
-    Rw = thin(R) if problem.column_weight is None else problem.column_weight.apply(thin(R), 1)
-    return C, R, Cw, Rw
+def slices(problem: Problem, choice: Choice) -> tuple[Array, Array]:
+    """Return the chosen columns and rows of the user's matrix, entry by entry."""
+    return columns_of(problem.A, choice.columns), rows_of(problem.A, choice.rows)
 
 
-def safe_scale(A: Array, total: float | None) -> float:
-    """Return a power of two to divide a matrix by where squares of its entries would leave the range; else 1."""
-    if total is None:  # an operator shows its size in a product
-        x = np.random.default_rng(0).standard_normal((A.shape[1], 1)).astype(A.dtype)
-        total = largest = float(np.max(np.abs(product(A, x))))
-    else:
-        largest = None
-    xp = namespace(A)
-    info = xp.finfo(A.dtype)
-    low = math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2)
-    high = math.sqrt(float(info.max)) / A.shape[1]
-    if low < total < high or math.isnan(total):
-        return 1.0
-    if largest is None:
-        largest = float(abs(A).max()) if is_sparse(A) or is_dask(A) else float(xp.max(xp.abs(A)))
-    if largest == 0.0 or not math.isfinite(largest):
-        return 1.0
-    # its reciprocal must not overflow, which that of a subnormal number would
-    return max(math.ldexp(1.0, math.frexp(largest)[1]), float(info.smallest_normal))
+def near_slices(problem: Problem, C: Array, R: Array) -> tuple[Array, Array]:
+    """Return columns and rows of the matrix as those of `near`, dense."""
+    return times_power(thin(C), -problem.exponent), times_power(thin(R), -problem.exponent)
 
 
-def scaled(A: Array, factor: float) -> Array:
-    """Return `A` times a power of two; in its dtype, which the product of an operator with a plain number may leave."""
-    return A * A.dtype.type(factor) if is_operator(A) else A * factor
+def weighted_slices(problem: Problem, C: Array, R: Array) -> tuple[Array, Array]:
+    """Return columns and rows of `near` in weighted coordinates."""
+    rows, columns = problem.row_weight, problem.column_weight
+    return Weights(rows).apply(C), Weights(None, columns, problem.shift).apply(R)

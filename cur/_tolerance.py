@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ def smallest_rank(
     nested: bool,
     norm: object,
     failure: float,
+    certain: bool,
     select: str,
 ) -> Result:
     """Return the factorization of the smallest rank whose certified relative error is at most `tol`.
@@ -50,6 +51,8 @@ def smallest_rank(
         every rank that is tried costs a choice.
     norm : "fro" or 2
         Norm of the certificate. In the 2-norm the curve does not help, and nested choices are bisected.
+    certain : bool
+        Whether the errors of `curve` are those of the whole matrix, and not only of what was seen of an operator.
     select : str
         The selector, for the error.
     failure : float
@@ -71,26 +74,55 @@ def smallest_rank(
 
     width = min(FIRST_WIDTH, most)
     below = 0
+    best: Result | None = None
     while True:
         width = most if 2 * width > most else width  # near full width the search may as well see everything
         choice = choose_at(width)
         found = min(choice.rows.shape[0], choice.columns.shape[0])
         last = width >= most or found < width
-        if nested and norm == "fro":
-            fits = np.flatnonzero(curve(choice) <= tol)
-            k = int(fits[0]) + 1 if fits.size else found + 1
-            while k <= found:
+        errors = curve(choice) if norm == "fro" else np.ones(found)
+        if nested:
+            for k in _ranks(errors, tol):
                 result = attempt(choice.leading(k))
                 if result.certificate.relative <= tol:
                     return result
-                k += max(1, k // 50)  # the rounding, or the sketch, asks for a little more
+                best = _better(best, result)
+                if certain and _stuck(result, errors[k - 1], tol):
+                    raise _unreachable(tol, best, select)
         widest = attempt(choice)
         if widest.certificate.relative <= tol:
             at = choice.leading if nested else choose_at
             return _bisect(at, attempt, tol, below, found, widest)
-        if last:
-            raise _unreachable(tol, widest, select)
+        best = _better(best, widest)
+        if last or (certain and norm == "fro" and _stuck(widest, errors[-1], tol)):
+            raise _unreachable(tol, best, select)
         below, width = (0 if nested else width), min(2 * width, most)
+
+
+def _ranks(errors: np.ndarray[Any, Any], tol: float) -> Iterator[int]:
+    """Yield the ranks to try, from the first whose best core meets the tolerance: rounding, or a sketch, asks for more.
+
+    Closely while a few more indices may be all that is missing, then in larger steps.
+    """
+    fits = np.flatnonzero(errors <= tol)
+    k = first = int(fits[0]) + 1 if fits.size else len(errors) + 1
+    while k <= len(errors):
+        yield k
+        k += max(1, k // 50) if k < 1.15 * first else max(1, k // 10)
+
+
+def _stuck(result: Any, best_core: float, tol: float) -> bool:
+    """Tell whether larger ranks are of no use: the error is far above that of the best core, and above the tolerance.
+
+    What is left then is the rounding of U. It grows with the rank until small singular values are cut, and no longer
+    falls from there on: by less than the factors here, as measured on kernels and on graded matrices.
+    """
+    relative = result.certificate.relative
+    return bool(result.certificate.kind == "exact" and relative > max(4 * tol, 5 * best_core))
+
+
+def _better(best: Result | None, result: Result) -> Result:
+    return result if best is None or result.certificate.relative < best.certificate.relative else best
 
 
 def _bisect(
@@ -112,21 +144,20 @@ def _bisect(
     return best
 
 
-def _unreachable(tol: float, result: Any, select: str) -> NumericalError:
+def _unreachable(tol: float, best: Any, select: str) -> NumericalError:
     """Return the error that says what stands in the way of a tolerance, and what there is to do about it."""
-    certificate = result.certificate
-    rounding = certificate.rounding / certificate.scale if certificate.scale > 0 else 0.0
+    certificate = best.certificate
     reason, remedies = "", ["use a larger `tol`"]
     if certificate.dtype in ("float32", "complex64"):
         remedies.append("double precision")
     if select != "deim":
         remedies.append(f"select='deim', whose columns and rows are less alike than those of {select!r}")
-    if hasattr(result, "U"):
+    if hasattr(best, "U"):
         reason = ", because U divides by the small singular values of the columns and rows chosen"
         remedies.append("`interpolative`, which has no U to lose digits")
     return NumericalError(
-        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {result.rank}, the last one tried, the "
-        f"relative error is at most {certificate.relative:.2g}, of which {rounding:.2g} is rounding{reason}; "
+        f"`tol`={tol:g} cannot be certified in {certificate.dtype}: at rank {best.rank}, the best one tried, the "
+        f"relative error is at most {certificate.relative:.2g}, and larger ranks do not lower it{reason}; "
         f"{', or '.join(remedies)}"
     )
 

@@ -169,6 +169,8 @@ def check_probability(value: Any) -> None:
         raise ValueError(
             f"`failure_probability` must be a number between 0 and 1, both excluded; got {value!r}; 1e-6 is usual"
         )
+    if value < 1e-300:  # a search shares it out, and the shares would vanish
+        raise ValueError(f"`failure_probability` must be at least 1e-300; got {value!r}; 1e-6 is usual")
 
 
 def check_rank_or_tol(rank: Any, tol: Any) -> None:

@@ -99,6 +99,11 @@ class Certificate:
         }
         return replace(self, **values)
 
+    def shifted(self, exponent: int) -> Certificate:
+        """Return the certificate of the same factorization of the matrix times ``2^exponent``, whatever its size."""
+        step = max(-1000, min(exponent, 1000))
+        return self if exponent == 0 else self.scaled(2.0**step).shifted(exponent - step)
+
     def __str__(self) -> str:
         norm = "Frobenius norm" if self.norm == "fro" else "2-norm"
         how = {

@@ -9,11 +9,22 @@ import numpy as np
 
 from cur import selection
 from cur._array import Array, adjoint, namespace, take, to_numpy
-from cur._certify import certify, evaluation_rounding, leftover, reduce, residual
+from cur._certify import certify, evaluation_rounding, leftover, measure, reduce
 from cur._entry import economical
-from cur._errors import NumericalError
-from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, prepare, safe_scale, scaled, slices
+from cur._problem import (
+    NESTED,
+    SELECTORS,
+    SUBSPACES,
+    Choice,
+    Problem,
+    choose,
+    near_slices,
+    prepare,
+    slices,
+    weighted_slices,
+)
 from cur._products import columns_of, frobenius, thin
+from cur._scale import times_power
 from cur._spectral import spectral_error
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
@@ -163,9 +174,6 @@ def cur(
     if link is not None:
         check_choice(link, LINKS, "link")
     problem = prepare(A, importance, row_weights, column_weights)
-    scale = safe_scale(problem.A, problem.total)
-    if scale != 1.0:
-        problem = prepare(scaled(problem.A, 1 / scale), importance, row_weights, column_weights)
     problem = replace(problem, bounds=bounds)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
@@ -189,30 +197,19 @@ def cur(
                 f"`rank` must ask for at least as many rows as columns with link='cross'; got {rank!r}; "
                 "factor the transpose instead"
             )
-        result = assemble(choose(problem, counts, select, subspace, generator, power_iterations))
-    else:
-        result = smallest_rank(
-            choice_for,
-            assemble,
-            lambda choice: _error_curve(problem, choice),
-            check_tol(tol),
-            min(problem.shape),
-            nested=select in NESTED,
-            norm=norm,
-            failure=failure_probability,
-            select=select,
-        )
-    return result if scale == 1.0 else _rescaled(result, scale)
-
-
-def _rescaled(result: CUR, scale: float) -> CUR:
-    """Undo the division of the matrix by a power of two."""
-    certificate = None if result.certificate is None else result.certificate.scaled(scale)
-    with np.errstate(over="ignore"):
-        U = result.U / scale
-    if not bool(namespace(U).all(namespace(U).isfinite(U))):
-        raise NumericalError("`A` has entries so small that U, of the size of their reciprocals, overflows; scale it")
-    return CUR(result.C * scale, U, result.R * scale, result.rows, result.columns, certificate)
+        return assemble(choose(problem, counts, select, subspace, generator, power_iterations))
+    return smallest_rank(
+        choice_for,
+        assemble,
+        lambda choice: _error_curve(problem, choice),
+        check_tol(tol),
+        min(problem.shape),
+        nested=select in NESTED,
+        norm=norm,
+        failure=failure_probability,
+        certain=problem.total is not None,
+        select=select,
+    )
 
 
 def _assemble(
@@ -235,23 +232,27 @@ def _assemble(
             )
         room = min(oversample, problem.shape[0] - choice.rows.shape[0])
         choice = replace(choice, rows=selection.oversample(choice.V, choice.rows, room))
-    C, R, Cw, Rw = slices(problem, choice)
+    C, R = slices(problem, choice)
+    near_C, near_R = near_slices(problem, C, R)
+    Cw, Rw = weighted_slices(problem, near_C, near_R)
     reduced = reduce(problem, Cw, Rw)
     if link == "cross":
-        U = cross_core(take(thin(C), choice.rows, axis=0))
+        U = cross_core(take(near_C, choice.rows, axis=0))
     elif link == "optimal" and problem.weighted:
-        plain = reduce(replace(problem, B=problem.A, total=None), thin(C), thin(R))
+        plain = reduce(replace(problem, B=problem.near, total=None), near_C, near_R)
         U = core(plain.C, plain.R, plain.M)
     else:
         U = core(reduced.C, reduced.R, reduced.M)
+    returned = problem.core_of_the_matrix(U)
+    U = times_power(returned, problem.exponent)  # without the digits that it lost below the normal numbers
     T, S = reduced.C.T, adjoint(reduced.R.T)
     gap = frobenius(reduced.M - T @ U @ S)
     inner = evaluation_rounding(T, U, S, u=problem.unit)
     if norm == 2 and problem.total is None:
         failure /= 2  # of two sketches
-    error = residual(
+    error = measure(
         problem,
-        lambda: (Cw @ U, Rw),
+        (near_C, U, near_R),
         kept=frobenius(reduced.M),
         gap=gap,
         inner=inner,
@@ -264,14 +265,14 @@ def _assemble(
         rounding = 2 * (max(problem.shape) + 20) * problem.unit * (problem.total or frobenius(reduced.Z)) + inner
         two = spectral_error(problem.B, Cw @ U, Rw, direct=direct, rounding=rounding, failure=failure, rng=rng)
     certificate = certify(problem, choice, reduced, error, norm=norm, link=link, gap=gap, spectral=two, U=U)
-    return CUR(C, U, R, choice.rows, choice.columns, certificate)
+    return CUR(C, returned, R, choice.rows, choice.columns, certificate)
 
 
 def _rows_from_columns(problem: Problem, choice: Choice, oversample: int) -> Choice:
     """Choose the rows of a cross from an orthonormal basis of its columns, which bounds gamma."""
     columns = choice.columns
     k, wanted = columns.shape[0], max(choice.rows.shape[0], columns.shape[0])
-    Q = Orthogonal(thin(columns_of(problem.A, columns))).Q
+    Q = Orthogonal(thin(columns_of(problem.near, columns))).Q
     rows = selection.deim(Q)
     extra = min(wanted - k + oversample, problem.shape[0] - k)
     if extra > 0:
@@ -285,7 +286,7 @@ def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
     QR is nested too: at rank k the error is what the full choice leaves, and the part of ``M`` outside its leading
     k x k block, all sums of squares without cancellation.
     """
-    _, _, Cw, Rw = slices(problem, choice)
+    Cw, Rw = weighted_slices(problem, *near_slices(problem, *slices(problem, choice)))
     k = min(Cw.shape[1], Rw.shape[0])
     reduced = reduce(problem, Cw[:, :k], Rw[:k, :])
     squares = to_numpy(namespace(reduced.M).abs(reduced.M)).astype(np.float64) ** 2

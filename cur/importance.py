@@ -7,6 +7,7 @@ approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from cur import _array
 from cur._array import Array, adjoint, namespace
-from cur._products import scale, transform
+from cur._products import largest, scale, transform
+from cur._scale import times_power
 from cur._validate import check_companion, check_dense
 
 __all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
@@ -46,6 +48,12 @@ class Weight:
         if self.root is not None:
             return scale(A, self.root, axis)
         return transform(A, self.vectors * self.roots[None, :], axis)
+
+    def adjoint_apply(self, X: Array) -> Array:
+        """Return ``F X``, where ``F F^H`` is the weight."""
+        if self.root is not None:
+            return scale(X, self.root, 0)
+        return (self.vectors * self.roots[None, :]) @ X
 
     def candidates(self, basis: Array) -> Array:
         """Carry an orthonormal basis in weighted coordinates over to the rows or columns one can choose.
@@ -193,30 +201,84 @@ def _damped(values: Array, vectors: Array, damping: float) -> Weight:
 
 def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
     """Turn the `row_weights` or `column_weights` of a driver into a `Weight`."""
+    weight, exponent = unit_weight(weights, A, axis, dtype)
+    if weight is None or exponent == 0:
+        return weight
+    with np.errstate(over="ignore"):
+        weight = _times(weight, exponent)
+    if not largest(weight.roots if weight.root is None else weight.root) < math.inf:
+        name = ("row_weights", "column_weights")[axis]
+        raise ValueError(f"`{name}` has entries beyond the range of {dtype}; divide it by its largest entry first")
+    return weight
+
+
+def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight | None, int]:
+    """Return a weight whose factor has norm one, nearly, and the power of two by which the one given is larger.
+
+    Scaled before it is brought to `dtype`: in the range of that, small weights of large matrices would vanish.
+    """
     name = ("row_weights", "column_weights")[axis]
     if weights is None:
-        return None
+        return None, 0
+    exponent = 0
     if isinstance(weights, Weight):
         weight = weights
     else:
         weights, _ = floating(weights, name)
         check_companion(weights, A, name)
-        if weights.ndim == 2:  # in the precision of A, whose rounding is the least that its eigenvalues are damped by
-            weights = in_dtype(weights, dtype, name)
-        weight = diagonal(weights, name=name) if weights.ndim == 1 else matrix(weights, name=name)
-    real = _array.real_dtype(dtype, A)
-    parts = {"root": real, "vectors": dtype, "roots": real}
-    for part, wanted in parts.items():
-        value = getattr(weight, part)
-        if value is not None:
-            check_companion(value, A, name)
-            weight = replace(weight, **{part: in_dtype(value, wanted, name)})
+        weights = namespace(weights).astype(weights, _wider(weights.dtype, dtype, weights))
+        if weights.ndim == 1:
+            weight = diagonal(weights, name=name)
+        else:
+            # an even power, whose root is a power of two; in the precision of A, whose rounding is the least that
+            # eigenvalues are damped by
+            exponent = _exponent(weights) // 2
+            weight = matrix(in_dtype(times_power(weights, -2 * exponent), dtype, name), name=name)
+    for part in ("root", "vectors", "roots"):
+        if getattr(weight, part) is not None:
+            check_companion(getattr(weight, part), A, name)
     if weight.size != A.shape[axis]:
         raise ValueError(
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
             f"got {weight.size}"
         )
-    return weight
+    more = _exponent(weight.roots if weight.root is None else weight.root)
+    weight = _times(weight, -more)
+    if weight.root is not None:
+        real = _array.real_dtype(dtype, A)
+        return replace(weight, root=_lifted(weight.root, real)), exponent + more
+    vectors, roots = in_dtype(weight.vectors, dtype, name), weight.roots
+    xp = namespace(roots)
+    if vectors.dtype != weight.vectors.dtype:  # raised above what rounding the vectors does to the small ones
+        roots = xp.sqrt(roots**2 + 4 * weight.size * _array.unit_roundoff(dtype, A) * xp.max(roots) ** 2)
+    roots = xp.astype(roots, _array.real_dtype(dtype, A))
+    return replace(weight, vectors=vectors, roots=roots), exponent + more
+
+
+def _lifted(root: Array, dtype: Any) -> Array:
+    """Return roots in `dtype`, those below its normal numbers as the smallest of these: weights do not vanish."""
+    xp = namespace(root)
+    rounded = xp.astype(root, dtype)
+    least = xp.full_like(rounded, float(xp.finfo(dtype).smallest_normal))
+    return xp.where((root > 0) & (rounded < least), least, rounded)
+
+
+def _wider(own: Any, dtype: Any, like: Array) -> Any:
+    """Return the dtype of a weight, or the real one of the matrix where that is more precise."""
+    real = _array.real_dtype(dtype, like)
+    return real if _array.unit_roundoff(real, like) < _array.unit_roundoff(own, like) else own
+
+
+def _exponent(X: Array) -> int:
+    """Return the exponent of the largest entry; 0 where there is none, or none that is finite."""
+    peak = largest(X)
+    return math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
+
+
+def _times(weight: Weight, exponent: int) -> Weight:
+    """Return a weight whose factor is ``2^exponent`` times that of another."""
+    name = "roots" if weight.root is None else "root"
+    return replace(weight, **{name: times_power(getattr(weight, name), exponent)})
 
 
 def in_dtype(X: Array, dtype: Any, name: str) -> Array:

@@ -9,10 +9,11 @@ import numpy as np
 
 from cur import _array
 from cur._array import Array, adjoint, convert, namespace, take, to_numpy
-from cur._certify import evaluation_rounding, leftover, residual
+from cur._certify import evaluation_rounding, leftover, measure
 from cur._entry import economical
-from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare, safe_scale, scaled
+from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
 from cur._products import adjoint_product, columns_of, frobenius, thin
+from cur._scale import times_power
 from cur._tolerance import relative_curve, smallest_rank
 from cur._validate import (
     as_generator,
@@ -24,9 +25,9 @@ from cur._validate import (
     check_rank_or_tol,
     check_tol,
 )
+from cur._wide import Weights
 from cur.bounds import Certificate
 from cur.factors import Interpolative
-from cur.importance import as_weight
 from cur.linking import Orthogonal
 
 __all__ = ["interpolative", "select"]
@@ -88,17 +89,9 @@ def interpolative(
     check_choice(subspace, SUBSPACES, "subspace")
     check_power_iterations(power_iterations)
     check_probability(failure_probability)
-    weights = (row_weights, column_weights)
+    problem = prepare(A, importance, row_weights, column_weights)
     if side == "rows":
-        # checked as they were given, so that errors name what the user passed; columns of the adjoint are its rows
-        problem = prepare(A, importance, None, None)
-        row_weight, column_weight = (as_weight(w, problem.A, i, problem.A.dtype) for i, w in enumerate(weights))
-        A, weights = adjoint(problem.A), (column_weight, row_weight)
-        importance = None if importance is None else adjoint(problem.target)
-    problem = prepare(A, importance, *weights)
-    scale = safe_scale(problem.A, problem.total)
-    if scale != 1.0:
-        problem = prepare(scaled(problem.A, 1 / scale), importance, *weights)
+        problem = problem.adjoint()
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     generator = as_generator(rng)
@@ -125,33 +118,31 @@ def interpolative(
             nested=select in NESTED,
             norm="fro",
             failure=failure_probability,
+            certain=problem.total is not None,
             select=select,
         )
-    if scale != 1.0 and result.certificate is not None:
-        result = replace(result, skeleton=result.skeleton * scale, certificate=result.certificate.scaled(scale))
     if side == "rows":
         skeleton, coefficients = adjoint(result.skeleton), adjoint(result.coefficients)
         return replace(result, skeleton=skeleton, coefficients=coefficients, side="rows")
     return result
 
 
-def _project(problem: Problem, columns: Array) -> tuple[Array, Orthogonal, Array]:
-    """Return the columns, their QR in row-weighted coordinates, and the coordinates of all columns in it."""
+def _project(problem: Problem, columns: Array) -> tuple[Array, Array, Orthogonal, Array]:
+    """Return the columns, those of `near`, their QR in row-weighted coordinates, and that of all columns in it."""
     C = columns_of(problem.A, columns)
-    A_rows = problem.A if problem.row_weight is None else problem.row_weight.apply(problem.A, 0)
-    Cw = thin(C) if problem.row_weight is None else problem.row_weight.apply(thin(C), 0)
-    Q = Orthogonal(Cw, cutoff=Cw.shape[1] * problem.unit)
-    Z = adjoint(adjoint_product(A_rows, Q.Q))
-    return C, Q, Z
+    near = times_power(thin(C), -problem.exponent)
+    rows = Weights(problem.row_weight)
+    Q = Orthogonal(rows.apply(near), cutoff=near.shape[1] * problem.unit)
+    return C, near, Q, adjoint(adjoint_product(rows.apply(problem.near), Q.Q))
 
 
 def _column_weighted(problem: Problem, X: Array) -> Array:
-    return X if problem.column_weight is None else problem.column_weight.apply(X, 1)
+    return Weights(None, problem.column_weight, problem.shift).apply(X)
 
 
 def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.Generator) -> Interpolative:
     chosen = choice.columns
-    C, Q, Z = _project(problem, chosen)
+    C, near, Q, Z = _project(problem, chosen)
     xp = namespace(Z)
     n = problem.shape[1]
     taken = to_numpy(chosen)
@@ -159,16 +150,17 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
     coefficients = Q.left_divide(take(Z, convert(others, Z), axis=1))
     order = convert(np.argsort(np.concatenate([taken, others])), Z)
     eye = xp.eye(len(taken), dtype=Z.dtype, device=_array.take_device(Z))
-    projection = _column_weighted(problem, take(xp.concat([eye, coefficients], axis=1), order, axis=1))
+    projection = take(xp.concat([eye, coefficients], axis=1), order, axis=1)
+    projection_weighted = _column_weighted(problem, projection)
     Zw = _column_weighted(problem, Z)
     if problem.total is None:
         check_finite_norm(frobenius(Z), problem.A)
-    error = residual(
+    error = measure(
         problem,
-        lambda: (Q.Q @ Q.T, projection),
+        (near, projection),
         kept=frobenius(Zw),
-        gap=frobenius(Zw - Q.T @ projection),
-        inner=evaluation_rounding(Q.T, projection, u=problem.unit),
+        gap=frobenius(Zw - Q.T @ projection_weighted),
+        inner=evaluation_rounding(Q.T, projection_weighted, u=problem.unit),
         failure=failure,
         rng=rng,
     )
@@ -179,7 +171,7 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         k = choice.W.shape[1]
         tail, sigma_next = found.tail(k), found.sigma_next(k)
         # the half of (B1) that speaks of columns
-        projected = None if tail is None else eta_columns * tail + error.rounding
+        projected = None if tail is None else eta_columns * tail + error.evaluation
     certificate = Certificate(
         "fro",
         error.value,
@@ -191,13 +183,13 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         eta_columns=eta_columns,
         sigma_next=sigma_next,
         projection=projected,
-    )
+    ).shifted(problem.size)
     return Interpolative(C, coefficients, chosen, convert(others, chosen), "columns", certificate)
 
 
 def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
     """Return the relative error at every rank of a nested choice."""
-    _, Q, Z = _project(problem, choice.columns)
+    _, _, Q, Z = _project(problem, choice.columns)
     Zw = _column_weighted(problem, Z)
     xp = namespace(Zw)
     shells = to_numpy(xp.sum(xp.abs(Zw) ** 2, axis=1)).astype(np.float64)
@@ -244,9 +236,6 @@ def select(
     check_choice(subspace, SUBSPACES, "subspace")
     check_power_iterations(power_iterations)
     problem = prepare(A, importance, row_weights, column_weights)
-    scale = safe_scale(problem.A, problem.total)
-    if scale != 1.0:
-        problem = prepare(scaled(problem.A, 1 / scale), importance, row_weights, column_weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     counts = check_rank(rank, problem.shape)

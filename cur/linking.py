@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -16,40 +17,47 @@ from cur._array import (
     solve_triangular,
     svd,
     take_device,
+    to_numpy,
     unit_roundoff,
 )
 from cur._host import through_numpy
-from cur._products import adjoint_product, thin
+from cur._products import adjoint_product, frobenius, thin
 from cur._validate import check_companion, check_matrix, check_promoted
+from cur._wide import Residual, Weights
 
 __all__ = ["Orthogonal", "cross", "optimal", "weighted"]
+
+
+WELL = 10.0
+"""Condition number, in the Frobenius norm over its least value, of triangles that are inverted without a look."""
 
 
 class Orthogonal:
     """A thin matrix as ``X = Q T``, with the pseudo-inverse of `T` that rounding allows.
 
-    `T` is inverted by triangular solves while its condition number stays below ``1 / cutoff``. Beyond, its SVD is cut
-    there.
+    `T` is inverted by triangular solves while its condition number is certainly below ``1 / cutoff``. Beyond, its SVD
+    is cut there.
 
     Parameters
     ----------
     X : array, shape (m, k)
     cutoff : float, optional
-        By default the root of the unit roundoff, which is right between columns and rows: a kept singular value ``s``
-        contributes rounding of order ``u / s`` to the product C U R, a dropped one an error of order ``s``, and the
-        sum of both is smallest there. Coefficients of one side alone lose nothing down to the unit roundoff.
+        By default the root of the unit roundoff, where one side of a core begins to lose more by rounding than by
+        cutting; see `core`. Coefficients of one side alone lose nothing down to the unit roundoff.
     """
 
     def __init__(self, X: Array, cutoff: float | None = None) -> None:
         self.Q, self.T = qr(X)
-        cutoff = math.sqrt(unit_roundoff(self.T.dtype, self.T)) if cutoff is None else cutoff
-        self.pseudo_inverse = None if _condition(self.T) * cutoff < 1 else _truncated_inverse(self.T, cutoff)
+        self.cutoff = math.sqrt(unit_roundoff(self.T.dtype, self.T)) if cutoff is None else cutoff
+        condition = _condition(self.T)
+        # in the 2-norm it is up to k times as large, where singular values decay
+        self.is_regular = condition < WELL or 4 * self.T.shape[0] * condition * self.cutoff < 1
 
     def left_divide(self, M: Array) -> Array:
         """Return ``T^+ M``."""
-        if self.pseudo_inverse is None:
+        if self.is_regular:
             return solve_triangular(self.T, M)
-        return self.pseudo_inverse @ M
+        return _truncated_inverse(self.T, self.cutoff) @ M
 
 
 def _condition(T: Array) -> float:
@@ -86,9 +94,49 @@ def _thin(X: Array, name: str, A: Array) -> Array:
     return thin(check_promoted(X, name, A.dtype))
 
 
-def core(QC: Orthogonal, QR: Orthogonal, M: Array) -> Array:
-    """Return ``T_C^+ M T_R^{+H}`` for ``M = Q_C^H A Q_R``."""
-    return adjoint(QR.left_divide(adjoint(QC.left_divide(M))))
+def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
+    """Return ``T_C^+ M T_R^{+H}`` for ``M = Q_C^H A Q_R``, rounded to `dtype`, that of `M` by default.
+
+    A kept singular value ``s`` of either side contributes rounding of order ``u / s`` to the product C U R, a dropped
+    one an error of order ``s``. The sum of both is smallest somewhat below the root of u: where exactly depends on how
+    the roundings fall, so the cuts with the least estimates are tried, and measured in a wider precision.
+    """
+    xp = namespace(M)
+    dtype = M.dtype if dtype is None else dtype
+    if QC.is_regular and QR.is_regular:
+        return xp.astype(adjoint(QR.left_divide(adjoint(QC.left_divide(M)))), dtype, copy=False)
+    u = unit_roundoff(dtype, M)
+    T, S = QC.T, adjoint(QR.T)
+    lengths = xp.linalg.vector_norm(T, axis=0)[:, None] * xp.linalg.vector_norm(S, axis=1)[None, :]
+    X, s, Yh = svd(T)
+    V, t, Zh = svd(S)
+    sizes = to_numpy(s), to_numpy(t)
+    K = adjoint(X) @ M @ adjoint(Zh)
+    entire = frobenius(K) ** 2
+    found: dict[tuple[int, int], tuple[float, Array]] = {}
+    for halvings in range(CUTS):
+        cut = math.sqrt(u) * 2.0**-halvings
+        p, q = (int(np.count_nonzero(values > cut * values[0])) for values in sizes)
+        if min(p, q) == 0 or (p, q) in found:
+            continue
+        inner = K[:p, :q] / (s[:p, None] * t[None, :q])
+        U = xp.astype(adjoint(Yh[:p, :]) @ inner @ adjoint(V[:, :q]), dtype, copy=False)
+        rounding = u * frobenius(lengths * U)
+        if math.isfinite(rounding):
+            found[p, q] = math.sqrt(max(entire - frobenius(K[:p, :q]) ** 2, 0.0) + rounding**2), U
+    if not found:
+        return xp.astype(xp.zeros_like(adjoint(Yh) @ K @ adjoint(V)), dtype, copy=False)
+    best = sorted(found.values(), key=lambda pair: pair[0])[:MEASURED]
+    if len(best) == 1:
+        return best[0][1]
+    single = u > 2.0**-50
+    return min((U for _, U in best), key=lambda U: Residual(M, T, (U, S), Weights(), single=single).norm())
+
+
+CUTS = 11
+"""Cuts that are tried: the root of the unit roundoff, and its halves down to a thousandth."""
+MEASURED = 4
+"""Of these, how many are measured. The estimates were off by a factor of four, and the best was among as many."""
 
 
 @through_numpy

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 
 from cur import subspace
-from cur._array import adjoint, take, unit_roundoff
+from cur._array import adjoint, take
 from cur._certify import evaluation_rounding
-from cur._errors import warn
-from cur._products import frobenius
+from cur._errors import NumericalError, warn
+from cur._products import frobenius, pythagorean_rounding
+from cur._scale import times_power
 from cur._spectral import norm_bounds
 from cur._stream import read_blocks
 from cur._validate import as_generator, check_choice, check_probability, check_rank
@@ -25,6 +26,9 @@ from cur.linking import Orthogonal, core
 from cur.selection import deim
 
 __all__ = ["stream_cur"]
+
+DOUBLE = 2.0**-53
+"""Unit roundoff of the arithmetic of the second pass."""
 
 
 def stream_cur(
@@ -98,42 +102,67 @@ def stream_cur(
             f"the factorization has rank {numerical}"
         )
         k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
-    u = unit_roundoff(found.W.dtype, found.W)
-    W = found.W[:, :k_columns]
+    W, u = found.W[:, :k_columns], DOUBLE
     columns = deim(W)
     rows, R = found.rows[:k_rows], found.R[:k_rows]
-    QR = Orthogonal(adjoint(R))
-    C, Y = _collect(blocks, columns, QR.Q, found.shape)
-    QC = Orthogonal(C)
+    # what the certificate rests on is in double precision, whatever the blocks are
+    exponent = math.frexp(found.total)[1]
+    near_R = times_power(_double(R), -exponent)
+    cutoff = math.sqrt(found.unit)
+    QR = Orthogonal(adjoint(near_R), cutoff=cutoff)
+    C, Y, total = _collect(blocks, columns, QR.Q, found.shape, exponent)
+    QC = Orthogonal(times_power(_double(C), -exponent), cutoff=cutoff)
     M = adjoint(QC.Q) @ Y
-    U = core(QC, QR, M)
+    with np.errstate(over="ignore"):
+        returned = times_power(core(QC, QR, M, np.result_type(C, R, W)), -exponent)
+    if not np.isfinite(returned).all():
+        raise NumericalError(
+            "`blocks` have entries so small that U, of the size of their reciprocals, overflows; scale them"
+        )
+    U = times_power(_double(returned), exponent)  # as it is returned
     T, S = QC.T, adjoint(QR.T)
     inner = evaluation_rounding(T, U, S, u=u)
-    missed = max(found.total**2 - frobenius(M) ** 2, 0.0)
+    missed = max(total**2 - frobenius(M) ** 2, 0.0)
     gap = frobenius(M - T @ U @ S)
-    value = math.sqrt(missed + 2 * max(found.shape) * u * found.total**2 + gap**2) + inner
+    value = math.sqrt(missed + pythagorean_rounding(found.shape, u) * total**2 + gap**2) + inner
     eta_columns = eta(take(W, columns, axis=0))
-    # (B1) with the space of the chosen rows in place of V, whose eta is 1
-    projection = projection_bound(1.0, eta_columns, found.left_by(W), found.left_by(QR.Q)) + inner
+    # (B1) with the space of the chosen rows in place of V, whose eta is 1, for the best core in exact arithmetic
+    lost = (found.left_by(W), found.left_by(QR.Q))
+    projection = (
+        projection_bound(1.0, eta_columns, *(times_power(np.float64(x), -exponent) for x in lost)) + inner + gap
+    )
     certificate = Certificate(
         norm="fro",
         value=min(value, projection),
         kind="exact" if value <= projection else "bound",
         failure_probability=0.0,
-        dtype=str(C.dtype),
-        scale=found.total,
+        dtype=str(returned.dtype),
+        scale=total,
         rounding=value - math.hypot(math.sqrt(missed), gap),
         eta_columns=eta_columns,
         projection=projection,
     )
     if norm == 2:
-        rounding = 2 * (max(found.shape) + 20) * u * found.total
-        certificate = _in_2_norm(blocks, (C @ U, R), certificate, inner, rounding, failure_probability, generator)
-    return CUR(C, U, R, rows, columns, certificate)
+        rounding = pythagorean_rounding(found.shape, u) * total
+        factors = (times_power(_double(C), -exponent) @ U, near_R)
+        certificate = _in_2_norm(
+            blocks, exponent, factors, certificate, inner, rounding, failure_probability, generator
+        )
+    return CUR(C, returned, R, rows, columns, certificate.shifted(exponent))
+
+
+def _double(X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return X.astype(np.complex128 if np.iscomplexobj(X) else np.float64, copy=False)
+
+
+def _scaled_blocks(blocks: Any, exponent: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Read the blocks in double precision, divided by a power of two."""
+    return (times_power(_double(block), -exponent) for block in read_blocks(blocks))
 
 
 def _in_2_norm(
     blocks: Any,
+    exponent: int,
     factors: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
     certificate: Certificate,
     inner: float,
@@ -148,7 +177,7 @@ def _in_2_norm(
     def gram(X: np.ndarray[Any, Any], *, residual: bool) -> np.ndarray[Any, Any]:
         total, seen = np.zeros_like(X), 0
         inside = right @ X
-        for block in read_blocks(blocks):
+        for block in _scaled_blocks(blocks, exponent):
             Y, L = block @ X, left[seen : seen + block.shape[0]]
             if residual:
                 Y = Y - L @ inside
@@ -174,14 +203,18 @@ def _in_2_norm(
 
 
 def _collect(
-    blocks: Any, columns: np.ndarray[Any, Any], Q: np.ndarray[Any, Any], shape: tuple[int, int]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Read the chosen columns, and the product with an orthonormal basis of the chosen rows."""
-    parts = [(block[:, columns], block @ Q) for block in read_blocks(blocks)]
+    blocks: Any, columns: np.ndarray[Any, Any], Q: np.ndarray[Any, Any], shape: tuple[int, int], exponent: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
+    """Read the chosen columns, the product with an orthonormal basis of the chosen rows, and the norm, scaled."""
+    parts, norms = [], []
+    for block in read_blocks(blocks):
+        near = times_power(_double(block), -exponent)
+        parts.append((block[:, columns], near @ Q))
+        norms.append(frobenius(near))
     C, Y = (np.concatenate(part) for part in zip(*parts, strict=True))
     if C.shape[0] != shape[0]:
         raise ValueError(
             f"`blocks` must give the same rows each time; the first pass read {shape[0]} and the second {C.shape[0]}; "
             "let the source rest while it is read"
         )
-    return C, Y
+    return C, Y, math.hypot(*norms)

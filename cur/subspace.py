@@ -30,7 +30,8 @@ from cur._array import (
 )
 from cur._errors import NumericalError
 from cur._host import through_numpy
-from cur._products import adjoint_product, frobenius, product
+from cur._products import adjoint_product, frobenius, largest, product, pythagorean_rounding
+from cur._scale import brought_near_one, times_power
 from cur._stream import read_blocks
 from cur._validate import as_generator, check_promoted
 
@@ -79,12 +80,16 @@ class Subspace:
         with the rounding of that difference added (it floors near the root of the unit roundoff).
         """
         u = unit_roundoff(self.V.dtype, self.V)
+        shape = (self.V.shape[0], self.W.shape[0])
         if self.is_exact:
-            return math.sqrt(float(np.sum(self.s[k:] ** 2))) + len(self.s) * u * float(self.s[0])
+            return math.hypot(*self.s[k:]) + pythagorean_rounding(shape, u) * float(self.s[0])
         if self.total is None:
             return None
-        left = self.total**2 - float(np.sum(self.s[:k] ** 2))
-        return math.sqrt(max(left, 0.0) + 2 * (max(self.V.shape[0], self.W.shape[0]) + 20) * u * self.total**2)
+        if self.total == 0.0:
+            return 0.0
+        # in units of the norm, whose square may leave the range
+        left = 1.0 - float(np.sum((self.s[:k] / self.total) ** 2))
+        return math.sqrt(max(left, 0.0) + pythagorean_rounding(shape, u)) * self.total
 
     def sigma_next(self, k: int) -> float | None:
         """Return the (k+1)-th singular value where the subspace is exact."""
@@ -249,10 +254,10 @@ class RowSpace:
     ----------
     W : ndarray, shape (n, l)
         Orthonormal basis of the leading row space, the most important direction first.
-    s : ndarray, shape (l,)
+    s : ndarray of float64, shape (l,)
         Singular values of what was kept.
     dropped : float
-        Trace of `D`.
+        Norm of all that was dropped, the root of the trace of `D`.
     total : float
         ``||A||_F``.
     rows : ndarray of int, shape (k,)
@@ -261,6 +266,10 @@ class RowSpace:
         These rows.
     shape : tuple of int
         Rows seen, columns.
+    unit : float
+        The coarsest unit roundoff of the precisions that the blocks came in.
+    rounding : float
+        Bound on what rounding changed in ``B^H B + D``, over the square of `total`.
     """
 
     W: np.ndarray[Any, Any]
@@ -270,18 +279,23 @@ class RowSpace:
     rows: np.ndarray[Any, Any]
     R: np.ndarray[Any, Any]
     shape: tuple[int, int]
+    unit: float
+    rounding: float
 
     def left_by(self, Q: np.ndarray[Any, Any]) -> float:
         """Return a proven upper bound on ``||A - A Q Q^H||_F`` for any orthonormal `Q`, without the matrix."""
-        B = self.s[:, None] * adjoint(self.W)
+        if self.total == 0.0:
+            return 0.0
+        # in units of the norm, whose square may leave the range
+        B = (self.s / self.total)[:, None] * adjoint(self.W)
         missed = frobenius(B - (B @ Q) @ adjoint(Q)) ** 2
-        slack = 2 * self.shape[1] * unit_roundoff(self.W.dtype, self.W) * self.total**2
-        return math.sqrt(missed + self.dropped + slack)
+        slack = self.rounding + pythagorean_rounding(self.W.shape, self.unit)
+        return math.sqrt(missed + (self.dropped / self.total) ** 2 + slack) * self.total
 
     def numerical_rank(self) -> int:
         """Return how many singular values stand above rounding; at least 1."""
         m, n = self.shape
-        eps = 2 * unit_roundoff(self.W.dtype, self.W)
+        eps = 2 * self.unit
         # columns are summed by NumPy's LAPACK, which computes in double precision whatever it is given
         columns = 2 * math.sqrt(m) * float(np.finfo(np.float64).eps)
         cut = min(m, n, rounding_level(n)) * eps + columns
@@ -318,19 +332,45 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
     W = R = np.zeros((0, 0))
     s = np.zeros(0)
     rows = np.zeros(0, dtype=np.int64)
-    seen, squares, dropped = 0, 0.0, 0.0
+    seen, squares, dropped, unit, rounding = 0, 0.0, 0.0, 0.0, 0.0
+    exponent = 0  # s is in units of this power of two, the sums of squares in those of its square
     for block in read_blocks(blocks):
-        squares += frobenius(block) ** 2
-        stacked = np.concatenate([s[:, None] * adjoint(W), block]) if seen else block
+        unit = max(unit, unit_roundoff(block.dtype, block))
+        block = block.astype(np.result_type(block, W) if seen else block.dtype, copy=False)
+        near, own, norm = brought_near_one(block)
+        if squares == 0.0:
+            exponent = own
+        elif own != exponent and norm and math.frexp(norm)[1] + own > exponent + math.frexp(math.sqrt(squares))[1]:
+            shift = exponent - own
+            s, squares, dropped = times_power(s, shift), *(math.ldexp(x, 2 * shift) for x in (squares, dropped))
+            exponent = own
+        if own != exponent:
+            near = times_power(block, -exponent)
+        squares += frobenius(near) ** 2
+        stacked = np.concatenate([s.astype(near.real.dtype)[:, None] * adjoint(W), near]) if seen else near
         # the triangular factor has the same Gram matrix as the rows themselves
         T = qr(stacked)[1] if stacked.shape[0] > stacked.shape[1] else stacked
-        _, s, Wh = np.linalg.svd(T, full_matrices=False)
-        keep = min(rank + oversampling, len(s))
-        dropped += float(np.sum(s[keep:].astype(np.float64) ** 2))
+        _, found, Wh = np.linalg.svd(T, full_matrices=False)
+        rounding += pythagorean_rounding(stacked.shape, unit)
+        keep = min(rank + oversampling, len(found))
+        s = found.astype(np.float64)
+        dropped += float(np.sum(s[keep:] ** 2))
         s, W = s[:keep], adjoint(Wh[:keep])
         candidates = np.concatenate([R, block]) if seen else block
         positions = np.concatenate([rows, np.arange(seen, seen + block.shape[0])])
-        best = lu_pivots(candidates @ W[:, : min(rank, keep, candidates.shape[0])])
+        size = largest(candidates)
+        coordinates = times_power(candidates, -math.frexp(size)[1]) if size > 0.0 else candidates
+        best = lu_pivots(coordinates @ W[:, : min(rank, keep, candidates.shape[0])])
         R, rows = candidates[best], positions[best]
         seen += block.shape[0]
-    return RowSpace(W, s, dropped, math.sqrt(squares), rows, R, (seen, W.shape[0]))
+    return RowSpace(
+        W=W,
+        s=times_power(s, exponent),
+        dropped=math.sqrt(dropped) * 2.0**exponent,
+        total=math.sqrt(squares) * 2.0**exponent,
+        rows=rows,
+        R=R,
+        shape=(seen, W.shape[0]),
+        unit=unit,
+        rounding=rounding,
+    )

@@ -107,6 +107,21 @@ def complex_geometric(m: int, n: int, rng: np.random.Generator) -> np.ndarray:
     return with_spectrum(m, n, rng.uniform(0.3, 0.95) ** np.arange(min(m, n)), rng, is_complex=True)
 
 
+def constant(m: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """One number, whose multiples are rounded the same way everywhere."""
+    return np.full((m, n), rng.choice([0.1, 1 / 3, 0.7, 1e-3]) / np.sqrt(m * n))
+
+
+def small_integers(m: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(-3, 4, (m, n)) * 1.0
+
+
+def few_rows(m: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows and columns that come again and again, exactly."""
+    few = rng.uniform(0, 1, (1 + m // 8, 1 + n // 8))
+    return few[np.ix_(rng.integers(0, few.shape[0], m), rng.integers(0, few.shape[1], n))] / np.sqrt(m * n)
+
+
 def hilbert(m: int, n: int, rng: np.random.Generator | None = None) -> np.ndarray:
     return 1.0 / (np.arange(1.0, m + 1)[:, None] + np.arange(n))
 
@@ -160,6 +175,9 @@ FAMILIES: dict[str, Family] = {
         outliers,
         complex_random,
         complex_geometric,
+        constant,
+        small_integers,
+        few_rows,
         hilbert,
         cauchy,
         lehmer,
@@ -182,19 +200,54 @@ def cast(A: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(A.astype(dtype))
 
 
-def wide(A: np.ndarray) -> np.ndarray:
-    """`A` in a precision in which its products can serve as the truth."""
-    if A.dtype in (np.float32, np.complex64):
-        return A.astype(np.complex128 if np.iscomplexobj(A) else np.float64)
-    return A.astype(np.clongdouble if np.iscomplexobj(A) else np.longdouble)
+def remainder(A: np.ndarray, *factors: np.ndarray) -> np.ndarray:
+    """``A`` minus the product of thin matrices, in exact arithmetic, rounded to extended precision at the end.
+
+    Floating-point numbers are integers times powers of two, and Python's integers have any length.
+    """
+    if any(np.iscomplexobj(X) for X in (A, *factors)):
+        m, n = A.shape
+        E = remainder(_embedded(A), *(_embedded(X) for X in factors))
+        return E[:m, :n] + 1j * E[:m, n:]
+    first, *rest = (_integers(X) for X in factors)
+    product, exponent = first
+    for X, e in rest:
+        product, exponent = np.dot(product, X), exponent + e
+    whole, e = _integers(A)
+    low = min(e, exponent)
+    difference = (whole << (e - low)) - (product << (exponent - low))
+    return _rounded(difference, low)
 
 
-def exact_product(*factors: np.ndarray) -> np.ndarray:
-    """The product of thin matrices in the wider precision of `wide`."""
-    first, *rest = (wide(np.asarray(f)) for f in factors)
-    for f in rest:
-        first = first @ f
-    return first
+def _embedded(X: np.ndarray) -> np.ndarray:
+    """The real matrix that multiplies as the complex one does."""
+    return np.block([[X.real, X.imag], [-X.imag, X.real]])
+
+
+def _integers(X: np.ndarray) -> tuple[np.ndarray, int]:
+    """A matrix as whole numbers times one power of two."""
+    mantissa, exponent = np.frexp(np.asarray(X).astype(np.longdouble))
+    mantissa, exponent = np.ldexp(mantissa, 64), exponent.astype(np.int64) - 64
+    low = int(exponent[mantissa != 0].min(initial=0)) if np.any(mantissa) else 0
+    numbers = np.vectorize(int, otypes=[object])(mantissa)
+    return numbers << np.where(mantissa == 0, 0, exponent - low).astype(object), low
+
+
+def _rounded(numbers: np.ndarray, exponent: int) -> np.ndarray:
+    """Whole numbers times a power of two in extended precision, whose range no product leaves."""
+    shift = max(int(abs(numbers).max(initial=0)).bit_length() - CHUNK, 0)
+    E = np.zeros(numbers.shape, dtype=np.longdouble)
+    while True:  # down to the last bit, since weights may bring out small entries
+        leading = numbers >> shift
+        E = E + np.ldexp(leading.astype(np.float64).astype(np.longdouble), shift + exponent)
+        if shift == 0:
+            return E
+        numbers = numbers - (leading << shift)
+        shift = max(shift - CHUNK, 0)
+
+
+CHUNK = 52
+"""Bits that are brought to floating point at once."""
 
 
 def frobenius(E: np.ndarray) -> float:
@@ -205,4 +258,6 @@ def frobenius(E: np.ndarray) -> float:
 
 def spectral(E: np.ndarray) -> float:
     """The 2-norm; LAPACK has nothing wider than double, which perturbs it by a few units of roundoff of itself."""
-    return float(np.linalg.norm(E.astype(np.complex128 if np.iscomplexobj(E) else np.float64), 2))
+    size = float(np.max(np.abs(E), initial=0.0))
+    scaled = E / size if size > 0 else E
+    return size * float(np.linalg.norm(scaled.astype(np.complex128 if np.iscomplexobj(E) else np.float64), 2))

@@ -192,6 +192,14 @@ def test_deim_cur_has_one_selector():
         deim_cur(A, rank=2, select="lupp")
 
 
-def test_norms_that_overflow_are_not_called_nan():
-    with pytest.raises(ValueError, match="`importance` has entries so large that its norm overflows float64"):
-        cur(A, rank=2, importance=A * 1e200)
+def test_scores_of_any_size_guide_the_choice():
+    B = np.abs(A) + 1
+    for power in (-300, -200, 200, 300):
+        np.testing.assert_array_equal(
+            cur(A, rank=2, importance=B * 2.0**power).columns, cur(A, rank=2, importance=B).columns
+        )
+
+
+def test_chances_too_small_to_be_shared_out():
+    with pytest.raises(ValueError, match="`failure_probability` must be at least 1e-300; got 5e-324"):
+        cur(A, rank=2, failure_probability=5e-324)
