@@ -285,7 +285,7 @@ def test_a_run_goes_on_in_the_precision_in_which_it_was_begun(
     config = settings(precision="bfloat16")
     with pytest.raises(KeyboardInterrupt):
         heal(make_student(teacher), teacher, windows, config, state=tmp_path, progress=interrupt)
-    with pytest.raises(ValueError, match=r"`precision` must be bfloat16 or auto, got 'float32'.*holds a run in bfloat16"):
+    with pytest.raises(ValueError, match=r"must be bfloat16 or auto, got 'float32'.*holds a run in bfloat16"):
         heal(make_student(teacher), teacher, windows, settings(precision="float32"), state=tmp_path)
     # What is faster here would be float32.
     report = heal(make_student(teacher), teacher, windows, settings(precision="auto"), state=tmp_path)
