@@ -79,14 +79,17 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
 
         What honest operators differ by is rounding: a few units of roundoff of the sizes compared here, more where they
         cancel inside. The cube root leaves room for a thousandfold in single, and a million in double precision. The
-        entries of `x` are of size one, so that ``<x, z>`` errs by the norm of the error of `z`.
+        entries of `x` are of size one, so that ``<x, z>`` errs by the norm of the error of `z`. Below the normal numbers
+        rounding is absolute: half the smallest number in each product and sum.
         """
+        info = np.finfo(self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             Z = Z / self.dtype.type(self.size)
             distance = float(np.linalg.norm(self.y.conj().T @ Y - self.x.conj().T @ Z))
             length = float(np.linalg.norm(Y)) / np.sqrt(Y.shape[1])
             sizes = float(np.linalg.norm(self.y)) * length + float(np.linalg.norm(Z))
-            allowed = float(np.finfo(self.dtype).eps / 2) ** (1 / 3) * sizes
+            underflow = float(info.smallest_subnormal) / self.size * sum(self.shape) ** 1.5 * max(length, 1.0)
+            allowed = float(info.eps / 2) ** (1 / 3) * sizes + underflow
         if distance > allowed:
             raise ValueError(
                 f"`{self.name}` must have the adjoint of its own products, but <A x, y> and <x, A^H y> differ by "

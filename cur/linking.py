@@ -119,9 +119,10 @@ def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
         p, q = (int(np.count_nonzero(values > cut * values[0])) for values in sizes)
         if min(p, q) == 0 or (p, q) in found:
             continue
-        inner = K[:p, :q] / (s[:p, None] * t[None, :q])
-        U = xp.astype(adjoint(Yh[:p, :]) @ inner @ adjoint(V[:, :q]), dtype, copy=False)
-        rounding = u * frobenius(lengths * U)
+        with np.errstate(over="ignore", invalid="ignore"):  # a cut that leaves too small a value is passed over
+            inner = K[:p, :q] / s[:p, None] / t[None, :q]
+            U = xp.astype(adjoint(Yh[:p, :]) @ inner @ adjoint(V[:, :q]), dtype, copy=False)
+            rounding = u * frobenius(lengths * U)
         if math.isfinite(rounding):
             found[p, q] = math.sqrt(max(entire - frobenius(K[:p, :q]) ** 2, 0.0) + rounding**2), U
     if not found:

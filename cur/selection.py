@@ -174,7 +174,8 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
         if not usable.any():
             return convert(_fill(chosen, count, basis.shape[0]), basis)
         ratio = np.full(distance.shape, np.inf)
-        np.divide(residual, distance, out=ratio, where=usable)
+        with np.errstate(over="ignore"):  # rows of all sizes: such a one is not the least
+            np.divide(residual, distance, out=ratio, where=usable)
         i = int(np.argmin(ratio))
         chosen.append(i)
         v = V[i : i + 1, :]

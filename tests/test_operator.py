@@ -204,3 +204,16 @@ def test_what_is_made_of_a_checked_operator_is_checked_once(rng):
     A = checked(aslinearoperator(random(12, 9, rng)))
     for made in (A, A.H, 2.0 * A, aslinearoperator(np.eye(12)) @ A, A + A):
         assert checked(made) is made
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.float64])
+def test_operators_of_subnormal_numbers_are_believed(dtype, rng):
+    """Below the normal numbers rounding is absolute: both products are right, and differ."""
+    info = np.finfo(dtype)
+    for peak in (8, 64, 1024, 1 / float(info.eps)):
+        A = rng.standard_normal((50, 30))
+        A = (A / np.abs(A).max() * peak).astype(dtype) * info.smallest_subnormal
+        op = scipy.sparse.linalg.aslinearoperator(A)
+        made = checked(op)
+        made.rmatmat(np.eye(50, dtype=dtype))
+        made.rmatmat(rng.standard_normal((50, 3)).astype(dtype))
