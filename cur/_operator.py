@@ -79,8 +79,8 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
 
         What honest operators differ by is rounding: a few units of roundoff of the sizes compared here, more where they
         cancel inside. The cube root leaves room for a thousandfold in single, and a million in double precision. The
-        entries of `x` are of size one, so that ``<x, z>`` errs by the norm of the error of `z`. Below the normal numbers
-        rounding is absolute: half the smallest number in each product and sum.
+        entries of `x` are of size one, so that ``<x, z>`` errs by the norm of the error of `z`. Below the normal
+        numbers rounding is absolute: half the smallest number in each product and sum.
         """
         info = np.finfo(self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
