@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import logging
 import math
 import os
 import signal
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from cur._errors import CURError
 
-__all__ = ["Stages", "bars", "guarded", "note", "output"]
+__all__ = ["Stages", "bars", "guarded", "note", "output", "print_json"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +37,8 @@ note = Console(stderr=True, highlight=False)
 """Everything else, so that standard output holds results alone."""
 
 _SECONDS_BETWEEN_LINES = 60.0
+
+_RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 _DESCRIPTIONS = {
     "sample": "Writing text to calibrate on",
@@ -146,7 +151,8 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
         try:
             _quiet()
             _load()
-            return command(*args, **kwargs)
+            with _results_alone() if kwargs.get("as_json") else nullcontext():
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             note.print("Interrupted; nothing was left half-written.")
             raise typer.Exit(130) from None
@@ -157,6 +163,22 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
             raise typer.Exit(2) from None
 
     return run
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON."""
+    print(json.dumps(data), file=_RESULTS.get() or sys.stdout)
+
+
+@contextmanager
+def _results_alone() -> Iterator[None]:
+    """Let nothing but results onto standard output, whatever libraries and the code of models print."""
+    token = _RESULTS.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _RESULTS.reset(token)
 
 
 def _sentence(error: BaseException) -> str:

@@ -58,6 +58,8 @@ def compress(
     text: o.Text = None,
     dataset: o.Dataset = None,
     dataset_config: o.DatasetConfig = None,
+    split: o.Split = None,
+    column: o.Column = None,
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
     batch_size: o.BatchSize = 1,
@@ -85,7 +87,7 @@ def compress(
     purpose: o.Purpose = None,
     importance: o.Importance = None,
     link: o.Link = None,
-    dtype: o.Dtype = "float32",
+    dtype: o.Dtype = "auto",
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
     held_out: Annotated[
@@ -96,9 +98,12 @@ def compress(
             show_default="not measured",
         ),
     ] = None,
-    held_out_windows: Annotated[int, typer.Option(help="Windows of it, of 1024 tokens.")] = 12,
+    held_out_windows: Annotated[
+        int, typer.Option(help="Windows of it, of 1024 tokens if the model has positions for them.")
+    ] = 12,
     low_memory: o.LowMemory = None,
     device: o.Device = "cpu",
+    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -145,6 +150,8 @@ def compress(
         text=text,
         dataset=dataset,
         dataset_config=dataset_config,
+        split=split,
+        column=column,
         windows=windows,
         length=window_length,
         batch_size=batch_size,
@@ -160,6 +167,7 @@ def compress(
         precision=precision,
         device=device,
         low_memory=low_memory,
+        trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         as_json=as_json,
     )
@@ -175,6 +183,8 @@ def plan(
     text: o.Text = None,
     dataset: o.Dataset = None,
     dataset_config: o.DatasetConfig = None,
+    split: o.Split = None,
+    column: o.Column = None,
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
     batch_size: o.BatchSize = 1,
@@ -202,9 +212,10 @@ def plan(
     purpose: o.Purpose = None,
     importance: o.Importance = None,
     link: o.Link = None,
-    dtype: o.Dtype = "float32",
+    dtype: o.Dtype = "auto",
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Decide which layers would be compressed, and how, and write that as JSON.
@@ -246,12 +257,23 @@ def plan(
         text=text,
         dataset=dataset,
         dataset_config=dataset_config,
+        split=split,
+        column=column,
         windows=windows,
         length=window_length,
         batch_size=batch_size,
         stats=stats,
     )
-    run_plan(_one(model, model_option), out, config, source=source, dtype=dtype, precision=precision, as_json=as_json)
+    run_plan(
+        _one(model, model_option),
+        out,
+        config,
+        source=source,
+        dtype=dtype,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        as_json=as_json,
+    )
 
 
 @app.command(epilog="Example: `cur convert small --layout interpolative --out smaller`")
@@ -264,12 +286,15 @@ def convert(
         typer.Option(help="cur (C, U, R; to train U), folded, interpolative (smallest) or auto (faster than dense)."),
     ] = "auto",
     purpose: Annotated[str, typer.Option("--for", help="What auto is to serve: training or inference.")] = "inference",
+    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Bring a compressed checkpoint to another layout: the same function, in other numbers."""
     from cur.cli.commands import run_convert
 
-    run_convert(directory, out, layout=layout, purpose=purpose, overwrite=overwrite)
+    run_convert(
+        directory, out, layout=layout, purpose=purpose, trust_remote_code=trust_remote_code, overwrite=overwrite
+    )
 
 
 @app.command(epilog="Example: `cur quantize small --text notes.txt --out smaller`")
@@ -280,10 +305,13 @@ def quantize(
     text: o.Text = None,
     dataset: o.Dataset = None,
     dataset_config: o.DatasetConfig = None,
+    split: o.Split = None,
+    column: o.Column = None,
     windows: o.Windows = None,
     window_length: o.WindowLength = 512,
     batch_size: o.BatchSize = 1,
     precision: o.Precision = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -299,11 +327,21 @@ def quantize(
         text=text,
         dataset=dataset,
         dataset_config=dataset_config,
+        split=split,
+        column=column,
         windows=windows,
         length=window_length,
         batch_size=batch_size,
     )
-    run_quantize(directory, out, source=source, precision=precision, overwrite=overwrite, as_json=as_json)
+    run_quantize(
+        directory,
+        out,
+        source=source,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
 
 
 app.command(epilog="Example: `cur heal small --text notes.txt --out healed`")(heal)
@@ -316,13 +354,15 @@ def evaluate(
     *,
     model_option: o.ModelOption = None,
     text: o.Text = None,
+    column: o.Column = None,
     windows: Annotated[int, typer.Option(help="Windows of text to score, each on its own.")] = 40,
     window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
-    dtype: o.Dtype = "float32",
+    dtype: o.Dtype = "auto",
     precision: o.Precision = "auto",
     low_memory: o.LowMemory = None,
     device: o.Device = "cpu",
+    trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Measure the perplexity of a model on text, compressed or not.
@@ -334,6 +374,7 @@ def evaluate(
     run_evaluate(
         _one(model, model_option),
         text=text,
+        column=column,
         windows=windows,
         window_length=window_length,
         batch_size=batch_size,
@@ -341,6 +382,7 @@ def evaluate(
         precision=precision,
         device=device,
         low_memory=low_memory,
+        trust_remote_code=trust_remote_code,
         as_json=as_json,
     )
 
@@ -365,6 +407,7 @@ def inspect(
 def export(
     directory: o.Checkpoint,
     out: o.Out,
+    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Multiply a compressed checkpoint out into a dense one, which loads where this package is not installed.
@@ -373,7 +416,7 @@ def export(
     """
     from cur.cli.commands import run_export
 
-    run_export(directory, out, overwrite=overwrite)
+    run_export(directory, out, trust_remote_code=trust_remote_code, overwrite=overwrite)
 
 
 @app.command()

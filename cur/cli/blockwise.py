@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cur.cli._run import bars, note
+from cur.cli.source import read_for, tell_unread
 from cur.integrations.blockwise import (
     ShardError,
     Shards,
@@ -23,7 +24,7 @@ from cur.integrations.blockwise import (
 )
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.config import CompressConfig
-from cur.integrations.evaluate import Perplexity
+from cur.integrations.evaluate import Perplexity, output_head
 from cur.integrations.plan import Plan
 from cur.integrations.precision import Precision
 from cur.integrations.report import CompressionReport
@@ -43,7 +44,7 @@ def place(device: str) -> str:
     return f"{device}:{own}" if device == "cuda" and own is not None else device
 
 
-def block_by_block(model: str | None, asked: bool | None, dtype: torch.dtype) -> bool:
+def block_by_block(model: str | None, asked: bool | None, dtype: torch.dtype | str) -> bool:
     """Say whether a model passes through memory block by block: on request, and when it would not fit otherwise.
 
     Raises
@@ -74,25 +75,32 @@ def compress_by_blocks(
     config: CompressConfig | BudgetConfig | Plan,
     *,
     read: Callable[[Any], list[Any]],
-    held_out: Callable[[Any], torch.Tensor] | None,
+    held_out: Callable[[Any, Any], torch.Tensor] | None,
     stats: Path | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     precision: str,
     device: str,
+    trust_remote_code: bool,
     overwrite: bool,
 ) -> CompressionReport:
-    """Compress a checkpoint into another; from a tokenizer `read` makes batches, and `held_out` windows."""
+    """Compress a checkpoint into another.
+
+    From a tokenizer `read` makes batches, and from a model and its tokenizer `held_out` windows.
+    """
     with _watched() as watch:
-        skeleton = _open(model, dtype, device)
+        skeleton = _open(model, dtype, device, trust_remote_code)
+        if watch is not None:
+            tell_unread(skeleton.model)
+        judged = None if held_out is None else held_out(skeleton.model, skeleton.tokenizer)
         return compress_blockwise(
             skeleton,
-            read(skeleton.tokenizer),
+            read_for(skeleton.model, read(skeleton.tokenizer)),
             out,
             config,
             statistics=stats,
             precision=precision,
             announce=note.print,
-            held_out=None if held_out is None else held_out(skeleton.tokenizer),
+            held_out=judged,
             overwrite=overwrite,
             progress=watch,
         )
@@ -103,24 +111,26 @@ def evaluate_by_blocks(
     *,
     read: Callable[[Any], torch.Tensor],
     batch_size: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     precision: str,
     device: str,
+    trust_remote_code: bool,
 ) -> Perplexity:
     """Measure perplexity; `read` turns a tokenizer into windows."""
     if Team().size > 1:
         raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
     with _watched() as watch:
-        skeleton = _open(model, dtype, device)
-        windows = read(skeleton.tokenizer)
-        passes = Precision.on(skeleton.device, dtype, precision)
+        skeleton = _open(model, dtype, device, trust_remote_code)
+        output_head(skeleton.model)
+        windows = read_for(skeleton.model, read(skeleton.tokenizer))
+        passes = Precision.on(skeleton.device, skeleton.dtype, precision)
         note.print(passes.remark(precision))
         progress = None if watch is None else lambda done, total: watch("evaluate", done, total)
         return perplexity_blockwise(skeleton, windows, batch_size=batch_size, precision=passes.name, progress=progress)
 
 
-def _open(model: str, dtype: torch.dtype, device: str) -> Skeleton:
-    return load_skeleton(model, dtype=dtype, device=place(device))
+def _open(model: str, dtype: torch.dtype | str, device: str, trust_remote_code: bool) -> Skeleton:
+    return load_skeleton(model, dtype=dtype, device=place(device), trust_remote_code=trust_remote_code)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli import tables
-from cur.cli._run import Stages, bars, note, output
+from cur.cli._run import Stages, bars, note, output, print_json
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
-from cur.cli.source import HeldOut, Source
+from cur.cli.source import HeldOut, Source, read_for, tell_unread
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import collect
@@ -29,14 +29,17 @@ from cur.integrations.compress import (
 )
 from cur.integrations.config import CompressConfig
 from cur.integrations.convert import convert_
-from cur.integrations.evaluate import perplexity
+from cur.integrations.evaluate import output_head, perplexity
+from cur.integrations.experts import unrolled
 from cur.integrations.inspect import summarize
 from cur.integrations.models import LoadedModel, load_model
 from cur.integrations.nn import FACTORED
 from cur.integrations.plan import Plan
+from cur.integrations.planning import candidates
 from cur.integrations.precision import Precision, check
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report import CompressionReport, model_size
+from cur.integrations.rows import Conversation
 from cur.integrations.statistics import Statistics
 from cur.integrations.text import embedded_text, read_text, token_windows
 
@@ -50,7 +53,12 @@ __all__ = [
     "run_quantize",
 ]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def run_compress(
@@ -64,6 +72,7 @@ def run_compress(
     precision: str,
     device: str,
     low_memory: bool | None,
+    trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -83,6 +92,7 @@ def run_compress(
             dtype=kind,
             precision=precision,
             device=device,
+            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
         )
         if Team().leads:
@@ -92,11 +102,14 @@ def run_compress(
     perplexities: dict[str, float] = {}
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=kind, device_map=where)
+            loaded = load_model(model, dtype=kind, device_map=where, trust_remote_code=trust_remote_code)
             if isinstance(asked, Plan):
                 asked.check(loaded.model)
-            given = source.batches(loaded.tokenizer)
-            judged = None if held_out is None else held_out.read(loaded.tokenizer)
+            given = read_for(loaded.model, source.batches(loaded.tokenizer))
+            if not isinstance(asked, Plan):
+                _refuse_early(loaded.model, asked)
+            judged = None if held_out is None else held_out.read(loaded.model, loaded.tokenizer)
+        tell_unread(loaded.model)
         passes = _passes(loaded, precision)
         if judged is not None:
             watch = bar.of("before", len(judged))
@@ -113,12 +126,13 @@ def run_compress(
         report = replace(report, perplexity=perplexities)
         with bar.busy("Saving"):
             target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+        report = CompressionReport.load(target / REPORT)  # with the bytes on disk
     _show_compressed(target, report, out, as_json=as_json)
 
 
 def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"directory": str(target), **report.to_dict()}))
+        print_json({"directory": str(target), **report.to_dict()})
         return
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
     if report.plan.kept is not None:
@@ -138,6 +152,7 @@ def run_plan(
     source: Source,
     dtype: str,
     precision: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Run `cur plan`."""
@@ -146,12 +161,14 @@ def run_plan(
     check(precision)
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=_dtype(dtype))
-            given = source.batches(loaded.tokenizer)
+            loaded = load_model(model, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+            given = read_for(loaded.model, source.batches(loaded.tokenizer))
+            _refuse_early(loaded.model, config)
+        tell_unread(loaded.model)
         _, plan, _ = _decide(loaded, config, given, source.stats, _passes(loaded, precision), Clock(), bar)
     plan.save(out)
     if as_json:
-        print(json.dumps(plan.to_dict()))
+        print_json(plan.to_dict())
         return
     output.print(tables.plan_table(plan))
     output.print(f"Saved to {out}. Next: cur compress --plan {out} --out DIR, with the same text.")
@@ -190,13 +207,15 @@ def _decide(
     return statistics, plan, given
 
 
-def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwrite: bool) -> None:
+def run_convert(
+    directory: Path, out: Path, *, layout: str, purpose: str, trust_remote_code: bool, overwrite: bool
+) -> None:
     """Run `cur convert`."""
     check_target(out, overwrite=overwrite)
     before = summarize(directory)
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = _load_stored(directory)
+            loaded = load_model(directory, trust_remote_code=trust_remote_code)
         convert_(loaded.model, layout, purpose=purpose)
         report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
         if report is not None:
@@ -209,7 +228,16 @@ def run_convert(directory: Path, out: Path, *, layout: str, purpose: str, overwr
     output.print(f"Saved to {out}.")
 
 
-def run_quantize(directory: Path, out: Path, *, source: Source, precision: str, overwrite: bool, as_json: bool) -> None:
+def run_quantize(
+    directory: Path,
+    out: Path,
+    *,
+    source: Source,
+    precision: str,
+    trust_remote_code: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Run `cur quantize`."""
     check_target(out, overwrite=overwrite)
     check(precision)
@@ -217,8 +245,8 @@ def run_quantize(directory: Path, out: Path, *, source: Source, precision: str, 
         raise ValueError(f"{directory} is rounded to int8 already; start from what it was made from")
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = _load_stored(directory)
-            model, given = loaded.model, source.batches(loaded.tokenizer)
+            loaded = load_model(directory, trust_remote_code=trust_remote_code)
+            model, given = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
         names = quantizable(model)
         passes = _passes(loaded, precision)
         measured = collect(model, given, modules=names, moments="full", precision=passes, progress=bar.of("calibrate"))
@@ -226,7 +254,7 @@ def run_quantize(directory: Path, out: Path, *, source: Source, precision: str, 
         with bar.busy("Saving"):
             save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
     if as_json:
-        print(json.dumps({"directory": str(out.expanduser().absolute()), **asdict(found)}))
+        print_json({"directory": str(out.expanduser().absolute()), **asdict(found)})
         return
     worst = max(found.errors, key=found.errors.__getitem__)
     middle = median(found.errors.values())
@@ -241,6 +269,7 @@ def run_evaluate(
     model: str | None,
     *,
     text: Path | None,
+    column: str | None,
     windows: int,
     window_length: int,
     batch_size: int,
@@ -248,10 +277,16 @@ def run_evaluate(
     precision: str,
     device: str,
     low_memory: bool | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Run `cur evaluate`."""
-    source, name = (embedded_text("evaluate"), "embedded text") if text is None else (read_text(text), str(text))
+    if column is not None and text is None:
+        raise ValueError("--column is for a --text of rows")
+    source: str | list[str | Conversation] = (
+        embedded_text("evaluate") if text is None else read_text(text, column=column)
+    )
+    name = "embedded text" if text is None else str(text)
     check(precision)
     kind, where = _dtype(dtype), place(device)
 
@@ -261,18 +296,25 @@ def run_evaluate(
     if block_by_block(model, low_memory, kind):
         called = str(model)
         result = evaluate_by_blocks(
-            called, read=read, batch_size=batch_size, dtype=kind, precision=precision, device=device
+            called,
+            read=read,
+            batch_size=batch_size,
+            dtype=kind,
+            precision=precision,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
     else:
         with bars() as bar:
             with bar.busy("Loading the model"):
-                loaded = load_model(model, dtype=kind, device_map=where)
-                held_out, called = read(loaded.tokenizer), loaded.source
+                loaded = load_model(model, dtype=kind, device_map=where, trust_remote_code=trust_remote_code)
+                output_head(loaded.model)
+                held_out, called = read_for(loaded.model, read(loaded.tokenizer)), loaded.source
             watch = bar.of("evaluate", len(held_out))
             passes = _passes(loaded, precision)
             result = perplexity(loaded.model, held_out, batch_size=batch_size, precision=passes, progress=watch)
     if as_json:
-        print(json.dumps({"model": called, "text": name, "window_length": window_length, **asdict(result)}))
+        print_json({"model": called, "text": name, "window_length": window_length, **asdict(result)})
         return
     output.print(f"{called}: perplexity {result} of {name}")
 
@@ -288,7 +330,7 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
             data["report"] = json.loads(report.read_text(encoding="utf-8"))
         elif plan is not None:
             data["plan"] = plan.to_dict()
-        print(json.dumps(data))
+        print_json(data)
         return
     output.print(tables.checkpoint_table(summary))
     output.print(
@@ -308,22 +350,22 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
         )
 
 
-def run_export(directory: Path, out: Path, *, overwrite: bool) -> None:
+def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite: bool) -> None:
     """Run `cur export`."""
     check_target(out, overwrite=overwrite)
     summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
     with bars() as bar:
         with bar.busy("Loading the model"):
-            loaded = _load_stored(directory)
+            loaded = load_model(directory, trust_remote_code=trust_remote_code)
         with bar.busy("Saving"):
             dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     note.print(f"Saved to {out}.")
 
 
-def _load_stored(directory: Path) -> LoadedModel:
-    """Load a checkpoint in the dtype it is stored in."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return load_model(str(directory), dtype=getattr(torch, str(config.get("dtype") or "float32")))
+def _refuse_early(model: PreTrainedModel, config: CompressConfig | BudgetConfig) -> None:
+    """Refuse what cannot be compressed before anything is measured."""
+    with unrolled(model):
+        candidates(model, config)
 
 
 def _passes(loaded: LoadedModel, asked: str) -> str:
@@ -333,7 +375,7 @@ def _passes(loaded: LoadedModel, asked: str) -> str:
     return found.name
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype | str:
     if name not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cur._errors import NumericalError
 from cur.cli import tables
-from cur.cli._run import bars, note, output
+from cur.cli._run import bars, note, output, print_json
 from cur.cli.heal import show_status
 from cur.decompose import deim_cur
 from cur.healing import HealingConfig, heal, twin
@@ -117,7 +117,7 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
             "numerics": numerics,
             "healing": {"trainable": healing.trainable, "compressed, held-out": after.value},
         }
-        print(json.dumps(data))
+        print_json(data)
     else:
         output.print(tables.layers_table(report.layers), tables.size_table(report))
         output.print(tables.seconds_line(seconds))

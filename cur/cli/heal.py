@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cur.cli import options as o
-from cur.cli._run import Stages, bars, guarded, note, output
+from cur.cli._run import Stages, bars, guarded, note, output, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +37,8 @@ def heal(
     text: o.Text = None,
     dataset: o.Dataset = None,
     dataset_config: o.DatasetConfig = None,
+    split: o.Split = None,
+    column: o.Column = None,
     windows: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +107,7 @@ def heal(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -115,19 +117,17 @@ def heal(
     them. Rows and columns stay as they are. Run the same command again after an interruption: it continues where it
     was.
     """
-    import torch
-
     from cur.cli.blockwise import block_by_block
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
     from cur.integrations.checkpoint import check_target
     from cur.integrations.inspect import summarize
+    from cur.integrations.opening import stored_dtype
 
     check_target(out, overwrite=overwrite)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
         raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round the result")
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    dtype = getattr(torch, str(stored or "float32"))
+    dtype = stored_dtype(directory)
     dense = _teacher(directory, teacher)
     # Whoever asks for a loss through the whole network wants the whole network.
     if low_memory and dense is None:
@@ -165,9 +165,23 @@ def heal(
         seed=seed,
         **fixed,
     )
-    source = Source(text=text, dataset=dataset, dataset_config=dataset_config, windows=windows, length=window_length)
+    source = Source(
+        text=text,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        split=split,
+        column=column,
+        windows=windows,
+        length=window_length,
+    )
     read = functools.partial(source.to_heal, held_out=held_out)
-    options: dict[str, Any] = {"dtype": dtype, "read": read, "tensorboard": tensorboard, "overwrite": overwrite}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "read": read,
+        "tensorboard": tensorboard,
+        "trust_remote_code": trust_remote_code,
+        "overwrite": overwrite,
+    }
     if low:
         report = _heal_by_blocks(directory, str(dense), out, config, **options)
     else:
@@ -176,7 +190,7 @@ def heal(
         if state is None:
             shutil.rmtree(kept, ignore_errors=True)
     if as_json:
-        print(json.dumps({"directory": str(out.absolute()), **report.to_dict()}))
+        print_json({"directory": str(out.absolute()), **report.to_dict()})
         return
     output.print(f"{report}.")
     note.print(f"Saved to {out}. Next: cur evaluate {out}")
@@ -193,8 +207,10 @@ def _heal_in_memory(
     state: Path,
     cache: Path | None,
     tensorboard: Path | None,
+    trust_remote_code: bool,
     overwrite: bool,
 ) -> HealingReport:
+    from cur.cli.source import read_for
     from cur.healing import heal as heal_
     from cur.healing import load_student, save_healed
     from cur.healing.heal import LOG, precision_of
@@ -202,9 +218,9 @@ def _heal_in_memory(
 
     with bars() as bar:
         with bar.busy("Loading the models"):
-            dense = load_model(teacher, dtype=dtype)
+            dense = load_model(teacher, dtype=dtype, trust_remote_code=trust_remote_code)
             student = load_student(directory, dense.model)
-            samples = read(dense.tokenizer)
+            samples = read_for(dense.model, read(dense.tokenizer))
         note.print(precision_of(student, config, state).remark(config.precision))
         report = heal_(
             student,
@@ -230,8 +246,10 @@ def _heal_by_blocks(
     dtype: torch.dtype,
     read: Callable[[Any], torch.Tensor],
     tensorboard: Path | None,
+    trust_remote_code: bool,
     overwrite: bool,
 ) -> HealingReport:
+    from cur.cli.source import read_for
     from cur.healing import heal_blockwise
     from cur.healing.blockwise import precision_blockwise
     from cur.integrations.blockwise import Team, load_skeleton
@@ -240,8 +258,10 @@ def _heal_by_blocks(
         raise ValueError("`cur heal` runs in one process; start it without torchrun")
     with bars() as bar:
         with bar.busy("Opening the models"):
-            student, dense = load_skeleton(directory, dtype=dtype), load_skeleton(teacher, dtype=dtype)
-            samples = read(dense.tokenizer)
+            student, dense = (
+                load_skeleton(place, dtype=dtype, trust_remote_code=trust_remote_code) for place in (directory, teacher)
+            )
+            samples = read_for(dense.model, read(dense.tokenizer))
         note.print(precision_blockwise(dense, out, config).remark(config.precision))
         return heal_blockwise(
             student,
@@ -257,16 +277,23 @@ def _heal_by_blocks(
 
 def _teacher(directory: Path, given: str | None) -> str | None:
     """Return what to load as the teacher: None stands for the default model."""
-    from cur.integrations.checkpoint import PLAN
+    from cur.integrations.checkpoint import PLAN, REPORT
     from cur.integrations.models import DEFAULT_MODEL
     from cur.integrations.plan import Plan
+    from cur.integrations.report import CompressionReport
 
     if given is not None:
         return given
-    plan = directory / PLAN
-    name = Plan.load(plan).model if plan.exists() else ""
+    plan, report = directory / PLAN, directory / REPORT
+    name = (CompressionReport.load(report).source if report.exists() else "") or (
+        Plan.load(plan).model if plan.exists() else ""
+    )
     if not name:
         raise ValueError(f"{directory} does not say which model it was made from; name it with --teacher")
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ValueError(
+            f"{directory} was made from {name}, which is not there any more; name the dense model with --teacher"
+        )
     # The default model may be there as an installed file, which needs no hub.
     return None if name == DEFAULT_MODEL else name
 

@@ -23,7 +23,16 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is not empty.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights in memory and in the checkpoint: float32 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the weights in memory and in the checkpoint: float32, bfloat16, float16, or auto, that in which they "
+        "are stored."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings, where it needs its own.")
+]
 Precision = Annotated[
     str,
     typer.Option(
@@ -43,7 +52,12 @@ Device = Annotated[str, typer.Option(help="Where the model is run: cpu, cuda, or
 # Calibration.
 Text = Annotated[
     Path | None,
-    typer.Option("--text", "-t", help="UTF-8 text file. Default: part of the Python language reference."),
+    typer.Option(
+        "--text",
+        "-t",
+        help="UTF-8 text file, or rows in .jsonl, .json, .csv or .parquet. Default: part of the Python language "
+        "reference.",
+    ),
 ]
 Dataset = Annotated[
     str | None,
@@ -51,6 +65,14 @@ Dataset = Annotated[
 ]
 DatasetConfig = Annotated[
     str | None, typer.Option(help="Its configuration, for instance en.", show_default="en for allenai/c4")
+]
+Split = Annotated[str | None, typer.Option(help="Its split, for instance validation.", show_default="train")]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of text, or of messages for the chat template, in a data set or a file of rows.",
+        show_default="text, or messages",
+    ),
 ]
 Windows = Annotated[
     int | None,

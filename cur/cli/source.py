@@ -5,14 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cur.cli._run import note
+from cur.integrations.evaluate import output_head
+from cur.integrations.limits import check_windows, positions
+from cur.integrations.origin import origin_of
+from cur.integrations.rows import Conversation
 from cur.integrations.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
 
-__all__ = ["HeldOut", "Source"]
+__all__ = ["HeldOut", "Source", "read_for", "tell_unread"]
+
+T = TypeVar("T", torch.Tensor, list[Any])
+
+_TOLD = 5
+
+
+def read_for(model: PreTrainedModel, given: T) -> T:
+    """Return windows or batches of tokens, if the model can take them; a ValueError says why not."""
+    check_windows(model, given)
+    return given
+
+
+def tell_unread(model: PreTrainedModel) -> None:
+    """Say which tensors of a checkpoint are no part of the model that was loaded from it."""
+    unread = origin_of(model).unread
+    if unread:
+        more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
+        note.print(
+            f"Tensors that are no part of a {type(model).__name__}, and are left as they are: "
+            f"{', '.join(unread[:_TOLD])}{more}. The report names them.",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +52,8 @@ class Source:
     dataset_config: str | None
     windows: int | None
     length: int
+    split: str | None = None
+    column: str | None = None
     stats: Path | None = None
     batch_size: int = 1
 
@@ -31,6 +61,10 @@ class Source:
         """Refuse two texts, and passes without a window."""
         if self.text is not None and self.dataset is not None:
             raise ValueError("--text and --dataset exclude each other; give one")
+        if self.split is not None and self.dataset is None:
+            raise ValueError("--split is for --dataset; a file has one split")
+        if self.column is not None and self.dataset is None and self.text is None:
+            raise ValueError("--column is for --dataset, or for a --text of rows")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
@@ -63,13 +97,19 @@ class Source:
         """Return batches of windows of tokens."""
         return batches(self.read(tokenizer), batch_size=self.batch_size)
 
-    def _open(self) -> tuple[str | Iterable[str], str]:
+    def _open(self) -> tuple[str | Iterable[str | Conversation], str]:
         """Return the text, or the texts of a data set, and what errors call it."""
         if self.dataset is not None:
-            return _stream(self.dataset, self.dataset_config), self.dataset
+            return self._stream(self.dataset), self.dataset
         if self.text is not None:
-            return read_text(self.text), str(self.text)
+            return read_text(self.text, column=self.column), str(self.text)
         return embedded_text("calibrate"), "the embedded text"
+
+    def _stream(self, dataset: str) -> Iterable[str | Conversation]:
+        # C4 has one configuration for each language and no default; English is the one that papers calibrate on.
+        config = "en" if self.dataset_config is None and dataset == "allenai/c4" else self.dataset_config
+        # Endless: `token_windows` draws as many texts as its windows need.
+        return dataset_texts(dataset, name=config, split=self.split or "train", column=self.column, count=None)
 
 
 @dataclass(frozen=True)
@@ -79,15 +119,9 @@ class HeldOut:
     name: str
     windows: int
 
-    def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Return windows of tokens."""
+    def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows of 1024 tokens, or as many as the model has positions for; a ValueError says why not."""
+        output_head(model)
         text = embedded_text("evaluate") if self.name == "reference" else read_text(self.name)
-        return token_windows(tokenizer, text, length=1024, count=self.windows, name=self.name)
-
-
-def _stream(dataset: str, config: str | None) -> Iterable[str]:
-    # C4 has one configuration for each language and no default; English is the one that papers calibrate on.
-    if config is None and dataset == "allenai/c4":
-        config = "en"
-    # Endless: `token_windows` draws as many texts as its windows need.
-    return dataset_texts(dataset, name=config, count=None)
+        length = min(1024, positions(model) or 1024)
+        return read_for(model, token_windows(tokenizer, text, length=length, count=self.windows, name=self.name))

@@ -117,8 +117,7 @@ def size_table(report: CompressionReport) -> Table:
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(heading, justify="left" if justify == "left" else "right", no_wrap=True)
     rows = (
-        ("parameters", report.before.parameters, report.after.parameters),
-        ("bytes in memory", report.before.bytes, report.after.bytes),
+        *report.sizes(),
         ("numbers in the compressed weights", report.plan.dense_parameters, report.plan.parameters),
     )
     for name, before, after in rows:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
 from cur.healing.pair import Pair, only_cores, outputs_of
 from cur.healing.report import HealingReport, best_step
 from cur.healing.saving import save_healed
-from cur.healing.sharing import check_pair, share_
+from cur.healing.sharing import check_pair, check_teacher, share_
 from cur.healing.stack import Entry, Stack
 from cur.healing.state import StateError, StateFile
 from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
@@ -39,6 +39,7 @@ from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.experts import eager_experts
+from cur.integrations.limits import check_windows
 from cur.integrations.nn import compressed_modules
 from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
@@ -111,6 +112,8 @@ def heal_blockwise(
     config = config or HealingConfig(scope="block", metric_windows=0)
     _check(config)
     check_pair(student.model, teacher.model)
+    check_windows(teacher.model, [batches] if isinstance(batches, Tensor) else batches, name="batches")
+    check_teacher(student.shards.directory, student.model, teacher.kept_digest)
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     journal = Journal(target)
@@ -148,7 +151,7 @@ def heal_blockwise(
                 log=run.log(),
                 overwrite=overwrite,
                 max_shard_size=max_shard_size,
-                weights=lambda place: fill(student.model, student, place, max_shard_size, replaced=run.factors),
+                weights=run.write(max_shard_size),
             )
     finally:
         journal.release()
@@ -224,6 +227,14 @@ class _Run:
         self.probing = self._keyed(text.spread(MOMENT_SAMPLES) if config.steps else [])
         self.walked = dict([*self.fitting, *self.probing])
         self.carried = self.lessons | self.walked
+
+    def write(self, max_shard_size: int | str) -> Callable[[Path], None]:
+        """Return what writes the weight files of the healed student into a directory."""
+
+        def into(place: Path) -> None:
+            fill(self.student.model, self.student, place, max_shard_size, replaced=self.factors)
+
+        return into
 
     def heal(self) -> HealingReport:
         """Heal the blocks that are not healed yet, and report on all."""

@@ -28,6 +28,7 @@ from cur.healing.train import Goal, Progress, Status, Task, look, saving_memory,
 from cur.integrations._forward import evaluating, model_inputs, padding_mask
 from cur.integrations.calibration import collect_gradients
 from cur.integrations.experts import eager_experts
+from cur.integrations.limits import check_windows
 from cur.integrations.precision import Precision, continued
 from cur.integrations.report import versions
 from cur.integrations.statistics import Statistics
@@ -117,6 +118,7 @@ def heal(
     (128, 5)
     """
     config = config or HealingConfig()
+    check_windows(student, batches, name="batches")
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     probe = text.batch(0)["input_ids"][:1, :_PROBE]
     kept = None if state is None else Path(state).expanduser()

@@ -25,7 +25,7 @@ def save_healed(
     log: Path,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
-    weights: Callable[[Path], object] | None = None,
+    weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a healed model, whole or not at all; see :func:`~cur.integrations.save`.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cur.integrations.checkpoint import CheckpointError, read_config
+from cur.integrations.checkpoint import REPORT, CheckpointError, read_config
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
+from cur.integrations.origin import changed_modules, kept_digest
 from cur.integrations.quantizer import CURQuantizer, mark_
+from cur.integrations.report import CompressionReport
 
-__all__ = ["check_pair", "load_student", "share_", "twin"]
+__all__ = ["check_pair", "check_teacher", "load_student", "share_", "twin"]
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
@@ -55,6 +59,36 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
         config = config.get_text_config()
     names = {"vocabulary": "vocab_size", "width": "hidden_size", "number of layers": "num_hidden_layers"}
     return {what: getattr(config, name, None) for what, name in names.items()}
+
+
+def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[Collection[str]], str]) -> None:
+    """Refuse a dense model that differs from the one that a checkpoint was made from in what both have.
+
+    Parameters
+    ----------
+    directory : path
+        The compressed checkpoint. One without a report says nothing, and is let pass.
+    student : nn.Module
+        Its model, perhaps without its weights.
+    teacher : callable
+        Returns the hash of the dense model's parameters outside the modules that it is given.
+
+    Raises
+    ------
+    CheckpointError
+        If the hashes differ.
+    """
+    report = Path(directory) / REPORT
+    known = CompressionReport.load(report) if report.exists() else None
+    if known is None or not known.kept:
+        return
+    found = teacher(changed_modules(student))
+    if found and found != known.kept:
+        raise CheckpointError(
+            f"the teacher is not the dense model that {directory} was made from"
+            f"{f' ({known.source})' if known.source else ''}: weights that compression left as they were differ from "
+            "its own; name the right one with --teacher"
+        )
 
 
 def share_(student: nn.Module, teacher: nn.Module) -> int:
@@ -118,6 +152,7 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
             layer.eval()
     mark_(student)
     check_pair(student, teacher)
+    check_teacher(directory, student, functools.partial(kept_digest, teacher))
     _check_shared(student, stored)
     return student
 

@@ -30,6 +30,7 @@ from cur.integrations._inputs import InputSums
 from cur.integrations.experts import unrolled
 from cur.integrations.gradients import OutputGradients
 from cur.integrations.layers import decoder_layers
+from cur.integrations.limits import check_windows
 from cur.integrations.precision import Precision
 from cur.integrations.statistics import Statistics, by_stack
 
@@ -227,6 +228,7 @@ def _collect(
     try:
         with evaluating(model), passes.products(), nullcontext() if outputs_of is None else outputs_of.flowing():
             for batch in batches:
+                check_windows(model, [batch], name="batches")
                 inputs = model_inputs(inner, batch)
                 masks.start(inputs, batch)
                 first = seen.samples

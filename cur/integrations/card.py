@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from cur.integrations.layouts import ranks_of
 from cur.integrations.nn import WholeLinear, compressed_modules
+from cur.integrations.opening import auto_class
 from cur.integrations.plan import Plan
 from cur.integrations.report import CompressionReport, Size, model_size
 
@@ -31,7 +32,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     layers = compressed_modules(model)
     smaller = sum(not isinstance(layer, WholeLinear) for layer in layers.values())
     rounded = any(layer.int8 for layer in layers.values())
-    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
+    auto = auto_class(model)
     lines = [
         "---",
         "library_name: transformers",
@@ -80,8 +81,7 @@ def _figures(report: CompressionReport) -> list[str]:
     lines = [
         "| | before | after |",
         "|---|---|---|",
-        f"| parameters | {report.before.parameters:,} | {report.after.parameters:,} |",
-        f"| bytes in memory | {report.before.bytes:,} | {report.after.bytes:,} |",
+        *(f"| {name} | {before:,} | {after:,} |" for name, before, after in report.sizes()),
         f"| compressed weights, numbers | {plan.dense_parameters:,} | {plan.parameters:,} |",
     ]
     for text in dict.fromkeys(name.partition(", ")[2] for name in report.perplexity):

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from cur.integrations._directory import check_target, new_directory
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.quantizer import CheckpointError, CURConfig, CURQuantizer, mark_
+from cur.integrations.report import weight_bytes
 
 if TYPE_CHECKING:
     from cur.integrations.report import CompressionReport
@@ -55,7 +57,7 @@ def save(
     report: CompressionReport | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
-    weights: Callable[[Path], object] | None = None,
+    weights: Callable[[Path], CompressionReport | None] | None = None,
 ) -> Path:
     """Write a compressed model, whole or not at all.
 
@@ -75,7 +77,8 @@ def save(
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file, in bytes or with a unit.
     weights : callable, optional
-        Called with a directory to write the weight files into it, for a model whose weights are not in memory.
+        Called with a directory to write the weight files into it, for a model whose weights are not in memory; may
+        return the report with what was found out on the way.
 
     Returns
     -------
@@ -100,10 +103,12 @@ def save(
             model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
         else:
             _save_without_weights(model, scratch)
-            weights(scratch)
+            report = weights(scratch) or report
         _rename_weights(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        if report is not None:
+            report = replace(report, after=replace(report.after, file_bytes=weight_bytes(scratch)))
         describe(model, scratch, report)
     return Path(directory).expanduser().absolute()
 

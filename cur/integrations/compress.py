@@ -23,15 +23,17 @@ from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, unrolled
 from cur.integrations.factorize import factorize
 from cur.integrations.layers import block_stacks, decoder_layers
+from cur.integrations.limits import check_windows
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
+from cur.integrations.origin import changed_modules, kept_digest, origin_of
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
 from cur.integrations.precision import Precision
 from cur.integrations.pruning import FittedBefore, fit_before, keep_neurons
 from cur.integrations.quantizer import mark_
-from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions
+from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions, weight_bytes
 from cur.integrations.sampling import own_text
 from cur.integrations.spectra import spectrum
 from cur.integrations.text import batches
@@ -142,6 +144,7 @@ def _compress(
             statistics = calibration
         else:
             text, own = as_batches(calibration, config.batch_size), 0.0
+            check_windows(model, text, name="calibration")
             if isinstance(config, BudgetConfig):
                 text, own = with_own_text(
                     model, text, config.own_text, seed=config.seed, precision=precision, progress=progress
@@ -210,6 +213,8 @@ def carry_out_(
             swap_(model, layers)
             release_(model)
             mark_(model)
+    origin = origin_of(model)
+    before = replace(before, file_bytes=weight_bytes(origin.source) if origin.source else None)
     return CompressionReport(
         plan=as_done(plan, reports),
         layers=tuple(reports),
@@ -218,6 +223,9 @@ def carry_out_(
         seconds=clock.seconds,
         precision=passes.name,
         versions=versions(),
+        source=origin.source,
+        kept=kept_digest(model, changed_modules(model)),
+        unread=origin.unread,
     )
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from cur._errors import NumericalError
 from cur.integrations._forward import Progress, body, evaluating, find_nonfinite, model_inputs, run
 from cur.integrations.experts import eager_experts
+from cur.integrations.limits import check_windows
 from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
@@ -109,9 +111,7 @@ def perplexity(
     parts = batches(windows, batch_size=batch_size)
     if windows.shape[1] < 2:
         raise ValueError("`windows` must have at least 2 tokens each, one to see and one to predict")
-    vocabulary = head.weight.shape[0]
-    if not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
-        raise ValueError(f"`windows` holds token {int(windows.max())}, outside the model's vocabulary of {vocabulary}")
+    check_windows(model, windows)
     passes = Precision.of(model, precision)
     begin = time.perf_counter()
     nll, done = 0.0, 0
@@ -141,12 +141,20 @@ def output_head(model: nn.Module) -> nn.Linear:
     head = get() if callable(get) else None
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     can_generate = getattr(model, "can_generate", None)
-    if not isinstance(head, nn.Linear) or encoder_decoder or not callable(can_generate) or not can_generate():
+    generates = callable(can_generate) and can_generate()
+    if not isinstance(head, nn.Linear) or encoder_decoder or not generates or _sees_what_follows(model):
         raise TypeError(
-            f"perplexity needs a causal language model, {type(model).__name__} is not one; load it with "
-            "AutoModelForCausalLM"
+            f"perplexity needs a causal language model, {type(model).__name__} is not one: it has no predictions of "
+            "the next token from those before it"
         )
     return head
+
+
+def _sees_what_follows(model: nn.Module) -> bool:
+    """Say whether a model is an encoder under the name of a decoder, as BERT with a language modelling head."""
+    config = getattr(model, "config", None)
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return masked and getattr(config, "is_decoder", True) is False
 
 
 def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:

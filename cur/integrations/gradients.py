@@ -19,6 +19,8 @@ __all__ = ["OutputGradients", "draw"]
 # Probabilities in memory at once while labels are drawn, in numbers: 32 MB in float64.
 _CHUNK = 1 << 22
 
+_WITHOUT = "leave them out (`gradients=False`, --no-gradients)"
+
 
 class OutputGradients:
     """Sums of ``g g^T`` over the gradients at the outputs of modules, gathered by hooks.
@@ -46,12 +48,14 @@ class OutputGradients:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise TypeError(
                 f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
-                "encoder-decoder; leave them out (`gradients=False`, --no-gradients)"
+                f"encoder-decoder; {_WITHOUT}"
             )
         get = getattr(model, "get_input_embeddings", None)
         embeddings = get() if callable(get) else None
         if not isinstance(embeddings, nn.Module):
-            raise TypeError(f"gradients need a transformer with input embeddings, {type(model).__name__} has none")
+            raise TypeError(
+                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
+            )
         self.model = model
         self.embeddings = embeddings
         self.masks = masks
@@ -85,7 +89,9 @@ class OutputGradients:
         """Go back through the model from its output for a batch, whose first sample has the number `first`."""
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-            raise TypeError(f"gradients need logits per token, which {type(self.model).__name__} does not give")
+            raise TypeError(
+                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
+            )
         kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
         labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
         scores = logits[kept.to(logits.device)].float()

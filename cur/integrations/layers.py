@@ -65,6 +65,8 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
         if count is None and found:
             count = max(len(blocks) for _, blocks in found)
         stacks = [(name, blocks) for name, blocks in found if len(blocks) == count]
+        if len(stacks) > 1:
+            stacks = _of_text(model, stacks)
         wanted, what = 1, f"one stack of {count or 'equal'} blocks"
     if len(stacks) != wanted:
         seen = ", ".join(f"{name!r} ({len(blocks)})" for name, blocks in found) or "none"
@@ -73,6 +75,14 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
             "choosing among layers"
         )
     return [[(f"{name}.{index}", block) for index, block in enumerate(blocks)] for name, blocks in stacks]
+
+
+def _of_text(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Leave out stacks of towers for images or sound that are as long as that for text, where a part is for text."""
+    get = getattr(model, "get_decoder", None)
+    inner = get() if callable(get) else None
+    parts = {id(part) for part in inner.modules()} if isinstance(inner, nn.Module) else set()
+    return [(name, blocks) for name, blocks in stacks if id(blocks) in parts] or stacks
 
 
 def _is_matrix(module: nn.Module) -> bool:

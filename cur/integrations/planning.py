@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cur import ranks
 from cur._errors import NumericalError
 from cur.decompose import deim_cur
+from cur.integrations.adapters import refuse_adapters
 from cur.integrations.budget import BudgetConfig, error_curves, joint_curves, plan_budget
 from cur.integrations.choice import choose_layers, inner_blocks
 from cur.integrations.config import CompressConfig
@@ -28,6 +29,8 @@ from cur.integrations.spectra import EXACT_UP_TO, singular_values
 from cur.integrations.statistics import Statistics
 
 __all__ = ["candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
+
+_DENSE = "start from the dense model that it was made from"
 
 
 def make_plan(
@@ -61,7 +64,7 @@ def make_plan(
 
 def _plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig, possible: list[str]) -> Plan:
     chosen = chosen_blocks(model, statistics, config)
-    wanted = set(linear_modules(model, config.targets, exclude=config.exclude, layers=chosen))
+    wanted = set(_selected(model, config, chosen))
     names = [name for name in possible if name in wanted]
     return plan_of(model, statistics, config, layer_entries(model, statistics, config, names), names)
 
@@ -204,6 +207,7 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
 
     With `offloaded`, weights need not be in memory.
     """
+    refuse_adapters(model)
     stacks = [len(stack) for stack in block_stacks(model)]
     inside = list(range(sum(stacks)))
     asked = config.layers if isinstance(config, CompressConfig) else "all"
@@ -216,13 +220,13 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
             )
     elif not isinstance(asked, str):
         inside = sorted(set(asked))
-    names = linear_modules(model, config.targets, exclude=config.exclude, layers=inside)
+    names = _selected(model, config, inside)
     tied = _tied_weights(model)
     factored = tuple(f"{name}." for name in compressed_modules(model))
     limit, widest = 0, ""
     for name in names:
         if name.startswith(factored):
-            raise ValueError(f"{name} is a factor of a layer that is compressed already; exclude it")
+            raise ValueError(f"{name} is a factor of a layer that is compressed already; {_DENSE}, or exclude it")
         weight, _, _ = dense_weight(model.get_submodule(name), name)
         if weight.is_meta and not offloaded:
             raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
@@ -238,6 +242,20 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
             f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
         )
     return names
+
+
+def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, layers: list[int]) -> list[str]:
+    """Name the linear layers of some blocks that a configuration selects."""
+    try:
+        return linear_modules(model, config.targets, exclude=config.exclude, layers=layers)
+    except ValueError as error:
+        done = list(compressed_modules(model))
+        if not done:
+            raise
+        raise ValueError(
+            f"`model` is compressed already, in {len(done)} layers ({done[0]}, for instance), and layers are not "
+            f"compressed twice: {_DENSE}, or choose other layers or targets ({error})"
+        ) from error
 
 
 def _subspace(asked: str, side: int) -> str:

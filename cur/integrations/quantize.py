@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from cur._atomic import replace_file
 from cur.integrations._directory import new_directory
 from cur.integrations._forward import Progress
+from cur.integrations.adapters import refuse_adapters
 from cur.integrations.checkpoint import PLAN, REPORT, save
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import (
@@ -72,6 +73,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
     ValueError
         If some layers are rounded already or offloaded, or there is none to round.
     """
+    refuse_adapters(model)
     layers = compressed_modules(model)
     done = [name for name, layer in layers.items() if layer.int8]
     if done:

@@ -19,7 +19,7 @@ from cur.integrations.plan import Plan
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CompressionReport", "LayerReport", "Size", "model_size", "versions"]
+__all__ = ["CompressionReport", "LayerReport", "Size", "model_size", "versions", "weight_bytes"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class Size:
         Numbers in its parameters.
     bytes : int
         Bytes of its parameters and buffers, in the dtype they have.
+    file_bytes : int or None
+        Bytes of its weight files; None where there are none yet.
     """
 
     parameters: int
     bytes: int
+    file_bytes: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,13 @@ class CompressionReport:
         that of the calibration, which may have been measured earlier.
     versions : mapping of str to str
         Python and libraries.
+    source : str
+        What the dense model was loaded from: an absolute path, or a hub id; empty where it is not known.
+    kept : str
+        Hash of the parameters that both models have, by which another model is not taken for the dense one; empty where
+        it is not known.
+    unread : tuple of str
+        Names of tensors in the files of the dense model that are no part of it.
     """
 
     plan: Plan
@@ -139,6 +149,19 @@ class CompressionReport:
     perplexity: Mapping[str, float] = field(default_factory=dict)
     precision: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    kept: str = ""
+    unread: tuple[str, ...] = ()
+
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return what is counted, and how much of it there was before and after; bytes on disk where they are known."""
+        rows = [
+            ("parameters", self.before.parameters, self.after.parameters),
+            ("bytes in memory", self.before.bytes, self.after.bytes),
+        ]
+        if self.before.file_bytes is not None and self.after.file_bytes is not None:
+            rows.append(("bytes on disk", self.before.file_bytes, self.after.file_bytes))
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types; the plan under ``"plan"``."""
@@ -151,6 +174,9 @@ class CompressionReport:
             "perplexity": dict(self.perplexity),
             "precision": self.precision,
             "versions": dict(self.versions),
+            "source": self.source,
+            "kept": self.kept,
+            "unread": list(self.unread),
         }
 
     @classmethod
@@ -171,6 +197,7 @@ class CompressionReport:
                     "layers": layers,
                     "before": Size(**data["before"]),
                     "after": Size(**data["after"]),
+                    "unread": tuple(data.get("unread", ())),
                 }
             )
         except (KeyError, TypeError) as error:
@@ -198,6 +225,16 @@ def model_size(model: nn.Module) -> Size:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
+
+
+def weight_bytes(directory: str | Path) -> int | None:
+    """Return the bytes of the weight files in a directory, or of a weight file; None if there is none."""
+    path = Path(directory)
+    # Not all that end so: some models are stored a second time, in `consolidated.safetensors`.
+    for files in ([path] if path.is_file() else [], path.glob("*model*.safetensors"), path.glob("pytorch_model*.bin")):
+        if found := [file.stat().st_size for file in files]:
+            return sum(found)
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from cur.integrations.rows import ROWS, Conversation, read_rows, texts_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -70,38 +72,51 @@ def _words(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+def read_text(path: str | Path, *, column: str | None = None) -> str | list[str | Conversation]:
+    """Read a UTF-8 text file, or the texts of a file of rows.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        The file. One that ends in ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``
+        holds rows; the last two are read by the package ``datasets``.
+    column : str, optional
+        Column of the rows to read. Default: ``"text"`` where there is one, else ``"messages"``.
 
     Returns
     -------
-    str
+    str or list
+        The text; of rows their texts or conversations, as :func:`token_windows` takes them.
 
     Raises
     ------
+    ImportError
+        If reading the file takes the package ``datasets``, which is missing.
     ValueError
-        If the file does not exist, is a directory, cannot be read, is not UTF-8 or holds only white space.
+        If the file does not exist, is a directory, cannot be read, is not UTF-8, not what its ending says, or holds no
+        text.
     """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"text file {str(path)!r} is a directory; name one file in it")
+    rows = path.suffix.lower() in ROWS
+    if column is not None and not rows:
+        raise ValueError(f"text file {str(path)!r} has no columns, so `column` (--column) {column!r} is not for it")
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        name = f"text file {str(path)!r}"
+        text: Any = list(texts_of(read_rows(path), name=name, column=column)) if rows else path.read_text("utf-8")
     except FileNotFoundError:
         raise ValueError(f"text file {str(path)!r} does not exist") from None
-    except IsADirectoryError:
-        raise ValueError(f"text file {str(path)!r} is a directory; name one file in it") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"text file {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
         ) from None
     except OSError as error:
-        raise ValueError(f"text file {str(path)!r} cannot be read: {error.strerror or error}") from None
-    if not text.strip():
+        raise ValueError(f"text file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    if not (text if rows else text.strip()):
         raise ValueError(f"text file {str(path)!r} is empty; calibration and evaluation need text")
-    return text
+    found: str | list[str | Conversation] = text
+    return found
 
 
 def dataset_texts(
@@ -110,10 +125,10 @@ def dataset_texts(
     *,
     name: str | None = None,
     split: str = "train",
-    column: str = "text",
+    column: str | None = None,
     count: int | None = 128,
     min_characters: int = 1,
-) -> Iterator[str]:
+) -> Iterator[str | Conversation]:
     """Stream texts from a data set of the Hugging Face hub, first come first served.
 
     Parameters
@@ -125,17 +140,19 @@ def dataset_texts(
         Configuration of the data set, for instance ``"en"``.
     split : str, default "train"
         Split to read.
-    column : str, default "text"
-        Column that holds the text.
+    column : str, optional
+        Column that holds text, or messages for a chat template. Default: ``"text"`` where there is one, else
+        ``"messages"``.
     count : int or None, default 128
         Number of texts, the default being the number of samples that CURing (arXiv 2501.04211) calibrates on;
         None streams without end.
     min_characters : int, default 1
-        Shorter texts are passed over and not counted.
+        Shorter texts are passed over and not counted, and so are rows without a text.
 
     Yields
     ------
-    str
+    str or list of dict
+        A text, or the messages of a conversation.
 
     Raises
     ------
@@ -162,13 +179,13 @@ def dataset_texts(
     return _take(stream, dataset=dataset, column=column, count=count, min_characters=min_characters)
 
 
-def _take(stream: Iterable[Any], *, dataset: str, column: str, count: int | None, min_characters: int) -> Iterator[str]:
+def _take(
+    stream: Iterable[Any], *, dataset: str, column: str | None, count: int | None, min_characters: int
+) -> Iterator[str | Conversation]:
     found = 0
-    for row in stream:
-        if column not in row:
-            raise ValueError(f"data set {dataset!r} has no column {column!r}; it has {', '.join(map(repr, row))}")
-        if len(row[column]) >= min_characters:
-            yield row[column]
+    for text in texts_of(stream, name=f"data set {dataset!r}", column=column):
+        if not isinstance(text, str) or len(text) >= min_characters:
+            yield text
             found += 1
             if found == count:
                 return
@@ -181,7 +198,7 @@ def _take(stream: Iterable[Any], *, dataset: str, column: str, count: int | None
 
 def token_windows(
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Iterable[str],
+    text: str | Iterable[str | Conversation],
     /,
     *,
     length: int,
@@ -203,9 +220,9 @@ def token_windows(
     ----------
     tokenizer : PreTrainedTokenizerBase
         The model's own tokenizer.
-    text : str or iterable of str
-        The text. The texts of an iterable are joined by blank lines, and without `spread` no more are drawn than the
-        windows need.
+    text : str, or iterable of str or list of dict
+        The text. Lists of messages are written out by the tokenizer's chat template. What an iterable has is joined by
+        blank lines, and without `spread` no more is drawn than the windows need.
     length : int
         Tokens per window, at least 2 (one token to see and one to predict).
     count : int, optional
@@ -224,7 +241,8 @@ def token_windows(
     Raises
     ------
     ValueError
-        If the text is empty, or shorter than `count` windows (or than one).
+        If the text is empty, or shorter than `count` windows (or than one), or holds messages for which the tokenizer
+        has no chat template.
     """
     if length < 2:
         raise ValueError(f"`length` must be at least 2 tokens, got {length}")
@@ -232,7 +250,7 @@ def token_windows(
         raise ValueError(f"`count` must be at least 1, got {count}")
     needed = None if count is None or spread else count * length
     tokens: list[int] = []
-    for part in [text] if isinstance(text, str) else _joined(text):
+    for part in [text] if isinstance(text, str) else _joined(text, tokenizer, name):
         # Without the model's own special tokens, so that every window is alike; `verbose=False` keeps the
         # tokenizer from warning that a stream is longer than the model's context.
         tokens += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
@@ -261,9 +279,23 @@ def evenly(count: int, available: int, /) -> torch.Tensor:
     return (2 * torch.arange(count) + 1) * available // max(2 * count, 1)
 
 
-def _joined(texts: Iterable[str]) -> Iterator[str]:
+def _joined(texts: Iterable[str | Conversation], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[str]:
     for index, text in enumerate(texts):
-        yield text if index == 0 else "\n\n" + text
+        plain = text if isinstance(text, str) else _written_out(text, tokenizer, name)
+        yield plain if index == 0 else "\n\n" + plain
+
+
+def _written_out(messages: Conversation, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{name} holds messages, and the tokenizer has no chat template to write them out with; give text, or a "
+            "column of text (`column`, --column)"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} holds messages that the chat template refuses: {reason}") from error
 
 
 def batches(windows: torch.Tensor, /, *, batch_size: int) -> list[dict[str, torch.Tensor]]:

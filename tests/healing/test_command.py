@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,49 @@ def test_by_blocks(places: dict[str, Path], tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "Healed" in done.stdout
     assert (tmp_path / "state" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
+@pytest.mark.parametrize("made", ["--in-memory", "--low-memory"])
+def test_the_teacher_is_found_from_anywhere_and_no_other_is(
+    made: str, way: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = places["text.txt"]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    shutil.copytree(places["dense"], tmp_path / "one" / "model")
+    monkeypatch.chdir(tmp_path / "one")
+    done = cur(
+        "compress", "model", "--text", text, "--out", "small", "--windows", 8, "--window-length", 12, "--layers", 2,
+        "--rank", 6, made,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    monkeypatch.chdir(tmp_path / "two")
+    # Another model of that name and shape, where the command is typed.
+    torch.manual_seed(1)
+    LlamaForCausalLM.from_pretrained(places["dense"]).apply(_reset).save_pretrained("model")
+    shutil.copyfile(places["dense"] / "tokenizer.json", "model/tokenizer.json")
+    shutil.copyfile(places["dense"] / "tokenizer_config.json", "model/tokenizer_config.json")
+    heal = ("heal", tmp_path / "one" / "small", "--text", text, *QUICK, way)
+    done = cur(*heal, "--out", "healed")
+    assert done.exit_code == 0, done.stderr
+    done = cur(*heal, "--teacher", "model", "--out", "other")
+    assert done.exit_code == 2
+    said = " ".join(done.stderr.split())
+    assert "the teacher is not the dense model that" in said
+    assert str(tmp_path / "one" / "model") in said
+    assert not (tmp_path / "two" / "other").exists()
+    (tmp_path / "one" / "model").rename(tmp_path / "one" / "moved")
+    done = cur(*heal, "--out", "other")
+    assert done.exit_code == 2
+    assert "which is not there any more; name the dense model with --teacher" in " ".join(done.stderr.split())
+    done = cur(*heal, "--teacher", tmp_path / "one" / "moved", "--out", "other")
+    assert done.exit_code == 0, done.stderr
+
+
+def _reset(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        torch.nn.init.normal_(parameter, std=0.2)
 
 
 def test_low_memory(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

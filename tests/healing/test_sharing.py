@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur.healing import load_student, share_
-from cur.integrations import save
+from cur.integrations import CompressConfig, compress, save
 from cur.integrations.checkpoint import CheckpointError
 from cur.integrations.nn import FACTORED, compressed_modules
 
@@ -68,3 +68,20 @@ def test_checkpoints_that_do_not_fit(
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError):
         load_student(tmp_path / "student", teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_model_of_the_same_shape_does_not_teach(
+    dtype: torch.dtype, make_teacher: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    student = make_teacher("llama")
+    report = compress(student, windows, CompressConfig(layers=2, targets=("q_proj",), rank=6))
+    assert report.kept
+    save(student.to(dtype), None, tmp_path / "student", report=report)
+    load_student(tmp_path / "student", make_teacher("llama").to(dtype))
+    with pytest.raises(CheckpointError, match=r"is not the dense model that .* was made from.* --teacher"):
+        load_student(tmp_path / "student", make_teacher("llama", seed=1).to(dtype))
+    other = make_teacher("llama")
+    other.model.norm.weight.data[0] = 2.0  # one number
+    with pytest.raises(CheckpointError, match="is not the dense model"):
+        load_student(tmp_path / "student", other.to(dtype))

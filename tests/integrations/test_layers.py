@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -195,3 +197,17 @@ def test_three_dimensions_alone_do_not_make_experts() -> None:
             self.inner = nn.Sequential(nn.Linear(3, 3))
 
     assert linear_modules(Net(), "all-linear") == ["inner.0"]
+
+
+def test_a_tower_of_the_same_length_is_not_the_stack_of_text() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={**sizes, "vocab_size": 50, "num_key_value_heads": 2, "head_dim": 8},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    (stack,) = block_stacks(Gemma3ForConditionalGeneration(config))
+    assert [name for name, _ in stack] == [f"model.language_model.layers.{index}" for index in range(3)]

@@ -137,7 +137,7 @@ def test_a_cached_model_does_not_ask_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.HfApi", Hub(AssertionError("asked")))
     monkeypatch.setattr(models, "_load", lambda *args: asked.append(args))
     load_model("some/model")
-    assert asked == [("some/model", "some/model", torch.float32, None)]
+    assert asked == [("some/model", "some/model", "auto", None, False)]
 
 
 def test_missing_torch_is_one_clear_error() -> None:

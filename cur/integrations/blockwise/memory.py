@@ -29,10 +29,14 @@ def available_memory() -> int | None:
     return min(free, default=None)
 
 
-def fits(shards: Shards, dtype: torch.dtype) -> bool:
-    """Say whether a checkpoint fits into memory in a dtype, with what its compression needs; yes if nobody knows."""
+def fits(shards: Shards, dtype: torch.dtype | str) -> bool:
+    """Say whether a checkpoint fits into memory, with what its compression needs; yes if nobody knows.
+
+    In a dtype, or, with "auto", as it is stored.
+    """
     available = available_memory()
-    return available is None or shards.bytes_as(dtype) * _MARGIN <= available
+    needed = shards.bytes_as(dtype) if isinstance(dtype, torch.dtype) else shards.bytes
+    return available is None or needed * _MARGIN <= available
 
 
 def _machine() -> int | None:

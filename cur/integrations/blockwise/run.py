@@ -23,16 +23,18 @@ from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
 from cur.integrations.blockwise.team import Team
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.budget import BudgetConfig
-from cur.integrations.checkpoint import describe, save
+from cur.integrations.checkpoint import REPORT, describe, save
 from cur.integrations.compress import Clock, as_batches, as_done
 from cur.integrations.config import CompressConfig
 from cur.integrations.experts import release_, rolled, unroll_, unrolled
+from cur.integrations.limits import check_windows
 from cur.integrations.nn import swap_
+from cur.integrations.origin import origin_of
 from cur.integrations.plan import Plan
 from cur.integrations.planning import candidates
 from cur.integrations.precision import Precision, continued
 from cur.integrations.quantizer import mark_
-from cur.integrations.report import CompressionReport, LayerReport, model_size, versions
+from cur.integrations.report import CompressionReport, LayerReport, model_size, versions, weight_bytes
 from cur.integrations.statistics import Statistics
 
 __all__ = ["compress_blockwise"]
@@ -129,6 +131,9 @@ def compress_blockwise(
     target = check_target(directory, overwrite=overwrite)
     given = as_batches(calibration, _PLAN_BATCH if isinstance(config, Plan) else config.batch_size)
     names = _names(skeleton, config)
+    check_windows(skeleton.model, given, name="calibration")
+    if held_out is not None:
+        check_windows(skeleton.model, held_out, name="held_out")
     journal = Journal(target)
     file = None if statistics is None else Path(statistics).expanduser().absolute()
     # What this run wrote itself, before it was ended, is not what it was begun with.
@@ -170,7 +175,7 @@ def _run(
     """Measure, plan, decompose and write; returns what was done, and the compressed model on the meta device."""
     skeleton, team = measuring.skeleton, measuring.team
     clock = Clock()
-    before = model_size(skeleton.model)
+    before = replace(model_size(skeleton.model), file_bytes=weight_bytes(skeleton.shards.directory))
     with clock.stage("calibrate"):
         watch = None if progress is None else lambda done, total: progress("calibrate", done, total)
         statistics = measuring.run(watch)
@@ -198,19 +203,18 @@ def _run(
         seconds=clock.seconds,
         precision=measuring.precision.name,
         versions=versions(),
+        source=origin_of(skeleton.model).source,
+        unread=origin_of(skeleton.model).unread,
     )
     if team.leads:
+
+        def write(place: Path) -> CompressionReport:
+            kept = fill(final, skeleton, place, max_shard_size, replaced=factoring.factors, progress=progress)
+            return replace(report, kept=kept)
+
         with clock.stage("write"):
-            save(
-                final,
-                skeleton.tokenizer,
-                target,
-                report=report,
-                overwrite=overwrite,
-                weights=lambda place: fill(
-                    final, skeleton, place, max_shard_size, replaced=factoring.factors, progress=progress
-                ),
-            )
+            save(final, skeleton.tokenizer, target, report=report, overwrite=overwrite, weights=write)
+        report = replace(CompressionReport.load(target / REPORT), seconds=clock.seconds)
     return report, final
 
 

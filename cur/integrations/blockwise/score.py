@@ -13,8 +13,9 @@ from cur.integrations._forward import Progress, body, evaluating, model_inputs, 
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.blockwise.states import States
 from cur.integrations.blockwise.tunnel import Tunnel
-from cur.integrations.evaluate import Perplexity, perplexity
+from cur.integrations.evaluate import Perplexity, output_head, perplexity
 from cur.integrations.experts import eager_experts
+from cur.integrations.limits import check_windows
 from cur.integrations.precision import Precision
 from cur.integrations.text import batches
 
@@ -64,6 +65,8 @@ def perplexity_blockwise(
     start = time.perf_counter()
     model, count = skeleton.model, len(skeleton.blocks)
     parts = batches(windows, batch_size=batch_size)
+    output_head(model)
+    check_windows(model, windows)
     total = (count + 1) * len(windows)
     inner = body(model)
     with tempfile.TemporaryDirectory(prefix="cur-", dir=scratch) as directory:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightTransform, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.auto_factory import _get_model_class
 
 from cur.integrations._forward import body
+from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
-from cur.integrations.models import LoadedModel, load_model, quiet
+from cur.integrations.models import load_model
+from cur.integrations.opening import open_checkpoint, quiet, stored_targets
+from cur.integrations.origin import KeptDigest, Origin, kept_names, set_origin_
 
 __all__ = ["Skeleton", "load_skeleton"]
 
@@ -125,6 +114,20 @@ class Skeleton:
         """Let go of everything but the blocks; buffers stay."""
         self._free(name for name in self._empty if not name.startswith(self._inside))
 
+    def kept_digest(self, without: Collection[str]) -> str:
+        """Return the hash of all parameters but those inside these modules, as of the model in memory."""
+        kept, digest = set(kept_names(self.model, without)), KeptDigest()
+        for name in sorted(kept.intersection(self.outside())):
+            digest.add(name, self.load_tensor(name))
+            self.free_outside()
+        for index, (block, module) in enumerate(self.blocks):
+            self.load_block(index)
+            for key, parameter in module.named_parameters():
+                if f"{block}.{key}" in kept:
+                    digest.add(f"{block}.{key}", parameter)
+            self.free_block(index)
+        return digest.hexdigest()
+
     def embeddings(self) -> dict[str, nn.Embedding]:
         """Return the tables of embeddings outside the blocks, by name."""
         return {
@@ -151,13 +154,7 @@ class Skeleton:
 
     def _where_to(self) -> dict[str, str]:
         """Return the parameter that each stored tensor belongs to, by the names in the files."""
-        mapping = self._mapping()
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        named = {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in self.shards.tensors}
-        return {name: target for name, target in named.items() if target in known}
+        return stored_targets(self.model, self.shards.tensors)
 
     def _mapping(self) -> list[WeightTransform]:
         # Made anew for every load: the entries remember what they converted.
@@ -224,7 +221,11 @@ class Skeleton:
 
 
 def load_skeleton(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Skeleton:
     """Open a checkpoint without its weights.
 
@@ -232,10 +233,12 @@ def load_skeleton(
     ----------
     model : str or Path
         A directory in the format of transformers with safetensors files, compressed or not, or a hub id.
-    dtype : torch.dtype, default torch.float32
-        Of the weights when they are loaded.
+    dtype : torch.dtype or "auto", default "auto"
+        Of the weights when they are loaded; "auto" is that in which they are stored.
     device : torch.device or str, default "cpu"
         Where they will be loaded to.
+    trust_remote_code : bool, default False
+        Whether code that the checkpoint brings is run.
 
     Returns
     -------
@@ -249,40 +252,16 @@ def load_skeleton(
         If weight files are missing, damaged, or contradict each other.
     """
     directory = Path(model).expanduser()
-    if directory.is_dir():
-        shards = Shards(directory)
-        loaded = _hollow(shards, str(model), dtype)
-    else:
+    refuse_adapter_directory(directory if directory.is_dir() else str(model), str(model))
+    where = str(directory.absolute())
+    if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        loaded = load_model(model, dtype=dtype, device_map="meta")  # fetches what is not there yet
-        shards = Shards(snapshot_download(str(model), local_files_only=True))
-    return Skeleton(loaded.model, loaded.tokenizer, shards, torch.device(device))
-
-
-def _hollow(shards: Shards, source: str, dtype: torch.dtype) -> LoadedModel:
-    """Let transformers load a model of which it is given names, shapes and dtypes alone.
-
-    Given the files, it would map all of them into the address space at once.
-    """
-    place = str(shards.directory)
-    empty = {
-        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in shards.tensors.items()
-    }
+        # Fetches what is not there yet.
+        load_model(model, dtype=dtype, device_map="meta", trust_remote_code=trust_remote_code)
+        where, directory = str(model), Path(snapshot_download(str(model), local_files_only=True))
+    shards = Shards(directory)
     with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            config = AutoConfig.from_pretrained(place)
-            kind = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-            try:
-                generation = GenerationConfig.from_pretrained(place)
-            except OSError:  # not every checkpoint has one
-                generation = None
-            model = kind.from_pretrained(
-                None, config=config, state_dict=empty, device_map="meta", dtype=dtype, generation_config=generation
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(f"`model` {source!r} cannot be loaded: {reason}") from error
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
-    return LoadedModel(model.eval(), tokenizer, source)
+        opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
+    set_origin_(opened.model, Origin(source=where, unread=opened.unread))
+    return Skeleton(opened.model, opened.tokenizer, shards, torch.device(device))

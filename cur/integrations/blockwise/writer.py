@@ -16,6 +16,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from cur.integrations.blockwise.shards import DTYPES
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.experts import unrolled
+from cur.integrations.origin import KeptDigest, changed_modules, kept_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -147,7 +148,7 @@ def fill(
     *,
     replaced: Callable[[int], Mapping[str, torch.Tensor]],
     progress: Callable[[str, int, int | None], object] | None = None,
-) -> None:
+) -> str:
     """Write the weight files of a model, one block of the one that it was made from in memory at a time.
 
     Parameters
@@ -164,12 +165,21 @@ def fill(
         Returns, for the number of a block, tensors by name that are new or other than the skeleton's.
     progress : callable, optional
         Called as ``progress("write", done, total)``, in blocks.
+
+    Returns
+    -------
+    str
+        Hash of the parameters that were kept, as :func:`~cur.integrations.origin.kept_digest` has it.
     """
     count = len(skeleton.blocks)
+    kept, digest = set(kept_names(final, changed_modules(final))), KeptDigest()
     with CheckpointWriter(final, directory, max_shard_size) as writer:
         for name in skeleton.outside():  # one by one: embeddings and head can be larger than a block
             if name in writer:
-                writer.write(name, skeleton.load_tensor(name))
+                tensor = skeleton.load_tensor(name)
+                writer.write(name, tensor)
+                if name in kept:
+                    digest.add(name, tensor)
                 skeleton.free_outside()
         for index, (block, module) in enumerate(skeleton.blocks):
             if progress is not None:
@@ -182,10 +192,13 @@ def fill(
                 for name, tensor in tensors.items():
                     if name in writer:
                         writer.write(name, tensor)
+                        if name in kept:
+                            digest.add(name, tensor)
             del tensors
             skeleton.free_block(index)
         if progress is not None:
             progress("write", count, count)
+    return digest.hexdigest()
 
 
 # Of dtypes in safetensors files, from the last to the first.
