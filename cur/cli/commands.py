@@ -216,6 +216,7 @@ def run_convert(
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
+        tell_unread(loaded.model)
         convert_(loaded.model, layout, purpose=purpose)
         report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
         if report is not None:
@@ -247,6 +248,7 @@ def run_quantize(
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
             model, given = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
+        tell_unread(model)
         names = quantizable(model)
         passes = _passes(loaded, precision)
         measured = collect(model, given, modules=names, moments="full", precision=passes, progress=bar.of("calibrate"))
@@ -357,6 +359,7 @@ def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
+        tell_unread(loaded.model)
         with bar.busy("Saving"):
             dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
     note.print(f"Saved to {out}.")

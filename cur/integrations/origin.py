@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ def set_origin_(model: nn.Module, origin: Origin) -> None:
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Return what is known of where a model came from."""
-    found: Origin = getattr(model, _MARK, None) or Origin()
-    return found
+    """Return what is known of where a model came from; of one that transformers loaded, the path or the id."""
+    found: Origin | None = getattr(model, _MARK, None)
+    if found is not None:
+        return found
+    name = str(getattr(model, "name_or_path", "") or "")
+    return Origin(source=str(Path(name).absolute()) if name and Path(name).exists() else name)
 
 
 class KeptDigest:

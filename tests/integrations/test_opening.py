@@ -82,6 +82,8 @@ def test_every_command_keeps_the_class(kind: str, tmp_path: Path, text: Path) ->
     found = getattr(hf, AUTO[kind]).from_pretrained(tmp_path / "small", output_loading_info=True)
     assert type(found[0]).__name__ == config_of(source)["architectures"][0]
     assert not found[1]["missing_keys"]
+    for out in stages.values():
+        assert origin_of(load_model(out).model).unread == ()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in AUTO if kind not in ("causal", "vision-language")])
@@ -188,6 +190,14 @@ def test_tensors_that_the_class_hides_are_named_too(tmp_path: Path, monkeypatch:
     assert origin_of(load_skeleton(source).model).unread == ("mtp.norm.weight",)
 
 
+def test_where_a_model_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write("causal", tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    for model in (load_model("source").model, load_skeleton("source").model, hf.LlamaModel.from_pretrained("source")):
+        assert origin_of(model).source == str(source)
+    assert origin_of(KINDS["causal"]()).source == ""
+
+
 @pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
 def test_the_stored_dtype_is_the_default(way: str, tmp_path: Path, text: Path) -> None:
     source = write("bfloat16", tmp_path / "source")
@@ -279,3 +289,17 @@ def test_every_kind_can_be_written(tmp_path: Path) -> None:
             load_model(write(kind, tmp_path / kind)).model.__class__.__name__
             == config_of(tmp_path / kind)["architectures"][0]
         )
+
+
+@pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
+def test_layers_are_not_compressed_twice(way: str, tmp_path: Path, text: Path) -> None:
+    source = write("causal", tmp_path / "source")
+    done = cur("compress", source, "--text", text, *small(source), "--out", tmp_path / "small")
+    assert done.exit_code == 0, done.stderr
+    again = ("compress", tmp_path / "small", "--text", text, way, "--out", tmp_path / "out")
+    refused(cur(*again, *small(source)), "`model` is compressed already, in 2 layers", "start from the dense model")
+    whole = ("--own-text", 0, "--no-gradients", "--correction", 0)
+    refused(
+        cur(*again, "--windows", 4, "--window-length", 16, "--keep", 0.7, *whole),
+        "is a factor of a layer that is compressed already; start from the dense model",
+    )
