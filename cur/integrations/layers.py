@@ -79,8 +79,10 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
 
 def _of_text(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
     """Leave out stacks of towers for images or sound that are as long as that for text, where a part is for text."""
+    config: Any = getattr(model, "config", None)
+    several = hasattr(config, "get_text_config") and config.get_text_config() is not config
     get = getattr(model, "get_decoder", None)
-    inner = get() if callable(get) else None
+    inner = get() if several and callable(get) else None
     parts = {id(part) for part in inner.modules()} if isinstance(inner, nn.Module) else set()
     return [(name, blocks) for name, blocks in stacks if id(blocks) in parts] or stacks
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from cur.integrations import DEFAULT_MODEL, embedded_text, load_model, models, perplexity, token_windows
+from cur.integrations import DEFAULT_MODEL, embedded_text, load_model, models, opening, perplexity, token_windows
 from cur.integrations.models import LoadedModel
 
 
@@ -227,7 +227,7 @@ def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen.extend([gguf.GGUFReader(str(file)), gguf.GGUFReader(str(file))])
         raise OSError("no model in it")
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(opening.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ValueError, match="cannot be loaded: no model in it"):
         load_model(file)
     assert opened == [str(file)]
