@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from cur.integrations.account import check_hashes
+
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "quiet"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -148,6 +150,8 @@ def _load(
     place: Path | str, source: str, dtype: torch.dtype, device_map: Any, *, gguf: str | None = None
 ) -> LoadedModel:
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    if gguf is None and Path(place).is_dir():
+        check_hashes(place)
     # Files of the hub may take minutes to arrive: their bars stay.
     reading = nullcontext() if gguf is None else _reading_once()
     with quiet() if Path(place).exists() else nullcontext():
