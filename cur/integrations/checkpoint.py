@@ -24,7 +24,7 @@ from cur.integrations.account import compare, read_account, write_account
 from cur.integrations.beside import PAGE, PLAN, REPORT, carry, source_of
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
-from cur.integrations.quantizer import CURConfig, CURQuantizer, mark_
+from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.stored import CheckpointError, check_config, stored_dtype
 from cur.integrations.tensors import ModelFiles, without_weights
 
@@ -264,4 +264,6 @@ def _rename_weights(directory: Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"]["weights"] = weights
+    # Whoever reads this file without our quantizer, which names another, is told what to do.
+    config["transformers_weights"] = ADVICE
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

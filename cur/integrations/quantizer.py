@@ -148,6 +148,8 @@ class CURQuantizer(HfQuantizer):
         """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
+        elif getattr(config, "transformers_weights", None) == ADVICE:
+            config.transformers_weights = None
         return config
 
     def _process_model_before_weight_loading(
@@ -203,6 +205,8 @@ class CURQuantizer(HfQuantizer):
                     _check_order(name, layer.part.order)
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
+        state: Any = model
+        state.is_quantized = not self.is_trainable
         _keep_names_(model)
         return model
 
@@ -285,7 +289,8 @@ def mark_(model: PreTrainedModel) -> None:
     config = CURConfig(describe(model), experts=experts)
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
-    state.is_quantized = True
+    # transformers refuses `.half()` and `.float()` where it is True, which is right for rounded layers alone.
+    state.is_quantized = not state.hf_quantizer.is_trainable
     state.quantization_method = METHOD
     state.config.quantization_config = config
     _retie_(model)

@@ -136,7 +136,7 @@ class Journal:
     def _read(path: Path) -> dict[str, Any] | None:
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             return None
         return data
 
