@@ -1,4 +1,4 @@
-"""What of one checkpoint is in another: the same bit by bit, compressed, missing or extra; and hashes of what was written.
+"""What of one checkpoint is in another: the same bit by bit, compressed, missing or extra; and hashes of its weights.
 
 Tensors are compared one at a time, so that a model of any size can be accounted for.
 """
@@ -106,6 +106,8 @@ def compare(
         If one of them is no checkpoint, or damaged.
     """
     here, there = Path(directory), Path(against)
+    for place in (here, there):
+        check_hashes(place)
     skeleton = without_weights(there, kind)
     ours, theirs = ModelFiles(here, skeleton), ModelFiles(there, skeleton)
     compressed = ours.compressed | theirs.compressed
@@ -230,8 +232,8 @@ def check_hashes(directory: str | os.PathLike[str]) -> None:
             continue
         if digest_of(file) != noted:
             raise CheckpointError(
-                f"{file} is not what was written: its SHA-256 is another than {ACCOUNT} notes; fetch it again, or delete "
-                f"{ACCOUNT} if you changed the weights yourself"
+                f"{file} is not what was written: its SHA-256 is another than {ACCOUNT} notes; fetch it again, or "
+                f"delete {ACCOUNT} if you changed the weights yourself"
             )
         _CHECKED.add(seen)
 

@@ -51,7 +51,9 @@ def source_of(model: Any) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    weights = [f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx*", "ot")]
+    weights = [
+        f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx*", "ot")
+    ]
     try:
         found = Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
         if parts := _parts(found):
@@ -126,4 +128,6 @@ def _parts(source: Path) -> set[str]:
         modules = json.loads(path.read_text(encoding="utf-8"))
         return {str(module["path"]).split("/")[0] for module in modules if module.get("path")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not list modules by `path` ({error}): it is damaged; fetch it again") from error
+        raise CheckpointError(
+            f"{path} does not list modules by `path` ({error}): it is damaged; fetch it again"
+        ) from error

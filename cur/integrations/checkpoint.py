@@ -156,8 +156,8 @@ def _complete(
         lost = sorted(set(account.missing) & model.state_dict().keys())
         if lost:
             raise CheckpointError(
-                f"{lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} of {source} would be missing "
-                "in what was written, so nothing is; load the model again, by the class that its configuration names"
+                f"{lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} of {source} would be "
+                "missing in what was written, so nothing is; load the model again, by the class that its configuration names"
             )
     write_account(scratch, account)
 
@@ -195,10 +195,9 @@ def dense_export(
 
     The compressed model itself is unchanged. The parameters are those of :func:`save`.
     """
-    with new_directory(directory, overwrite=overwrite) as scratch:
-        with _multiplied_out(model):
-            model.save_pretrained(scratch, max_shard_size=max_shard_size)
-            _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)
+    with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
+        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)
     return Path(directory).expanduser().absolute()
 
 

@@ -408,8 +408,9 @@ class Plan:
         data = read_object(path, remedy="make it again, or name another", error=PlanError)
         try:
             return cls.from_dict(data)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise PlanError(f"{path} is malformed ({error!r}); make it again, or name another") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else f"malformed ({error!r})"
+            raise PlanError(f"{path} cannot be carried out: {reason}; make it again, or name another") from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """What lies in a directory of a model, read so that whatever is wrong with it is one sentence.
 
-Nothing is built here: fields of ``config.json`` are checked for their types, and compared with the headers of the weights,
-before a model of the sizes that it asks for is made.
+Nothing is built here: fields of ``config.json`` are checked for their types, and compared with the headers of the
+weights, before a model of the sizes that it asks for is made.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         value = config.get(name)
         if value is not None and not (isinstance(value, str) and _dtype(value)) and not isinstance(value, dict):
             raise CheckpointError(
-                f"{path} is damaged: `{name}` must name a floating dtype such as bfloat16, got {value!r}; fetch it again"
+                f"{path} is damaged: `{name}` must name a floating dtype such as bfloat16, got {value!r}; "
+                "fetch it again"
             )
     _check_ours(path, config.get("quantization_config") or {})
     _check_counts(path, config)
@@ -127,13 +128,13 @@ def _check_ours(path: Path, described: Mapping[str, Any]) -> None:
     modules, weights = described.get("modules"), described.get("weights")
     if not isinstance(modules, dict) or not modules:
         raise CheckpointError(
-            f"{path} does not list the compressed modules: `modules` of `quantization_config` must be an object with at "
-            f"least one, got {_kind(modules)}; fetch it again"
+            f"{path} does not list the compressed modules: `modules` of `quantization_config` must be an object with "
+            f"at least one, got {_kind(modules)}; fetch it again"
         )
     if weights is not None and (not isinstance(weights, str) or Path(weights).name != weights):
         raise CheckpointError(
-            f"{path} is damaged: `weights` of `quantization_config` must name a file beside it, got {weights!r}; fetch it "
-            "again"
+            f"{path} is damaged: `weights` of `quantization_config` must name a file beside it, got {weights!r}; "
+            "fetch it again"
         )
 
 

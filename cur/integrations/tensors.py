@@ -48,7 +48,7 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     stored = check_config(directory)
     if kind is None:
         kind = getattr(transformers, next(iter(stored.get("architectures") or [""])) or "_", None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or kind.config_class is None:
         return None
     try:
         config = kind.config_class.from_pretrained(directory)
