@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cur._atomic import replace_file
-from cur.integrations.beside import ACCOUNT, missing_files
+from cur.integrations.beside import ACCOUNT, missing_files, name_of
 from cur.integrations.stored import CheckpointError, check_config, digest_of, read_object
 from cur.integrations.tensors import ModelFiles, without_weights
 
@@ -126,11 +126,10 @@ def compare(
             found.add_unread(name, theirs.weights.read(name))
         else:
             found.missing.append(name)
-    known = done | {tied.get(name, name) for name in done}
-    extra = [name for name in ours.places if not name.startswith(inside) and name not in known]
+    extra = [name for name in ours.places if not name.startswith(inside) and done.isdisjoint(_aliases(name, tied))]
     extra += [name for name in ours.unread if name not in theirs.weights.tensors]
     return Account(
-        against=str(against),
+        against=name_of(there),
         same=found.same,
         same_bytes=found.same_bytes,
         compressed=sorted(compressed),
@@ -155,8 +154,7 @@ class _Compared:
         self.missing: list[str] = []
 
     def add(self, name: str, theirs: torch.Tensor) -> None:
-        other = next((other for other, first in self._tied.items() if first == name), None)
-        place = next((at for at in (name, self._tied.get(name), other) if at and self._ours.holds(at)), None)
+        place = next((at for at in _aliases(name, self._tied) if self._ours.holds(at)), None)
         if place is None and name not in self._ahead:
             self.missing.append(name)
             return
@@ -177,6 +175,12 @@ class _Compared:
             self.rounded.append(name)
         else:
             self.changed.append(name)
+
+
+def _aliases(name: str, tied: Mapping[str, str]) -> list[str]:
+    """Return the names under which a tensor can be stored: its own, and those of others that are tied to it."""
+    first = tied.get(name, name)
+    return [name, first, *(other for other, source in tied.items() if source == first)]
 
 
 def write_account(directory: Path, account: Account | None) -> None:

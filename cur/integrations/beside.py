@@ -15,7 +15,7 @@ from typing import Any
 
 from cur.integrations.stored import CONFIG, CheckpointError
 
-__all__ = ["ACCOUNT", "HISTORY", "PAGE", "PLAN", "REPORT", "carry", "missing_files", "source_of"]
+__all__ = ["ACCOUNT", "HISTORY", "PAGE", "PLAN", "REPORT", "carry", "missing_files", "name_of", "source_of"]
 
 PLAN = "plan.json"
 REPORT = "report.json"
@@ -61,6 +61,13 @@ def source_of(model: Any) -> Path | None:
         return found
     except (LocalEntryNotFoundError, OSError):
         return None
+
+
+def name_of(source: Path) -> str:
+    """Return what a directory is called: of the hub's cache the name of the model there."""
+    if source.parent.name != "snapshots":
+        return str(source)
+    return source.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def carry(source: Path, target: Path, *, history: bool = True) -> None:

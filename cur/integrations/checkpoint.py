@@ -26,7 +26,7 @@ from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.stored import CheckpointError, check_config, stored_dtype
-from cur.integrations.tensors import ModelFiles, without_weights
+from cur.integrations.tensors import ModelFiles, has_weights, without_weights
 
 if TYPE_CHECKING:
     from cur.integrations.report import CompressionReport
@@ -140,7 +140,8 @@ def _complete(
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.blockwise.writer import add_tensors
 
-    if source is not None:
+    stored_here = source is not None and has_weights(source)
+    if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))
         if files.unread:
             stored, written = stored_dtype(check_config(source)), model.dtype
@@ -152,12 +153,14 @@ def _complete(
     account = None
     if source is not None:
         carry(source, scratch, history=compressed)
+    if source is not None and stored_here:
         account = compare(scratch, source, kind=type(model))
         lost = sorted(set(account.missing) & model.state_dict().keys())
         if lost:
             raise CheckpointError(
                 f"{lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} of {source} would be "
-                "missing in what was written, so nothing is; load the model again, by the class that its configuration names"
+                "missing in what was written, so nothing is; load the model again, by the class that its "
+                "configuration names"
             )
     write_account(scratch, account)
 

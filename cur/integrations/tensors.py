@@ -25,9 +25,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cur.integrations.quantizer import ADVICE
-from cur.integrations.stored import CONFIG, CheckpointError, check_config
+from cur.integrations.stored import CheckpointError, check_config
 
-__all__ = ["ModelFiles", "conversions", "names_in_model", "open_weights", "without_weights"]
+__all__ = ["ModelFiles", "conversions", "has_weights", "names_in_model", "open_weights", "without_weights"]
 
 
 def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTrainedModel | None:
@@ -43,7 +43,7 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     Returns
     -------
     PreTrainedModel or None
-        None if transformers has no such class.
+        None if transformers has no such class, or it cannot be made without weights.
     """
     stored = check_config(directory)
     if kind is None:
@@ -56,10 +56,8 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
             del config.quantization_config
         with torch.device("meta"):
             model: PreTrainedModel = kind(config)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"no {kind.__name__} can be made as {directory / CONFIG} says: {' '.join(str(error).split())}"
-        ) from error
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return None  # names are taken as they are, and an account says what that leaves open
     return model
 
 
@@ -96,9 +94,18 @@ def open_weights(directory: str | os.PathLike[str]) -> Any:
     from cur.integrations.blockwise.shards import Shards
 
     place = Path(directory)
-    if not list(place.glob("*.safetensors")) and (pickles := sorted(place.glob("pytorch_model*.bin"))):
-        return _Pickles(pickles)
-    return Shards(place, one_dtype=False)
+    pickles = sorted(place.glob("pytorch_model*.bin"))
+    return _Pickles(pickles) if pickles and not _names_safetensors(place) else Shards(place, one_dtype=False)
+
+
+def has_weights(directory: Path) -> bool:
+    """Say whether the weights of a directory have names by which they are found; variants have others."""
+    return _names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
+
+
+def _names_safetensors(place: Path) -> bool:
+    named = (check_config(place).get("quantization_config") or {}).get("weights") or "model.safetensors"
+    return (place / named).exists() or (place / f"{named}.index.json").exists()
 
 
 class ModelFiles:

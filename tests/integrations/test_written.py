@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from typer.testing import CliRunner
 
@@ -295,6 +298,30 @@ def test_an_encoder_with_what_sentence_transformers_keeps(tmp_path: Path) -> Non
     assert account.unread == ["cls.predictions.bias"]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     BertModel.from_pretrained(tmp_path / "out")
+
+
+def test_weights_of_another_name_are_no_reason_to_lose_the_work(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "source", variant="fp16")
+    (tmp_path / "source" / "LICENSE").write_text("free")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", variant="fp16")
+    compress(model, torch.randint(3, 100, (4, 16)), CompressConfig(layers=1, rank=4))
+    save(model, None, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "account.json").read_text())["account"] is None
+    assert (tmp_path / "out" / "LICENSE").exists()
+
+
+def test_a_weight_that_is_stored_under_another_of_its_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    for here, there in (("one", "other"), ("other", "one")):
+        account = compare(tmp_path / here, tmp_path / there)
+        assert account.missing == account.extra == account.changed == account.rounded == []
+        assert account.same == len(tensors)
 
 
 def test_what_the_user_took_away_does_not_come_back(tmp_path: Path) -> None:

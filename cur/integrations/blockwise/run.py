@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cur.integrations._directory import check_target
 from cur.integrations._forward import model_inputs
+from cur.integrations.beside import source_of
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
 from cur.integrations.blockwise.journal import Journal
@@ -208,7 +209,7 @@ def _run(
                 report=report,
                 overwrite=overwrite,
                 max_shard_size=max_shard_size,
-                source=skeleton.shards.directory,
+                source=source_of(skeleton.model) or skeleton.shards.directory,
                 weights=lambda place: fill(
                     final, skeleton, place, max_shard_size, replaced=factoring.factors, progress=progress
                 ),

@@ -26,6 +26,11 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    **{
+        name: getattr(torch, kind)
+        for name, kind in {"F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "U32": "uint32", "U64": "uint64"}.items()
+        if hasattr(torch, kind)
+    },
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

@@ -256,7 +256,10 @@ def add_tensors(
 
 
 # Of dtypes in safetensors files, from the last to the first.
-_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+_ORDER = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"),
+    *("F64", "I64", "U64"),
+)
 
 
 def _rank(dtype: torch.dtype) -> int:
