@@ -122,7 +122,8 @@ def run_compress(
 def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
     show_account(target)
     if as_json:
-        report = CompressionReport.load(target / REPORT)  # which has the account
+        account = read_account(target)
+        report = replace(report, account={} if account is None else account.to_dict())
         print(json.dumps({"directory": str(target), **report.to_dict()}))
         return
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
