@@ -32,6 +32,9 @@ _WEIGHTS = re.compile(
     r"|.*\.(safetensors|bin|h5|msgpack)\.index\.json|adapter_config\.json|trainer_state\.json|events\.out\.tfevents.*"
 )
 _MODULES = "modules.json"
+# What older tokenizers say in files of their own would overrule what a tokenizer says that was saved anew.
+_TOKENIZER = "tokenizer_config.json"
+_IN_TOKENIZER = ("added_tokens.json", "special_tokens_map.json")
 
 
 def source_of(model: Any) -> Path | None:
@@ -88,6 +91,8 @@ def carry(source: Path, target: Path, *, history: bool = True) -> None:
         If ``modules.json`` of sentence-transformers is damaged.
     """
     for name, goes in _files(source):
+        if name in _IN_TOKENIZER and (target / _TOKENIZER).exists():
+            continue
         if goes and (history or name not in HISTORY) and not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
@@ -98,7 +103,8 @@ def missing_files(source: Path, target: Path) -> list[str]:
 
     Weights and what describes that one checkpoint alone do not count.
     """
-    return [name for name, _ in _files(source) if not (target / name).exists()]
+    anew = _IN_TOKENIZER if (target / _TOKENIZER).exists() else ()
+    return [name for name, _ in _files(source) if name not in anew and not (target / name).exists()]
 
 
 def _files(source: Path) -> Iterator[tuple[str, bool]]:

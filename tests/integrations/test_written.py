@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     Gemma3Config,
@@ -322,6 +323,22 @@ def test_a_weight_that_is_stored_under_another_of_its_names(tmp_path: Path) -> N
         account = compare(tmp_path / here, tmp_path / there)
         assert account.missing == account.extra == account.changed == account.rounded == []
         assert account.same == len(tensors)
+
+
+def test_what_was_said_of_the_tokenizer_before(tmp_path: Path) -> None:
+    plain(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    compress(model, torch.randint(3, 100, (4, 16)), CompressConfig(layers=1, rank=4))
+    changed = AutoTokenizer.from_pretrained(tmp_path / "source")
+    changed.eos_token = "w7"
+    save(model, changed, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "w7"
+    save(model, None, tmp_path / "with its own")
+    assert (tmp_path / "with its own" / "special_tokens_map.json").exists()
+    for out in ("out", "with its own"):
+        assert compare(tmp_path / out, tmp_path / "source").missing_files == []
 
 
 def test_what_the_user_took_away_does_not_come_back(tmp_path: Path) -> None:
