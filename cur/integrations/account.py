@@ -70,17 +70,17 @@ class Account:
         """Return it in sentences."""
         told = [f"Of {self.against} {self.same:,} tensors ({self.same_bytes:,} bytes) are the same, bit by bit."]
         for names, what in (
-            (self.compressed, "modules are compressed"),
-            (self.rounded, "tensors have the same values in another dtype"),
-            (self.changed, "tensors have other values"),
-            (self.missing, "tensors are missing"),
-            (self.extra, "tensors are extra"),
-            (self.unread, "tensors that transformers does not load were copied"),
-            (self.missing_files, "files are left out"),
+            (self.compressed, "Compressed modules"),
+            (self.rounded, "The same values in another dtype"),
+            (self.changed, "Other values"),
+            (self.missing, "Missing tensors"),
+            (self.extra, "Extra tensors"),
+            (self.unread, "Tensors that transformers does not load, copied"),
+            (self.missing_files, "Files left out"),
         ):
             if names:
                 more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-                told.append(f"{len(names):,} {what}: {', '.join(names[:_SHOWN])}{more}.")
+                told.append(f"{what}: {len(names):,} ({', '.join(names[:_SHOWN])}{more}).")
         return told
 
 
