@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import transformers
@@ -187,7 +188,7 @@ class _Pickles:
         self.tensors: dict[str, torch.Tensor] = {}
         for file in files:
             try:
-                self.tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                self.tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
             except (RuntimeError, ValueError, EOFError, OSError, TypeError) as error:
                 raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
 

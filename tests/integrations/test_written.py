@@ -102,7 +102,8 @@ def pickled(place: Path) -> None:
     model = llama()
     model.save_pretrained(place)
     (place / "model.safetensors").unlink()
-    torch.save(model.state_dict(), place / "pytorch_model.bin")
+    # As the oldest checkpoints are, which cannot be mapped into memory.
+    torch.save(model.state_dict(), place / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
 def extra(place: Path) -> None:
