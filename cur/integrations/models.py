@@ -150,12 +150,12 @@ def _load(
     place: Path | str, source: str, dtype: torch.dtype, device_map: Any, *, gguf: str | None = None
 ) -> LoadedModel:
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    if gguf is None and Path(place).is_dir():
-        check_hashes(place)
     # Files of the hub may take minutes to arrive: their bars stay.
     reading = nullcontext() if gguf is None else _reading_once()
     with quiet() if Path(place).exists() else nullcontext():
         try:
+            if gguf is None and Path(place).is_dir():
+                check_hashes(place)
             with reading:
                 tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
                 model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)
