@@ -115,19 +115,18 @@ def heal(
     them. Rows and columns stay as they are. Run the same command again after an interruption: it continues where it
     was.
     """
-    import torch
-
     from cur.cli.blockwise import block_by_block
+    from cur.cli.commands import show_account
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
     from cur.integrations.checkpoint import check_target
     from cur.integrations.inspect import summarize
+    from cur.integrations.stored import check_config, stored_dtype
 
     check_target(out, overwrite=overwrite)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
         raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round the result")
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("dtype")
-    dtype = getattr(torch, str(stored or "float32"))
+    dtype = stored_dtype(check_config(directory))
     dense = _teacher(directory, teacher)
     # Whoever asks for a loss through the whole network wants the whole network.
     if low_memory and dense is None:
@@ -175,6 +174,7 @@ def heal(
         report = _heal_in_memory(directory, dense, out, config, state=kept, cache=cache, **options)
         if state is None:
             shutil.rmtree(kept, ignore_errors=True)
+    show_account(out)
     if as_json:
         print(json.dumps({"directory": str(out.absolute()), **report.to_dict()}))
         return

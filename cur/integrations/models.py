@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from cur.integrations.account import check_hashes
+
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "quiet"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -152,6 +154,8 @@ def _load(
     reading = nullcontext() if gguf is None else _reading_once()
     with quiet() if Path(place).exists() else nullcontext():
         try:
+            if gguf is None and Path(place).is_dir():
+                check_hashes(place)
             with reading:
                 tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
                 model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, device_map=device_map, **options)

@@ -15,6 +15,7 @@ from torch import nn
 from cur._atomic import replace_file
 from cur.integrations.outputs import OutputChange
 from cur.integrations.plan import Plan
+from cur.integrations.stored import CheckpointError, read_object
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,6 +130,9 @@ class CompressionReport:
         that of the calibration, which may have been measured earlier.
     versions : mapping of str to str
         Python and libraries.
+    account : mapping
+        What the checkpoint that it lies in holds of the model it was made from, as JSON types; see
+        :class:`~cur.integrations.account.Account`. Empty where that came from no directory.
     """
 
     plan: Plan
@@ -139,6 +143,7 @@ class CompressionReport:
     perplexity: Mapping[str, float] = field(default_factory=dict)
     precision: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    account: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types; the plan under ``"plan"``."""
@@ -151,6 +156,7 @@ class CompressionReport:
             "perplexity": dict(self.perplexity),
             "precision": self.precision,
             "versions": dict(self.versions),
+            "account": dict(self.account),
         }
 
     @classmethod
@@ -173,8 +179,8 @@ class CompressionReport:
                     "after": Size(**data["after"]),
                 }
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the report is malformed: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the report is malformed: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -184,11 +190,11 @@ class CompressionReport:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a report from a JSON file."""
+        data = read_object(path, remedy="fetch it again, or delete it to go without")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(data)
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; fetch it again, or delete it to go without") from error
 
 
 def model_size(model: nn.Module) -> Size:

@@ -15,21 +15,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.auto_factory import _get_model_class
 
 from cur.integrations._forward import body
+from cur.integrations.account import check_hashes
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
 from cur.integrations.models import LoadedModel, load_model, quiet
+from cur.integrations.tensors import conversions, names_in_model
 
 __all__ = ["Skeleton", "load_skeleton"]
 
@@ -151,20 +146,9 @@ class Skeleton:
 
     def _where_to(self) -> dict[str, str]:
         """Return the parameter that each stored tensor belongs to, by the names in the files."""
-        mapping = self._mapping()
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        named = {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in self.shards.tensors}
-        return {name: target for name, target in named.items() if target in known}
-
-    def _mapping(self) -> list[WeightTransform]:
-        # Made anew for every load: the entries remember what they converted.
-        found: list[WeightTransform] = get_model_conversion_mapping(
-            self.model, None, getattr(self.model, "hf_quantizer", None)
-        )
-        return found
+        named = names_in_model(self.model, self.shards.tensors)
+        return {name: target for name, (target, _) in named.items() if target in known}
 
     def _load(self, *prefixes: str) -> None:
         wanted = sorted(name for name, target in self._targets.items() if target.startswith(prefixes))
@@ -174,7 +158,7 @@ class Skeleton:
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
             hf_quantizer=getattr(self.model, "hf_quantizer", None),
-            weight_mapping=self._mapping(),  # type: ignore[arg-type]
+            weight_mapping=conversions(self.model),  # type: ignore[arg-type]
         )
         read = {name: self.shards.read(name) for name in wanted}
         with quiet():
@@ -251,6 +235,7 @@ def load_skeleton(
     directory = Path(model).expanduser()
     if directory.is_dir():
         shards = Shards(directory)
+        check_hashes(directory)
         loaded = _hollow(shards, str(model), dtype)
     else:
         from huggingface_hub import snapshot_download
