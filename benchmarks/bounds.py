@@ -178,6 +178,12 @@ def search(cases: int, seed: int) -> dict[str, Tally]:
             found = run_case(case)
         except NumericalError:  # U would overflow, or a tolerance is out of reach
             found = [("refused", 0.0, 0.0, False)]
+        except ValueError as error:
+            if "LinearOperator holds NaN or inf" not in str(
+                error
+            ):  # products of one whose entries are near the largest
+                raise
+            found = [("refused", 0.0, 0.0, False)]
         for name, bound, error, above in found:
             tallies[name].add(bound, error, above, case)
     return tallies

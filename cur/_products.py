@@ -22,6 +22,7 @@ from cur._array import (
     namespace,
     take,
     to_numpy,
+    working_dtype,
 )
 from cur._validate import check_finite_product
 
@@ -121,7 +122,9 @@ def _norm_of_runs(A: Array) -> float:
 
 
 def _sum_of_squares(X: Array) -> float:
-    """Return the sum of squares: of the last axis in the precision of `X`, of the others in double."""
+    """Return the sum of squares: of the last axis in the working precision, of the others in double."""
+    if not isinstance(X, np.ndarray):
+        X = namespace(X).astype(X, working_dtype(X), copy=False)
     if isinstance(X, np.ndarray):
         return float(np.sum(np.vecdot(X, X).real, dtype=np.float64))
     norms = to_numpy(namespace(X).linalg.vector_norm(X, axis=-1)).astype(np.float64)

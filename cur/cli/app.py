@@ -391,15 +391,24 @@ def evaluate(
 @guarded
 def inspect(
     directory: o.Checkpoint,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another directory of the same model, such as the one it was made from: says what is the same bit by "
+            "bit, what is compressed, missing or extra. Tensors are read one at a time.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Show what a compressed checkpoint holds: layers, ranks, sizes, and how it was made.
 
-    Reads headers only, so it is quick for checkpoints of any size.
+    Checks the weights against the hashes that were noted when they were written, and reads no more than their headers
+    otherwise.
     """
     from cur.cli.commands import run_inspect
 
-    run_inspect(directory, as_json=as_json)
+    run_inspect(directory, against=against, as_json=as_json)
 
 
 @app.command(epilog="Example: `cur export small --out dense`")

@@ -12,6 +12,7 @@ import torch
 
 from cur.cli._run import bars, note
 from cur.cli.source import read_for, tell_unread
+from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise import (
     ShardError,
     Shards,
@@ -52,6 +53,8 @@ def block_by_block(model: str | None, asked: bool | None, dtype: torch.dtype | s
     ValueError
         If it is asked for a model that is not made of safetensors files, or refused to several processes.
     """
+    if model is not None and Path(model).expanduser().is_dir():
+        refuse_adapter_directory(Path(model).expanduser(), model)
     several = Team().size > 1
     if several and asked is False:
         raise ValueError("several processes work block by block; leave out --in-memory, or start one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from cur.cli import tables
 from cur.cli._run import Stages, bars, note, output, print_json
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
 from cur.cli.source import HeldOut, Source, read_for, tell_unread
+from cur.integrations.account import compare, read_account
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
 from cur.integrations.calibration import collect
@@ -41,6 +41,7 @@ from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report import CompressionReport, model_size
 from cur.integrations.rows import Conversation
 from cur.integrations.statistics import Statistics
+from cur.integrations.stored import check_config
 from cur.integrations.text import embedded_text, read_text, token_windows
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "run_inspect",
     "run_plan",
     "run_quantize",
+    "show_account",
 ]
 
 _DTYPES: dict[str, torch.dtype | str] = {
@@ -131,7 +133,10 @@ def run_compress(
 
 
 def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
+    show_account(target)
     if as_json:
+        account = read_account(target)
+        report = replace(report, account={} if account is None else account.to_dict())
         print_json({"directory": str(target), **report.to_dict()})
         return
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
@@ -222,7 +227,8 @@ def run_convert(
         if report is not None:
             report = replace(report, after=model_size(loaded.model))
         with bar.busy("Saving"):
-            save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
+            save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite, source=directory)
+    show_account(out)
     after = summarize(out)
     kept = [sum(layer.parameters for layer in summary.layers) for summary in (before, after)]
     output.print(f"Numbers in the compressed layers: {kept[0]:,} before, {kept[1]:,} now.")
@@ -255,6 +261,7 @@ def run_quantize(
         found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
         with bar.busy("Saving"):
             save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
+    show_account(out)
     if as_json:
         print_json({"directory": str(out.expanduser().absolute()), **asdict(found)})
         return
@@ -321,15 +328,23 @@ def run_evaluate(
     output.print(f"{called}: perplexity {result} of {name}")
 
 
-def run_inspect(directory: Path, *, as_json: bool) -> None:
+def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None:
     """Run `cur inspect`."""
+    if against is not None and not (check_config(directory).get("quantization_config") or {}):
+        account = compare(directory, against)  # of a dense checkpoint there is nothing else to say
+        if as_json:
+            print_json({"account": account.to_dict()})
+        else:
+            print("\n".join(account.lines()))
+        return
     summary = summarize(directory)
     plan = Plan.load(directory / PLAN) if (directory / PLAN).exists() else None
+    report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
+    found = read_account(directory) if against is None else compare(directory, against)
     if as_json:
-        data: dict[str, Any] = summary.to_dict()
-        report = directory / REPORT
-        if report.exists():
-            data["report"] = json.loads(report.read_text(encoding="utf-8"))
+        data: dict[str, Any] = {**summary.to_dict(), "account": None if found is None else found.to_dict()}
+        if report is not None:
+            data["report"] = report.to_dict()
         elif plan is not None:
             data["plan"] = plan.to_dict()
         print_json(data)
@@ -342,6 +357,8 @@ def run_inspect(directory: Path, *, as_json: bool) -> None:
     )
     counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in FACTORED)
     output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")
+    for line in [] if against is None or found is None else found.lines():
+        output.print(line, markup=False, soft_wrap=True)
     if plan is not None:
         output.print(
             f"Made from {plan.model or 'a model of unknown origin'} with {plan.calibration_tokens:,} "
@@ -361,7 +378,8 @@ def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
         tell_unread(loaded.model)
         with bar.busy("Saving"):
-            dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite)
+            dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite, source=directory)
+    show_account(out)
     note.print(f"Saved to {out}.")
 
 
@@ -369,6 +387,13 @@ def _refuse_early(model: PreTrainedModel, config: CompressConfig | BudgetConfig)
     """Refuse what cannot be compressed before anything is measured."""
     with unrolled(model):
         candidates(model, config)
+
+
+def show_account(directory: Path) -> None:
+    """Say what a checkpoint that was just written holds of what it was made from."""
+    account = read_account(directory)
+    for line in [] if account is None else account.lines():
+        note.print(line, markup=False, soft_wrap=True)
 
 
 def _passes(loaded: LoadedModel, asked: str) -> str:

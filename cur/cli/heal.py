@@ -118,6 +118,7 @@ def heal(
     was.
     """
     from cur.cli.blockwise import block_by_block
+    from cur.cli.commands import show_account
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
     from cur.integrations.checkpoint import check_target
@@ -189,6 +190,7 @@ def heal(
         report = _heal_in_memory(directory, dense, out, config, state=kept, cache=cache, **options)
         if state is None:
             shutil.rmtree(kept, ignore_errors=True)
+    show_account(out)
     if as_json:
         print_json({"directory": str(out.absolute()), **report.to_dict()})
         return

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cur.healing.report import HealingReport
-from cur.integrations._directory import new_directory
-from cur.integrations.checkpoint import PLAN, REPORT, save
+from cur.integrations.checkpoint import save
 
 __all__ = ["save_healed"]
 
@@ -40,17 +39,28 @@ def save_healed(
     report : HealingReport
         Written as ``healing.json``.
     source : Path
-        The checkpoint that was healed; its plan and report stay true and are copied.
+        The checkpoint that was healed; its plan and report stay true and are copied, with all
+        else that lies beside its weights.
     log : Path
         Copied to ``healing.jsonl`` where it is there.
     overwrite, max_shard_size, weights
         As for :func:`~cur.integrations.save`.
     """
-    with new_directory(directory, overwrite=overwrite) as scratch:
-        save(student, tokenizer, scratch, overwrite=True, max_shard_size=max_shard_size, weights=weights)
+
+    def beside(scratch: Path) -> None:
         report.save(scratch / "healing.json")
         with (scratch / "README.md").open("a", encoding="utf-8") as card:
             card.write(f"\n{report}. `healing.json` and `healing.jsonl` say how.\n")
-        for file, name in ((source / PLAN, PLAN), (source / REPORT, REPORT), (log, "healing.jsonl")):
-            if file.exists():
-                shutil.copyfile(file, scratch / name)
+        if log.exists():
+            shutil.copyfile(log, scratch / "healing.jsonl")
+
+    save(
+        student,
+        tokenizer,
+        directory,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        weights=weights,
+        source=source,
+        beside=beside,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cur.integrations.account import check_hashes
 from cur.integrations.checkpoint import REPORT, CheckpointError, read_config
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.origin import changed_modules, kept_digest
 from cur.integrations.quantizer import CURQuantizer, mark_
 from cur.integrations.report import CompressionReport
+from cur.integrations.stored import read_object
 
 __all__ = ["check_pair", "check_teacher", "load_student", "share_", "twin"]
 
@@ -140,6 +141,7 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
         If the directory holds no compressed checkpoint, or one that does not fit the teacher.
     """
     config = read_config(directory)
+    check_hashes(directory)
     stored = _Files(Path(directory), config.weights or "model.safetensors")
     student = twin(teacher)
     # The factors get the shapes that the checkpoint names, and their values after that, as in `from_pretrained`.
@@ -197,7 +199,7 @@ class _Files:
     def __init__(self, directory: Path, weights: str) -> None:
         path = directory / weights
         if weights.endswith(".json"):
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_object(path)
             self.where = {key: str(directory / file) for key, file in index["weight_map"].items()}
         else:
             try:

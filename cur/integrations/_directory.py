@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -42,7 +44,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
 
     If the block raises, KeyboardInterrupt included, the temporary directory is removed and whatever was at
     `directory` before is untouched. With `overwrite`, the old directory goes only after the new one is
-    complete.
+    complete. What runs that were killed left of the same target is removed first.
 
     Parameters
     ----------
@@ -60,10 +62,9 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     """
     target = check_target(directory, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile.mkdtemp: its mode 0700 would stay with the directory after the rename.
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    _remove_abandoned(target)
+    scratch, lock = _locked(target)
     try:
-        scratch.mkdir()
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():  # safetensors writes files that none but their owner may read
@@ -77,6 +78,45 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
                 f"no space left to write {target}; nothing was left behind, free some and try again",
             ) from error
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked(target: Path) -> tuple[Path, int]:
+    """Make a directory beside the target, and take a lock on it that the system lets go of when the process ends."""
+    while True:
+        # Not tempfile.mkdtemp: its mode 0700 would stay with the directory after the rename.
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        scratch.mkdir()
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # another run took it for abandoned before it was locked
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what runs that were killed left of the same target; those of living processes are locked."""
+    for place in (*target.parent.glob(f".{glob.escape(target.name)}.*.partial"), *_replaced(target)):
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+        except OSError:
+            continue
+        finally:
+            os.close(lock)
+
+
+def _replaced(target: Path) -> list[Path]:
+    # Where the target is gone, a run was killed between two renames, and what was moved away is all there is.
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*.old")) if target.exists() else []
 
 
 def _replace(scratch: Path, target: Path) -> None:

@@ -20,15 +20,22 @@ from transformers import PreTrainedModel
 
 from cur._atomic import replace_file
 from cur.integrations._directory import check_target, new_directory
+from cur.integrations.account import compare, read_account, write_account
+from cur.integrations.beside import PAGE, PLAN, REPORT, carry, source_of
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
-from cur.integrations.quantizer import CheckpointError, CURConfig, CURQuantizer, mark_
+from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.report import weight_bytes
+from cur.integrations.stored import CheckpointError, check_config, stored_dtype
+from cur.integrations.tensors import ModelFiles, has_weights, without_weights
 
 if TYPE_CHECKING:
     from cur.integrations.report import CompressionReport
 
 __all__ = [
+    "PAGE",
+    "PLAN",
+    "REPORT",
     "CURConfig",
     "CURQuantizer",
     "CheckpointError",
@@ -40,9 +47,6 @@ __all__ = [
 ]
 
 WEIGHTS = "cur_model.safetensors"
-PLAN = "plan.json"
-REPORT = "report.json"
-PAGE = "report.html"
 
 # What transformers writes by default; our names replace the stem.
 _DEFAULT_STEM = "model"
@@ -58,8 +62,13 @@ def save(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     weights: Callable[[Path], CompressionReport | None] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write a compressed model, whole or not at all.
+    """Write a compressed model, whole or not at all, with all that belongs to it in the directory it came from.
+
+    Files that are no weights are copied from there, and so are tensors that transformers does not load.
+    ``account.json`` says what is the same as there, and has the hashes of the weight files.
 
     Parameters
     ----------
@@ -79,6 +88,10 @@ def save(
     weights : callable, optional
         Called with a directory to write the weight files into it, for a model whose weights are not in memory; may
         return the report with what was found out on the way.
+    source : path, optional
+        The directory that the model came from. Default: what it was loaded from; without one nothing is copied.
+    beside : callable, optional
+        Called with the directory, when all else is in it, to write more files.
 
     Returns
     -------
@@ -89,6 +102,8 @@ def save(
     ------
     ValueError
         If the model has no compressed layers.
+    CheckpointError
+        If a tensor that the model has is missing in what was written, or the directory it came from is damaged.
     FileExistsError
         If the directory exists, is not empty, and `overwrite` is False.
     OSError
@@ -104,13 +119,54 @@ def save(
         else:
             _save_without_weights(model, scratch)
             report = weights(scratch) or report
-        _rename_weights(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True)
         if report is not None:
             report = replace(report, after=replace(report.after, file_bytes=weight_bytes(scratch)))
         describe(model, scratch, report)
+        if beside is not None:
+            beside(scratch)
     return Path(directory).expanduser().absolute()
+
+
+def _source(model: PreTrainedModel, given: str | os.PathLike[str] | None) -> Path | None:
+    return source_of(model) if given is None else Path(given).expanduser().absolute()
+
+
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    scratch: Path,
+    source: Path | None,
+    max_shard_size: int | str,
+    *,
+    compressed: bool,
+) -> None:
+    """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
+    from cur.integrations.blockwise.writer import add_tensors
+
+    stored_here = source is not None and has_weights(source)
+    if source is not None and stored_here:
+        files = ModelFiles(source, without_weights(source, type(model)))
+        if files.unread:
+            stored, written = stored_dtype(check_config(source)), model.dtype
+            add_tensors(scratch, files.unread, files.weights, max_shard_size, dtypes={stored: written})
+    if compressed:
+        _rename_weights(scratch)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch)
+    account = None
+    if source is not None:
+        carry(source, scratch, history=compressed)
+    if source is not None and stored_here:
+        account = compare(scratch, source, kind=type(model))
+        lost = sorted(set(account.missing) & model.state_dict().keys())
+        if lost:
+            raise CheckpointError(
+                f"{lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} of {source} would be "
+                "missing in what was written, so nothing is; load the model again, by the class that its "
+                "configuration names"
+            )
+    write_account(scratch, account)
 
 
 def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:
@@ -119,6 +175,8 @@ def describe(model: PreTrainedModel, directory: Path, report: CompressionReport 
     from cur.integrations.page import can_draw, report_page
 
     if report is not None:
+        account = read_account(directory)
+        report = replace(report, account={} if account is None else account.to_dict())
         report.plan.save(directory / PLAN)
         report.save(directory / REPORT)
         if can_draw():
@@ -138,16 +196,15 @@ def dense_export(
     *,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    source: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a plain checkpoint, every compressed layer multiplied out, that loads without this package.
 
     The compressed model itself is unchanged. The parameters are those of :func:`save`.
     """
-    with new_directory(directory, overwrite=overwrite) as scratch:
-        with _multiplied_out(model):
-            model.save_pretrained(scratch, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+    with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
+        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)
     return Path(directory).expanduser().absolute()
 
 
@@ -159,18 +216,9 @@ def read_config(directory: str | os.PathLike[str]) -> CURConfig:
     CheckpointError
         If the directory holds no compressed checkpoint, or one of a newer format.
     """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{directory} is not a checkpoint: it has no config.json") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    data = config.get("quantization_config") or {}
+    data = check_config(directory).get("quantization_config") or {}
     if data.get("quant_method") != "cur":
         raise CheckpointError(f"{directory} is not a compressed checkpoint: its config.json does not say so")
-    if not isinstance(data.get("modules"), dict):
-        raise CheckpointError(f"{path} does not list the compressed modules")
     return CURConfig(**data)
 
 
@@ -222,4 +270,6 @@ def _rename_weights(directory: Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"]["weights"] = weights
+    # Whoever reads this file without our quantizer, which names another, is told what to do.
+    config["transformers_weights"] = ADVICE
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cur import ranks
+from cur.integrations.account import check_hashes
 from cur.integrations.checkpoint import CheckpointError, read_config
 from cur.integrations.nn import FACTORED, LAYOUTS
 
@@ -96,7 +97,8 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     Raises
     ------
     CheckpointError
-        If the directory is no compressed checkpoint, or its files are corrupt or contradict each other.
+        If the directory is no compressed checkpoint, or its files are corrupt, contradict each other, or are not what
+        was written.
     """
     config = read_config(directory)
     files = sorted(Path(directory).glob("*.safetensors"))
@@ -111,6 +113,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
                     tensors[name] = tuple(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
             raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+    check_hashes(directory)
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
     # Of neurons that were given up the entries of the bias are gone, too.
     biases = sum(

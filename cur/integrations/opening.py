@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -14,8 +14,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import (
@@ -25,8 +23,9 @@ from transformers.models.auto.auto_factory import (
 from transformers.utils import logging
 
 from cur.integrations.adapters import refuse_adapter_directory
+from cur.integrations.tensors import names_in_model
 
-__all__ = ["Opened", "auto_class", "model_class", "open_checkpoint", "quiet", "stored_dtype", "stored_targets"]
+__all__ = ["Opened", "auto_class", "model_class", "open_checkpoint", "quiet", "stored_dtype"]
 
 _AUTO = "AutoModel"
 # What a class is best called by where several Auto classes lead to it.
@@ -171,20 +170,6 @@ def auto_class(model: PreTrainedModel) -> str:
     return min(names, key=lambda name: order.get(name, 100), default=kind.__name__)
 
 
-def stored_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Return the parameter or buffer that each stored tensor belongs to, by its name in the files; others are left out.
-
-    Renaming is transformers' own: of older names, of prefixes, of experts that are merged.
-    """
-    mapping = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    prefix = model.base_model_prefix
-    named = {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in names}
-    return {name: target for name, target in named.items() if target in known}
-
-
 def stored_dtype(directory: Path | str) -> torch.dtype:
     """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say."""
     found = _Stored(directory).dtype()
@@ -294,9 +279,10 @@ def _unread(model: Any, info: Mapping[str, Collection[Any]], stored: _Stored | N
     """
     found = set(info.get("unexpected_keys", ()))
     if stored is not None:
-        targets = stored_targets(model, stored.tensors)
+        known = model.state_dict()
+        targets = {name for name, (target, _) in names_in_model(model, stored.tensors).items() if target in known}
         empty = {name for name, tensor in stored.tensors.items() if tuple(tensor.shape) == (0,)}
-        found |= stored.tensors.keys() - targets.keys() - empty
+        found |= stored.tensors.keys() - targets - empty
     buffers = {name for name, _ in model.named_buffers()}
     prefix = f"{model.base_model_prefix}."
     computed = buffers | {name.removeprefix(prefix) for name in buffers}

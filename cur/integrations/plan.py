@@ -21,6 +21,7 @@ from cur._atomic import replace_file
 from cur._errors import CURError
 from cur.integrations.experts import unrolled
 from cur.integrations.nn import FACTORED, NEURONS, dense_weight, layer_class
+from cur.integrations.stored import read_object
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -404,12 +405,12 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a plan from a JSON file; see :meth:`from_dict`."""
-        text = Path(path).read_text(encoding="utf-8")
+        data = read_object(path, remedy="make it again, or name another", error=PlanError)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(data)
+            return cls.from_dict(data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else f"malformed ({error!r})"
+            raise PlanError(f"{path} cannot be carried out: {reason}; make it again, or name another") from error
 
 
 def fingerprint(model: nn.Module) -> str:

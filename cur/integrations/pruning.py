@@ -260,7 +260,8 @@ def keep_neurons(
         wide, near, rounding = weight.to(torch.float64), layer.weight.to(torch.float64), 0.0
         if layer.inner_rank is not None:
             near = layer.spread(_product(layer.part))
-            rounding = evaluation_rounding(*layer.part.two_factors(), u=unit_roundoff(near.dtype, near))
+            factors = [factor.to(near) for factor in layer.part.two_factors()]
+            rounding = evaluation_rounding(*factors, u=unit_roundoff(near.dtype, near))
         done[part.name] = (
             layer,
             report_on(

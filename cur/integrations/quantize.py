@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cur._atomic import replace_file
-from cur.integrations._directory import new_directory
 from cur.integrations._forward import Progress
 from cur.integrations.adapters import refuse_adapters
-from cur.integrations.checkpoint import PLAN, REPORT, save
+from cur.integrations.checkpoint import save
 from cur.integrations.layers import decoder_layers
 from cur.integrations.nn import (
     CompressedLinear,
@@ -37,7 +35,6 @@ from cur.integrations.statistics import Statistics
 __all__ = ["Quantization", "quantizable", "quantize_", "save_quantized"]
 
 _QUANTIZATION = "quantization.json"
-_BESIDE = (PLAN, REPORT, "healing.json", "healing.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +204,12 @@ def save_quantized(
     overwrite : bool, default False
         As for :func:`~cur.integrations.save`.
     """
-    with new_directory(directory, overwrite=overwrite) as scratch:
-        save(model, tokenizer, scratch, overwrite=True)
+
+    def beside(scratch: Path) -> None:
         with replace_file(scratch / _QUANTIZATION) as stream:
             stream.write((json.dumps(asdict(found), indent=2) + "\n").encode())
-        for name in _BESIDE:
-            if (Path(source) / name).exists():
-                shutil.copyfile(Path(source) / name, scratch / name)
+
+    save(model, tokenizer, directory, overwrite=overwrite, source=source, beside=beside)
 
 
 def _bytes(module: nn.Module) -> int:

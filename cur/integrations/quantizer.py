@@ -19,7 +19,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cur._errors import CURError
 from cur.integrations.experts import LinearExperts, is_experts, rolled
 from cur.integrations.layouts import ranks_of
 from cur.integrations.nn import (
@@ -32,8 +31,10 @@ from cur.integrations.nn import (
     dense_weight,
     swap_,
 )
+from cur.integrations.stored import CheckpointError
 
 __all__ = [
+    "ADVICE",
     "FORMAT_VERSION",
     "METHOD",
     "CURConfig",
@@ -53,11 +54,7 @@ FORMAT_VERSION = 3
 # What of a layer is in any checkpoint of our own names.
 _TELLING = tuple(f"{factor}.{kind}" for factor in ("R", "C", "W", "inner.R") for kind in ("weight", "integers"))
 
-_ADVICE = "run `import cur.integrations` before from_pretrained"
-
-
-class CheckpointError(CURError, ValueError):
-    """A compressed checkpoint cannot be read: corrupt, contradictory, or of a newer format."""
+ADVICE = "run `import cur.integrations` before from_pretrained"
 
 
 @register_quantization_config(METHOD)
@@ -151,6 +148,8 @@ class CURQuantizer(HfQuantizer):
         """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
+        elif getattr(config, "transformers_weights", None) == ADVICE:
+            config.transformers_weights = None
         return config
 
     def _process_model_before_weight_loading(
@@ -181,7 +180,7 @@ class CURQuantizer(HfQuantizer):
         swap_(model, places)
         _retie_(model)
         # The guards of `get_state_dict_and_metadata` have done their work when this code runs.
-        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(_ADVICE)}
+        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(ADVICE)}
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
 
@@ -206,6 +205,8 @@ class CURQuantizer(HfQuantizer):
                     _check_order(name, layer.part.order)
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
+        state: Any = model
+        state.is_quantized = not self.is_trainable
         _keep_names_(model)
         return model
 
@@ -227,7 +228,7 @@ class CURQuantizer(HfQuantizer):
                     state[f"{name}.{key}"] = buffer.clone()
         for name in compressed_modules(model):
             state[f"{name}.weight"] = torch.empty(0)
-        state[_ADVICE] = torch.empty(0)
+        state[ADVICE] = torch.empty(0)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -288,7 +289,8 @@ def mark_(model: PreTrainedModel) -> None:
     config = CURConfig(describe(model), experts=experts)
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
-    state.is_quantized = True
+    # transformers refuses `.half()` and `.float()` where it is True, which is right for rounded layers alone.
+    state.is_quantized = not state.hf_quantizer.is_trainable
     state.quantization_method = METHOD
     state.config.quantization_config = config
     _retie_(model)

@@ -15,6 +15,7 @@ from torch import nn
 from cur._atomic import replace_file
 from cur.integrations.outputs import OutputChange
 from cur.integrations.plan import Plan
+from cur.integrations.stored import CheckpointError, read_object
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,6 +140,9 @@ class CompressionReport:
         it is not known.
     unread : tuple of str
         Names of tensors in the files of the dense model that are no part of it.
+    account : mapping
+        What the checkpoint that it lies in holds of the model it was made from, as JSON types; see
+        :class:`~cur.integrations.account.Account`. Empty where that came from no directory.
     """
 
     plan: Plan
@@ -152,6 +156,7 @@ class CompressionReport:
     source: str = ""
     kept: str = ""
     unread: tuple[str, ...] = ()
+    account: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def sizes(self) -> list[tuple[str, int, int]]:
         """Return what is counted, and how much of it there was before and after; bytes on disk where they are known."""
@@ -177,6 +182,7 @@ class CompressionReport:
             "source": self.source,
             "kept": self.kept,
             "unread": list(self.unread),
+            "account": dict(self.account),
         }
 
     @classmethod
@@ -200,8 +206,8 @@ class CompressionReport:
                     "unread": tuple(data.get("unread", ())),
                 }
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the report is malformed: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the report is malformed: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -211,11 +217,11 @@ class CompressionReport:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a report from a JSON file."""
+        data = read_object(path, remedy="fetch it again, or delete it to go without")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(data)
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; fetch it again, or delete it to go without") from error
 
 
 def model_size(model: nn.Module) -> Size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 from cur._atomic import replace_file
 from cur._errors import CURError
 from cur.integrations._directory import is_full
+from cur.integrations.stored import digest_of
 
-__all__ = ["Journal", "JournalError", "digest_of"]
+__all__ = ["Journal", "JournalError"]
 
 _FORMAT_VERSION = 3
 
@@ -136,7 +136,7 @@ class Journal:
     def _read(path: Path) -> dict[str, Any] | None:
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             return None
         return data
 
@@ -145,12 +145,3 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as stream:
             stream.write(json.dumps(data).encode())
-
-
-def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()

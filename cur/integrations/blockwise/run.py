@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from cur.integrations._directory import check_target
 from cur.integrations._forward import model_inputs
+from cur.integrations.beside import source_of
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
-from cur.integrations.blockwise.journal import Journal, digest_of
+from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.score import perplexity_blockwise
 from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
 from cur.integrations.blockwise.team import Team
@@ -36,6 +36,7 @@ from cur.integrations.precision import Precision, continued
 from cur.integrations.quantizer import mark_
 from cur.integrations.report import CompressionReport, LayerReport, model_size, versions, weight_bytes
 from cur.integrations.statistics import Statistics
+from cur.integrations.stored import digest_of
 
 __all__ = ["compress_blockwise"]
 
@@ -213,7 +214,16 @@ def _run(
             return replace(report, kept=kept)
 
         with clock.stage("write"):
-            save(final, skeleton.tokenizer, target, report=report, overwrite=overwrite, weights=write)
+            save(
+                final,
+                skeleton.tokenizer,
+                target,
+                report=report,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                source=source_of(skeleton.model) or skeleton.shards.directory,
+                weights=write,
+            )
         report = replace(CompressionReport.load(target / REPORT), seconds=clock.seconds)
     return report, final
 
@@ -345,18 +355,11 @@ def _begin(team: Team, journal: Journal, inputs: Mapping[str, Any]) -> None:
     if team.leads:
         try:
             journal.begin(inputs)
-            _clear(journal.directory.with_name(journal.directory.name.removesuffix(".run")))
         except (OSError, ValueError) as error:
             met = error
     met = team.agree(met)
     if met is not None:
         raise met
-
-
-def _clear(hidden: Path) -> None:
-    """Remove what a killed run left of its output: `.NAME.*.partial` beside the target, whose lock we hold."""
-    for stale in hidden.parent.glob(f"{hidden.name}.*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _compressed_skeleton(skeleton: Skeleton, factoring: Decomposition, reports: list[LayerReport]) -> Any:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from cur._errors import CURError
+from cur.integrations.stored import CheckpointError, check_config, read_object
 
-__all__ = ["DTYPES", "ShardError", "Shards", "StoredTensor"]
+__all__ = ["DTYPES", "ShardError", "Shards", "StoredTensor", "header_of"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -26,6 +26,11 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    **{
+        name: getattr(torch, kind)
+        for name, kind in {"F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "U32": "uint32", "U64": "uint64"}.items()
+        if hasattr(torch, kind)
+    },
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,7 +45,7 @@ _SINGLE = "model.safetensors"
 _LONGEST_HEADER = 100_000_000
 
 
-class ShardError(CURError, ValueError):
+class ShardError(CheckpointError):
     """The weight files of a checkpoint are missing, damaged, or contradict each other."""
 
 
@@ -64,6 +69,8 @@ class Shards:
     ----------
     directory : path
         Of a checkpoint with ``config.json`` and safetensors files.
+    one_dtype : bool, default True
+        Whether a matrix of a block must have the dtype of its namesakes in others.
 
     Attributes
     ----------
@@ -79,9 +86,9 @@ class Shards:
         other, or shards store weights in different dtypes.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, one_dtype: bool = True) -> None:
         self.directory = Path(directory).expanduser()
-        config = _read_json(self.directory / "config.json")
+        config = check_config(self.directory)
         weights = (config.get("quantization_config") or {}).get("weights") or _SINGLE
         self._index, placed = _index(self.directory, weights)
         self._headers = hashlib.sha256((self.directory / "config.json").read_bytes())
@@ -91,7 +98,8 @@ class Shards:
             self._add(file)
         if placed is not None:
             self._agree(placed)
-        self._one_dtype()
+        if one_dtype:
+            self._one_dtype()
 
     @property
     def bytes(self) -> int:
@@ -151,7 +159,7 @@ class Shards:
         return files
 
     def _add(self, file: Path) -> None:
-        header, start = _header(file)
+        header, start = header_of(file)
         status = file.stat()
         for fact in (file.name, status.st_size, status.st_mtime_ns, json.dumps(header, sort_keys=True)):
             self._headers.update(str(fact).encode() + b"\0")
@@ -206,25 +214,13 @@ def _index(directory: Path, weights: str) -> tuple[Path, dict[str, str] | None]:
         return index, None
     if (directory / weights).exists() and not weights.endswith(".json"):
         return index, None  # as transformers, which takes the single file where both are there
-    placed = _read_json(index).get("weight_map")
+    placed = read_object(index, error=ShardError).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ShardError(f"{index} has no `weight_map`, so it names no shards")
     return index, {str(name): str(file) for name, file in placed.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(f"{path.parent} is not a checkpoint: it has no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ShardError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
+def header_of(file: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and where its data begin."""
     try:
         with file.open("rb") as stream:

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform, convert_and_load_state_dict_in_model
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cur.integrations._forward import body
+from cur.integrations.account import check_hashes
 from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
 from cur.integrations.models import load_model
-from cur.integrations.opening import open_checkpoint, quiet, stored_targets
+from cur.integrations.opening import open_checkpoint, quiet
 from cur.integrations.origin import KeptDigest, Origin, kept_names, set_origin_
+from cur.integrations.tensors import conversions, names_in_model
 
 __all__ = ["Skeleton", "load_skeleton"]
 
@@ -154,14 +155,9 @@ class Skeleton:
 
     def _where_to(self) -> dict[str, str]:
         """Return the parameter that each stored tensor belongs to, by the names in the files."""
-        return stored_targets(self.model, self.shards.tensors)
-
-    def _mapping(self) -> list[WeightTransform]:
-        # Made anew for every load: the entries remember what they converted.
-        found: list[WeightTransform] = get_model_conversion_mapping(
-            self.model, None, getattr(self.model, "hf_quantizer", None)
-        )
-        return found
+        known = self.model.state_dict()
+        named = names_in_model(self.model, self.shards.tensors)
+        return {name: target for name, (target, _) in named.items() if target in known}
 
     def _load(self, *prefixes: str) -> None:
         wanted = sorted(name for name, target in self._targets.items() if target.startswith(prefixes))
@@ -171,7 +167,7 @@ class Skeleton:
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
             hf_quantizer=getattr(self.model, "hf_quantizer", None),
-            weight_mapping=self._mapping(),  # type: ignore[arg-type]
+            weight_mapping=conversions(self.model),  # type: ignore[arg-type]
         )
         read = {name: self.shards.read(name) for name in wanted}
         with quiet():
@@ -261,6 +257,7 @@ def load_skeleton(
         load_model(model, dtype=dtype, device_map="meta", trust_remote_code=trust_remote_code)
         where, directory = str(model), Path(snapshot_download(str(model), local_files_only=True))
     shards = Shards(directory)
+    check_hashes(directory)
     with quiet():
         opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
     set_origin_(opened.model, Origin(source=where, unread=opened.unread))

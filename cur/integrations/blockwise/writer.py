@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from cur.integrations.blockwise.shards import DTYPES
+from cur.integrations.blockwise.shards import DTYPES, Shards
 from cur.integrations.blockwise.skeleton import Skeleton
 from cur.integrations.experts import unrolled
 from cur.integrations.origin import KeptDigest, changed_modules, kept_names
@@ -21,7 +21,7 @@ from cur.integrations.origin import KeptDigest, changed_modules, kept_names
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointWriter", "TensorFile", "fill"]
+__all__ = ["CheckpointWriter", "TensorFile", "add_tensors", "fill"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PATTERN = "model{suffix}.safetensors"
@@ -201,8 +201,78 @@ def fill(
     return digest.hexdigest()
 
 
+def add_tensors(
+    directory: Path,
+    names: Sequence[str],
+    source: Any,
+    max_shard_size: int | str,
+    *,
+    dtypes: Mapping[torch.dtype, torch.dtype],
+) -> None:
+    """Put tensors of another checkpoint beside those of one that was just written, in the default file names.
+
+    Where the model is to be in one file, that is written anew; else files are added.
+
+    Parameters
+    ----------
+    directory : Path
+        With ``model.safetensors`` or its shards.
+    names : sequence of str
+        The tensors.
+    source : object
+        What has them: ``tensors`` by name and ``read(name)``.
+    max_shard_size : int or str
+        Largest size of one file.
+    dtypes : mapping
+        What a dtype becomes, where it does not stay.
+    """
+
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = source.read(name)
+        return tensor.to(dtypes.get(tensor.dtype, tensor.dtype))
+
+    written = Shards(directory, one_dtype=False)
+    old = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in written.tensors.items()}
+    stored = {name: source.tensors[name] for name in names}
+    new = {
+        name: torch.empty(one.shape, dtype=dtypes.get(one.dtype, one.dtype), device="meta")
+        for name, one in stored.items()
+    }
+    places = {name: one.file.name for name, one in written.tensors.items()}
+    whole = split_torch_state_dict_into_shards({**old, **new}, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+    if not whole.is_sharded:
+        place = directory / _PATTERN.format(suffix="")
+        file = TensorFile(place.with_suffix(".new"), {**old, **new}, {"format": "pt"})
+        for name in old:
+            file.write(name, written.read(name))
+        for name in names:
+            file.write(name, read(name))
+        file.close()
+        place.with_suffix(".new").replace(place)
+        return
+    added = split_torch_state_dict_into_shards(new, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+    files = [*sorted(set(places.values())), *(f"new-{name}" for name in sorted(added.filename_to_tensors))]
+    for name, group in added.filename_to_tensors.items():
+        file = TensorFile(directory / f"new-{name}", {each: new[each] for each in group}, {"format": "pt"})
+        for each in group:
+            file.write(each, read(each))
+            places[each] = f"new-{name}"
+        file.close()
+    last = {name: _PATTERN.format(suffix=f"-{i:05}-of-{len(files):05}") for i, name in enumerate(files, start=1)}
+    for name in files:
+        (directory / name).rename(directory / f"moved-{last[name]}")
+    for name in files:
+        (directory / f"moved-{last[name]}").rename(directory / last[name])
+    size = sum(one.nbytes for one in (*old.values(), *new.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": {name: last[place] for name, place in places.items()}}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 # Of dtypes in safetensors files, from the last to the first.
-_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+_ORDER = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"),
+    *("F64", "I64", "U64"),
+)
 
 
 def _rank(dtype: torch.dtype) -> int:
