@@ -36,7 +36,7 @@ def tell_unread(model: PreTrainedModel) -> None:
     if unread:
         more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
         note.print(
-            f"Tensors that are no part of a {type(model).__name__}, and are left as they are: "
+            f"Tensors that are no part of a {type(model).__name__}, and are carried over as they are: "
             f"{', '.join(unread[:_TOLD])}{more}. The report names them.",
             markup=False,
             soft_wrap=True,

@@ -24,9 +24,10 @@ from cur.integrations.account import compare, read_account, write_account
 from cur.integrations.beside import PAGE, PLAN, REPORT, carry, source_of
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
+from cur.integrations.opening import stored_dtype
 from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.report import weight_bytes
-from cur.integrations.stored import CheckpointError, check_config, stored_dtype
+from cur.integrations.stored import CheckpointError, check_config
 from cur.integrations.tensors import ModelFiles, has_weights, without_weights
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _complete(
     if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))
         if files.unread:
-            stored, written = stored_dtype(check_config(source)), model.dtype
+            stored, written = stored_dtype(source), model.dtype
             add_tensors(scratch, files.unread, files.weights, max_shard_size, dtypes={stored: written})
     if compressed:
         _rename_weights(scratch)

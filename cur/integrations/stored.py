@@ -18,7 +18,7 @@ import torch
 
 from cur._errors import CURError
 
-__all__ = ["CONFIG", "CheckpointError", "check_config", "digest_of", "read_object", "stored_dtype"]
+__all__ = ["CONFIG", "CheckpointError", "check_config", "digest_of", "read_object"]
 
 CONFIG = "config.json"
 
@@ -105,12 +105,6 @@ def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     _check_ours(path, config.get("quantization_config") or {})
     _check_counts(path, config)
     return config
-
-
-def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype that a configuration names; float32 if it names none."""
-    name = config.get("dtype") or config.get("torch_dtype")
-    return _dtype(name) or torch.float32 if isinstance(name, str) else torch.float32
 
 
 def digest_of(file: Path) -> str:
