@@ -287,9 +287,9 @@ def _teacher(directory: Path, given: str | None) -> str | None:
     if given is not None:
         return given
     plan, report = directory / PLAN, directory / REPORT
-    name = (CompressionReport.load(report).source if report.exists() else "") or (
-        Plan.load(plan).model if plan.exists() else ""
-    )
+    # Both are read, since both go along: one that is damaged is told of now.
+    planned = Plan.load(plan).model if plan.exists() else ""
+    name = (CompressionReport.load(report).source if report.exists() else "") or planned
     if not name:
         raise ValueError(f"{directory} does not say which model it was made from; name it with --teacher")
     if Path(name).is_absolute() and not Path(name).exists():

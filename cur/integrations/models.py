@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cur.integrations.account import check_hashes
-from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.opening import open_checkpoint, quiet
 from cur.integrations.origin import Origin, set_origin_
 
@@ -164,9 +162,6 @@ def _load(
     reading = nullcontext() if gguf is None else _reading_once()
     with quiet() if Path(place).exists() else nullcontext():
         try:
-            if gguf is None and Path(place).is_dir():
-                refuse_adapter_directory(place, source)
-                check_hashes(place)
             with reading:
                 opened = open_checkpoint(
                     place, source, dtype=dtype, device_map=device_map, gguf=gguf, trust_remote_code=trust_remote_code

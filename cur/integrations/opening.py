@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import (
 )
 from transformers.utils import logging
 
+from cur.integrations.account import check_hashes
 from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.tensors import names_in_model
 
@@ -89,9 +90,12 @@ def open_checkpoint(
         shapes, or cannot be read.
     """
     refuse_adapter_directory(place, source)
-    stored = _Stored(place) if gguf is None and Path(place).is_dir() else None
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _loading(source):
+        stored = None
+        if gguf is None and Path(place).is_dir():
+            check_hashes(place)
+            stored = _Stored(place)
         if gguf is not None:
             options["gguf_file"] = gguf
             dtype = torch.float32 if dtype == "auto" else dtype

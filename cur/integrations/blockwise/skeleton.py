@@ -12,7 +12,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cur.integrations._forward import body
-from cur.integrations.account import check_hashes
 from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
@@ -257,7 +256,6 @@ def load_skeleton(
         load_model(model, dtype=dtype, device_map="meta", trust_remote_code=trust_remote_code)
         where, directory = str(model), Path(snapshot_download(str(model), local_files_only=True))
     shards = Shards(directory)
-    check_hashes(directory)
     with quiet():
         opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
     set_origin_(opened.model, Origin(source=where, unread=opened.unread))
