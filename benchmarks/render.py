@@ -61,8 +61,8 @@ def bounds(data: dict[str, Any]) -> str:
             name,
             f"{row['cases']:,}",
             f"{row['violations']:,}",
-            f"{row['median bound / error']:.2f}",
-            f"{row['maximum finite bound / error']:.3g}",
+            "" if row["median bound / error"] is None else f"{row['median bound / error']:.2f}",
+            cell(row["maximum finite bound / error"]),
             f"{row['infinite bounds']:,}",
         ]
         for name, row in data["bounds"].items()
