@@ -62,7 +62,7 @@ def bounds(data: dict[str, Any]) -> str:
             f"{row['cases']:,}",
             f"{row['violations']:,}",
             "" if row["median bound / error"] is None else f"{row['median bound / error']:.2f}",
-            cell(row["maximum finite bound / error"]),
+            "" if row["maximum finite bound / error"] is None else f"{row['maximum finite bound / error']:.3g}",
             f"{row['infinite bounds']:,}",
         ]
         for name, row in data["bounds"].items()
