@@ -19,6 +19,8 @@ import scipy.sparse.linalg
 Array = Any
 """An array of a library that follows the array API standard, or a `scipy.sparse` array."""
 
+_NUMPY = compat.array_namespace(np.empty(0))
+
 take_device = compat.device
 is_dask = compat.is_dask_array
 
@@ -45,8 +47,9 @@ def is_dense(A: Any) -> bool:
 
 def namespace(*arrays: Any) -> Any:
     """Return the common namespace; NumPy for sparse matrices and operators, whose thin factors are NumPy's."""
-    if all(is_sparse(A) or is_operator(A) for A in arrays):
-        return compat.array_namespace(np.empty(0))
+    # The usual case first: of small matrices, asking which library they are of takes a quarter of all the time.
+    if all(type(A) is np.ndarray or is_sparse(A) or is_operator(A) for A in arrays):
+        return _NUMPY
     return compat.array_namespace(*[A for A in arrays if not (is_sparse(A) or is_operator(A))])
 
 
