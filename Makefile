@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 help:
 	@echo 'make demo        compress a real language model, reload it, compare'
 	@echo 'make test        run the whole test suite'
-	@echo 'make lint        check style (ruff)'
+	@echo 'make lint        check style (ruff) and which way imports point (import-linter)'
 	@echo 'make types       check types (mypy --strict)'
 	@echo 'make docs        build the documentation into site/'
 	@echo 'make format      rewrite the sources in the house style'
@@ -54,6 +54,7 @@ test: $(VENV)/.development
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.development
 	$(BIN)/mypy

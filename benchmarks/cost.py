@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cur.integrations import BudgetConfig, batches, collect, decoder_layers, load_model, read_text, token_windows
-from cur.integrations._forward import body, evaluating, model_inputs, run
-from cur.integrations.compress import CompressConfig, carry_out_, decompose, make_plan
-from cur.integrations.planning import candidates
-from cur.integrations.report import model_size
-from cur.integrations.statistics import Statistics
+from cur.integrations.compress import carry_out_, decompose
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.running import body, evaluating, model_inputs, run
+from cur.integrations.model.size import model_size
+from cur.integrations.plan.config import CompressConfig
+from cur.integrations.plan.make import candidates, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cost.json"

@@ -37,7 +37,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 def precision_of(model: nn.Module, options: argparse.Namespace, kept: str | None = None) -> str:
     """Return the precision of a script's passes: that of the results that are there, if rows are added to them."""
-    from cur.integrations.precision import Precision, continued
+    from cur.integrations.model.precision import Precision, continued
 
     return Precision.of(model, continued(options.precision, kept, options.out)).name
 

@@ -29,10 +29,10 @@ from benchmarks.environment import add_precision, environment
 from benchmarks.quality import BOTH, DEFAULT, KEEP, WIKITEXT, calibrate, calibration_windows, count
 from cur import importance, ranks
 from cur.integrations import Statistics, decoder_layers, linear_modules, load_model
-from cur.integrations.budget import error_curves, joint_curves
-from cur.integrations.curves import Cut, LayerCurve, NeuronCurve, unit
-from cur.integrations.precision import Precision
-from cur.truncation import square_errors
+from cur.integrations.model.precision import Precision
+from cur.integrations.plan.budget import error_curves, joint_curves
+from cur.integrations.plan.rate_distortion import Cut, LayerCurve, NeuronCurve, unit
+from cur.weighted.truncation import square_errors
 
 RESULTS = Path(__file__).resolve().parent / "results" / "heads.json"
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)
@@ -87,7 +87,7 @@ def main() -> None:
 def shared(curves: Sequence[LayerCurve], joint: Sequence[NeuronCurve], keep: float) -> float:
     """Return the predicted loss of the best shared budget.
 
-    :func:`cur.integrations.budget.plan_budget` shares in the same way, but makes no plans of heads.
+    :func:`cur.integrations.plan.budget.plan_budget` shares in the same way, but makes no plans of heads.
     """
     alone = {curve.name: curve for curve in curves}
     offers = [(curve.errors, curve.costs) for name, curve in alone.items() if all(name not in j.names for j in joint)]
@@ -209,7 +209,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def eliminate(
     A: Tensor, H: Tensor, G: Tensor, groups: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Give up groups of inputs of a matrix, the cheapest first, as `cur.own_inputs` does with single inputs.
+    """Give up groups of inputs of a matrix, the cheapest first, as `cur.weighted.inputs` does with single inputs.
 
     Returns the groups by importance, and the squares of the weighted error with the first 0, 1, ... kept.
     """

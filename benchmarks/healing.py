@@ -33,12 +33,12 @@ from paper_setting import SETTING, WIKITEXT
 from torch import Tensor, nn
 
 from cur.healing import HealingConfig, Objectives, heal, load_student
-from cur.healing.cache import TeacherCache
-from cur.healing.data import Text
-from cur.healing.pair import Pair
+from cur.healing.pair.cache import TeacherCache
+from cur.healing.pair.data import Text
+from cur.healing.pair.pair import Pair
 from cur.integrations import collect, compress, decoder_layers, load_model, perplexity, read_text, save, token_windows
-from cur.integrations.precision import Precision
-from cur.integrations.text import batches
+from cur.integrations.measure.text import batches
+from cur.integrations.model.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "healing.json"

@@ -26,9 +26,9 @@ from environment import environment
 
 from cur import ranks
 from cur.integrations import embedded_text, linear_modules, load_model, token_windows
-from cur.integrations.layers import decoder_layers
-from cur.integrations.layouts import choose_layout
+from cur.integrations.model.targets import decoder_layers
 from cur.integrations.nn import FACTORED, LAYOUTS, dense_weight, swap_
+from cur.integrations.plan.layouts import choose_layout
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 SHAPES = (

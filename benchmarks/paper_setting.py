@@ -34,7 +34,8 @@ from cur.integrations import (
     read_text,
     token_windows,
 )
-from cur.integrations.compress import CompressConfig, compress
+from cur.integrations.compress import compress
+from cur.integrations.plan.config import CompressConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper_setting.json"

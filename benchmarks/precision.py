@@ -27,7 +27,7 @@ from environment import environment, processor
 from torch import nn
 
 from cur.integrations import load_model, perplexity, token_windows
-from cur.integrations.precision import Precision, slowdown
+from cur.integrations.model.precision import Precision, slowdown
 from cur.integrations.quantize import quantize_
 
 RESULTS = Path(__file__).resolve().parent / "results" / "precision.json"

@@ -65,12 +65,12 @@ from cur.integrations import (
     read_text,
     token_windows,
 )
-from cur.integrations.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.compress import carry_out_
+from cur.integrations.measure.generated_text import own_text, sample_windows
+from cur.integrations.measure.text import evenly
 from cur.integrations.nn import Int8Linear
+from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.quantize import quantizable, quantize_
-from cur.integrations.sampling import own_text, sample_windows
-from cur.integrations.text import evenly
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"

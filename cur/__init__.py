@@ -8,14 +8,18 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, importance, linking, own_inputs, own_rows, ranks, selection, subspace, truncation
-from cur._errors import CURError, NumericalError, RankWarning
+from cur import bounds, importance, linking, ranks, selection, subspace
+from cur._lib import moved as _moved
+from cur._lib.errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
 from cur.decompose import cur, deim_cur
 from cur.factors import CUR, Folded, Interpolative
 from cur.interpolation import interpolative, select
 from cur.selection import deim
 from cur.streaming import stream_cur
+from cur.weighted import own_inputs, own_rows, truncation
+
+_moved.install()
 
 __version__ = "0.1.0"
 

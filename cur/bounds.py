@@ -17,8 +17,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cur._array import Array, svdvals
-from cur._validate import check_dense
+from cur._lib.array import Array
+from cur._lib.linalg import svdvals
+from cur._lib.validate import check_dense
 
 __all__ = [
     "LIPSCHITZ",

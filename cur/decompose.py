@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cur import selection
-from cur._array import Array, adjoint, namespace, take, to_numpy
-from cur._certify import certify, evaluation_rounding, leftover, measure, reduce
-from cur._entry import economical
-from cur._problem import (
+from cur._driver.certify import certify, evaluation_rounding, leftover, measure, reduce
+from cur._driver.entry import economical
+from cur._driver.problem import (
     NESTED,
     SELECTORS,
     SUBSPACES,
@@ -23,11 +22,12 @@ from cur._problem import (
     slices,
     weighted_slices,
 )
-from cur._products import columns_of, frobenius, thin
-from cur._scale import times_power
-from cur._spectral import spectral_error
-from cur._tolerance import relative_curve, smallest_rank
-from cur._validate import (
+from cur._driver.spectral import spectral_error
+from cur._driver.tolerance import relative_curve, smallest_rank
+from cur._lib.array import Array, adjoint, namespace, take, to_numpy
+from cur._lib.products import columns_of, frobenius, thin
+from cur._lib.scale import times_power
+from cur._lib.validate import (
     as_generator,
     check_choice,
     check_count,

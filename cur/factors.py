@@ -1,7 +1,7 @@
 """The result types: CUR, folded and interpolative factorizations.
 
 All are immutable, live in the library and on the device of the matrix they came from, behave as the matrix that they
-stand for (`cur._factorization`), and convert into each other.
+stand for (`cur._lib.factorization`), and convert into each other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from cur import _array
-from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, take, to_numpy
-from cur._dominant import dominant
-from cur._factorization import Factorization
-from cur._products import thin
+from cur._lib import array as _array
+from cur._lib import linalg
+from cur._lib.array import Array, adjoint, convert, namespace, take, to_numpy
+from cur._lib.factorization import Factorization
+from cur._lib.linalg import lu_pivots, qr
+from cur._lib.maxvol import dominant
+from cur._lib.products import thin
 from cur.bounds import Certificate
 from cur.linking import Orthogonal
 
@@ -245,7 +247,7 @@ class Interpolative(Factorization):
 def _divide(T: Array, B: Array) -> Array:
     """Solve the square system ``T X = B`` by QR."""
     Q, R = qr(T)
-    return _array.solve_triangular(R, adjoint(Q) @ B)
+    return linalg.solve_triangular(R, adjoint(Q) @ B)
 
 
 def _others(chosen: Array, m: int) -> Array:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from cur import _array
-from cur._array import Array, adjoint, namespace
-from cur._products import largest, scale, transform
-from cur._scale import times_power
-from cur._validate import check_companion, check_dense
+from cur._lib import array as _array
+from cur._lib import linalg, promotion
+from cur._lib.array import Array, adjoint, namespace
+from cur._lib.products import largest, scale, transform
+from cur._lib.scale import times_power
+from cur._lib.validate import check_companion, check_dense
 
 __all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
 
@@ -74,7 +75,7 @@ class Weight:
         if self.root is not None:
             return _array.take(basis, indices, axis=0)
         inverse = _array.take(self.vectors, indices, axis=0) / self.roots[None, :]
-        Q, _ = _array.qr(adjoint(inverse))
+        Q, _ = linalg.qr(adjoint(inverse))
         return adjoint(Q) @ basis
 
 
@@ -168,8 +169,8 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
         raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
     n = weights.shape[0]
     if weights.shape[1] > n:  # only the range matters
-        weights = adjoint(_array.qr(adjoint(weights))[1])
-    vectors, s, _ = _array.svd(weights, full_matrices=True)
+        weights = adjoint(linalg.qr(adjoint(weights))[1])
+    vectors, s, _ = linalg.svd(weights, full_matrices=True)
     values = xp.concat([s**2, xp.zeros((n - s.shape[0],), dtype=s.dtype, device=_array.take_device(s))])
     return _damped(values, vectors, damping)
 
@@ -183,7 +184,7 @@ def floating(weights: Any, name: str) -> tuple[Array, Any]:
             f"got {type(weights).__name__}; {remedy}"
         )
     check_dense(weights, name, (1, 2), "a vector or a square matrix")
-    return _array.promote(weights), namespace(weights)
+    return promotion.promote(weights), namespace(weights)
 
 
 def _damped(values: Array, vectors: Array, damping: float) -> Weight:
@@ -327,7 +328,7 @@ def wanda(W: Array, x_norm: Array, /) -> Array:
     check_dense(W, "W")
     check_dense(x_norm, "x_norm", (1,), "a vector")
     check_companion(x_norm, W, "x_norm")
-    W, x_norm = _array.promote(W), _array.promote(x_norm)
+    W, x_norm = promotion.promote(W), promotion.promote(x_norm)
     xp = namespace(W, x_norm)
     if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
         raise ValueError(

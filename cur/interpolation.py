@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cur import _array
-from cur._array import Array, adjoint, convert, namespace, take, to_numpy
-from cur._certify import evaluation_rounding, leftover, measure
-from cur._entry import economical
-from cur._problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
-from cur._products import adjoint_product, columns_of, frobenius, thin
-from cur._scale import times_power
-from cur._tolerance import relative_curve, smallest_rank
-from cur._validate import (
+from cur._driver.certify import evaluation_rounding, leftover, measure
+from cur._driver.entry import economical
+from cur._driver.problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
+from cur._driver.tolerance import relative_curve, smallest_rank
+from cur._lib import array as _array
+from cur._lib.array import Array, adjoint, convert, namespace, take, to_numpy
+from cur._lib.products import adjoint_product, columns_of, frobenius, thin
+from cur._lib.scale import times_power
+from cur._lib.validate import (
     as_generator,
     check_choice,
     check_finite_norm,
@@ -25,7 +25,7 @@ from cur._validate import (
     check_rank_or_tol,
     check_tol,
 )
-from cur._wide import Weights
+from cur._lib.wide import Weights
 from cur.bounds import Certificate
 from cur.factors import Interpolative
 from cur.linking import Orthogonal

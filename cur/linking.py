@@ -7,23 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cur._array import (
-    Array,
-    adjoint,
-    is_dense,
-    is_operator,
-    namespace,
-    qr,
-    solve_triangular,
-    svd,
-    take_device,
-    to_numpy,
-    unit_roundoff,
-)
-from cur._host import through_numpy
-from cur._products import adjoint_product, frobenius, thin
-from cur._validate import check_companion, check_matrix, check_promoted
-from cur._wide import Residual, Weights
+from cur._lib.array import Array, adjoint, is_dense, is_operator, namespace, take_device, to_numpy, unit_roundoff
+from cur._lib.host import through_numpy
+from cur._lib.linalg import qr, solve_triangular, svd
+from cur._lib.products import adjoint_product, frobenius, thin
+from cur._lib.promotion import check_promoted
+from cur._lib.validate import check_companion, check_matrix
+from cur._lib.wide import Residual, Weights
 
 __all__ = ["Orthogonal", "cross", "optimal", "weighted"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cur._validate import check_choice
+from cur._lib.validate import check_choice
 
 __all__ = ["LAYOUTS", "allocate", "break_even", "combinations", "effective_rank", "energy", "parameters", "rank_for"]
 

@@ -16,20 +16,11 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
-from cur._array import (
-    Array,
-    adjoint,
-    convert,
-    is_dense,
-    is_sparse,
-    lu_pivots,
-    namespace,
-    svd,
-    take,
-    to_numpy,
-)
-from cur._host import through_numpy
-from cur._validate import as_generator, check_basis, check_count, check_promoted
+from cur._lib.array import Array, adjoint, convert, is_dense, is_sparse, namespace, take, to_numpy
+from cur._lib.host import through_numpy
+from cur._lib.linalg import lu_pivots, svd
+from cur._lib.promotion import check_promoted
+from cur._lib.validate import as_generator, check_basis, check_count
 
 __all__ = [
     "arp",

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from cur import subspace
-from cur._array import adjoint, take
-from cur._certify import evaluation_rounding
-from cur._errors import NumericalError, warn
-from cur._products import frobenius, pythagorean_rounding
-from cur._scale import times_power
-from cur._spectral import norm_bounds
-from cur._stream import read_blocks
-from cur._validate import as_generator, check_choice, check_probability, check_rank
+from cur._driver.certify import evaluation_rounding
+from cur._driver.spectral import norm_bounds
+from cur._lib.array import adjoint, take
+from cur._lib.errors import NumericalError, warn
+from cur._lib.products import frobenius, pythagorean_rounding
+from cur._lib.scale import times_power
+from cur._lib.stream import read_blocks
+from cur._lib.validate import as_generator, check_choice, check_probability, check_rank
 from cur.bounds import Certificate, eta, projection_bound
 from cur.factors import CUR
 from cur.linking import Orthogonal, core

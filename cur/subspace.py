@@ -13,27 +13,25 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg
 
-from cur._array import (
+from cur._lib.array import (
     Array,
     adjoint,
     gaussian,
     is_dask,
     is_operator,
     is_sparse,
-    lu_pivots,
-    qr,
-    svd,
-    svdvals,
     to_numpy,
     unit_roundoff,
     working_dtype,
 )
-from cur._errors import NumericalError
-from cur._host import through_numpy
-from cur._products import adjoint_product, frobenius, largest, product, pythagorean_rounding
-from cur._scale import brought_near_one, times_power
-from cur._stream import read_blocks
-from cur._validate import as_generator, check_promoted
+from cur._lib.errors import NumericalError
+from cur._lib.host import through_numpy
+from cur._lib.linalg import lu_pivots, qr, svd, svdvals
+from cur._lib.products import adjoint_product, frobenius, largest, product, pythagorean_rounding
+from cur._lib.promotion import check_promoted
+from cur._lib.scale import brought_near_one, times_power
+from cur._lib.stream import read_blocks
+from cur._lib.validate import as_generator
 
 __all__ = ["RowSpace", "Subspace", "exact", "lanczos", "randomised", "sketch", "stream"]
 

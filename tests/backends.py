@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 
-from cur import _array
+from cur._lib import array as _array
 
 REQUIRED = ("torch", "jax", "array_api_strict", "dask.array", "distributed")
 """Every environment that tests must have these; CuPy needs a CUDA device and is skipped where there is none."""

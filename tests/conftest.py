@@ -56,6 +56,6 @@ def rng() -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def products_in_single(monkeypatch):
     """What is fastest depends on the processor: in this process "auto" means float32, but where a test decides."""
-    loaded = sys.modules.get("cur.integrations.precision")
+    loaded = sys.modules.get("cur.integrations.model.precision")
     if loaded is not None:
         monkeypatch.setattr(loaded, "slowdown", lambda half, threads=None: 1.0)

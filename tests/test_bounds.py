@@ -39,7 +39,7 @@ def test_no_bound_fails_in_a_random_search():
     ids=["without eta", "the smaller eta", "without gamma"],
 )
 def test_the_random_search_finds_false_bounds(name, false, caught, monkeypatch):
-    monkeypatch.setattr(f"cur._certify.{name}", false)
+    monkeypatch.setattr(f"cur._driver.certify.{name}", false)
     assert search(800, 7)[caught].violations
 
 
@@ -276,8 +276,8 @@ def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatc
     whole = cur(operator, rank=4)
     assert max(widths) >= min(300, shape[0])
     widths.clear()
-    monkeypatch.setattr("cur._certify.BLOCK_ENTRIES", 1)
-    monkeypatch.setattr("cur._certify.LEAST_AT_ONCE", at_once)
+    monkeypatch.setattr("cur._lib.products.BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("cur._driver.certify.LEAST_AT_ONCE", at_once)
     result = cur(operator, rank=4)
     assert max(widths) <= max(at_once, 14)
     assert np.linalg.norm(A - result.toarray()) <= result.certificate.value * (1 + 1e-12)

@@ -11,8 +11,8 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 from cur import CUR, Folded, Interpolative, cur, interpolative
-from cur._array import lu_pivots
-from cur._dominant import LARGEST
+from cur._lib.linalg import lu_pivots
+from cur._lib.maxvol import LARGEST
 from cur.ranks import parameters
 from tests.backends import BACKENDS, to_numpy, use
 from tests.families import geometric, random

@@ -7,8 +7,9 @@ import pytest
 import scipy.sparse
 from scipy.linalg import sqrtm
 
-from cur import cur, importance, interpolative, own_inputs, own_rows, select
-from cur.truncation import weighted_svd
+from cur import cur, importance, interpolative, select
+from cur.weighted import own_inputs, own_rows
+from cur.weighted.truncation import weighted_svd
 from tests.backends import to_numpy
 from tests.families import orthonormal, random
 

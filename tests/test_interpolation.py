@@ -8,7 +8,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 from cur import RankWarning, cur, interpolative, select, selection
-from cur._problem import SELECTORS
+from cur._driver.problem import SELECTORS
 from tests.backends import to_numpy, use
 from tests.families import DTYPES, FAMILIES, cast, frobenius, geometric, hilbert, random, remainder
 

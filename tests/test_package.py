@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.resources
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,18 @@ def test_factoring_a_numpy_array_loads_no_framework():
 def test_the_check_on_imports_can_fail():
     pytest.importorskip("rich")
     assert "rich" in imported_modules("import cur, rich")
+
+
+def test_imports_point_one_way():
+    """The contracts of pyproject.toml: no circle, and no arrow back up between rooms."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
 
 
 def test_all_is_sorted_and_names_every_public_object():

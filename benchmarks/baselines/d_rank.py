@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from cur import ranks
-from cur.integrations.dynamic import by_effective_rank
+from cur.integrations.plan.effective_rank import by_effective_rank
 
 __all__ = ["dynamic_ranks", "effective_rank"]
 

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cur._errors import CURError
+from cur._lib.errors import CURError
 
 __all__ = ["Stages", "bars", "guarded", "note", "output", "print_json"]
 

@@ -12,7 +12,6 @@ import torch
 
 from cur.cli._run import bars, note
 from cur.cli.source import read_for, tell_unread
-from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise import (
     ShardError,
     Shards,
@@ -23,12 +22,12 @@ from cur.integrations.blockwise import (
     load_skeleton,
     perplexity_blockwise,
 )
-from cur.integrations.budget import BudgetConfig
-from cur.integrations.config import CompressConfig
-from cur.integrations.evaluate import Perplexity, output_head
-from cur.integrations.plan import Plan
-from cur.integrations.precision import Precision
-from cur.integrations.report import CompressionReport
+from cur.integrations.model.adapters import refuse_adapter_directory
+from cur.integrations.model.precision import Precision
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.perplexity import Perplexity, output_head
 
 __all__ = ["block_by_block", "compress_by_blocks", "evaluate_by_blocks", "place"]
 

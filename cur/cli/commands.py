@@ -14,35 +14,30 @@ from cur.cli import tables
 from cur.cli._run import Stages, bars, note, output, print_json
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
 from cur.cli.source import HeldOut, Source, read_for, tell_unread
-from cur.integrations.account import compare, read_account
 from cur.integrations.blockwise import Team
-from cur.integrations.budget import BudgetConfig
-from cur.integrations.calibration import collect
-from cur.integrations.checkpoint import PAGE, PLAN, REPORT, check_target, dense_export, save
-from cur.integrations.compress import (
-    Clock,
-    carry_out_,
-    make_plan,
-    measure,
-    measure_plan,
-    with_own_text,
-)
-from cur.integrations.config import CompressConfig
+from cur.integrations.compress import Clock, carry_out_, measure, measure_plan, with_own_text
 from cur.integrations.convert import convert_
-from cur.integrations.evaluate import output_head, perplexity
-from cur.integrations.experts import unrolled
-from cur.integrations.inspect import summarize
-from cur.integrations.models import LoadedModel, load_model
+from cur.integrations.files.beside import PAGE, PLAN, REPORT
+from cur.integrations.files.configuration import check_config
+from cur.integrations.files.directory import check_target
+from cur.integrations.measure.collect import collect
+from cur.integrations.measure.rows import Conversation
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.measure.text import embedded_text, read_text, token_windows
+from cur.integrations.model.experts import unrolled
+from cur.integrations.model.loading import LoadedModel, load_model
+from cur.integrations.model.precision import Precision, check
+from cur.integrations.model.size import model_size
 from cur.integrations.nn import FACTORED
-from cur.integrations.plan import Plan
-from cur.integrations.planning import candidates
-from cur.integrations.precision import Precision, check
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.make import candidates, make_plan
+from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
-from cur.integrations.report import CompressionReport, model_size
-from cur.integrations.rows import Conversation
-from cur.integrations.statistics import Statistics
-from cur.integrations.stored import check_config
-from cur.integrations.text import embedded_text, read_text, token_windows
+from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.perplexity import output_head, perplexity
+from cur.integrations.store.account import compare, read_account
+from cur.integrations.store.checkpoint import dense_export, save
+from cur.integrations.store.inspect import summarize
 
 __all__ = [
     "run_compress",

@@ -15,18 +15,20 @@ import torch
 from rich.panel import Panel
 from safetensors.torch import save_file
 
-from cur._errors import NumericalError
+from cur._lib.errors import NumericalError
 from cur.cli import tables
 from cur.cli._run import bars, note, output, print_json
 from cur.cli.heal import show_status
 from cur.decompose import deim_cur
 from cur.healing import HealingConfig, heal, twin
-from cur.integrations.checkpoint import check_target, save
-from cur.integrations.compress import CompressConfig, compress
-from cur.integrations.evaluate import perplexity
-from cur.integrations.models import LoadedModel, load_model
-from cur.integrations.precision import Precision
-from cur.integrations.text import embedded_text, token_windows
+from cur.integrations.compress import compress
+from cur.integrations.files.directory import check_target
+from cur.integrations.measure.text import embedded_text, token_windows
+from cur.integrations.model.loading import LoadedModel, load_model
+from cur.integrations.model.precision import Precision
+from cur.integrations.plan.config import CompressConfig
+from cur.integrations.report.perplexity import perplexity
+from cur.integrations.store.checkpoint import save
 
 __all__ = ["run_demo"]
 

@@ -121,9 +121,9 @@ def heal(
     from cur.cli.commands import show_account
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
-    from cur.integrations.checkpoint import check_target
-    from cur.integrations.inspect import summarize
-    from cur.integrations.opening import stored_dtype
+    from cur.integrations.files.directory import check_target
+    from cur.integrations.model.opening import stored_dtype
+    from cur.integrations.store.inspect import summarize
 
     check_target(out, overwrite=overwrite)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
@@ -216,7 +216,7 @@ def _heal_in_memory(
     from cur.healing import heal as heal_
     from cur.healing import load_student, save_healed
     from cur.healing.heal import LOG, precision_of
-    from cur.integrations.models import load_model
+    from cur.integrations.model.loading import load_model
 
     with bars() as bar:
         with bar.busy("Loading the models"):
@@ -279,10 +279,10 @@ def _heal_by_blocks(
 
 def _teacher(directory: Path, given: str | None) -> str | None:
     """Return what to load as the teacher: None stands for the default model."""
-    from cur.integrations.checkpoint import PLAN, REPORT
-    from cur.integrations.models import DEFAULT_MODEL
-    from cur.integrations.plan import Plan
-    from cur.integrations.report import CompressionReport
+    from cur.integrations.files.beside import PLAN, REPORT
+    from cur.integrations.model.loading import DEFAULT_MODEL
+    from cur.integrations.plan.plan import Plan
+    from cur.integrations.report.data import CompressionReport
 
     if given is not None:
         return given

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cur.integrations.budget import METHODS, BudgetConfig
-from cur.integrations.compress import CompressConfig
+from cur.integrations.plan.config import METHODS, BudgetConfig, CompressConfig
 
 __all__ = ["compress_config", "parse_layers", "parse_size", "refuse_with_plan"]
 

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli._run import note
-from cur.integrations.evaluate import output_head
-from cur.integrations.limits import check_windows, positions
-from cur.integrations.origin import origin_of
-from cur.integrations.rows import Conversation
-from cur.integrations.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
+from cur.integrations.measure.rows import Conversation
+from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
+from cur.integrations.model.limits import check_windows, positions
+from cur.integrations.model.origin import origin_of
+from cur.integrations.report.perplexity import output_head
 
 __all__ = ["HeldOut", "Source", "read_for", "tell_unread"]
 

@@ -10,9 +10,9 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cur.integrations.inspect import CheckpointSummary
-    from cur.integrations.plan import Plan
-    from cur.integrations.report import CompressionReport, LayerReport
+    from cur.integrations.plan.plan import Plan
+    from cur.integrations.report.data import CompressionReport, LayerReport
+    from cur.integrations.store.inspect import CheckpointSummary
 
 __all__ = [
     "budget_line",
@@ -46,7 +46,7 @@ def _alike(values: Sequence[str]) -> bool:
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one line for each compressed layer."""
-    from cur.integrations.layouts import ranks_of
+    from cur.integrations.nn.base import ranks_of
 
     table, names = _of_layers("Compressed layers", [layer.name for layer in layers])
     bounds = [_bound(layer) for layer in layers]
@@ -81,7 +81,7 @@ def _bound(layer: LayerReport) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """Return one line for each layer of a plan."""
-    from cur.integrations.layouts import ranks_of
+    from cur.integrations.nn.base import ranks_of
 
     table, names = _of_layers("Plan", [entry.name for entry in plan.entries], show_footer=True)
     table.add_column("layer", "all", overflow="fold", min_width=_LEAST)
@@ -151,7 +151,7 @@ def perplexity_table(values: Mapping[str, float], title: str) -> Table:
 
 def checkpoint_table(summary: CheckpointSummary) -> Table:
     """Return one line for each compressed layer of a checkpoint, and the totals."""
-    from cur.integrations.layouts import ranks_of
+    from cur.integrations.nn.base import ranks_of
 
     title = f"Compressed layers of {summary.directory}"
     table, names = _of_layers(title, [layer.name for layer in summary.layers], show_footer=True)

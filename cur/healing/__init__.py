@@ -5,14 +5,14 @@
 """
 
 from cur.healing.blockwise import heal_blockwise
-from cur.healing.closed_form import LayerFit, LeastSquares, closed_form_
 from cur.healing.config import HealingConfig, Objectives
 from cur.healing.heal import heal
-from cur.healing.report import HealingReport
+from cur.healing.pair.sharing import load_student, share_, twin
+from cur.healing.report import HealingReport, LayerFit
 from cur.healing.saving import save_healed
-from cur.healing.sharing import load_student, share_, twin
-from cur.healing.state import StateError
-from cur.healing.train import Status
+from cur.healing.training.closed_form import LeastSquares, closed_form_
+from cur.healing.training.loop import Status
+from cur.healing.training.state import StateError
 
 __all__ = [
     "HealingConfig",

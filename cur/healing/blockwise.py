@@ -15,34 +15,36 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cur.healing.cache import Taught, TeacherCache
-from cur.healing.closed_form import LayerFit, solve_block_
+from cur._lib.versions import versions
 from cur.healing.config import HealingConfig
-from cur.healing.cores import Coordinates
-from cur.healing.data import Text
 from cur.healing.heal import fingerprint
-from cur.healing.learner import Learner
-from cur.healing.logs import Log
-from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.pair import Pair, only_cores, outputs_of
-from cur.healing.report import HealingReport, best_step
+from cur.healing.pair.cache import Taught, TeacherCache
+from cur.healing.pair.cores import Coordinates
+from cur.healing.pair.data import Text
+from cur.healing.pair.moments import MOMENT_SAMPLES, LayerMoments
+from cur.healing.pair.pair import Pair, only_cores, outputs_of
+from cur.healing.pair.sharing import check_pair, check_teacher, share_
+from cur.healing.pair.stack import Entry, Stack
+from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.saving import save_healed
-from cur.healing.sharing import check_pair, check_teacher, share_
-from cur.healing.stack import Entry, Stack
-from cur.healing.state import StateError, StateFile
-from cur.healing.train import Goal, Progress, Status, Task, look, summary, train
-from cur.integrations._directory import check_target
-from cur.integrations._forward import body, evaluating, inputs_of, model_inputs, padding_mask
+from cur.healing.training.closed_form import solve_block_
+from cur.healing.training.learner import Learner
+from cur.healing.training.logs import Log
+from cur.healing.training.loop import Goal, Progress, Status, Task, look, summary, train
+from cur.healing.training.state import StateError, StateFile
+from cur.integrations.blockwise.bypass import Tunnel
+from cur.integrations.blockwise.hidden_states import States
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.skeleton import Skeleton
-from cur.integrations.blockwise.states import States
-from cur.integrations.blockwise.tunnel import Tunnel
+from cur.integrations.blockwise.streamed_model import Skeleton
 from cur.integrations.blockwise.writer import fill
-from cur.integrations.experts import eager_experts
-from cur.integrations.limits import check_windows
+from cur.integrations.files.directory import check_target
+from cur.integrations.model.experts import eager_experts
+from cur.integrations.model.hooks import inputs_of
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.masks import padding_mask
+from cur.integrations.model.precision import Precision, continued
+from cur.integrations.model.running import body, evaluating, model_inputs
 from cur.integrations.nn import compressed_modules
-from cur.integrations.precision import Precision, continued
-from cur.integrations.report import versions
 
 __all__ = ["heal_blockwise"]
 
@@ -89,7 +91,7 @@ def heal_blockwise(
     tensorboard : path, optional
         Directory of TensorBoard events, one below it for each block.
     progress : callable, optional
-        Called with a :class:`~cur.healing.train.Status`; the steps of all blocks are counted together.
+        Called with a :class:`~cur.healing.training.loop.Status`; the steps of all blocks are counted together.
 
     Returns
     -------

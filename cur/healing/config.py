@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cur.integrations.precision import NAMES
+from cur.integrations.model.precision import NAMES
 
 __all__ = ["HealingConfig", "Objectives"]
 
@@ -90,10 +90,10 @@ class HealingConfig:
         coordinates; 0 lets all count alike.
     natural_steps : int, default 1
         Steps of natural gradient between the closed form and those of the optimizer, each as long as lowers the loss of
-        held-out text. The scope ``"block"`` leaves them out. See :func:`~cur.healing.natural.natural_step_`.
+        held-out text. The scope ``"block"`` leaves them out. See :func:`~cur.healing.training.natural.natural_step_`.
     learning_rate : float, default 1.0
         Largest size of a step, relative to what the quadratic model of the loss asks for; see
-        :meth:`~cur.healing.learner.Learner.rate`.
+        :meth:`~cur.healing.training.learner.Learner.rate`.
     warmup : int, default 5
         Steps over which the rate rises; it falls as a cosine afterwards.
     final_rate : float, default 0.0
@@ -108,8 +108,8 @@ class HealingConfig:
         Of the whitening, relative to the mean eigenvalue of each moment.
     precision : {"auto", "float32", "bfloat16"}, default "auto"
         Of the products in forward and backward passes; cores, losses and least squares are float32 or float64.
-        ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.precision.Precision`; reports, logs
-        and states name it, and a run that goes on does so in the precision in which it was begun.
+        ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.model.precision.Precision`;
+        reports, logs and states name it, and a run that goes on does so in the precision in which it was begun.
     gradient_checkpointing : bool, default False
         Whether blocks are run a second time in the backward pass instead of keeping their activations.
     held_out : int, default 8

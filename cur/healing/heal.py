@@ -11,27 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cur.healing.cache import TeacherCache
-from cur.healing.closed_form import LayerFit, closed_form_
+from cur._lib.versions import versions
 from cur.healing.config import HealingConfig
-from cur.healing.cores import Coordinates
-from cur.healing.data import Text
-from cur.healing.learner import Learner
-from cur.healing.logs import Log
-from cur.healing.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.natural import natural_step_
-from cur.healing.pair import Pair, only_cores
-from cur.healing.report import HealingReport, best_step
-from cur.healing.sharing import share_
-from cur.healing.state import StateFile, digest
-from cur.healing.train import Goal, Progress, Status, Task, look, saving_memory, summary, train
-from cur.integrations._forward import evaluating, model_inputs, padding_mask
-from cur.integrations.calibration import collect_gradients
-from cur.integrations.experts import eager_experts
-from cur.integrations.limits import check_windows
-from cur.integrations.precision import Precision, continued
-from cur.integrations.report import versions
-from cur.integrations.statistics import Statistics
+from cur.healing.pair.cache import TeacherCache
+from cur.healing.pair.cores import Coordinates
+from cur.healing.pair.data import Text
+from cur.healing.pair.hashing import digest
+from cur.healing.pair.moments import MOMENT_SAMPLES, LayerMoments
+from cur.healing.pair.pair import Pair, only_cores
+from cur.healing.pair.sharing import share_
+from cur.healing.report import HealingReport, LayerFit, best_step
+from cur.healing.training.closed_form import closed_form_
+from cur.healing.training.learner import Learner
+from cur.healing.training.logs import Log
+from cur.healing.training.loop import Goal, Progress, Status, Task, look, saving_memory, summary, train
+from cur.healing.training.natural import natural_step_
+from cur.healing.training.state import StateFile
+from cur.integrations.measure.collect import collect_gradients
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.experts import eager_experts
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.masks import padding_mask
+from cur.integrations.model.precision import Precision, continued
+from cur.integrations.model.running import evaluating, model_inputs
 
 __all__ = ["LOG", "fingerprint", "heal"]
 
@@ -64,7 +66,7 @@ def heal(
     ----------
     student : nn.Module
         A causal language model with compressed layers. Their cores change, nothing else does; see
-        :class:`~cur.healing.cores.Core` for what that means in each layout.
+        :class:`~cur.healing.pair.cores.Core` for what that means in each layout.
     teacher : nn.Module
         The dense model that it was made from. It does not change. Every tensor that both have bitwise equal is shared
         from here on: the student's own copy is let go.
@@ -82,7 +84,7 @@ def heal(
     tensorboard : path, optional
         Directory of TensorBoard events.
     progress : callable, optional
-        Called with a :class:`~cur.healing.train.Status` after every step.
+        Called with a :class:`~cur.healing.training.loop.Status` after every step.
 
     Returns
     -------

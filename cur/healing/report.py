@@ -8,9 +8,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cur.healing.closed_form import LayerFit
+__all__ = ["HealingReport", "LayerFit", "best_step"]
 
-__all__ = ["HealingReport", "best_step"]
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What least squares did to one layer.
+
+    Attributes
+    ----------
+    name : str
+        The layer.
+    before, after : float
+        Squared error of its outputs, relative to the wanted ones, for the core as it was and as it is.
+    floor : float
+        The same for outputs that could be anything in the span of L: no core does better.
+    """
+
+    name: str
+    before: float
+    after: float
+    floor: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cur.healing.report import HealingReport
-from cur.integrations.checkpoint import save
+from cur.integrations.store.checkpoint import save
 
 __all__ = ["save_healed"]
 

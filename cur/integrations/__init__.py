@@ -5,19 +5,20 @@ Importing this package needs the ``transformers`` extra. It also registers the c
 """
 
 from cur.integrations import _requirements  # noqa: F401  (first: it explains what is missing)
-from cur.integrations.budget import BudgetConfig
-from cur.integrations.calibration import collect, collect_gradients
-from cur.integrations.checkpoint import dense_export, save
-from cur.integrations.choice import choose_layers
-from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
-from cur.integrations.evaluate import Perplexity, perplexity
-from cur.integrations.layers import block_stacks, decoder_layers, linear_modules
-from cur.integrations.models import DEFAULT_MODEL, LoadedModel, load_model
+from cur.integrations.compress import apply_plan_, compress
+from cur.integrations.measure.collect import collect, collect_gradients
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.measure.text import batches, dataset_texts, embedded_text, read_text, token_windows
+from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
+from cur.integrations.model.targets import block_stacks, decoder_layers, linear_modules
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
-from cur.integrations.plan import Plan, PlanEntry
-from cur.integrations.report import CompressionReport, LayerReport
-from cur.integrations.statistics import Statistics
-from cur.integrations.text import batches, dataset_texts, embedded_text, read_text, token_windows
+from cur.integrations.plan.blocks import choose_layers
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.make import make_plan
+from cur.integrations.plan.plan import Plan, PlanEntry
+from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.perplexity import Perplexity, perplexity
+from cur.integrations.store.checkpoint import dense_export, save
 
 __all__ = [
     "BudgetConfig",

@@ -16,27 +16,29 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cur.integrations.arriving import Arriving, in_order, spread
-from cur.integrations.budget import BudgetConfig
-from cur.integrations.calibration import Statistics, collect
-from cur.integrations.config import CompressConfig
-from cur.integrations.experts import release_, unrolled
-from cur.integrations.factorize import factorize
-from cur.integrations.layers import block_stacks, decoder_layers
-from cur.integrations.limits import check_windows
-from cur.integrations.moments import Moments, x_norm
+from cur._lib.versions import versions
+from cur.integrations.factor.layer import factorize
+from cur.integrations.factor.neurons import FittedBefore, fit_before, keep_neurons
+from cur.integrations.measure.collect import collect
+from cur.integrations.measure.generated_text import own_text
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.propagation import Arriving, in_order, spread
+from cur.integrations.measure.spectra import spectrum
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.measure.text import batches
+from cur.integrations.model.experts import release_, unrolled
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.origin import changed_modules, kept_digest, origin_of
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.size import Size, model_size, weight_bytes
+from cur.integrations.model.targets import block_stacks, decoder_layers
 from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
-from cur.integrations.origin import changed_modules, kept_digest, origin_of
-from cur.integrations.outputs import output_changes
-from cur.integrations.plan import PRECISIONS, Plan
-from cur.integrations.planning import candidates, make_plan
-from cur.integrations.precision import Precision
-from cur.integrations.pruning import FittedBefore, fit_before, keep_neurons
-from cur.integrations.quantizer import mark_
-from cur.integrations.report import CompressionReport, LayerReport, Size, model_size, versions, weight_bytes
-from cur.integrations.sampling import own_text
-from cur.integrations.spectra import spectrum
-from cur.integrations.text import batches
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.make import candidates, make_plan
+from cur.integrations.plan.plan import PRECISIONS, Plan
+from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.outputs import output_changes
+from cur.integrations.store.format import mark_
 
 __all__ = [
     "BudgetConfig",
@@ -250,7 +252,7 @@ def with_own_text(
 ) -> tuple[list[Any], float]:
     """Return batches with others that the model writes itself, and the share, 0 if there are none.
 
-    See :func:`~cur.integrations.sampling.own_text`.
+    See :func:`~cur.integrations.measure.generated_text.own_text`.
     """
     size = max(len(next(iter(batch.values()))) for batch in given)
     watch = None if progress is None else functools.partial(progress, "sample")

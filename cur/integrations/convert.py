@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from cur.integrations.layouts import PURPOSES, choose_layout
 from cur.integrations.nn import FACTORED, compressed_modules, swap_
-from cur.integrations.quantizer import mark_
+from cur.integrations.plan.layouts import PURPOSES, choose_layout
+from cur.integrations.store.format import mark_
 
 __all__ = ["convert_"]
 

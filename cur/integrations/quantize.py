@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cur._atomic import replace_file
-from cur.integrations._forward import Progress
-from cur.integrations.adapters import refuse_adapters
-from cur.integrations.checkpoint import save
-from cur.integrations.layers import decoder_layers
+from cur._lib.atomic import replace_file
+from cur.integrations.factor.rounding import round_layer
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.adapters import refuse_adapters
+from cur.integrations.model.running import Progress
+from cur.integrations.model.targets import decoder_layers
 from cur.integrations.nn import (
     CompressedLinear,
     Int8Linear,
@@ -28,9 +29,8 @@ from cur.integrations.nn import (
     dense_weight,
     swap_,
 )
-from cur.integrations.quantizer import mark_, refuse_other_formats
-from cur.integrations.rounding import round_layer
-from cur.integrations.statistics import Statistics
+from cur.integrations.store.checkpoint import save
+from cur.integrations.store.format import mark_, refuse_other_formats
 
 __all__ = ["Quantization", "quantizable", "quantize_", "save_quantized"]
 

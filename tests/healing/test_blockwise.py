@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cur.healing import HealingConfig, HealingReport, Objectives, Status, heal, heal_blockwise
 from cur.integrations import CompressConfig, compress, load_model, save
 from cur.integrations.blockwise import JournalError, Skeleton, load_skeleton
-from cur.integrations.blockwise.states import States
+from cur.integrations.blockwise.hidden_states import States
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import cur.healing.train
-from cur._errors import NumericalError
+import cur.healing.training.loop
+from cur._lib.errors import NumericalError
 from cur.healing import HealingConfig, Objectives, StateError, Status, heal
 from cur.integrations.nn import FACTORED, compressed_modules
 
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = cores(student)
-    learn, calls = cur.healing.train.Goal.learn, []
+    learn, calls = cur.healing.training.loop.Goal.learn, []
 
     def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
         calls.append(1)
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state(
             self.pair.cores[next(iter(self.pair.cores))].factor.grad.fill_(torch.nan)
         return figures
 
-    monkeypatch.setattr(cur.healing.train.Goal, "learn", broken)
+    monkeypatch.setattr(cur.healing.training.loop.Goal, "learn", broken)
     with pytest.raises(
         NumericalError, match=r"the gradient of .* is not finite, at step 5; the best state so far is kept"
     ):

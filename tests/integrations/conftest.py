@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from cur.integrations.models import LoadedModel, load_model
+from cur.integrations.model.loading import LoadedModel, load_model
 
 VOCABULARY = 101
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2"

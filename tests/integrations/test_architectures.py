@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cur.integrations import CompressConfig, block_stacks, collect, compress, dense_export, linear_modules, save
-from cur.integrations.experts import LinearExperts, is_experts
-from cur.integrations.inspect import summarize
+from cur.integrations.model.experts import LinearExperts, is_experts
+from cur.integrations.model.size import model_size
 from cur.integrations.nn import compressed_modules
-from cur.integrations.plan import Plan
-from cur.integrations.report import model_size
+from cur.integrations.plan.plan import Plan
+from cur.integrations.store.inspect import summarize
 from tests.integrations.architectures import FAMILIES, batch, make
 
 ROOT = Path(__file__).parents[2]

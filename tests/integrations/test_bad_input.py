@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cur import NumericalError
 from cur.integrations import BudgetConfig, CompressConfig, Plan, collect, compress, make_plan, save
 from cur.integrations.compress import carry_out_
-from cur.integrations.experts import is_experts
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.experts import is_experts
 from cur.integrations.nn import compressed_modules
-from cur.integrations.plan import PlanError
-from cur.integrations.statistics import Statistics
+from cur.integrations.plan.plan import PlanError
 from tests.integrations.architectures import batch, make
 
 SMALL = CompressConfig(layers=2, rank=6)
@@ -128,7 +128,7 @@ def test_a_failed_run_leaves_an_earlier_checkpoint_alone(
     with torch.no_grad():
         expected = model(windows).logits
     files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
-    monkeypatch.setattr("cur.integrations.page.report_page", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("cur.integrations.report.page.report_page", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     other = make_model("llama", seed=1)
     report = compress(other, windows, SMALL)
     with pytest.raises(KeyboardInterrupt):

@@ -12,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cur import NumericalError, deim_cur, importance, ranks
-from cur.integrations import Statistics, batches, collect, decoder_layers, planning
-from cur.integrations.compress import CompressConfig, apply_plan_, compress, make_plan
+from cur.integrations import Statistics, batches, collect, decoder_layers
+from cur.integrations.compress import apply_plan_, compress
+from cur.integrations.model.size import model_size
 from cur.integrations.nn import FACTORED, CURLinear, compressed_modules
-from cur.integrations.plan import PlanError
-from cur.integrations.report import model_size
+from cur.integrations.plan import make as planning
+from cur.integrations.plan.config import CompressConfig
+from cur.integrations.plan.make import make_plan
+from cur.integrations.plan.plan import PlanError
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "gate_proj"),

@@ -18,9 +18,9 @@ from cur.integrations import (
     save,
 )
 from cur.integrations.convert import convert_
-from cur.integrations.layouts import choose_layout, fastest_rank
+from cur.integrations.model.size import model_size
 from cur.integrations.nn import FACTORED, compressed_modules
-from cur.integrations.report import model_size
+from cur.integrations.plan.layouts import choose_layout, fastest_rank
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "inference.json"
 

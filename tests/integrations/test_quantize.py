@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cur import NumericalError
 from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
-from cur.integrations.checkpoint import CheckpointError
 from cur.integrations.convert import convert_
-from cur.integrations.inspect import summarize
+from cur.integrations.files.reading import CheckpointError
 from cur.integrations.nn import FACTORED, CompressedLinear, Int8Linear, compressed_modules
 from cur.integrations.quantize import quantizable, quantize_
-from cur.integrations.quantizer import CURConfig
+from cur.integrations.store.format import CURConfig
+from cur.integrations.store.inspect import summarize
 from tests.integrations.architectures import FAMILIES, batch, make
 
 MakeModel = Callable[..., PreTrainedModel]

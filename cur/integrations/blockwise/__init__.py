@@ -5,13 +5,14 @@
 do with a model in memory.
 """
 
+from cur.integrations.blockwise.distributed import Team, TeamError
 from cur.integrations.blockwise.journal import JournalError
 from cur.integrations.blockwise.memory import available_memory, fits
 from cur.integrations.blockwise.run import compress_blockwise
 from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.shards import ShardError, Shards
-from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
-from cur.integrations.blockwise.team import Team, TeamError
+from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
+from cur.integrations.files.header import ShardError
+from cur.integrations.files.shards import Shards
 
 __all__ = [
     "JournalError",

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cur.integrations._forward import Masks, Seen, body, evaluating, model_inputs, run
+from cur.integrations.blockwise.bypass import Tunnel
+from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.hidden_states import States
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.skeleton import Skeleton
-from cur.integrations.blockwise.states import States
-from cur.integrations.blockwise.team import Team
-from cur.integrations.blockwise.tunnel import Tunnel
-from cur.integrations.blockwise.writer import TensorFile
-from cur.integrations.calibration import collect
-from cur.integrations.precision import Precision
-from cur.integrations.statistics import Statistics, by_stack
+from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.files.tensor_file import TensorFile
+from cur.integrations.measure.collect import collect
+from cur.integrations.measure.statistics import Statistics, by_stack
+from cur.integrations.model.hashing import Seen
+from cur.integrations.model.masks import Masks
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.running import body, evaluating, model_inputs, run
 
 __all__ = ["Calibration", "text_hash"]
 

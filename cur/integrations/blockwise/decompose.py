@@ -14,18 +14,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cur.integrations.blockwise.calibrate import Calibration
-from cur.integrations.budget import BudgetConfig, error_curves, joint_curves, plan_budget
 from cur.integrations.compress import decompose
-from cur.integrations.config import CompressConfig
-from cur.integrations.curves import LayerCurve, NeuronCurve
-from cur.integrations.experts import unrolled
-from cur.integrations.layers import linear_modules
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.experts import unrolled
+from cur.integrations.model.targets import linear_modules
 from cur.integrations.nn import CompressedLinear, dense_weight, layer_class
-from cur.integrations.outputs import output_changes
-from cur.integrations.plan import Plan, PlanEntry
-from cur.integrations.planning import chosen_blocks, layer_entries, plan_of
-from cur.integrations.report import LayerReport
-from cur.integrations.statistics import Statistics
+from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.make import chosen_blocks, layer_entries, plan_of
+from cur.integrations.plan.plan import Plan, PlanEntry
+from cur.integrations.plan.rate_distortion import LayerCurve, NeuronCurve
+from cur.integrations.report.data import LayerReport
+from cur.integrations.report.outputs import output_changes
 
 __all__ = ["Decomposition"]
 

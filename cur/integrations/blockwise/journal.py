@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cur._atomic import replace_file
-from cur._errors import CURError
-from cur.integrations._directory import is_full
-from cur.integrations.stored import digest_of
+from cur._lib.atomic import replace_file
+from cur._lib.errors import CURError
+from cur.integrations.files.directory import is_full
+from cur.integrations.files.reading import digest_of
 
 __all__ = ["Journal", "JournalError"]
 

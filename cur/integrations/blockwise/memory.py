@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cur.integrations.blockwise.shards import Shards
+from cur.integrations.files.shards import Shards
 
 __all__ = ["available_memory", "fits"]
 

@@ -12,31 +12,32 @@ from typing import Any
 
 from torch import Tensor
 
-from cur.integrations._directory import check_target
-from cur.integrations._forward import model_inputs
-from cur.integrations.beside import source_of
+from cur._lib.versions import versions
 from cur.integrations.blockwise.calibrate import Calibration, text_hash
 from cur.integrations.blockwise.decompose import Decomposition
+from cur.integrations.blockwise.distributed import Team
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.skeleton import Skeleton, load_skeleton
-from cur.integrations.blockwise.team import Team
+from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
 from cur.integrations.blockwise.writer import fill
-from cur.integrations.budget import BudgetConfig
-from cur.integrations.checkpoint import REPORT, describe, save
 from cur.integrations.compress import Clock, as_batches, as_done
-from cur.integrations.config import CompressConfig
-from cur.integrations.experts import release_, rolled, unroll_, unrolled
-from cur.integrations.limits import check_windows
+from cur.integrations.files.beside import REPORT, source_of
+from cur.integrations.files.directory import check_target
+from cur.integrations.files.reading import digest_of
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.origin import origin_of
+from cur.integrations.model.precision import Precision, continued
+from cur.integrations.model.running import model_inputs
+from cur.integrations.model.size import model_size, weight_bytes
 from cur.integrations.nn import swap_
-from cur.integrations.origin import origin_of
-from cur.integrations.plan import Plan
-from cur.integrations.planning import candidates
-from cur.integrations.precision import Precision, continued
-from cur.integrations.quantizer import mark_
-from cur.integrations.report import CompressionReport, LayerReport, model_size, versions, weight_bytes
-from cur.integrations.statistics import Statistics
-from cur.integrations.stored import digest_of
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.make import candidates
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.store.checkpoint import describe, save
+from cur.integrations.store.format import mark_
 
 __all__ = ["compress_blockwise"]
 

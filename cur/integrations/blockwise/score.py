@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from cur.integrations._forward import Progress, body, evaluating, model_inputs, run
-from cur.integrations.blockwise.skeleton import Skeleton
-from cur.integrations.blockwise.states import States
-from cur.integrations.blockwise.tunnel import Tunnel
-from cur.integrations.evaluate import Perplexity, output_head, perplexity
-from cur.integrations.experts import eager_experts
-from cur.integrations.limits import check_windows
-from cur.integrations.precision import Precision
-from cur.integrations.text import batches
+from cur.integrations.blockwise.bypass import Tunnel
+from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.measure.text import batches
+from cur.integrations.model.experts import eager_experts
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.running import Progress, body, evaluating, model_inputs, run
+from cur.integrations.report.perplexity import Perplexity, output_head, perplexity
 
 __all__ = ["perplexity_blockwise"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,15 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from cur.integrations.blockwise.shards import DTYPES, Shards
-from cur.integrations.blockwise.skeleton import Skeleton
-from cur.integrations.experts import unrolled
-from cur.integrations.origin import KeptDigest, changed_modules, kept_names
+from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.files.tensor_file import INDEX, PATTERN, TensorFile
+from cur.integrations.model.experts import unrolled
+from cur.integrations.model.origin import KeptDigest, changed_modules, kept_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointWriter", "TensorFile", "add_tensors", "fill"]
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PATTERN = "model{suffix}.safetensors"
-_INDEX = "model.safetensors.index.json"
+__all__ = ["CheckpointWriter", "fill"]
 
 
 class CheckpointWriter:
@@ -34,7 +29,7 @@ class CheckpointWriter:
     Parameters
     ----------
     model : PreTrainedModel
-        With compressed layers, marked by :func:`~cur.integrations.quantizer.mark_`.
+        With compressed layers, marked by :func:`~cur.integrations.store.format.mark_`.
     directory : Path
         Where the files go.
     max_shard_size : int or str
@@ -46,7 +41,7 @@ class CheckpointWriter:
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
         state = remove_tied_weights_from_state_dict(state, model)
-        split = split_torch_state_dict_into_shards(state, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+        split = split_torch_state_dict_into_shards(state, filename_pattern=PATTERN, max_shard_size=max_shard_size)
         self._places: dict[str, TensorFile] = {}
         self._expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
         for file, names in split.filename_to_tensors.items():
@@ -58,7 +53,7 @@ class CheckpointWriter:
                 "weight_map": split.tensor_to_filename,
             }
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (directory / _INDEX).write_text(text, encoding="utf-8")
+            (directory / INDEX).write_text(text, encoding="utf-8")
         # What is not on the meta device is whole already.
         for name, tensor in state.items():
             if not tensor.is_meta:
@@ -92,54 +87,6 @@ class CheckpointWriter:
         self._places[name].write(name, tensor)
 
 
-class TensorFile:
-    """One safetensors file of known tensors, whose values come one by one, in any order.
-
-    Parameters
-    ----------
-    path : Path
-        The file, which is made.
-    tensors : mapping of str to Tensor
-        Names, dtypes and shapes; may be on the meta device.
-    metadata : mapping of str to str
-        For its header.
-    """
-
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        # The order and the padding of safetensors itself.
-        ordered = sorted(tensors, key=lambda name: (-_rank(tensors[name].dtype), name))
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        end = 0
-        starts: dict[str, int] = {}
-        for name in ordered:
-            tensor = tensors[name]
-            starts[name] = end
-            end += math.prod(tensor.shape) * tensor.dtype.itemsize
-            header[name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [starts[name], end],
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("w+b", buffering=0)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(8 + len(text) + end)
-        self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the values of one tensor into their place."""
-        if tensor.numel():
-            self._file.seek(self._starts[name])
-            data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
-            while data:  # one call writes at most 2 GiB
-                data = data[self._file.write(data) :]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 def fill(
     final: Any,
     skeleton: Skeleton,
@@ -169,7 +116,7 @@ def fill(
     Returns
     -------
     str
-        Hash of the parameters that were kept, as :func:`~cur.integrations.origin.kept_digest` has it.
+        Hash of the parameters that were kept, as :func:`~cur.integrations.model.origin.kept_digest` has it.
     """
     count = len(skeleton.blocks)
     kept, digest = set(kept_names(final, changed_modules(final))), KeptDigest()
@@ -199,81 +146,3 @@ def fill(
         if progress is not None:
             progress("write", count, count)
     return digest.hexdigest()
-
-
-def add_tensors(
-    directory: Path,
-    names: Sequence[str],
-    source: Any,
-    max_shard_size: int | str,
-    *,
-    dtypes: Mapping[torch.dtype, torch.dtype],
-) -> None:
-    """Put tensors of another checkpoint beside those of one that was just written, in the default file names.
-
-    Where the model is to be in one file, that is written anew; else files are added.
-
-    Parameters
-    ----------
-    directory : Path
-        With ``model.safetensors`` or its shards.
-    names : sequence of str
-        The tensors.
-    source : object
-        What has them: ``tensors`` by name and ``read(name)``.
-    max_shard_size : int or str
-        Largest size of one file.
-    dtypes : mapping
-        What a dtype becomes, where it does not stay.
-    """
-
-    def read(name: str) -> torch.Tensor:
-        tensor: torch.Tensor = source.read(name)
-        return tensor.to(dtypes.get(tensor.dtype, tensor.dtype))
-
-    written = Shards(directory, one_dtype=False)
-    old = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in written.tensors.items()}
-    stored = {name: source.tensors[name] for name in names}
-    new = {
-        name: torch.empty(one.shape, dtype=dtypes.get(one.dtype, one.dtype), device="meta")
-        for name, one in stored.items()
-    }
-    places = {name: one.file.name for name, one in written.tensors.items()}
-    whole = split_torch_state_dict_into_shards({**old, **new}, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-    if not whole.is_sharded:
-        place = directory / _PATTERN.format(suffix="")
-        file = TensorFile(place.with_suffix(".new"), {**old, **new}, {"format": "pt"})
-        for name in old:
-            file.write(name, written.read(name))
-        for name in names:
-            file.write(name, read(name))
-        file.close()
-        place.with_suffix(".new").replace(place)
-        return
-    added = split_torch_state_dict_into_shards(new, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-    files = [*sorted(set(places.values())), *(f"new-{name}" for name in sorted(added.filename_to_tensors))]
-    for name, group in added.filename_to_tensors.items():
-        file = TensorFile(directory / f"new-{name}", {each: new[each] for each in group}, {"format": "pt"})
-        for each in group:
-            file.write(each, read(each))
-            places[each] = f"new-{name}"
-        file.close()
-    last = {name: _PATTERN.format(suffix=f"-{i:05}-of-{len(files):05}") for i, name in enumerate(files, start=1)}
-    for name in files:
-        (directory / name).rename(directory / f"moved-{last[name]}")
-    for name in files:
-        (directory / f"moved-{last[name]}").rename(directory / last[name])
-    size = sum(one.nbytes for one in (*old.values(), *new.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": {name: last[place] for name, place in places.items()}}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# Of dtypes in safetensors files, from the last to the first.
-_ORDER = (
-    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"),
-    *("F64", "I64", "U64"),
-)
-
-
-def _rank(dtype: torch.dtype) -> int:
-    return _ORDER.index(_NAMES[dtype])

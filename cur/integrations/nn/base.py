@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from cur.integrations.nn.int8 import Int8Linear
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
+__all__ = ["CompressedLinear", "Ranked", "check_bias", "fill_", "ranks_of", "wide"]
 
 
 class CompressedLinear(nn.Module):
@@ -189,3 +189,29 @@ def check_bias(bias: Tensor | None, m: int) -> None:
     """Raise a ValueError if a bias does not have m entries."""
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"`bias` must have shape {(m,)}, one entry for each output, got {tuple(bias.shape)}")
+
+
+class Ranked(Protocol):
+    """What has a rank, or a number of kept neurons and perhaps an inner rank."""
+
+    @property
+    def rank(self) -> int:
+        """Rank, or number of neurons."""
+
+    @property
+    def inner_rank(self) -> int | None:
+        """Rank of what belongs to these neurons, if that is factored as well."""
+
+
+def ranks_of(layer: Ranked) -> str:
+    """Return the rank of a layer as tables have it.
+
+    Examples
+    --------
+    >>> from cur.integrations import PlanEntry
+    >>> ranks_of(PlanEntry(name="q", shape=(8, 6), rank=2))
+    '2'
+    >>> ranks_of(PlanEntry(name="down", shape=(6, 24), rank=20, layout="inputs", method="neurons", inner_rank=4))
+    '20, 4'
+    """
+    return str(layer.rank) if layer.inner_rank is None else f"{layer.rank}, {layer.inner_rank}"

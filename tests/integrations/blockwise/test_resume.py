@@ -12,8 +12,8 @@ import torch
 
 from cur.integrations import CompressConfig, batches
 from cur.integrations.blockwise import JournalError, Skeleton, compress_blockwise, load_skeleton
+from cur.integrations.blockwise.hidden_states import States
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.states import States
 
 CONFIG = CompressConfig(layers=2, rank=4, batch_size=2)
 

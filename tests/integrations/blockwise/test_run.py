@@ -23,11 +23,12 @@ from transformers import (
 
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, compress, load_model, save
 from cur.integrations.blockwise import Skeleton, compress_blockwise, load_skeleton
-from cur.integrations.blockwise.shards import Shards
-from cur.integrations.compress import as_batches, carry_out_, make_plan, measure
-from cur.integrations.evaluate import perplexity
-from cur.integrations.plan import PlanError
-from cur.integrations.statistics import Statistics
+from cur.integrations.compress import as_batches, carry_out_, measure
+from cur.integrations.files.shards import Shards
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.plan.make import make_plan
+from cur.integrations.plan.plan import PlanError
+from cur.integrations.report.perplexity import perplexity
 from tests.integrations.blockwise.conftest import TARGETS
 
 LIBC = None if sys.platform == "win32" else ctypes.CDLL(None)

@@ -1,0 +1,32 @@
+"""The exceptions and warnings of the package."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+__all__ = ["CURError", "NumericalError", "RankWarning", "warn"]
+
+
+class CURError(Exception):
+    """Base class of the errors that are particular to this package."""
+
+
+class NumericalError(CURError, ArithmeticError):
+    """A computation could not deliver what was asked in the arithmetic at hand."""
+
+
+class RankWarning(UserWarning):
+    """The requested rank exceeds the numerical rank of the matrix and was truncated."""
+
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def warn(message: str, category: type[Warning] = RankWarning) -> None:
+    """Warn at the line of the user's that called the package, through however many functions of ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -1,0 +1,38 @@
+"""Matrices brought to the form and the dtype to compute in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cur._lib import array as _array
+from cur._lib.operator import checked
+from cur._lib.validate import check_matrix
+
+__all__ = ["check_promoted", "promote"]
+
+
+def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
+    """Bring a checked matrix, cut out of differentiation, to the form and the dtype to compute in.
+
+    Of SciPy's sparse formats only two can all that is asked of a matrix: products, slices and entries. `dtype` is that
+    of a matrix it goes with, by default its own `working_dtype`.
+    """
+    if _array.is_operator(A):
+        return checked(A, name, dtype)
+    if isinstance(A, np.ndarray) and dtype is None and A.dtype.char in "fdFD":
+        return A  # the usual case, and small matrices take no longer than such questions
+    A, dtype = _array.detach(A), _array.working_dtype(A) if dtype is None else dtype
+    if _array.is_sparse(A):
+        A = A if A.dtype == dtype else A.astype(dtype)
+        return A if A.format in ("csr", "csc") else A.tocsr()
+    return A if A.dtype == dtype else _array.namespace(A).astype(A, dtype)
+
+
+def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
+    """Return a checked matrix in the form and dtype to compute in."""
+    check_matrix(A, name)
+    if "complex" in str(A.dtype) and dtype is not None and "complex" not in str(dtype):
+        raise TypeError(f"`{name}` must be real for a real `A`; got dtype {A.dtype}; convert `A` to complex")
+    return promote(A, name, dtype)

@@ -1,0 +1,109 @@
+"""What the teacher gives for a batch, kept on disk: text is seen many times, the teacher never changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from cur._lib.atomic import replace_file
+from cur.healing.pair.stack import Entry
+
+__all__ = ["Taught", "TeacherCache"]
+
+
+@dataclass
+class Taught:
+    """What the teacher gave for a batch.
+
+    Attributes
+    ----------
+    hidden : dict of int to Tensor
+        Output of blocks by their index, shape (batch, length, width).
+    modules : dict of str to Tensor
+        Output of the dense layers in the place of compressed ones.
+    last : Tensor or None
+        What the head gets; None where the output is not compared.
+    entry : Entry or None
+        What the first block is called with, for healing by blocks; not kept on disk.
+    """
+
+    hidden: dict[int, Tensor]
+    modules: dict[str, Tensor]
+    last: Tensor | None
+    entry: Entry | None = None
+
+    def to(self, device: torch.device) -> Taught:
+        """Return the same on a device."""
+        return Taught(
+            {index: value.to(device) for index, value in self.hidden.items()},
+            {name: value.to(device) for name, value in self.modules.items()},
+            None if self.last is None else self.last.to(device),
+        )
+
+
+class TeacherCache:
+    """A directory with one file for each batch.
+
+    States are stored in the dtype in which they were computed, so that healing from the cache gives bit for bit the
+    weights of healing without it.
+
+    Parameters
+    ----------
+    directory : path
+        Made when the first batch is written.
+    key : str
+        What the states depend on besides the batch: teacher, precision, which blocks and modules are kept.
+    """
+
+    def __init__(self, directory: str | Path, key: str) -> None:
+        self.directory = Path(directory).expanduser()
+        self.key = key
+
+    def _path(self, batch: Mapping[str, Any]) -> Path:
+        total = hashlib.sha256(self.key.encode())
+        for name in sorted(batch):
+            value = batch[name]
+            if isinstance(value, Tensor):
+                total.update(f"{name} {tuple(value.shape)}".encode())
+                total.update(value.cpu().to(torch.float64).contiguous().numpy().tobytes())
+        return self.directory / f"{total.hexdigest()[:32]}.safetensors"
+
+    def read(self, batch: Mapping[str, Any]) -> Taught | None:
+        """Return what was kept for a batch, None if there is nothing.
+
+        A damaged file counts as not there and is written anew.
+        """
+        path = self._path(batch)
+        if not path.exists():
+            return None
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError):
+            return None
+        hidden = {int(name[7:]): value for name, value in tensors.items() if name.startswith("hidden/")}
+        modules = {name[8:]: value for name, value in tensors.items() if name.startswith("modules/")}
+        return Taught(hidden, modules, tensors.get("last"))
+
+    def write(self, batch: Mapping[str, Any], taught: Taught) -> None:
+        """Keep what the teacher gave.
+
+        Raises
+        ------
+        OSError
+            If the disk is full.
+        """
+        tensors = {f"hidden/{index}": value for index, value in taught.hidden.items()}
+        tensors |= {f"modules/{name}": value for name, value in taught.modules.items()}
+        tensors |= {} if taught.last is None else {"last": taught.last}
+        data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with replace_file(self._path(batch)) as stream:
+            stream.write(data)

@@ -1,0 +1,222 @@
+"""The core of a compressed layer: the r x r numbers that learn, in every layout, and the coordinates they learn in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cur._lib.errors import NumericalError
+from cur.integrations.nn import (
+    CompressedLinear,
+    CURLinear,
+    FoldedLinear,
+    InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
+    compressed_modules,
+)
+
+__all__ = ["Coordinates", "Core", "cores_of"]
+
+
+class Core:
+    r"""The square core ``U`` in the weight ``L U R`` of a compressed layer, whatever its layout.
+
+    ``L`` (m x r) and ``R`` (r x n) are frozen, so the weight moves by ``L dU R`` only: it stays in the span of the
+    kept columns and rows (Theorem 4.3 of arXiv 2501.04211). What is stored of it differs:
+
+    ===============  ====================  =====================  ==========================
+    layout           ``L``                 ``U`` before healing   what learns
+    ===============  ====================  =====================  ==========================
+    cur              ``C``                 ``U``                  ``U``
+    folded           ``C U`` as it was     identity               ``CU``, as ``L U``
+    interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
+    inputs           identity, m x m       identity               ``C``, as ``U C``
+    inputs, inner    ``(I, T)``, ordered   identity               ``R``, as ``U R``
+    ===============  ====================  =====================  ==========================
+
+    So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows. The layer
+    behind neurons that were given up has its columns in the place of ``R``, and ``r = m``; the layers before them stay.
+
+    Parameters
+    ----------
+    name : str
+        Name of the layer, for messages.
+    layer : CompressedLinear
+        Changed by :meth:`write_`.
+
+    Attributes
+    ----------
+    left, right : Tensor
+        ``L`` and ``R``, in the dtype of the layer.
+    start, value : Tensor
+        ``U`` when this object was made, and as last written; float64.
+    """
+
+    def __init__(self, name: str, layer: CompressedLinear) -> None:
+        self.name = name
+        self.layer = layer
+        self.left: Tensor
+        self.right: Tensor
+        if isinstance(layer, CURLinear):
+            self.factor = layer.U.weight
+            self.left, self.right = layer.C.weight.detach(), layer.R.weight.detach()
+            self.start = self.value = _wide(layer.U.weight)
+            return
+        part = layer.part if isinstance(layer, KeptInputs) and layer.inner_rank is not None else layer
+        left, right = (factor.detach() for factor in part.two_factors())
+        self.start = self.value = torch.eye(part.rank, dtype=torch.float64, device=right.device)
+        if isinstance(part, FoldedLinear):
+            self.factor = part.CU.weight
+            self.left, self.right = left.clone(), right
+        elif isinstance(part, InterpolativeLinear):
+            self.factor = part.R.weight
+            self.left, self.right = left, right.clone()
+        elif isinstance(part, KeptInputs):
+            self.factor = part.part.weight
+            self.right = left.clone()
+            self.left = torch.eye(len(left), dtype=left.dtype, device=left.device)
+            self.start = self.value = self.left.double()
+        else:
+            raise TypeError(f"{name} is a {type(layer).__name__}, a layout that healing does not know")
+
+    @property
+    def rank(self) -> int:
+        """Side r of the core."""
+        return len(self.start)
+
+    @torch.no_grad()
+    def write_(self, U: Tensor) -> None:
+        """Store a core (r x r) in the layer, in place, rounded once to the layer's dtype.
+
+        Raises
+        ------
+        NumericalError
+            If it is not finite; the layer is unchanged then.
+        """
+        if not bool(torch.isfinite(U).all()):
+            raise NumericalError(f"the core of {self.name} is not finite")
+        U = U.double()
+        if self.layer.layout == "cur":
+            stored = U
+        elif self.layer.layout == "folded":
+            stored = _wide(self.left) @ U
+        else:
+            stored = U @ _wide(self.right)
+        self.factor.copy_(stored)
+        self.value = U
+
+    def take_gradient(self) -> Tensor:
+        """Return the gradient with respect to the core (float32, r x r), and clear it in the layer.
+
+        A core that the loss did not reach has a gradient of zero.
+        """
+        gradient, self.factor.grad = self.factor.grad, None
+        if gradient is None:
+            return torch.zeros(self.rank, self.rank, device=self.factor.device)
+        gradient = gradient.float()
+        if self.layer.layout == "cur":
+            return gradient
+        if self.layer.layout == "folded":
+            return self.left.float().T @ gradient
+        return gradient @ self.right.float().T
+
+
+class Coordinates:
+    r"""Coordinates ``D`` of a core, ``U = U_0 + P D Q``, in which one step means the same in every direction.
+
+    Equal steps of the entries of ``U`` change the output of the layer by amounts that differ by orders of magnitude,
+    and a first-order method needs as many steps as that spread asks for. With ``M = L^T H L``,
+    ``G = E[(R x)(R x)^T]`` over the text, ``P P^T ~ M^-1`` and ``Q^T Q ~ G^-1``, the mean square of the change of the
+    output, measured in ``H``, is ``||D||_F^2 / r^2`` in units of the mean square of the output itself. So a learning
+    rate is the relative change of the output that one step of Adam makes, alike for all layers and models, and weight
+    decay is a ridge towards ``U_0`` in the norm of the outputs. With ``H`` from gradients these are the coordinates of
+    the Kronecker-factored natural gradient (Martens and Grosse, arXiv 1503.05671), frozen at the start.
+
+    Parameters
+    ----------
+    core : Core
+        The core; its present value is ``U_0``.
+    moment : Tensor
+        ``G``, float64, r x r.
+    output : float
+        ``E[y^T H y]`` of the layer's outputs ``y``.
+    metric : Tensor, optional
+        ``H``, m x m. Default: the identity.
+    damping : float
+        Added to the eigenvalues of ``M`` and ``G``, relative to their mean, so that directions which the text hardly
+        shows are not blown up.
+
+    Notes
+    -----
+    ``P`` and ``Q`` are eigenvectors scaled by the inverse roots of eigenvalues. Any rotation of them would whiten as
+    well; Adam, which scales every coordinate by itself, does best in the eigenbasis (Vyas et al., arXiv 2409.11321).
+    """
+
+    def __init__(
+        self, core: Core, moment: Tensor, output: float, *, damping: float, metric: Tensor | None = None
+    ) -> None:
+        self.core = core
+        self.origin = core.value
+        left = _wide(core.left)
+        outer = left.T @ (left if metric is None else metric.to(left) @ left)
+        self.P = (_inverse_root(outer, damping) * (math.sqrt(output) / core.rank)).float()
+        self.Q = _inverse_root(moment, damping).T.float()
+        self.values = nn.Parameter(torch.zeros(core.rank, core.rank, device=self.origin.device))
+
+    @classmethod
+    def plain(cls, core: Core) -> Coordinates:
+        """Return coordinates that only keep their place until a state is restored into them."""
+        eye = torch.eye(core.rank, dtype=torch.float64, device=core.value.device)
+        return cls(core, eye, 1.0, damping=1.0)
+
+    def take_gradient(self) -> Tensor:
+        """Return the gradient with respect to the coordinates, and clear it in the layer."""
+        return self.P.T @ self.core.take_gradient() @ self.Q.T
+
+    def write_(self, values: Tensor | None = None) -> None:
+        """Store the core that these coordinates (default: the present ones) stand for in the layer, in place."""
+        values = self.values.detach() if values is None else values
+        self.core.write_(self.origin + (self.P @ values @ self.Q).double())
+
+    def begin_here_(self) -> None:
+        """Make the present core the origin."""
+        self.origin = self.core.value
+        self.values.data.zero_()
+
+
+def cores_of(model: nn.Module) -> dict[str, Core]:
+    """Return the core of every compressed layer by name; layers before neurons that were given up have none.
+
+    Raises
+    ------
+    ValueError
+        If the model has no compressed layer, or one that is on the meta device or rounded to int8.
+    """
+    layers: Mapping[str, CompressedLinear] = compressed_modules(model)
+    if not layers:
+        raise ValueError("`student` has no compressed layer: compress it first; there is nothing to heal")
+    if any(layer.int8 for layer in layers.values()):
+        raise ValueError("`student` is rounded to int8; heal the checkpoint that it was made from, and round it then")
+    offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
+    if offloaded:
+        raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")
+    return {name: Core(name, layer) for name, layer in layers.items() if not isinstance(layer, KeptOutputs)}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True)
+
+
+def _inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """Return ``V (E + damping mean(E))^(-1/2)`` for the eigenvalue decomposition ``V E V^T`` of a moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp(min=0)
+    mean = values.mean()
+    if not bool(mean > 0):
+        return torch.eye(len(values), dtype=moment.dtype, device=moment.device)
+    root: Tensor = vectors / (values + damping * mean).sqrt()
+    return root

@@ -1,0 +1,292 @@
+"""Gradient healing: the loop, its looks at held-out text, and its states on disk."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from cur._lib.errors import NumericalError
+from cur.healing.config import HealingConfig
+from cur.healing.pair.cache import Taught
+from cur.healing.pair.data import Text
+from cur.healing.pair.pair import Loss, Pair
+from cur.healing.training.learner import Learner
+from cur.healing.training.logs import Log
+from cur.healing.training.state import StateFile
+from cur.integrations.model.running import checkpointing
+
+__all__ = ["Goal", "Progress", "Status", "Task", "look", "saving_memory", "summary", "train"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where healing is.
+
+    Attributes
+    ----------
+    stage : str
+        ``"closed form"``, whose steps are blocks, ``"natural steps"`` or ``"heal"``.
+    step, steps : int
+        Done, and in all.
+    loss : float or None
+        Of the last step.
+    perplexity : float or None
+        On the held-out text, at the last look.
+    seconds_left : float or None
+        At the pace so far.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float | None = None
+    perplexity: float | None = None
+    seconds_left: float | None = None
+
+
+Progress: TypeAlias = Callable[[Status], object]
+"""Called after every step."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is compared with the teacher: the whole model, or one block.
+
+    Attributes
+    ----------
+    pair : Pair
+        Student and teacher.
+    block : int or None
+        The block; None for the model.
+    """
+
+    pair: Pair
+    block: int | None
+
+    def loss(self, batch: Mapping[str, Any], taught: Taught, *, learning: bool) -> Loss:
+        """Compare student and teacher on a batch."""
+        if self.block is None:
+            return self.pair.loss(batch, taught, learning=learning)
+        return self.pair.block_loss(self.block, batch, taught, learning=learning)
+
+    def learn(self, batch: Mapping[str, Any], taught: Taught) -> dict[str, float]:
+        """Add the gradient of a batch to the model; returns the loss and its parts."""
+        loss = self.loss(batch, taught, learning=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        return {"loss": float(loss.total.detach()), **loss.parts}
+
+    def look(self, batch: Mapping[str, Any], taught: Taught) -> dict[str, float]:
+        """Return the loss and its parts."""
+        loss = self.loss(batch, taught, learning=False)
+        return {"loss": float(loss.total), **loss.parts}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A goal, and the cores that learn it."""
+
+    goal: Goal
+    learner: Learner
+
+
+class _Loop:
+    """The tasks, run side by side where there are workers for it."""
+
+    def __init__(self, pair: Pair, tasks: Sequence[Task], text: Text, config: HealingConfig) -> None:
+        self.pair, self.tasks, self.text, self.config = pair, tasks, text, config
+        self.pool = ThreadPoolExecutor(config.workers) if config.workers > 1 else None
+
+    def _all(self, work: Callable[[Task], Any]) -> list[Any]:
+        return list(map(work, self.tasks) if self.pool is None else self.pool.map(work, self.tasks))
+
+    def step(self, number: int) -> dict[str, float]:
+        """Take one step of every task; returns losses, their parts and norms, each the mean over tasks."""
+        config = self.config
+        found: list[list[dict[str, float]]] = []
+        tokens = 0
+        try:
+            for part in range(config.accumulate):
+                batch = self.text.batch(number * config.accumulate + part)
+                tokens += _token_count(batch)
+                taught = self.pair.teach(batch)
+                found.append(self._all(lambda task: task.goal.learn(batch, taught)))  # noqa: B023
+            losses = [_mean(each) for each in zip(*found, strict=True)]
+            of_task = dict(zip(map(id, self.tasks), losses, strict=True))
+            steps = self._all(
+                lambda task: task.learner.step(number, config.accumulate, loss=of_task[id(task)]["loss"], tokens=tokens)
+            )
+        except NumericalError as error:
+            self.keep_best()
+            raise NumericalError(
+                f"{error}, at step {number + 1}; the best state so far is kept. Try a smaller `learning_rate` than "
+                f"{config.learning_rate:g}, or `precision` 'float32'"
+            ) from error
+        return {**_mean(losses), **_mean(steps)}
+
+    def stale(self) -> bool:
+        """Say whether no task has become better for as many looks as the patience allows."""
+        return bool(self.config.patience) and all(t.learner.stale >= self.config.patience for t in self.tasks)
+
+    def keep_best(self) -> None:
+        """Put the best state of every task into the model."""
+        for task in self.tasks:
+            task.learner.write_best_()
+
+    def try_(self) -> None:
+        """Measure for every task what a step costs."""
+        batch = self.text.batch(0)
+        taught = self.pair.teach(batch)
+        self._all(lambda task: task.learner.try_(lambda: task.goal.look(batch, taught)["loss"]))
+
+
+def look(pair: Pair, goals: Sequence[Goal], text: Text) -> list[dict[str, float]]:
+    """Compare on the held-out text, and return loss and parts of every goal; an empty list without such text."""
+    found: list[list[dict[str, float]]] = []
+    for batch in text.held_out():
+        taught = pair.teach(batch)
+        found.append([goal.look(batch, taught) for goal in goals])
+    return [_mean(looks) for looks in zip(*found, strict=True)]
+
+
+def summary(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of what :func:`look` found, and the perplexity."""
+    figures = _mean(each) if each else {}
+    if "next_token" in figures:
+        figures["perplexity"] = math.exp(min(figures["next_token"], 700.0))
+    return figures
+
+
+def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
+
+
+def train(
+    pair: Pair,
+    tasks: Sequence[Task],
+    text: Text,
+    config: HealingConfig,
+    *,
+    log: Log,
+    state: StateFile | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> tuple[int, list[dict[str, float]]]:
+    """Take the steps that are left, and leave the best state in the model.
+
+    Parameters
+    ----------
+    pair : Pair
+        Student and teacher.
+    tasks : sequence of Task
+        What learns: one task for the model, or one for each block. Tasks know nothing of each other, so neither their
+        order nor the number of workers changes the result.
+    text : Text
+        What they learn from.
+    config : HealingConfig
+        Steps, batches, looks.
+    log : Log
+        Gets a line for each step and look.
+    state : StateFile, optional
+        Where states are written; if one is there already, healing goes on from it.
+    facts : mapping, optional
+        JSON types to be kept in the states.
+    progress : callable, optional
+        See :data:`Progress`.
+
+    Returns
+    -------
+    int
+        Steps taken in all, fewer than asked for after early stopping.
+    list of dict
+        The looks at the held-out text.
+
+    Raises
+    ------
+    NumericalError
+        If a loss or a gradient is not finite. The best state so far is in the model then, and the last state on disk
+        stays.
+    StateError
+        If the state on disk is damaged or of another run.
+    OSError
+        If a state cannot be written. The last one stays.
+    """
+    loop = _Loop(pair, tasks, text, config)
+    curve: list[dict[str, float]] = []
+    done = -1
+    found = None if state is None else state.read()
+    if found is not None:
+        tensors, known = found
+        for index, task in enumerate(tasks):
+            task.learner.restore_(_part(tensors, f"{index}/"), known["tasks"][index])
+        done, curve = int(known["step"]), known["curve"]
+        log.rewind(done)
+
+    def watch() -> None:
+        each = look(pair, [task.goal for task in tasks], text)
+        for task, figures in zip(tasks, each, strict=bool(each)):
+            task.learner.judge(figures["loss"])
+        if each:
+            curve.append({"step": done, **summary(each)})
+            log.write("held-out", done, summary(each))
+
+    def keep() -> None:
+        if state is None:
+            return
+        parts = [task.learner.state() for task in tasks]
+        tensors = {f"{i}/{name}": value for i, (part, _) in enumerate(parts) for name, value in part.items()}
+        state.write(tensors, {**(facts or {}), "step": done, "curve": curve, "tasks": [kept for _, kept in parts]})
+
+    if done < 0:
+        done = 0
+        watch()
+        for task in tasks:
+            task.learner.stale = 0  # patience is for steps
+        if config.steps:
+            loop.try_()
+        keep()
+    first, begin = done, time.perf_counter()
+    with saving_memory(pair):
+        while done < config.steps and not loop.stale():
+            figures = loop.step(done)
+            done += 1
+            log.write("step", done, figures)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                watch()
+            if done % config.save_every == 0 or done == config.steps:
+                keep()
+            if progress is not None:
+                left = (time.perf_counter() - begin) / (done - first) * (config.steps - done)
+                seen = curve[-1].get("perplexity") if curve else None
+                progress(Status("heal", done, config.steps, figures["loss"], seen, left))
+    if curve:
+        loop.keep_best()
+    return done, curve
+
+
+def _token_count(batch: Mapping[str, Any]) -> int:
+    """Return the number of tokens in a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+def saving_memory(pair: Pair) -> AbstractContextManager[None]:
+    """Let blocks be run a second time in the backward pass, if the configuration says so."""
+    return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)
+
+
+def _learning(pair: Pair) -> list[torch.nn.Module]:
+    """Return the student's blocks through which gradients pass."""
+    if pair.config.scope == "block":
+        return [pair.student.blocks[index][1] for index in pair.student.compressed]
+    return [block for _, block in pair.student.blocks[pair.first :]]
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

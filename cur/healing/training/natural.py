@@ -1,0 +1,117 @@
+"""Steps of natural gradient whose length is searched for: in a few passes, what many small steps would win first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from cur._lib.errors import NumericalError
+from cur.healing.pair.cores import Coordinates
+from cur.healing.pair.data import Text
+from cur.healing.training.loop import Goal
+
+__all__ = ["natural_step_", "search"]
+
+# Windows, or batches where the text comes as such, whose mean gradient gives the direction; and those on which the
+# length is searched for.
+_LEARNT, _WATCHED = 32, 8
+
+# The first length to be tried, relative to where a straight line would reach a loss of zero, and how many are.
+_FIRST, _TRIES = 0.25, 6
+
+
+def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text, *, number: int) -> dict[str, float]:
+    r"""Move the cores of all layers along the natural gradient of a loss to where it is least, in place.
+
+    In the coordinates of :class:`~cur.healing.pair.cores.Coordinates` the gradient is the Kronecker-factored natural
+    one (Martens and Grosse, arXiv 1503.05671). The length is doubled as long as the loss on held-out text falls, or
+    halved until it does; the cores stay where they are if it never does. Without held-out text the windows that gave
+    the gradient are watched.
+
+    Parameters
+    ----------
+    goal : Goal
+        What is compared with the teacher.
+    coordinates : mapping of str to Coordinates
+        By layer; they begin anew where the step leads.
+    text : Text
+        What to learn from, and what is held out.
+    number : int
+        Of the step, from 0: one after the other they go on in the text.
+
+    Returns
+    -------
+    dict of str to float
+        ``"loss"`` where the step leads, and ``"before"`` it, on the watched windows; ``"length"``, relative to where a
+        straight line would reach a loss of zero.
+
+    Raises
+    ------
+    NumericalError
+        If the loss or a gradient is not finite; the cores are left as they were.
+    """
+    each = min(-(-_LEARNT // text.batch_size), text.count // text.batch_size)
+    batches = [text.batch(number * each + place) for place in range(each)]
+    watched = [
+        (batch, goal.pair.teach(batch)) for batch in (text.held_out() or batches)[: -(-_WATCHED // text.batch_size)]
+    ]
+    start = {name: one.core.value for name, one in coordinates.items()}
+    try:
+        with torch.enable_grad():
+            losses = [goal.learn(batch, goal.pair.teach(batch))["loss"] for batch in batches]
+        way = {name: one.take_gradient() / each for name, one in coordinates.items()}
+        square = sum(float(part.square().sum()) for part in way.values())
+        if not math.isfinite(square):
+            raise NumericalError("a gradient is not finite")
+        whole = sum(losses) / each / square if square > 0 else 0.0
+
+        def loss(length: float) -> float:
+            try:
+                for name, one in coordinates.items():
+                    one.write_(-length * whole * way[name])
+                return sum(goal.look(batch, taught)["loss"] for batch, taught in watched) / len(watched)
+            except NumericalError:
+                if length == 0:
+                    raise
+                return math.inf
+
+        before = loss(0.0)
+        least, length = search(loss, before) if whole else (before, 0.0)
+    except NumericalError as error:
+        for name, one in coordinates.items():
+            one.core.write_(start[name])
+        raise NumericalError(
+            f"{error}, in a natural step; the cores are what they were before it. Try `natural_steps` 0, or "
+            "`precision` 'float32'"
+        ) from error
+    for name, one in coordinates.items():
+        one.write_(-length * whole * way[name])
+        one.begin_here_()
+    return {"before": before, "loss": least, "length": length}
+
+
+def search(loss: Callable[[float], float], before: float) -> tuple[float, float]:
+    """Return the least loss that is found along a line by doubling or halving a length, and where: 0 if none is less.
+
+    Parameters
+    ----------
+    loss : callable
+        The loss at a length.
+    before : float
+        The loss at 0.
+    """
+    least, best, length = before, 0.0, _FIRST
+    for _ in range(_TRIES):
+        found = loss(length)
+        if found < least:
+            least, best = found, length
+            if length < _FIRST:
+                break
+            length *= 2
+        elif best:
+            break
+        else:
+            length /= 2
+    return least, best

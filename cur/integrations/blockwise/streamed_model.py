@@ -1,0 +1,263 @@
+"""A model whose weights are in memory only where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from cur.integrations.files.header import ShardError
+from cur.integrations.files.shards import Shards
+from cur.integrations.model.adapters import refuse_adapter_directory
+from cur.integrations.model.loading import load_model
+from cur.integrations.model.opening import open_checkpoint, quiet
+from cur.integrations.model.origin import KeptDigest, Origin, kept_names, set_origin_
+from cur.integrations.model.running import body
+from cur.integrations.model.stored_tensors import conversions, names_in_model
+from cur.integrations.model.targets import block_stacks
+
+__all__ = ["Skeleton", "load_skeleton"]
+
+
+class Skeleton:
+    """A model on the meta device, and the shards that its parts are loaded from.
+
+    transformers' own loader fills a part, given the tensors of that part alone; so whatever it does to weights on the
+    way, renaming, merging experts, casting, is done here too.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As ``from_pretrained(..., device_map="meta")`` returns it.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own.
+    shards : Shards
+        Where its weights lie.
+    device : torch.device
+        Where loaded parts go.
+
+    Attributes
+    ----------
+    blocks : list of (str, nn.Module)
+        Of all stacks, in order.
+    starts : list of int
+        Number of the first block of each stack.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        shards: Shards,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.shards = shards
+        self.device = device
+        self.stacks = block_stacks(model)
+        self.blocks = [block for stack in self.stacks for block in stack]
+        self.starts = [sum(len(stack) for stack in self.stacks[:number]) for number in range(len(self.stacks))]
+        self._inside = tuple(f"{name}." for name, _ in self.blocks)
+        parts = {id(part) for part in body(model).modules()}
+        self._body = {
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            if id(module) in parts
+            for key in module.state_dict(keep_vars=True)
+            if "." not in key
+        }
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        self._targets = self._where_to()
+        self._fill_buffers()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in memory."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    def load_block(self, index: int) -> None:
+        """Bring one block into memory.
+
+        Raises
+        ------
+        ShardError
+            If a tensor is missing, has another shape than the model's, or cannot be read.
+        """
+        self._load(f"{self.blocks[index][0]}.")
+
+    def free_block(self, index: int) -> None:
+        """Let go of one block."""
+        self._free(name for name in self._empty if name.startswith(f"{self.blocks[index][0]}."))
+
+    def load_outside(self, *, head: bool = False) -> None:
+        """Bring everything but the blocks into memory; what comes behind the body of the model only on request."""
+        names = set(self.outside())
+        self._load(*sorted(names if head else names & self._body))
+
+    def outside(self) -> list[str]:
+        """Name what lies outside the blocks."""
+        return [name for name in self.model.state_dict() if not name.startswith(self._inside)]
+
+    def load_tensor(self, name: str) -> torch.Tensor:
+        """Bring one tensor outside the blocks into memory, and what is tied to it."""
+        self._load(name)
+        found: torch.Tensor = self.model.get_parameter_or_buffer(name)
+        return found.detach()
+
+    def free_outside(self) -> None:
+        """Let go of everything but the blocks; buffers stay."""
+        self._free(name for name in self._empty if not name.startswith(self._inside))
+
+    def kept_digest(self, without: Collection[str]) -> str:
+        """Return the hash of all parameters but those inside these modules, as of the model in memory."""
+        kept, digest = set(kept_names(self.model, without)), KeptDigest()
+        for name in sorted(kept.intersection(self.outside())):
+            digest.add(name, self.load_tensor(name))
+            self.free_outside()
+        for index, (block, module) in enumerate(self.blocks):
+            self.load_block(index)
+            for key, parameter in module.named_parameters():
+                if f"{block}.{key}" in kept:
+                    digest.add(f"{block}.{key}", parameter)
+            self.free_block(index)
+        return digest.hexdigest()
+
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """Return the tables of embeddings outside the blocks, by name."""
+        return {
+            name: module
+            for name, module in body(self.model).named_modules()
+            if isinstance(module, nn.Embedding) and not f"{self._prefix()}{name}".startswith(self._inside)
+        }
+
+    def free_embeddings(self) -> None:
+        """Let go of the tables of embeddings, and of what is tied to them."""
+        tables = {f"{self._prefix()}{name}.weight" for name in self.embeddings()}
+        tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
+        self._free(tables | tied)
+
+    def _free(self, names: Iterable[str]) -> None:
+        # The parameters of the beginning come back, so that what is tied stays tied.
+        for name in names:
+            place, _, key = name.rpartition(".")
+            setattr(self.model.get_submodule(place), key, self._empty[name])
+
+    def _prefix(self) -> str:
+        inner = body(self.model)
+        return "" if inner is self.model else f"{self.model.base_model_prefix}."
+
+    def _where_to(self) -> dict[str, str]:
+        """Return the parameter that each stored tensor belongs to, by the names in the files."""
+        known = self.model.state_dict()
+        named = names_in_model(self.model, self.shards.tensors)
+        return {name: target for name, (target, _) in named.items() if target in known}
+
+    def _load(self, *prefixes: str) -> None:
+        wanted = sorted(name for name, target in self._targets.items() if target.startswith(prefixes))
+        dtype = self.dtype
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            hf_quantizer=getattr(self.model, "hf_quantizer", None),
+            weight_mapping=conversions(self.model),  # type: ignore[arg-type]
+        )
+        read = {name: self.shards.read(name) for name in wanted}
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self.model, state_dict=read, load_config=config, disk_offload_index=None
+            )
+        for name, stored, expected in info.mismatched_keys:
+            raise ShardError(
+                f"{name} is stored with shape {tuple(stored)}, `config.json` asks for {tuple(expected)}: "
+                "configuration and shards do not belong together"
+            )
+        if info.conversion_errors:
+            raise ShardError(f"the checkpoint cannot be converted: {next(iter(info.conversion_errors.values()))}")
+        self._tie()
+        tied = self.model.all_tied_weights_keys
+        lacking = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and name.startswith(prefixes) and name not in tied
+        ]
+        if lacking:
+            raise ShardError(
+                f"the checkpoint in {self.shards.directory} lacks {lacking[0]}"
+                + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+                + ": it is incomplete, or for another model"
+            )
+
+    def _tie(self) -> None:
+        for name, source in self.model.all_tied_weights_keys.items():
+            parameter = self.model.get_parameter(source)
+            if not parameter.is_meta:
+                place, _, key = name.rpartition(".")
+                setattr(self.model.get_submodule(place), key, parameter)
+
+    def _fill_buffers(self) -> None:
+        """Compute the buffers that no checkpoint stores, such as the frequencies of rotary positions."""
+        owners: dict[str, list[str]] = {}
+        for name, _ in self.model.named_non_persistent_buffers():
+            owner, _, key = name.rpartition(".")
+            owners.setdefault(owner, []).append(key)
+        for owner, keys in owners.items():
+            module = self.model.get_submodule(owner)
+            for key in keys:
+                setattr(module, key, torch.empty_like(module.get_buffer(key), device=self.device))
+            # transformers' own way: what is computed here is what `from_pretrained` computes.
+            self.model._init_weights(module)
+
+
+def load_skeleton(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Skeleton:
+    """Open a checkpoint without its weights.
+
+    Parameters
+    ----------
+    model : str or Path
+        A directory in the format of transformers with safetensors files, compressed or not, or a hub id.
+    dtype : torch.dtype or "auto", default "auto"
+        Of the weights when they are loaded; "auto" is that in which they are stored.
+    device : torch.device or str, default "cpu"
+        Where they will be loaded to.
+    trust_remote_code : bool, default False
+        Whether code that the checkpoint brings is run.
+
+    Returns
+    -------
+    Skeleton
+
+    Raises
+    ------
+    ValueError
+        As :func:`~cur.integrations.load_model`.
+    ShardError
+        If weight files are missing, damaged, or contradict each other.
+    """
+    directory = Path(model).expanduser()
+    refuse_adapter_directory(directory if directory.is_dir() else str(model), str(model))
+    where = str(directory.absolute())
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        # Fetches what is not there yet.
+        load_model(model, dtype=dtype, device_map="meta", trust_remote_code=trust_remote_code)
+        where, directory = str(model), Path(snapshot_download(str(model), local_files_only=True))
+    shards = Shards(directory)
+    with quiet():
+        opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
+    set_origin_(opened.model, Origin(source=where, unread=opened.unread))
+    return Skeleton(opened.model, opened.tokenizer, shards, torch.device(device))

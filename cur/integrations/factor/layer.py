@@ -1,0 +1,253 @@
+"""One linear layer and its entry of the plan -> the compressed layer, and what was lost."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur._driver.certify import evaluation_rounding
+from cur._lib.array import unit_roundoff
+from cur._lib.errors import RankWarning
+from cur.bounds import Certificate
+from cur.decompose import deim_cur
+from cur.factors import CUR, Interpolative
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.propagation import Arriving
+from cur.integrations.model.finite import finite_weight
+from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
+from cur.integrations.plan.importance import guide, link_weights
+from cur.integrations.plan.plan import PlanEntry
+from cur.integrations.report.data import LayerReport
+from cur.weighted.rows import own_rows
+from cur.weighted.truncation import weighted_svd
+
+__all__ = ["as_json", "factorize", "interpolative_layer", "plain_certificate", "report_on"]
+
+# Entries of a weight that are compared at once, few enough to stay in a processor's cache.
+_IN_CACHE = 1 << 19
+
+
+@torch.no_grad()
+def factorize(
+    module: nn.Module,
+    entry: PlanEntry,
+    moments: Moments,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    arriving: Arriving | None = None,
+    correction: float = 0.0,
+) -> tuple[CompressedLinear, LayerReport]:
+    """Factor the weight of a layer as its entry says.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer; it is not changed.
+    entry : PlanEntry
+        What to do.
+    moments : Moments
+        Statistics of the layer.
+    dtype : torch.dtype
+        Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
+    seed : int
+        Of every random choice.
+    arriving : Arriving, optional
+        To fit the layer to the inputs that compressed layers before it give. Not for the method ``"cur"``.
+    correction : float, default 0.0
+        See :meth:`Arriving.problem`.
+
+    Returns
+    -------
+    CompressedLinear
+        In the dtype and on the device of the layer.
+    LayerReport
+        What was lost.
+
+    Raises
+    ------
+    NumericalError
+        If the weight is NaN or infinite.
+    ValueError
+        If the statistics do not cover the layer.
+    """
+    start = time.perf_counter()
+    weight = finite_weight(module, entry.name)
+    _, bias, transposed = dense_weight(module, entry.name)
+    W = weight.to(dtype if entry.method == "cur" else torch.float64)
+    norm = x_norm(moments.statistics, entry.name).to(W)
+    if entry.method == "cur":
+        done = _columns_and_rows(W, entry, moments, seed)
+    else:
+        done = _under_moments(W, entry, moments, arriving, correction)
+    layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
+    layer.train(module.training)
+    layer.requires_grad_(next(module.parameters()).requires_grad)
+    left, right = done.factors.folded().factors
+    parts = list(done.factors) if isinstance(done.factors, CUR) else [left, right]
+    return layer, report_on(
+        _errors(W, left, right),
+        entry,
+        layer,
+        norm=norm,
+        certificate=as_json(done.certificate),
+        rounding=evaluation_rounding(*parts, u=unit_roundoff(W.dtype, W)),
+        rows=_indices(done.rows),
+        columns=_indices(done.columns),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _errors(W: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a few rows of a weight at a time, and what a product of two factors misses of them."""
+    rows = max(_IN_CACHE // W.shape[1], 1)
+    for some, factor in zip(W.split(rows), left.split(rows), strict=True):  # type: ignore[no-untyped-call]
+        yield some, torch.addmm(some, factor, right, alpha=-1)
+
+
+def report_on(
+    errors: Iterable[tuple[Tensor, Tensor]],
+    entry: PlanEntry,
+    layer: CompressedLinear,
+    *,
+    norm: Tensor,
+    certificate: dict[str, Any],
+    rounding: float,
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    seconds: float,
+) -> LayerReport:
+    """Say what was lost of a weight, from all its rows and what is missed of them, up to some rounding."""
+    of_weight, of_error = (sum(columns) for columns in zip(*map(_column_squares, errors), strict=True))
+    (missed, missed_weighted), (size, size_weighted) = _norms(of_error, norm), _norms(of_weight, norm)
+    bound = missed_weighted + rounding * float(norm.max())
+    return LayerReport(
+        name=entry.name,
+        shape=entry.shape,
+        rank=layer.rank,
+        layout=entry.layout,
+        parameters_before=entry.dense_parameters,
+        parameters_after=layer.stored,
+        inner_rank=layer.inner_rank,
+        certificate=certificate,
+        relative_error=_ratio(missed, size),
+        weighted_error=_ratio(missed_weighted, size_weighted),
+        weighted_bound=_ratio(bound, size_weighted),
+        rows=rows,
+        columns=columns,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds."""
+
+    factors: CUR | Interpolative
+    certificate: Certificate | None
+    rows: Any = ()
+    columns: Any = ()
+
+    def layer(self, layout: str, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool) -> CompressedLinear:
+        factors = self.factors
+        if isinstance(factors, CUR) and layout == "cur":
+            three = (factor.to(dtype) for factor in factors)
+            return CURLinear.from_factors(*three, bias=bias, transposed=transposed)
+        if isinstance(factors, Interpolative) and layout == "interpolative":
+            return interpolative_layer(factors, dtype=dtype, bias=bias, transposed=transposed)
+        left, right = (factor.to(dtype) for factor in factors.folded().factors)
+        layer: CompressedLinear = LAYOUTS[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
+        return layer
+
+
+def interpolative_layer(
+    factors: Interpolative, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool = False
+) -> InterpolativeLinear:
+    """Return the layer of some rows of a weight and the coefficients of the others."""
+    order = torch.argsort(torch.cat([factors.chosen, factors.others]))
+    kept, rest = factors.skeleton.to(dtype), factors.coefficients.to(dtype)
+    return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
+
+
+def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:
+    with warnings.catch_warnings():
+        # A weight of lower rank than planned is represented exactly; the report says at which rank.
+        warnings.simplefilter("ignore", RankWarning)
+        factors = deim_cur(
+            W,
+            rank=entry.rank,
+            importance=guide(W, entry, moments),
+            column_weights=link_weights(W, entry, moments),
+            subspace=entry.subspace,
+            bounds=entry.subspace == "exact",  # in large layers products are what takes time
+            rng=seed,
+        )
+    return _Done(factors, factors.certificate, factors.rows, factors.columns)
+
+
+def _under_moments(
+    W: Tensor, entry: PlanEntry, moments: Moments, arriving: Arriving | None, correction: float
+) -> _Done:
+    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    wanted = target = W
+    if arriving is not None:
+        G, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+        # The best weight of full rank: the nearest one of lower rank in the norm of H and M has the least error.
+        target = torch.linalg.solve(G, wanted, left=False)
+    if entry.method == "weighted":
+        factors = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
+    else:
+        factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
+        if arriving is not None:
+            kept = factors.skeleton
+            fitted = torch.linalg.solve(kept @ G @ kept.mT, wanted[factors.others] @ kept.mT, left=False)
+            factors = replace(factors, coefficients=fitted)
+    left, right = factors.factors
+    rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
+    certificate = plain_certificate(W, left @ right, rounding)
+    return _Done(factors, certificate, factors.chosen if entry.method == "rows" else ())
+
+
+def plain_certificate(W: Tensor, near: Tensor, rounding: float) -> Certificate:
+    """Certify in the plain norm, like that of the default method: the weighted error is what the plan predicts."""
+    error, scale = (float(torch.linalg.norm(X)) for X in (W - near, W))
+    dtype = str(W.dtype).removeprefix("torch.")
+    return Certificate("fro", error + rounding, "exact", 0.0, dtype, scale, rounding=rounding)
+
+
+def _column_squares(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of squares of each column of both, float64."""
+    weight, error = (X.square().sum(0, dtype=torch.float64) for X in rows)
+    return weight, error
+
+
+def _norms(squares: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Return the Frobenius norm of a matrix from the squares of its columns, and that with its columns weighted."""
+    return math.sqrt(float(squares.sum())), math.sqrt(float((squares * norm.double().square()).sum()))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _indices(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def as_json(certificate: Certificate | None) -> dict[str, Any]:
+    """Return the fields of a certificate as JSON types; what is not finite becomes null."""
+    if certificate is None:  # only for matrices that are never held, which a weight is not
+        return {}
+    data = {**asdict(certificate), "relative": certificate.relative}
+    return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,256 @@
+"""Giving up neurons between layers: what it costs, and what stands for the layers around them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur._driver.certify import evaluation_rounding
+from cur._lib.array import unit_roundoff
+from cur.integrations.factor.layer import as_json, interpolative_layer, plain_certificate, report_on
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.propagation import Arriving
+from cur.integrations.model.finite import finite_weight
+from cur.integrations.model.neurons import neuron_groups
+from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInputs, KeptOutputs, dense_weight
+from cur.integrations.plan.neuron_curves import double_weight, neuron_order
+from cur.integrations.plan.plan import PlanEntry, PlanError
+from cur.integrations.report.data import LayerReport
+from cur.weighted.inputs import fit, own_inputs
+from cur.weighted.truncation import weighted_svd
+
+__all__ = ["FittedBefore", "fit_before", "keep_neurons"]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBefore:
+    """A layer before neurons, fitted to what arrives while those behind are still to be made.
+
+    Attributes
+    ----------
+    full_width : nn.Module
+        Of all neurons. Rows that are known to be kept are already of the rank that they will have.
+    inner : InterpolativeLinear or None
+        These rows as a factored layer, if there is an inner rank.
+    places : Tensor or None
+        Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
+    seconds : float
+        That the fit took.
+    """
+
+    full_width: nn.Module
+    inner: InterpolativeLinear | None
+    places: Tensor | None
+    seconds: float
+
+
+@torch.no_grad()
+def fit_before(
+    model: nn.Module,
+    name: str,
+    entries: Mapping[str, PlanEntry],
+    moments: Moments,
+    arriving: Arriving,
+    *,
+    correction: float,
+    fitted: Mapping[str, FittedBefore],
+) -> FittedBefore:
+    """Fit a layer before neurons to what arrives.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it is not changed.
+    name : str
+        The layer.
+    entries : mapping
+        Of the plan, by name.
+    moments, arriving, correction
+        As for :func:`~cur.integrations.factor.layer.factorize`.
+    fitted : mapping
+        By name, what this function made of the layers beside it.
+    """
+    start = time.perf_counter()
+    entry, module = entries[name], model.get_submodule(name)
+    W = double_weight(model, name)
+    M, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+    solved = torch.linalg.solve(M, wanted, left=False)
+    full_width = copy.deepcopy(module)
+    weight, bias, _ = dense_weight(full_width, name)
+    weight.copy_(solved)
+    beside = [other.name for other in entries.values() if other.consumer == entry.consumer]
+    if all(entries[other].inner_rank is None for other in beside):
+        return FittedBefore(full_width, None, None, time.perf_counter() - start)
+    places = next((fitted[other].places for other in beside if other in fitted), None)
+    if places is None:
+        assert entry.consumer is not None
+        behind = entries[entry.consumer]
+        found = neuron_order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
+        places = found.kept(behind.rank)
+    if entry.inner_rank is None:
+        return FittedBefore(full_width, None, places, time.perf_counter() - start)
+    here = places.to(W.device)
+    H = moments.outputs(name, W, damping=entry.damping)[here][:, here] if entry.gradients else None
+    some = None if bias is None else bias[here]
+    inner = _factored(solved[here], entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
+    weight[here] = _product(inner).to(weight)
+    return FittedBefore(full_width, inner, places, time.perf_counter() - start)
+
+
+def _factored(X: Tensor, rank: int, H: Any, G: Any, *, dtype: torch.dtype, bias: Tensor | None) -> InterpolativeLinear:
+    near = weighted_svd(X, row_weights=H, column_weights=G).truncate(rank).interpolative()
+    return interpolative_layer(near, dtype=dtype, bias=bias)
+
+
+def _product(layer: InterpolativeLinear) -> Tensor:
+    """Return the weight of a factored layer, multiplied out in float64."""
+    left, right = layer.two_factors()
+    return left.double() @ right.double()
+
+
+@torch.no_grad()
+def keep_neurons(
+    model: nn.Module,
+    entry: PlanEntry,
+    before: Sequence[PlanEntry],
+    moments: Moments,
+    *,
+    arriving: Arriving | None = None,
+    correction: float = 0.0,
+    fitted: Mapping[str, FittedBefore] | None = None,
+) -> dict[str, tuple[CompressedLinear, LayerReport]]:
+    """Choose the neurons to keep, cut the layers before them, and fit the layer behind to what is left.
+
+    What is left is brought to its inner rank, where the plan has one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it is not changed.
+    entry : PlanEntry
+        Of the layer behind.
+    before : sequence of PlanEntry
+        Of the layers before.
+    moments, arriving, correction
+        As for :func:`~cur.integrations.factor.layer.factorize`, of the layer behind.
+    fitted : mapping, optional
+        By name, layers before that were fitted to what arrives; without, their own rows are kept.
+
+    Returns
+    -------
+    dict
+        By name, what stands for each layer and what was lost of its weight; the entries of the one behind are fitted.
+
+    Raises
+    ------
+    NumericalError
+        If a weight is NaN or infinite.
+    ValueError
+        If the statistics do not cover the layer behind.
+    PlanError
+        If the layers before are not all that give its neurons, or others.
+    """
+    start = time.perf_counter()
+    names = [part.name for part in before]
+    if set(neuron_groups(model, [entry.name, *names]).get(entry.name, ())) != set(names) or not names:
+        raise PlanError(
+            f"the plan gives up neurons between {', '.join(names) or 'no layer'} and {entry.name}, which are not the "
+            "layers around some; cut all of the layers that give them, or none"
+        )
+    fitted = fitted or {}
+    places, columns = _behind(model, entry, moments, arriving, correction, fitted)
+    kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=places.device)
+    kept[places] = True
+    done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
+    for part in (entry, *before):
+        module = model.get_submodule(part.name)
+        weight = finite_weight(module, part.name)
+        _, bias, transposed = dense_weight(module, part.name)
+        here, mask = places.to(weight.device), kept.to(weight.device)
+        layer: KeptInputs | KeptOutputs
+        if part is entry:
+            layer = KeptInputs.from_part(columns, mask, bias=bias, transposed=transposed)
+        else:
+            some = None if bias is None else bias[here]
+            rows = _before(model, part, here, moments, fitted.get(part.name))
+            layer = KeptOutputs.from_part(rows, mask, bias=some, transposed=transposed)
+        layer.train(module.training)
+        layer.requires_grad_(next(module.parameters()).requires_grad)
+        earlier = fitted[part.name].seconds if part.name in fitted else 0.0
+        own = isinstance(layer, KeptOutputs) and part.name not in fitted and part.inner_rank is None
+        wide, near, rounding = weight.to(torch.float64), layer.weight.to(torch.float64), 0.0
+        if layer.inner_rank is not None:
+            near = layer.spread(_product(layer.part))
+            factors = [factor.to(near) for factor in layer.part.two_factors()]
+            rounding = evaluation_rounding(*factors, u=unit_roundoff(near.dtype, near))
+        done[part.name] = (
+            layer,
+            report_on(
+                [(wide, wide - near)],
+                part,
+                layer,
+                norm=x_norm(moments.statistics, part.name).to(wide),
+                certificate=as_json(plain_certificate(wide, near, rounding)),
+                rounding=rounding,
+                rows=tuple(places.tolist()) if own else (),
+                columns=(),  # those of the layer behind are fitted, no longer the weight's own
+                seconds=time.perf_counter() - start + earlier,
+            ),
+        )
+        start = time.perf_counter()
+    return done
+
+
+def _behind(
+    model: nn.Module,
+    entry: PlanEntry,
+    moments: Moments,
+    arriving: Arriving | None,
+    correction: float,
+    fitted: Mapping[str, FittedBefore],
+) -> tuple[Tensor, Tensor | InterpolativeLinear]:
+    """Return the neurons to keep, and the columns of the layer behind that are fitted to them."""
+    W = double_weight(model, entry.name)
+    H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
+    if arriving is None:
+        found = own_inputs(W, row_weights=H, column_weights=G)
+        places, columns, M = found.kept(entry.rank), found.truncate(entry.rank), found.moment
+    else:
+        M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
+        known = [early.places for early in fitted.values() if early.places is not None]
+        if known:
+            places = known[0].to(W.device)
+        else:
+            # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
+            best = torch.linalg.solve(M, cross, left=False)
+            places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
+        columns = fit(cross, M, places)
+    weight, bias, _ = dense_weight(model.get_submodule(entry.name), entry.name)
+    if entry.inner_rank is None:
+        return places, columns.to(weight.dtype)
+    inputs = M[places][:, places]
+    return places, _factored(columns, entry.inner_rank, H, inputs, dtype=weight.dtype, bias=bias)
+
+
+def _before(
+    model: nn.Module, entry: PlanEntry, places: Tensor, moments: Moments, fitted: FittedBefore | None
+) -> Tensor | InterpolativeLinear:
+    """Return the rows of a layer before neurons that belong to those kept."""
+    if fitted is not None and fitted.inner is not None:
+        return fitted.inner
+    module = model.get_submodule(entry.name) if fitted is None else fitted.full_width
+    weight, bias, _ = dense_weight(module, entry.name)
+    if entry.inner_rank is None:
+        return weight.detach()[places]
+    W = weight.detach().to(torch.float64)
+    H, G = moments.weights(entry.name, W, gradients=False, damping=entry.damping)
+    if entry.gradients:
+        H = moments.outputs(entry.name, W, damping=entry.damping)[places][:, places]
+    some = None if bias is None else bias[places]
+    return _factored(W[places], entry.inner_rank, H, G, dtype=weight.dtype, bias=some)

@@ -1,0 +1,136 @@
+"""One layer in eight bits: its factors fitted to each other, and errors carried over from column to column."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cur._lib.errors import NumericalError
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.nn import CompressedLinear, Int8Linear, InterpolativeLinear, KeptNeurons, dense_weight
+
+__all__ = ["round_layer"]
+
+_LARGEST = 127
+# Columns at once whose errors are carried over by one product.
+_BLOCK = 128
+
+
+def round_layer(
+    name: str, layer: nn.Module, statistics: Statistics | None, damping: float
+) -> tuple[dict[str, Int8Linear], float]:
+    """Return the rounded factors of a layer, and by how much its outputs change.
+
+    See :func:`~cur.integrations.quantize.quantize_` for what is done, for the arguments and the errors.
+
+    Parameters
+    ----------
+    name : str
+        Of the layer, in the statistics and in errors.
+    layer : nn.Module
+        A compressed layer, ``nn.Linear`` or ``Conv1D``, unchanged.
+    statistics : Statistics or None
+        Of the inputs of the layer.
+    damping : float
+        Of every second moment.
+
+    Returns
+    -------
+    factors : dict of str to Int8Linear
+        By the name of the child that each stands for; ``W`` for a layer that is not compressed.
+    error : float
+        As in :class:`~cur.integrations.quantize.Quantization`.
+    """
+    factors: dict[str, tuple[Tensor, Tensor | None]] = {}
+    rows_are_outputs = False
+    if isinstance(layer, CompressedLinear):
+        for key, child in layer.named_modules():  # in the order in which they are applied
+            if isinstance(child, nn.Linear):
+                factors[key] = child.weight, child.bias
+        rows_are_outputs = isinstance(layer.part if isinstance(layer, KeptNeurons) else layer, InterpolativeLinear)
+    else:
+        weight, bias, _ = dense_weight(layer, name)
+        factors["W"] = weight, bias
+    G = None if statistics is None else _moment(name, next(iter(factors.values()))[0], statistics)
+    made: dict[str, Int8Linear] = {}
+    lost = total = 0.0
+    was = now = torch.empty(0)
+    for key, (weight, bias) in factors.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"the weight {name}.{key} holds NaN or infinity; the model cannot be rounded")
+        F = weight.double()
+        wanted = F @ was if made else F
+        L = None
+        if G is not None:
+            L = _root(name, now @ G @ now.T if made else G, damping)
+            if made and L is not None:
+                F = F + torch.cholesky_solve(now @ G @ (wanted - F @ now).T, L).T
+        factor = Int8Linear.from_integers(*_integers(F, L, weight.dtype), bias)
+        now = factor.weight.double() @ now if made else factor.weight.double()
+        was, made[key] = wanted, factor
+        if rows_are_outputs or len(made) == len(factors):
+            lost += _size(was - now, G)
+            total += _size(was, G)
+    return made, math.sqrt(lost / total) if total else 0.0
+
+
+def _moment(name: str, first: Tensor, statistics: Statistics) -> Tensor:
+    try:
+        G = statistics.second_moment(name).to(first.device, torch.float64)
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+    if len(G) != first.shape[1]:
+        raise ValueError(
+            f"`statistics` has {len(G)} inputs of {name}, which takes {first.shape[1]}: measure them on this model"
+        )
+    return G
+
+
+def _root(name: str, moment: Tensor, damping: float) -> Tensor | None:
+    """Return the lower Cholesky factor of a damped moment; None where no input ever came."""
+    if not bool(moment.any()):
+        return None
+    damped = moment.clone()
+    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
+    L: Tensor
+    L, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        raise NumericalError(
+            f"the second moment of what arrives at the factors of {name} is not positive definite with `damping` "
+            f"{damping}; raise it"
+        )
+    return L
+
+
+def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return integers and the steps of their rows, of a dtype, whose product is near a matrix.
+
+    Near under the weight ``L L^T`` of its columns: whatever one column cannot have falls to the columns before it.
+    Without a weight every entry goes to the nearest multiple.
+    """
+    scale = (F.abs().amax(1, keepdim=True) / _LARGEST).to(dtype)
+    step = torch.where(scale > 0, scale, 1).double()
+    multiples = F / step
+    if L is None:
+        return _nearest(multiples).to(torch.int8), scale
+    found = torch.empty_like(multiples)
+    missing = torch.zeros_like(multiples)
+    for stop in range(F.shape[1], 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        carried = missing[:, stop:] @ L[stop:, start:stop]
+        for j in range(stop - 1, start - 1, -1):
+            owed = carried[:, j - start] + missing[:, j + 1 : stop] @ L[j + 1 : stop, j]
+            found[:, j] = _nearest(multiples[:, j] + owed / L[j, j])
+            # as the layer forms it, rounded once more in half precision
+            missing[:, j] = multiples[:, j] - (found[:, j].to(dtype) * scale[:, 0]).double() / step[:, 0]
+    return found.to(torch.int8), scale
+
+
+def _nearest(multiples: Tensor) -> Tensor:
+    return multiples.round().clamp(-_LARGEST, _LARGEST)
+
+
+def _size(change: Tensor, G: Tensor | None) -> float:
+    return float(((change if G is None else change @ G) * change).sum().clamp(min=0))

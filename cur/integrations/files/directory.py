@@ -1,0 +1,141 @@
+"""Writing a directory so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cur._lib.atomic import umask
+
+__all__ = ["check_target", "is_full", "new_directory"]
+
+# A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Return the absolute path of a directory that may be written.
+
+    Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
+
+    Raises
+    ------
+    FileExistsError
+        If the path is a file, or a directory that is not empty and `overwrite` is False.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name a directory that does not exist yet")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"{target} exists and is not empty; name another directory, or overwrite it")
+    return target
+
+
+@contextmanager
+def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `directory` and rename it when the block ends.
+
+    If the block raises, KeyboardInterrupt included, the temporary directory is removed and whatever was at
+    `directory` before is untouched. With `overwrite`, the old directory goes only after the new one is
+    complete. What runs that were killed left of the same target is removed first.
+
+    Parameters
+    ----------
+    directory : path
+        What to create. Missing parents are made.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        As :func:`check_target`.
+    OSError
+        If the disk is full, in one sentence, whatever the writer inside made of it.
+    """
+    target = check_target(directory, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    scratch, lock = _locked(target)
+    try:
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():  # safetensors writes files that none but their owner may read
+                file.chmod(0o666 & ~umask())
+        _replace(scratch, target)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_full(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left to write {target}; nothing was left behind, free some and try again",
+            ) from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def _locked(target: Path) -> tuple[Path, int]:
+    """Make a directory beside the target, and take a lock on it that the system lets go of when the process ends."""
+    while True:
+        # Not tempfile.mkdtemp: its mode 0700 would stay with the directory after the rename.
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        scratch.mkdir()
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # another run took it for abandoned before it was locked
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what runs that were killed left of the same target; those of living processes are locked."""
+    for place in (*target.parent.glob(f".{glob.escape(target.name)}.*.partial"), *_replaced(target)):
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+        except OSError:
+            continue
+        finally:
+            os.close(lock)
+
+
+def _replaced(target: Path) -> list[Path]:
+    # Where the target is gone, a run was killed between two renames, and what was moved away is all there is.
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*.old")) if target.exists() else []
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+    target.rename(old)
+    try:
+        scratch.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Say whether an error means that there is no space left."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # safetensors reports an error of the operating system only as text, with the system's number at its end.
+    return type(error).__name__ == "SafetensorError" and any(f"os error {n}" in str(error) for n in _FULL)

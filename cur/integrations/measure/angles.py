@@ -1,0 +1,103 @@
+"""How far the blocks of a transformer turn the hidden state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cur.integrations.measure.inputs import first_false
+from cur.integrations.model.masks import Masks
+
+__all__ = ["HiddenAngles"]
+
+
+class HiddenAngles:
+    """Angles between the hidden states of the blocks of one stack, summed over samples.
+
+    At the last token of each sample that is not padding, which in a causal model is the one that has seen all others.
+    Where every token sees all others, the mean over the tokens of the sample.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], masks: Masks) -> None:
+        self.blocks = blocks
+        self.masks = masks
+        self.causal = _is_causal(blocks.values())
+        self.angles = torch.zeros(len(blocks) + 1, len(blocks) + 1, dtype=torch.float64)
+        self.mask: torch.Tensor | None = None
+        self.states: list[torch.Tensor] = []
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Watch the input of the first block and the outputs of all."""
+        first = next(iter(self.blocks.values()))
+        before = first.register_forward_pre_hook(self._before, with_kwargs=True)
+        return [before, *(block.register_forward_hook(self._after) for block in self.blocks.values())]
+
+    def start(self) -> None:
+        """Forget the states of the batch before."""
+        self.states.clear()
+
+    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        self.mask = self.masks.of(block, state)
+        self._keep(state)
+
+    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._keep(output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, state: torch.Tensor) -> None:
+        state = state.detach()
+        if self.causal:
+            rows = torch.arange(len(state), device=state.device)
+            if self.mask is None:
+                last = torch.full_like(rows, state.shape[1] - 1)
+            else:
+                mask = self.mask.to(state.device)
+                last = state.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
+            self.states.append(state[rows, last].to(torch.float64))
+        else:  # all tokens of all blocks would not fit onto a device
+            self.states.append(state.to("cpu", torch.float64))
+
+    def finish(self) -> str | None:
+        """Add the angles of one batch; name the first block whose output is not finite."""
+        names = list(self.blocks)
+        if len(self.states) != len(names) + 1:
+            raise ValueError(f"`layers` must be blocks that run once each and in order, got {', '.join(names[:3])} ...")
+        index = first_false([torch.isfinite(state).all() for state in self.states])
+        if index is not None:
+            return f"the input of {names[0]!r}" if index == 0 else f"the output of {names[index - 1]!r}"
+        if self.causal:
+            place = self.states[0].device
+            states = torch.stack([state.to(place) for state in self.states], dim=1)  # (batch, blocks + 1, width)
+            self.angles += _angular_distances(states).sum(0).to(self.angles)
+            return None
+        for sample, tokens in enumerate(torch.stack(self.states, dim=2)):  # (batch, length, blocks + 1, width)
+            mask = None if self.mask is None or self.mask.shape[1] != len(tokens) else self.mask[sample].cpu()
+            self.angles += _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
+        return None
+
+
+def _is_causal(blocks: Iterable[nn.Module]) -> bool:
+    """Say whether tokens see only those before them, as the attention of the blocks has it; yes where it is silent."""
+    said = {
+        bool(getattr(part, "is_causal", False) or getattr(part, "is_decoder", False))
+        for block in blocks
+        for part in block.modules()
+        if hasattr(part, "is_causal") or hasattr(part, "is_decoder")
+    }
+    return not said or True in said
+
+
+def _angular_distances(states: torch.Tensor) -> torch.Tensor:
+    """Pairwise angles over pi between vectors, shape (..., count, width) to (..., count, count).
+
+    By ``2 atan2(|u - v|, |u + v|)`` for unit vectors (Kahan), since arccos loses half of the digits where it
+    matters, at small angles.
+    """
+    unit = nn.functional.normalize(states, dim=-1, eps=math.ulp(0.0))
+    exact = "donot_use_mm_for_euclid_dist"
+    apart = torch.cdist(unit, unit, compute_mode=exact)
+    return 2 / math.pi * torch.atan2(apart, torch.cdist(unit, -unit, compute_mode=exact))

@@ -1,0 +1,151 @@
+"""Second moments of the gradients at module outputs: how much the loss feels each output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cur._lib.errors import NumericalError
+from cur.integrations.measure.generated_text import draw
+from cur.integrations.measure.inputs import add_gram_, mirror_
+from cur.integrations.model.finite import find_nonfinite
+from cur.integrations.model.masks import Masks, token_rows
+
+__all__ = ["OutputGradients"]
+
+
+_WITHOUT = "leave them out (`gradients=False`, --no-gradients)"
+
+
+class OutputGradients:
+    """Sums of ``g g^T`` over the gradients at the outputs of modules, gathered by hooks.
+
+    The loss is the negative log-likelihood, summed over the sample, of labels that the model draws itself.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer with input embeddings.
+    modules : mapping of str to nn.Module
+        What to measure, by name.
+    masks : Masks
+        Of the pass.
+    seed : int
+        For the labels.
+
+    Raises
+    ------
+    TypeError
+        If the model is an encoder-decoder, or has no input embeddings.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], masks: Masks, *, seed: int) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise TypeError(
+                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
+                f"encoder-decoder; {_WITHOUT}"
+            )
+        get = getattr(model, "get_input_embeddings", None)
+        embeddings = get() if callable(get) else None
+        if not isinstance(embeddings, nn.Module):
+            raise TypeError(
+                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
+            )
+        self.model = model
+        self.embeddings = embeddings
+        self.masks = masks
+        self.seed = seed
+        self.modules = {id(module): module for module in modules.values()}
+        self.names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            self.names.setdefault(id(module), []).append(name)
+        self.products: dict[int, torch.Tensor] = {}
+        self.counts: dict[int, int] = {}
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Start watching."""
+        hooks = [module.register_forward_hook(self._hook(key)) for key, module in self.modules.items()]
+        return [self.embeddings.register_forward_hook(_start_graph), *hooks]
+
+    @contextmanager
+    def flowing(self) -> Iterator[None]:
+        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def backward(self, output: Any, inputs: Mapping[str, Any], mask: torch.Tensor | None, *, first: int) -> None:
+        """Go back through the model from its output for a batch, whose first sample has the number `first`."""
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+            raise TypeError(
+                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
+            )
+        kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
+        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
+        scores = logits[kept.to(logits.device)].float()
+        loss = nn.functional.cross_entropy(scores, labels, reduction="sum")
+        if not bool(torch.isfinite(loss)):
+            raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        for key, product in self.products.items():
+            if not bool(torch.isfinite(product.diagonal()).all()):
+                raise NumericalError(f"the gradient at the output of {self.names[key][0]!r} is not finite")
+
+    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(module: nn.Module, _: Any, output: Any) -> None:
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
+            if output.requires_grad:
+                mask = self.masks.of(module, output)
+                output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
+
+        return watch
+
+    def _add(self, key: int, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
+        rows = token_rows(gradient.detach(), mask, f"the output of {self.names[key][0]!r}")
+        if key not in self.products:
+            n = rows.shape[1]
+            self.products[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+            self.counts[key] = 0
+        add_gram_(self.products[key], rows.to(torch.float64))
+        self.counts[key] += len(rows)
+
+    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Return the sums and how many gradients are in each, by name."""
+        silent = [names[0] for key, names in self.names.items() if key not in self.products]
+        if silent:
+            raise ValueError(f"no gradient reached {', '.join(silent[:5])}; leave out what the loss does not use")
+        products: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+        for key, names in self.names.items():
+            mirror_(self.products[key])
+            whole = self.products[key].cpu()
+            for name in names:
+                products[name], counts[name] = whole, self.counts[key]
+        return products, counts
+
+
+def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) -> torch.Tensor:
+    """Draw one label per real token from the softmax of its logits, by inversion of the distribution function."""
+    # NumPy's generators take a pair as seed (torch's keep 32 bits of theirs), and give the same on every device.
+    uniform = [
+        torch.from_numpy(np.random.default_rng((seed, first + index)).random(int(row.sum())))
+        for index, row in enumerate(kept)
+    ]
+    return draw(logits[kept.to(logits.device)], torch.cat(uniform).to(logits.device))

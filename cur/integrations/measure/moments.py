@@ -1,0 +1,111 @@
+"""Second moments of a layer's inputs and output gradients, as weights of the columns and rows of its matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cur import importance
+from cur.integrations.measure.statistics import Statistics
+
+__all__ = ["Moments", "x_norm"]
+
+
+def x_norm(statistics: Statistics, name: str) -> Tensor:
+    """Return the norm of each input feature of a layer; a ValueError says that the statistics do not cover it."""
+    try:
+        return statistics.x_norm(name)
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+
+
+class Moments:
+    """The weights that statistics give to layers.
+
+    A change ``dW`` of a layer's weight costs ``||H^(1/2) dW G^(1/2)||_F^2 / 2`` in loss per token, to second order and
+    with inputs and gradients taken as independent, where ``G`` and ``H`` are their second moments (Martens and Grosse,
+    arXiv 1503.05671).
+
+    Parameters
+    ----------
+    statistics : Statistics
+        With full second moments of inputs, and of output gradients where they are asked for.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        self._latest: tuple[tuple[int, float, torch.dtype, torch.device], importance.Weight] | None = None
+
+    def weights(self, name: str, W: Tensor, *, gradients: bool, damping: float) -> tuple[Any, Any]:
+        """Return the weights ``H`` of the rows and ``G`` of the columns of a layer's matrix.
+
+        The weight of the shorter side is factored, all that :func:`cur.weighted.truncation.weighted_svd` needs. Layers
+        in a row that share it, as the query, key and value projections share their input, share the work.
+
+        Parameters
+        ----------
+        name : str
+            Of the layer.
+        W : Tensor, shape (m, n)
+            Its matrix, whose dtype and device the weights get.
+        gradients : bool
+            Whether outputs are weighted; otherwise ``H`` is None, the identity.
+        damping : float
+            Multiple of the mean eigenvalue that is added to all eigenvalues of either moment.
+
+        Raises
+        ------
+        ValueError
+            If the statistics lack a moment of the layer.
+        """
+        try:
+            G = self.statistics.second_moment(name)
+            H = self.statistics.output_moment(name) if gradients else None
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+        m, n = W.shape
+        if m < n and H is not None:
+            return self._factored(H, self.statistics.output_products[name], W, damping), _damped(G.to(W), damping)
+        factored = self._factored(G, self.statistics.products[name], W, damping)
+        return None if H is None else _damped(H.to(W), damping), factored
+
+    def outputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
+        """Return the damped second moment of a layer's output gradients as a matrix to take rows and columns of.
+
+        Raises
+        ------
+        ValueError
+            If the statistics lack it.
+        """
+        try:
+            return _damped(self.statistics.output_moment(name).to(W), damping)
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+
+    def input_weight(self, name: str, W: Tensor) -> importance.Weight:
+        """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
+
+        Raises
+        ------
+        ValueError
+            If the statistics lack it.
+        """
+        try:
+            moment = self.statistics.second_moment(name)
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+        return self._factored(moment, self.statistics.products[name], W, 0.0)
+
+    def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> importance.Weight:
+        key = (id(shared), damping, W.dtype, W.device)
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, importance.matrix(moment.to(W), damping=damping)
+        return self._latest[1]
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    damped = moment.clone()
+    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
+    return damped

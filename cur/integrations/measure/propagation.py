@@ -1,0 +1,395 @@
+"""What arrives at the layers of a model while those before them get compressed, block after block."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cur.integrations.measure.inputs import add_gram_, mirror_
+from cur.integrations.model.hooks import call_groups, inputs_of
+from cur.integrations.model.masks import padding_mask, token_rows
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.running import body, evaluating, model_inputs, run
+from cur.integrations.model.targets import decoder_layers
+
+__all__ = ["Arriving", "in_order", "spread"]
+
+# Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
+# a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
+_RIDGE = 1e-2
+
+# Tokens per input feature of the widest layer that a fit takes: with 28 a model of 135 million parameters lost less
+# than with 20, and with 20 than with 10; the passes over text are what takes time.
+_TOKENS_PER_INPUT = 28
+
+# Layers of a block that may add to the residual stream: attention, another one, and the feed-forward network.
+_WRITERS = 3
+
+Make: TypeAlias = "Callable[[str, Arriving], Layer]"
+"""From the name of a layer and what arrives at it, to what will stand for it: of the same inputs and outputs."""
+
+Layer: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """Second moments of the inputs of a layer in the dense model, ``x``, and where layers before are compressed, ``z``.
+
+    Attributes
+    ----------
+    student, cross : Tensor, shape (n, n)
+        ``E[z z^T]`` and ``E[x z^T]``, float64.
+    missing : Tensor, shape (m, n), or None
+        ``E[e z^T]``, if the layer's output is added to a residual stream: ``e`` is the stream of the dense model at
+        this place less that of the compressed one.
+    """
+
+    student: Tensor
+    cross: Tensor
+    missing: Tensor | None = None
+
+    def problem(self, W: Tensor, *, correction: float, damping: float) -> tuple[Tensor, Tensor]:
+        r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
+
+        The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` what the residual stream
+        misses, if there is one: 0 is what the dense layer makes of what arrives, 1 what leads to the output of the
+        dense model. All of it would shrink layers wherever their input is uncertain, as every regression on noisy
+        inputs does. The squared error of a weight ``V`` is, up to a constant, ``tr(V M V^T - 2 V B^T)``.
+
+        Parameters
+        ----------
+        W : Tensor, shape (m, n)
+            The dense weight, to which the ridge draws.
+        correction : float
+            ``s``.
+        damping : float
+            Multiple of the mean eigenvalue of the moment in the ridge.
+
+        Returns
+        -------
+        M : Tensor, shape (n, n)
+        B : Tensor, shape (m, n)
+
+        References
+        ----------
+        MPIFA (arXiv 2501.19090) mixes the wanted outputs so, without a weight of the outputs and without the stream.
+        """
+        M, cross = self.student.to(W), self.cross.to(W)
+        squares = M.diagonal()
+        ridge = damping * float(squares.mean()) + _RIDGE * float(squares.median())
+        eye = ridge * torch.eye(len(M), dtype=M.dtype, device=M.device)
+        B = W @ (correction * cross + (1.0 - correction) * M + eye)
+        if self.missing is not None:
+            B = B + correction * self.missing.to(W)
+        return M + eye, B
+
+
+def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, Any]]:
+    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all."""
+    tokens = [next(iter(batch.values())).shape[:2].numel() for batch in given]
+    count = min(len(given), -(-_TOKENS_PER_INPUT * width * len(given) // max(sum(tokens), 1)))
+    return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
+
+
+@dataclass
+class _Call:
+    """What a block is called with besides the hidden state."""
+
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.rest, **self.options)
+        state: Tensor = output[0] if isinstance(output, tuple) else output
+        return state
+
+
+def in_order(
+    model: nn.Module,
+    given: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    make: Make,
+    *,
+    precision: str = "auto",
+) -> None:
+    """Go through the blocks of a model and make each layer from what arrives at it; the model is not changed.
+
+    Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
+    value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
+    once with every token (experts), are left out.
+
+    With each batch every block runs once as it is in the dense model and once more, halting before each of these layers
+    until it is made. Meanwhile other batches take their way through it: between its layers a block must keep nothing
+    but local variables.
+
+    Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and for all
+    batches what the block holds where it halts: query, key and value, and the probabilities of attention if these are
+    computed as such.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer with one stack of blocks.
+    given : sequence of mapping
+        Batches of text.
+    names : sequence of str
+        Layers to make.
+    make : callable
+        See :data:`Make`. Its own products are not those of the passes.
+    precision : str, default "auto"
+        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
+        :class:`~cur.integrations.model.precision.Precision`.
+
+    Raises
+    ------
+    RuntimeError
+        If a block does not call its layers in the same order in every batch.
+    """
+    blocks = decoder_layers(model)
+    masks = [padding_mask(model_inputs(model, batch)) for batch in given]
+    passes = Precision.of(model, precision)
+    with evaluating(model), passes.products():
+        theirs, calls = _entrances(model, [block for _, block in blocks], given)
+        ours, changed = theirs, False
+        for index, (prefix, block) in enumerate(blocks):
+            inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
+            at = [call[index] for call in calls]
+            groups = _groups(block, at[0], theirs[0], inside)
+            added = _added(block, at[0], theirs[0]) if groups else []
+            streams = [_Stream(hidden) for hidden in theirs]
+            after, seen = [], []
+            for call, hidden, stream in zip(at, theirs, streams, strict=True):
+                with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
+                    after.append(call(block, hidden))
+                seen.append(inputs)
+            student = copy.deepcopy(block) if groups else block
+            with _halting(student, groups, added) as stands:
+                courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
+                for group in groups:
+                    first = group[0]
+                    lacking = streams if group == [first] and first in added else None
+                    if not all(first in inputs for inputs in seen):
+                        raise _out_of_turn(first)
+                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes)
+                    with passes.exact():
+                        for name in group:
+                            stands[name] = make(f"{prefix}.{name}", arriving)
+                changed = changed or bool(groups)
+                ours = [course.to_the_end() for course in courses] if changed else after
+            theirs = after
+
+
+def _entrances(
+    model: nn.Module, blocks: Sequence[nn.Module], given: Sequence[Mapping[str, Any]]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """Return the hidden states that enter the first block, and for each batch what every block is called with."""
+    hidden: list[Tensor] = []
+    calls: list[list[_Call]] = []
+    as_tuple = False
+
+    def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        options = dict(options)
+        state = args[0] if args else options.pop("hidden_states")
+        if not calls[-1]:
+            hidden.append(state)
+        calls[-1].append(_Call(args[1:], options))
+
+    def passed_on(*args: Any, **options: Any) -> Any:
+        state = args[0] if args else options["hidden_states"]
+        return (state,) if as_tuple else state
+
+    inner = body(model)
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    stubs: list[Any] = list(blocks)
+    before = [vars(stub).get("forward") for stub in stubs]
+    try:
+        for batch in given:
+            calls.append([])
+            if len(calls) == 1:
+                run(inner, model_inputs(inner, batch))
+                call = calls[0][0]
+                as_tuple = isinstance(stubs[0](hidden[0], *call.rest, **call.options), tuple)
+                calls[0].pop()
+                for stub in stubs:
+                    stub.forward = passed_on  # the blocks are called, and compute nothing
+            else:
+                run(inner, model_inputs(inner, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stub, forward in zip(stubs, before, strict=True):
+            stub.__dict__.pop("forward", None)
+            if forward is not None:  # a hook of accelerate
+                stub.forward = forward
+    return hidden, calls
+
+
+def _groups(block: nn.Module, call: _Call, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
+    """Return the layers in the order of their calls, those called with one tensor together."""
+    tokens = hidden.numel() // hidden.shape[-1]
+    with inputs_of(block, names) as seen:
+        groups = call_groups(block, names, lambda: call(block, hidden))
+    calls = Counter(itertools.chain(*groups))
+    whole = [name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens]
+    return groups if len(whole) == len(names) else call_groups(block, whole, lambda: call(block, hidden))
+
+
+class _Course(greenlet):
+    """The way of one batch through a block."""
+
+    def __init__(self, call: _Call, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__(functools.partial(call, block, hidden))
+        self.stream = hidden
+        """What has been added up so far of the input of the block and of what its layers add to it."""
+
+    def to_layer(self, name: str) -> Tensor:
+        """Go on to a layer; returns its input."""
+        found = self.switch()
+        if self.dead or found[0] != name:
+            raise _out_of_turn(name)
+        x: Tensor = found[1]
+        return x
+
+    def to_the_end(self) -> Tensor:
+        """Go on to the end; returns the output of the block."""
+        state: Any = self.switch()
+        if not self.dead:
+            raise RuntimeError(f"{state[0]} is called more often in one of the batches than in the first; exclude it")
+        return cast(Tensor, state)
+
+
+def _out_of_turn(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} is not called in its turn in one of the batches, as in the first; exclude the layers of this block "
+        "that are called in another order, or not at all, from case to case"
+    )
+
+
+@contextmanager
+def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
+    """Let courses through a block halt before the first layer of each group, and call what is put in for layers."""
+    firsts, stands = [group[0] for group in groups], dict[str, Layer]()
+
+    def instead(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(*args: Any, **options: Any) -> Tensor:
+            course: Any = getcurrent()
+            if name in firsts:
+                course.parent.switch((name, args[0]))
+            output = stands[name](*args) if name in stands else forward(*args, **options)
+            if name in added:
+                course.stream = course.stream + output.reshape(course.stream.shape)  # some blocks flatten tokens
+            return output
+
+        return called
+
+    layers: list[Any] = []
+    for name in dict.fromkeys([*itertools.chain(*groups), *added]):
+        layers.append(block.get_submodule(name))
+        layers[-1].forward = instead(name, layers[-1].forward)
+    try:
+        yield stands
+    finally:
+        for layer in layers:  # which would otherwise go on referring to themselves
+            del layer.forward
+
+
+def _moments(
+    name: str,
+    courses: Sequence[_Course],
+    dense: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    streams: Sequence[_Stream] | None,
+    passes: Precision,
+) -> Arriving:
+    """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
+
+    And with what the residual stream misses there, if its states in the dense model are given.
+    """
+    n, width = dense[0].shape[-1], courses[0].stream.shape[-1]
+    place: dict[str, Any] = {"dtype": torch.float64, "device": dense[0].device}
+    student, cross = torch.zeros(n, n, **place), torch.zeros(n, n, **place)
+    missing = None if streams is None else torch.zeros(width, n, **place)
+    tokens = 0
+    for number, (course, x, mask) in enumerate(zip(courses, dense, masks, strict=True)):
+        z, x = (token_rows(rows, mask, name).float() for rows in (course.to_layer(name), x))
+        # Products in single precision, for speed; their rounding lies far below the ridge.
+        with passes.exact():
+            if streams is not None and missing is not None:
+                e = streams[number].before[name] - course.stream
+                missing += token_rows(e, mask, name).float().T @ z
+            add_gram_(student, z)
+            cross += x.T @ z
+        tokens += len(z)
+    mirror_(student)
+    return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)
+
+
+class _Stream:
+    """What has been added up of a block's input and the outputs of some of its layers, while the block runs."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.state = hidden
+        self.before: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self, block: nn.Module, names: Sequence[str]) -> Iterator[None]:
+        """Keep what there is before each of the named layers adds to it."""
+
+        def add(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def after(_: nn.Module, __: Any, output: Tensor) -> None:
+                self.before[name] = self.state
+                self.state = self.state + output.reshape(self.state.shape)  # some blocks flatten tokens
+
+            return after
+
+        handles = [block.get_submodule(name).register_forward_hook(add(name)) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _added(block: nn.Module, call: _Call, hidden: Tensor) -> list[str]:
+    """Return the layers whose outputs are added to the input of the block, and make up its output so; none if unknown.
+
+    Found by trying: which of those of the right shape sum up to it.
+    """
+    outputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: outputs.setdefault(name, []).append(output)
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    try:
+        after = call(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    fitting = {
+        name: seen[0].reshape(hidden.shape)
+        for name, seen in outputs.items()
+        if len(seen) == 1 and seen[0].numel() == hidden.numel() and seen[0].shape[-1] == hidden.shape[-1]
+    }
+    scale = float((after - hidden).abs().max())
+    for count in range(1, min(len(fitting), _WRITERS) + 1):
+        for some in itertools.combinations(fitting, count):
+            total = sum((fitting[name] for name in some), start=hidden)
+            if float((total - after).abs().max()) <= 1e-3 * scale:
+                return list(some)
+    return []

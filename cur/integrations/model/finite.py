@@ -1,0 +1,67 @@
+"""Numbers that are not finite: whether there are some, and where the first of them comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cur._lib.errors import NumericalError
+from cur.integrations.model.running import run
+from cur.integrations.nn import dense_weight
+
+__all__ = ["all_finite", "check_finite_weights", "find_nonfinite", "finite_weight"]
+
+
+def all_finite(x: torch.Tensor) -> torch.Tensor:
+    """Return whether no entry is NaN or infinite, as a scalar on the device; one pass, and no array of answers."""
+    # `torch.isfinite` makes three arrays of the size of x: 20 times slower on a CPU.
+    return torch.isfinite(torch.stack(torch.aminmax(x))).all() if x.numel() else torch.tensor(True, device=x.device)
+
+
+def check_finite_weights(model: nn.Module, names: Mapping[str, nn.Module] | None = None) -> str | None:
+    """Return the name of the first parameter that holds NaN or infinity, None if all are finite."""
+    modules = {"": model} if names is None else names
+    for name, module in modules.items():
+        for inner, parameter in module.named_parameters():
+            held = parameter.is_floating_point() and not parameter.is_meta
+            if held and not bool(all_finite(parameter)):
+                return f"{name}.{inner}" if name else inner
+    return None
+
+
+def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Say where NaN or infinity first appears, by one more forward pass of `module`, a part of `model`."""
+    weight = check_finite_weights(model)
+    if weight is not None:
+        return f"the weight {weight!r} holds NaN or infinity"
+    culprit: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(_: nn.Module, __: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if not culprit and isinstance(first, torch.Tensor) and not bool(all_finite(first)):
+                culprit.append(name)
+
+        return watch
+
+    leaves = ((name, part) for name, part in model.named_modules() if next(part.children(), None) is None)
+    handles = [part.register_forward_hook(hook(name)) for name, part in leaves]
+    try:
+        run(module, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if culprit:
+        return f"the output of {culprit[0]!r} is the first to overflow or lose its value"
+    return "no single module is the source"
+
+
+def finite_weight(module: nn.Module, name: str) -> Tensor:
+    """Return the weight of a dense layer (out x in, a view), if it is finite; a NumericalError names it otherwise."""
+    weight = dense_weight(module, name)[0].detach()
+    if not bool(all_finite(weight)):
+        raise NumericalError(f"the weight of {name} holds NaN or infinity; it cannot be factorized")
+    return weight

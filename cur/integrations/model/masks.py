@@ -1,0 +1,105 @@
+"""Which positions of a batch count: padding, and what a module is called with in an encoder-decoder or an expert."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cur.integrations.model.experts import LinearExperts
+from cur.integrations.model.running import is_encoder_decoder
+
+__all__ = ["Masks", "decoder_mask", "padding_mask", "token_rows"]
+
+
+def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
+    """Return the padding mask as booleans, None where every position counts."""
+    mask = inputs.get(key)
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ValueError(f"`{key}` must have shape (batch, length), got {tuple(mask.shape)}")
+    kept: torch.Tensor = mask.bool()
+    empty = ~kept.any(dim=1)
+    if bool(empty.any()):
+        raise ValueError(f"sample {int(empty.nonzero()[0])} of a batch is all padding; leave it out")
+    return None if bool(kept.all()) else kept
+
+
+def decoder_mask(batch: Mapping[str, Any] | torch.Tensor) -> torch.Tensor | None:
+    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100."""
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("labels")
+    if "decoder_attention_mask" in batch or not isinstance(labels, torch.Tensor):
+        return padding_mask(batch, "decoder_attention_mask")
+    return padding_mask({"labels": labels != -100}, "labels") if labels.ndim == 2 else None
+
+
+class Masks:
+    """Which positions count in what a module is called with.
+
+    In an encoder-decoder the modules of the decoder see its own positions, except where they are called with what the
+    encoder returned. An expert sees the tokens that are routed to it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Whose parts are asked about.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of_inputs: torch.Tensor | None = None
+        self.of_decoder: torch.Tensor | None = None
+        self._inside: set[int] = set()
+        self._encoder: nn.Module | None = None
+        self._encoded: weakref.ref[torch.Tensor] | None = None
+        self._experts = {
+            id(part): experts
+            for experts in model.modules()
+            if isinstance(experts, LinearExperts)
+            for part in experts.modules()
+        }
+        if is_encoder_decoder(model):
+            known: Any = model
+            self._inside = {id(part) for part in known.get_decoder().modules()}
+            self._encoder = known.get_encoder()
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Watch what the encoder returns."""
+        return [] if self._encoder is None else [self._encoder.register_forward_hook(self._after)]
+
+    def start(self, inputs: Mapping[str, Any], batch: Mapping[str, Any] | torch.Tensor) -> None:
+        """Take the masks of one batch."""
+        self.of_inputs = padding_mask(inputs)
+        self.of_decoder = decoder_mask(batch)
+
+    def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask of `x`, with which `module` is called, or that it returns."""
+        encoded = self._encoded is not None and self._encoded() is x
+        mask = self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
+        experts = self._experts.get(id(module))
+        if mask is None or experts is None or experts.routed is None:
+            return mask
+        count, token = experts.routed
+        return mask.reshape(-1).to(token.device)[token] if count == mask.numel() else mask
+
+    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._encoded = weakref.ref(output[0])
+
+
+def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return flat
+    if x.shape[:-1] == mask.shape or len(flat) == mask.numel():
+        return flat[mask.reshape(-1).to(x.device)]
+    raise ValueError(
+        f"{name} has shape {tuple(x.shape)}, which has not one row per token of a batch of "
+        "shape "
+        f"{tuple(mask.shape)}, so padding cannot be told apart; calibrate with unpadded text"
+    )

@@ -1,0 +1,323 @@
+"""Opening a checkpoint: the class that it names, in the dtype it is stored in, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import (
+    _BaseAutoModelClass,
+    add_generation_mixin_to_remote_model,
+)
+from transformers.utils import logging
+
+from cur.integrations.files.hashes import check_hashes
+from cur.integrations.files.header import ShardError
+from cur.integrations.files.shards import Shards
+from cur.integrations.model.adapters import refuse_adapter_directory
+from cur.integrations.model.stored_tensors import names_in_model
+
+__all__ = ["Opened", "auto_class", "model_class", "open_checkpoint", "quiet", "stored_dtype"]
+
+_AUTO = "AutoModel"
+# What a class is best called by where several Auto classes lead to it.
+_FIRST = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+_LAST = ("AutoModel", "AutoModelForPreTraining", "AutoModelForTextEncoding", "AutoModelForMultimodalLM", "AutoBackbone")
+
+# Buffers that older versions of transformers stored, and that every model computes itself.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|attn\.masked_bias)$")
+
+_NAMED = 5
+
+_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
+
+
+class Opened(NamedTuple):
+    """A model in evaluation mode, its tokenizer, and the names of stored tensors that are no part of it."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    unread: tuple[str, ...]
+
+
+def open_checkpoint(
+    place: Path | str,
+    source: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    gguf: str | None = None,
+    hollow: bool = False,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """Load the model that a checkpoint holds, as the class that its ``config.json`` names.
+
+    Parameters
+    ----------
+    place : Path or str
+        A directory in the format of transformers, or a hub id.
+    source : str
+        How errors, the model and the tokenizer call it.
+    dtype : torch.dtype or "auto", default "auto"
+        Of the weights in memory; "auto" is that in which they are stored, float32 of a GGUF file.
+    device_map : optional
+        Passed on to ``from_pretrained``.
+    gguf : str, optional
+        Name of a GGUF file in the directory.
+    hollow : bool, default False
+        Whether transformers is given names, shapes and dtypes of the stored tensors alone, so that the model is on the
+        meta device; given the files, it would map all of them into the address space at once.
+    trust_remote_code : bool, default False
+        Whether code that the checkpoint brings is run.
+
+    Returns
+    -------
+    Opened
+
+    Raises
+    ------
+    ValueError
+        If it is an adapter, names no class that can be loaded, lacks weights of that class or stores them in other
+        shapes, or cannot be read.
+    """
+    refuse_adapter_directory(place, source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _loading(source):
+        stored = None
+        if gguf is None and Path(place).is_dir():
+            check_hashes(place)
+            stored = _Stored(place)
+        if gguf is not None:
+            options["gguf_file"] = gguf
+            dtype = torch.float32 if dtype == "auto" else dtype
+            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+            kind: Any = AutoModelForCausalLM
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+            config = AutoConfig.from_pretrained(str(place), **options)
+            kind, config = model_class(config, place, trust_remote_code=trust_remote_code)
+            options["config"] = config
+            if dtype == "auto" and stored is not None:
+                dtype = stored.dtype()
+        if hollow and stored is not None:
+            model = _hollow(kind, place, stored, dtype, **options)
+            info: Mapping[str, Collection[Any]] = {}
+        else:
+            # Mismatched weights are refused here, by name; transformers shows them in a table that commands silence.
+            model, info = kind.from_pretrained(
+                str(place),
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    _check(info, source, type(model).__name__)
+    unread = () if gguf is not None else _unread(model, info, stored)
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
+    return Opened(model.eval(), tokenizer, unread)
+
+
+def model_class(config: Any, place: Path | str, *, trust_remote_code: bool = False) -> tuple[type[Any], Any]:
+    """Return the class that the ``architectures`` of a configuration name, and the configuration it takes.
+
+    Raises
+    ------
+    ValueError
+        If there is no such class in transformers, and none in the code that the checkpoint brings.
+    """
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`architectures` in config.json must be a list of names of classes, got {names!r}")
+    own = {key: value for key, value in (getattr(config, "auto_map", None) or {}).items() if key.startswith(_AUTO)}
+    if own and trust_remote_code:
+        return _own_class(own, names, config, place), config
+    known = list(_known(config))
+    kind = next((kind for name in names for _, kind in known if kind.__name__ == name), None)
+    if kind is None and names:
+        found = getattr(transformers, names[0], None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and _takes(found, config):
+            kind = found
+    if kind is None and not names:
+        kind = next((kind for auto, kind in known if auto == "AutoModelForCausalLM"), None)
+    if kind is None:
+        said = f"names the class {', '.join(names)}" if names else "names no class (`architectures`)"
+        hint = (
+            "; its own code is run with `trust_remote_code=True` (--trust-remote-code)"
+            if own
+            else "; name the class that its weights are of"
+        )
+        raise ValueError(
+            f"its config.json {said}, and transformers has none of that name for a model of type "
+            f"{getattr(config, 'model_type', '')!r}{hint}"
+        )
+    text = config.get_text_config()
+    return kind, text if not isinstance(config, _config_of(kind)) and isinstance(text, _config_of(kind)) else config
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """Return the name of the class in transformers that loads models such as this."""
+    kind = type(model)
+    if own := getattr(kind, "_auto_class", None):
+        return str(own)
+    names = [auto for auto, found in _known(model.config) if found is kind]
+    order = {name: place for place, name in enumerate(_FIRST)} | {name: 200 + i for i, name in enumerate(_LAST)}
+    return min(names, key=lambda name: order.get(name, 100), default=kind.__name__)
+
+
+def stored_dtype(directory: Path | str) -> torch.dtype:
+    """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say."""
+    found = _Stored(directory).dtype()
+    if isinstance(found, torch.dtype):
+        return found
+    said = getattr(AutoConfig.from_pretrained(str(directory)), "dtype", None)
+    return said if isinstance(said, torch.dtype) else torch.float32
+
+
+class _Stored:
+    """Headers of the safetensors files of a directory; nothing of one that has none, or damaged ones."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.tensors: Mapping[str, Any] = {}
+        with suppress(ShardError):  # what is wrong with them is said by whoever reads them
+            self.tensors = Shards(directory).tensors
+
+    def dtype(self) -> torch.dtype | str:
+        """Return the dtype of most numbers, "auto" where that is none to compute in."""
+        counts: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+        plain = {dtype: count for dtype, count in counts.items() if dtype.is_floating_point}
+        most = max(plain, key=plain.__getitem__, default=None)
+        return "auto" if most is None or most.itemsize < 2 else most
+
+
+def _hollow(kind: Any, place: Path | str, stored: _Stored, dtype: torch.dtype | str, **options: Any) -> Any:
+    empty = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.tensors.items()
+    }
+    try:
+        generation = GenerationConfig.from_pretrained(str(place))
+    except OSError:  # not every checkpoint has one
+        generation = None
+    if dtype == "auto":
+        dtype = getattr(options["config"], "dtype", None) or torch.float32
+    return kind.from_pretrained(
+        None, state_dict=empty, device_map="meta", dtype=dtype, generation_config=generation, **options
+    )
+
+
+def _own_class(own: Mapping[str, str], names: list[str], config: Any, place: Path | str) -> type[Any]:
+    """Return a class from the checkpoint's own code, registered so that saving brings the code along."""
+    ends = tuple(f".{name}" for name in names)
+    order = [key for key, reference in own.items() if reference.endswith(ends)] if ends else []
+    auto = (order or sorted(own, key=lambda key: key != "AutoModelForCausalLM"))[0]
+    kind: Any = get_class_from_dynamic_module(own[auto], str(place))
+    kind.register_for_auto_class(auto_class=auto)
+    found: type[Any] = add_generation_mixin_to_remote_model(kind)
+    return found
+
+
+def _known(config: Any) -> Iterator[tuple[str, type[Any]]]:
+    """Yield the classes that transformers has for a configuration, with the Auto classes that lead to them."""
+    for name, auto in vars(modeling_auto).items():
+        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
+            continue
+        mapping: Any = auto._model_mapping
+        if mapping is not None and type(config) in mapping:
+            kinds = mapping[type(config)]
+            yield from ((name, kind) for kind in (kinds if isinstance(kinds, list | tuple) else [kinds]))
+
+
+def _config_of(kind: type[Any]) -> type[Any]:
+    found: type[Any] = getattr(kind, "config_class", None) or object
+    return found
+
+
+def _takes(kind: type[Any], config: Any) -> bool:
+    return isinstance(config, _config_of(kind)) or isinstance(config.get_text_config(), _config_of(kind))
+
+
+def _check(info: Mapping[str, Collection[Any]], source: str, kind: str) -> None:
+    """Refuse weights that would be random numbers: transformers fills them in and goes on."""
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ValueError(
+            f"`model` {source!r} lacks weights of a {kind}, which would be random numbers: {_list(missing)}; it is "
+            f"incomplete, names its tensors otherwise{_instead(info)}, or its config.json names another class"
+        )
+    if mismatched := sorted(info.get("mismatched_keys", ())):
+        name, stored, expected = mismatched[0]
+        more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+        raise ValueError(
+            f"`model` {source!r} stores {name} with shape {tuple(stored)}, its config.json asks for {tuple(expected)}"
+            f"{more}; configuration and weights do not belong together"
+        )
+
+
+def _instead(info: Mapping[str, Collection[Any]]) -> str:
+    found = sorted(info.get("unexpected_keys", ()))
+    return f" ({found[0]}, for instance)" if found else ""
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _unread(model: Any, info: Mapping[str, Collection[Any]], stored: _Stored | None) -> tuple[str, ...]:
+    """Name the stored tensors that are no part of the model.
+
+    transformers keeps some of them out of its own report, by patterns of the class.
+    """
+    found = set(info.get("unexpected_keys", ()))
+    if stored is not None:
+        known = model.state_dict()
+        targets = {name for name, (target, _) in names_in_model(model, stored.tensors).items() if target in known}
+        empty = {name for name, tensor in stored.tensors.items() if tuple(tensor.shape) == (0,)}
+        found |= stored.tensors.keys() - targets - empty
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = f"{model.base_model_prefix}."
+    computed = buffers | {name.removeprefix(prefix) for name in buffers}
+    return tuple(sorted(name for name in found if name not in computed and not _COMPUTED.search(name)))
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn whatever loading raises into one sentence, and keep what foreign code prints off standard output."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except _ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and "--trust-remote-code" not in reason:
+            reason += " (on the command line --trust-remote-code)"
+        raise ValueError(f"`model` {source!r} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    captured = StringIO()
+    try:
+        # The bar of GGUF files is a plain tqdm that no setting turns off.
+        with redirect_stderr(captured):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        for line in re.split(r"[\r\n]+", captured.getvalue()):
+            if line.strip() and re.search(r"\d+%\|.*\|", line) is None:
+                print(line, file=sys.stderr)

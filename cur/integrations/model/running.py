@@ -1,0 +1,156 @@
+"""Running a model for measurement: without its head, inputs in place and watched, a culprit named on failure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cur.integrations.model.precision import Precision
+
+__all__ = ["Progress", "body", "checkpointing", "evaluating", "find_modules", "model_inputs", "run", "total_samples"]
+
+Progress: TypeAlias = Callable[[int, "int | None"], object]
+"""Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None where unknown."""
+
+
+def body(model: nn.Module) -> nn.Module:
+    """Return the model without its output head, or the model itself where that cannot be told apart."""
+    inner = getattr(model, "base_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradients off, and put every module back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        # Not `train(True)`, which would also wake modules that were frozen in evaluation mode.
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator[None]:
+    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision."""
+
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            # Blocks are run in evaluation mode: there is no random state to restore.
+            return checkpoint(
+                forward,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), precision.products()),
+                **kwargs,
+            )
+
+        return again
+
+    wrappers: list[Any] = list(blocks)
+    for block in wrappers:
+        block.forward = wrapped(block.forward)
+    try:
+        yield
+    finally:
+        for block in wrappers:
+            del block.forward
+
+
+def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> dict[str, Any]:
+    """Turn a batch into keyword arguments of ``module.forward``, on the device of its first parameter.
+
+    A bare tensor is taken as ``input_ids``. Labels are left out, the key-value cache is switched off, and a
+    batch padded on the left gets position ids that count real tokens only, where the module takes them: many
+    models would otherwise count the padding as well, and the result would depend on it.
+    """
+    if isinstance(batch, torch.Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a mapping of tensors or one tensor of token ids, got {type(batch).__name__}")
+    # Of a model that is in memory block by block, most parameters are on no device.
+    place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    inputs = {
+        key: value.to(place) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+        if key != "labels"
+    }
+    accepted = inspect.signature(module.forward).parameters
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if is_encoder_decoder(module) and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+        labels = batch.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"a batch for the encoder-decoder {type(module).__name__} must have `decoder_input_ids` or `labels`, "
+                f"got {', '.join(batch)}"
+            )
+        inputs["decoder_input_ids"] = _shifted(labels.to(place), module)
+    mask = inputs.get("attention_mask")
+    # RoBERTa and its kin number positions from an offset of their own, and pass over padding by themselves.
+    numbers_itself = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
+    if "position_ids" in accepted and "position_ids" not in inputs and not numbers_itself and _left_padded(mask):
+        inputs["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_(min=0)
+    return inputs
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Say whether a model reads with one stack of blocks and writes with another."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def _shifted(labels: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Return what a decoder reads when it is to say `labels`: the start token, and each label but the last."""
+    config: Any = module.config
+    start, padding = config.decoder_start_token_id, config.pad_token_id
+    ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return ids.masked_fill(ids == -100, start if padding is None else padding)
+
+
+def _left_padded(mask: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
+
+
+def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Call the module; an input it does not take is reported as such."""
+    try:
+        return module(**inputs)
+    except TypeError as error:
+        accepted = list(inspect.signature(module.forward).parameters)
+        unknown = [key for key in inputs if key not in accepted]
+        if unknown and "unexpected keyword" in str(error):
+            raise TypeError(
+                f"{type(module).__name__} does not take {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
+            ) from error
+        raise
+
+
+def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, nn.Module]:
+    """Look up modules by full name; all names of a shared module are known."""
+    if isinstance(names, str):
+        raise TypeError(f"`{parameter}` must be a sequence of names, got the string {names!r}; write [{names!r}]")
+    known = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"`{parameter}` names what {type(model).__name__} does not have: {', '.join(missing[:5])}")
+    return {name: known[name] for name in names}
+
+
+def total_samples(batches: Iterable[Any]) -> int | None:
+    """Return the number of samples in all batches, None where only a pass could tell."""
+    if not isinstance(batches, Sequence):
+        return None
+    sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]
+    return sum(len(size) for size in sizes)

@@ -1,0 +1,195 @@
+"""The tensors that lie in a model's directory, by the names that the model has for them.
+
+Which tensors a model loads follows from the headers of its files and a model without weights, whatever was done to the
+model since: transformers renames, splits and merges on the way, and what it has no place for it leaves out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from cur.integrations.files.configuration import check_config
+from cur.integrations.files.reading import ADVICE, CheckpointError
+from cur.integrations.files.shards import Shards
+
+__all__ = ["ModelFiles", "conversions", "has_weights", "names_in_model", "open_weights", "without_weights"]
+
+
+def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTrainedModel | None:
+    """Return the dense model of a directory on the meta device.
+
+    Parameters
+    ----------
+    directory : Path
+        With the configuration.
+    kind : type, optional
+        Class of the model; default: the one that the configuration names.
+
+    Returns
+    -------
+    PreTrainedModel or None
+        None if transformers has no such class, or it cannot be made without weights.
+    """
+    stored = check_config(directory)
+    if kind is None:
+        kind = getattr(transformers, next(iter(stored.get("architectures") or [""])) or "_", None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or kind.config_class is None:
+        return None
+    try:
+        config = kind.config_class.from_pretrained(directory)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(config)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return None  # names are taken as they are, and an account says what that leaves open
+    return model
+
+
+def conversions(model: Any) -> list[WeightTransform]:
+    """Return what transformers does to stored tensors, made anew: the entries remember what they converted."""
+    found: list[WeightTransform] = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+    return found
+
+
+def names_in_model(model: Any, names: Any) -> dict[str, tuple[str, bool]]:
+    """Return by stored name the name in the model, and whether what lies there is converted, not renamed alone.
+
+    A name for which the model has no place is among them, as transformers would call it.
+    """
+    mapping = conversions(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        target, converter = rename_source_key(name, renamings, converters, prefix, known)
+        found[name] = target, converter is not None
+    return found
+
+
+def open_weights(directory: str | os.PathLike[str]) -> Any:
+    """Return the weight files of a directory: ``tensors`` with their dtype and shape by name, and ``read(name)``.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or they are damaged.
+    """
+    place = Path(directory)
+    pickles = sorted(place.glob("pytorch_model*.bin"))
+    return _Pickles(pickles) if pickles and not _names_safetensors(place) else Shards(place, one_dtype=False)
+
+
+def has_weights(directory: Path) -> bool:
+    """Say whether the weights of a directory have names by which they are found; variants have others."""
+    return _names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
+
+
+def _names_safetensors(place: Path) -> bool:
+    named = (check_config(place).get("quantization_config") or {}).get("weights") or "model.safetensors"
+    return (place / named).exists() or (place / f"{named}.index.json").exists()
+
+
+class ModelFiles:
+    """The tensors of one directory, in terms of the dense model.
+
+    Parameters
+    ----------
+    directory : Path
+        Of a model, compressed or not.
+    skeleton : PreTrainedModel or None
+        The dense model without weights; None if it is not known, and names are taken as they are.
+
+    Attributes
+    ----------
+    compressed : set of str
+        Modules that hold factors, and those whose experts do.
+    places : dict of str to list of str
+        By each name in the model, what is stored for it.
+    unread : list of str
+        Stored tensors that the model has no place for.
+    """
+
+    def __init__(self, directory: Path, skeleton: PreTrainedModel | None) -> None:
+        self.directory = directory
+        self.skeleton = skeleton
+        self.weights = open_weights(directory)
+        described = check_config(directory).get("quantization_config") or {}
+        ours = described if described.get("quant_method") == "cur" else {}
+        self.compressed = {*ours.get("modules", {}), *ours.get("experts", [])}
+        names = list(self.weights.tensors)
+        named = {name: (name, False) for name in names} if skeleton is None else names_in_model(skeleton, names)
+        known = None if skeleton is None else skeleton.state_dict()
+        self._empty: dict[str, Any] = {} if skeleton is None else skeleton.state_dict(keep_vars=True)
+        prefixes = tuple(f"{name}." for name in self.compressed)
+        self.places: dict[str, list[str]] = {}
+        self.unread: list[str] = []
+        self._converted: set[str] = set()
+        for name, (target, converted) in named.items():
+            if name == ADVICE:
+                continue
+            if known is not None and target not in known and not name.startswith(prefixes):
+                self.unread.append(name)
+                continue
+            self.places.setdefault(target, []).append(name)
+            if converted:
+                self._converted.add(target)
+
+    def holds(self, target: str) -> bool:
+        """Say whether a tensor of the model is stored under one name or several."""
+        return target in self.places
+
+    def read(self, target: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield one tensor of the model by its name there, and others that are made from the same stored ones."""
+        names = self.places[target]
+        if target not in self._converted or self.skeleton is None:
+            yield target, self.weights.read(names[0])
+            return
+        read = {name: self.weights.read(name) for name in names}
+        config = LoadStateDictConfig(
+            device_map={"": torch.device("cpu")},
+            dtype=next(iter(read.values())).dtype,
+            dtype_plan={},
+            weight_mapping=conversions(self.skeleton),  # type: ignore[arg-type]
+        )
+        convert_and_load_state_dict_in_model(
+            model=self.skeleton, state_dict=read, load_config=config, disk_offload_index=None
+        )
+        for name, tensor in self.skeleton.state_dict().items():
+            if not tensor.is_meta:
+                place, _, key = name.rpartition(".")
+                setattr(self.skeleton.get_submodule(place), key, self._empty[name])
+                yield name, tensor
+
+
+class _Pickles:
+    """The weights of files that ``torch.load`` reads, tensors alone."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            try:
+                self.tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            except (RuntimeError, ValueError, EOFError, OSError, TypeError) as error:
+                raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]

@@ -1,0 +1,270 @@
+"""Which layers and which modules of a model to compress."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from cur.integrations.model.experts import LinearExperts, unrolled
+from cur.integrations.nn import CompressedLinear
+
+__all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules"]
+
+ALL_LINEAR = "all-linear"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is one matrix times a vector: ``nn.Linear``, or ``Conv1D`` as in GPT-2.
+
+    ``Conv1D`` of transformers holds the transpose: its weight has shape (in, out).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
+    """Find the stacks of equal blocks that make up a transformer.
+
+    A stack is an ``nn.ModuleList`` of modules of one class, all with linear layers inside, compressed or not; lists
+    inside blocks do not count. An encoder-decoder has two. Any other model has the one that is as long as
+    ``config.num_hidden_layers`` says; without such a config, the longest one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer.
+
+    Returns
+    -------
+    list of list of (str, nn.Module)
+        Name and module of each block, from the input to the output; an encoder before its decoder.
+
+    Raises
+    ------
+    ValueError
+        If there is no such stack, or it is not clear which.
+    """
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(outer + ".") for outer, _ in found):
+            continue
+        alike = len({type(block) for block in module}) == 1
+        if alike and all(any(map(_is_matrix, block.modules())) for block in module):
+            found.append((name, module))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        stacks, wanted, what = found, 2, "an encoder and a decoder"
+    else:
+        count = _num_hidden_layers(model)
+        if count is None and found:
+            count = max(len(blocks) for _, blocks in found)
+        stacks = [(name, blocks) for name, blocks in found if len(blocks) == count]
+        if len(stacks) > 1:
+            stacks = _of_text(model, stacks)
+        wanted, what = 1, f"one stack of {count or 'equal'} blocks"
+    if len(stacks) != wanted:
+        seen = ", ".join(f"{name!r} ({len(blocks)})" for name, blocks in found) or "none"
+        raise ValueError(
+            f"{type(model).__name__} must have {what} (lists found: {seen}); name the modules to compress instead of "
+            "choosing among layers"
+        )
+    return [[(f"{name}.{index}", block) for index, block in enumerate(blocks)] for name, blocks in stacks]
+
+
+def _of_text(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Leave out stacks of towers for images or sound that are as long as that for text, where a part is for text."""
+    config: Any = getattr(model, "config", None)
+    several = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    get = getattr(model, "get_decoder", None)
+    inner = get() if several and callable(get) else None
+    parts = {id(part) for part in inner.modules()} if isinstance(inner, nn.Module) else set()
+    return [(name, blocks) for name, blocks in stacks if id(blocks) in parts] or stacks
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, CompressedLinear)
+
+
+def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
+    """Name the blocks of a transformer: those of :func:`block_stacks`, one stack after the other.
+
+    Returns
+    -------
+    list of (str, nn.Module)
+        Name and module of each block, from the input to the output.
+
+    Raises
+    ------
+    ValueError
+        As :func:`block_stacks`.
+    """
+    return [block for stack in block_stacks(model) for block in stack]
+
+
+def _num_hidden_layers(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def linear_modules(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    /,
+    *,
+    exclude: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+) -> list[str]:
+    r"""Name the linear modules that a target selects.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    targets : str or sequence of str
+        A sequence holds full names (``"model.layers.3.mlp.gate_proj"``) or dotted ends of names
+        (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have
+        names like ``"model.layers.3.mlp.experts.gate_up_proj.7"``; the end may leave out the number, for all of
+        them. A string is a regular
+        expression that must match the full name; ``"all-linear"`` stands for every linear module. Neither
+        kind of string selects the output head: list it by name.
+    exclude : str or sequence of str, default ()
+        Modules to leave alone, by the same rules; it need not match anything.
+    layers : sequence of int, optional
+        Only modules inside these blocks of :func:`decoder_layers`.
+
+    Returns
+    -------
+    list of str
+        Full names in the order of the model, without repetition.
+
+    Raises
+    ------
+    ValueError
+        If a target selects nothing, with the reason: no such name, not a linear module, outside `layers`,
+        everything excluded; or if it selects experts that cannot be taken apart.
+    """
+    listed = not isinstance(targets, str)
+    patterns: list[str] = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns or "" in patterns:
+        raise ValueError(f"`targets` must name at least one module and no empty name, got {targets!r}")
+    with unrolled(model):
+        modules = {name: module for name, module in model.named_modules() if name}
+    linear = {name for name, module in modules.items() if is_linear(module)}
+    family = _expert_families(modules)
+    excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
+    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
+    excluded |= {name for name in modules if name.startswith(whole)}
+    _refuse_experts(modules, targets, excluded)
+
+    chosen: set[str] = set()
+    for pattern in patterns:
+        rule: str | list[str] = [pattern] if listed else pattern
+        named = [name for name in modules if _matches(name, rule, "targets", family)]
+        hits = [name for name in named if name in linear]
+        if not hits:
+            raise ValueError(_nothing(pattern, named, modules, linear))
+        chosen.update(hits)
+    if not listed:
+        head = _output_head(model, modules)
+        chosen -= head
+        if not chosen:
+            raise ValueError(
+                f"`targets` {targets!r} matches only the output head {', '.join(sorted(head))}, which "
+                "patterns leave alone; list it by name to compress it"
+            )
+    if not chosen - excluded:
+        raise ValueError(f"`exclude` {exclude!r} leaves none of the {len(chosen)} modules that `targets` selects")
+    chosen -= excluded
+    if layers is not None:
+        chosen &= _inside(model, layers, modules)
+        if not chosen:
+            raise ValueError(f"`targets` {targets!r} selects no linear module inside `layers` {sorted(layers)}")
+    return [name for name in modules if name in chosen]
+
+
+def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mapping[str, str] | None = None) -> bool:
+    if not isinstance(rule, str):
+        names = (name, (family or {}).get(name, name))
+        return any(known == pattern or known.endswith("." + pattern) for pattern in rule for known in names)
+    if rule == ALL_LINEAR:
+        return True
+    try:
+        return re.fullmatch(rule, name) is not None
+    except re.error as error:
+        raise ValueError(f"`{parameter}` {rule!r} is not a regular expression: {error}") from None
+
+
+def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return by the name of each expert's matrix the name that it shares with those of the other experts."""
+    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, LinearExperts))
+    return {
+        name: name.rpartition(".")[0]
+        for name in modules
+        if name.rpartition(".")[2].isdigit() and name.startswith(experts)
+    }
+
+
+def _experts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the three-dimensional parameters that hold one matrix per expert, by full name."""
+    return {
+        f"{name}.{parameter}": value
+        for name, module in modules.items()
+        # Convolutions and learned positions have three dimensions too.
+        if not isinstance(module, nn.Conv1d)
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.ndim == 3 and min(value.shape) > 1
+    }
+
+
+def _refuse_experts(modules: Mapping[str, nn.Module], targets: str | Sequence[str], excluded: Collection[str]) -> None:
+    for full, value in _experts(modules).items():
+        name = full.rpartition(".")[0]
+        if name in excluded:
+            continue
+        if _matches(name, targets, "targets") or _matches(full, targets, "targets"):
+            raise ValueError(
+                f"{full} holds {value.shape[0]} experts as one parameter of shape {tuple(value.shape)}, and "
+                f"{type(modules[name]).__name__} does not keep to transformers' interface of experts, so they are not "
+                f"compressed: put {name.rpartition('.')[2]!r} into `exclude`, or name other targets"
+            )
+
+
+def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]) -> str:
+    if named:
+        kinds = sorted({type(modules[name]).__name__ for name in named})
+        return (
+            f"`targets` {pattern!r} names {len(named)} module(s), {named[0]!r} first, none of them linear: "
+            f"they are {', '.join(kinds)}"
+        )
+    ends = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
+    if not ends:
+        return f"`targets` {pattern!r} matches nothing: the model has no linear module"
+    close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    experts = next(iter(_experts(modules)), None)
+    note = "" if experts is None else f"; the experts in {experts} are not compressed"
+    return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}{note}"
+
+
+def _output_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return {name for name, module in modules.items() if head is not None and module is head}
+
+
+def _inside(model: nn.Module, layers: Sequence[int], modules: Iterable[str]) -> set[str]:
+    blocks = decoder_layers(model)
+    wrong = [index for index in layers if not 0 <= index < len(blocks)]
+    if wrong:
+        raise ValueError(f"`layers` must be between 0 and {len(blocks) - 1} for this model, got {wrong}")
+    prefixes = tuple(blocks[index][0] + "." for index in layers)
+    return {name for name in modules if name.startswith(prefixes)}

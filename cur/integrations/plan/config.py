@@ -1,0 +1,261 @@
+"""How to compress to a rank: the configuration of the method "cur"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cur.integrations.model.targets import ALL_LINEAR
+from cur.integrations.nn import FACTORED
+from cur.integrations.plan.blocks import CHOICES
+from cur.integrations.plan.layouts import PURPOSES
+from cur.integrations.plan.plan import (
+    IMPORTANCES,
+    LINKS,
+    PRECISIONS,
+    SUBSPACES,
+    is_multiple,
+)
+
+__all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "BudgetConfig", "CompressConfig"]
+
+DEFAULT_RANK = 128
+"""Largest rank where neither one nor a rule of ranks is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """How to compress; the defaults are the setting of "CURing Large Models" (arXiv 2501.04211).
+
+    Parameters
+    ----------
+    layers : int, tuple of int or "all", default 10
+        A number of blocks, chosen as `choose` says and never the first or the last of a stack; or the indices of
+        blocks, from 0 on through all stacks; or every block.
+    choose : {"angular", "random", "last"}, default "angular"
+        Whether a number of blocks means those of smallest angular distance, any, or the last ones.
+    span : int, default 1
+        For "angular": blocks are chosen in runs of this many, by the angle between the input of the first and the
+        output of the last.
+    targets : str or tuple of str
+        Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
+    exclude : str or tuple of str, default ()
+        Modules to leave alone, by the same rules.
+    rank : int, optional
+        Largest rank. A layer gets this or its break-even rank, the largest at which its factors are smaller
+        than its weight, whichever is lower. The paper takes 256 for a width of 4096; 128, the default where none of the
+        three rules below is given, suits widths near 576.
+    energy : float, optional
+        Instead: the smallest rank at which the singular values of the matrix that guides the choice (see `importance`)
+        hold this share of the sum of their squares.
+    tolerance : float, optional
+        Instead: the smallest rank that is certified to have at most this relative error, in the norm of `link`. Layers
+        that would not get smaller stay dense.
+    effective_rank : bool, default False
+        Instead: the effective rank, the exponential of the entropy of the singular values of the guiding matrix.
+    layout : {"cur", "folded", "interpolative", "auto"}, default "cur"
+        How the factors are stored. ``"auto"``: the smallest that serves the purpose. For inference that is one in which
+        the layer is faster than dense, at ranks up to where there is one; layers for which no rank is stay dense.
+    purpose : {"inference", "training"}, default "inference"
+        For the layout "auto": training keeps U apart.
+    importance : {"wanda", "magnitude", "weights", "activation", "covariance"}, default "wanda"
+        Whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W``, ``W diag(||x||)``, or
+        ``W E[x x^T]^(1/2)``.
+    link : {"optimal", "activation", "covariance"}, default "optimal"
+        Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
+        norm ``||x||``, or with the inputs' second moments, the change of the layer's output. Weighted, the certificate
+        is in the weighted norm too.
+    subspace : {"auto", "exact", "randomised"}, default "auto"
+        Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
+        random sketch for larger ones, whose SVD takes minutes.
+    precision : {"float32", "float64"}, default "float32"
+        Of the factorizations; the factors are stored in the dtype of the weight.
+    batch_size : int, default 1
+        Windows per forward pass of the calibration: more of them take more memory for activations, and keep a GPU
+        busy; the statistics change by rounding only.
+    seed : int, default 0
+        Of every random choice.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    layers: int | str | tuple[int, ...] = 10
+    choose: str = "angular"
+    span: int = 1
+    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "gate_proj")
+    exclude: str | tuple[str, ...] = ()
+    rank: int | None = None
+    energy: float | None = None
+    tolerance: float | None = None
+    effective_rank: bool = False
+    layout: str = "cur"
+    purpose: str = "inference"
+    importance: str = "wanda"
+    link: str = "optimal"
+    subspace: str = "auto"
+    precision: str = "float32"
+    batch_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("rank", "span", "batch_size"):
+            value = getattr(self, name)
+            if not (name == "rank" and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+        self._check_layers()
+        rules = [name for name in ("energy", "tolerance", "effective_rank") if getattr(self, name)]
+        if len(rules) > 1:
+            raise ValueError(f"one rule of ranks can be given, got {' and '.join(f'`{name}`' for name in rules)}")
+        for name in ("energy", "tolerance"):
+            share: Any = getattr(self, name)
+            if share is not None and not (isinstance(share, (int, float)) and 0.0 < share < 1.0):
+                raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {share!r}")
+        choices = {
+            "choose": CHOICES,
+            "layout": ("auto", *FACTORED),
+            "purpose": PURPOSES,
+            "importance": IMPORTANCES,
+            "link": LINKS,
+            "subspace": ("auto", *SUBSPACES),
+            "precision": tuple(PRECISIONS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.span > 1 and (self.choose != "angular" or not isinstance(self.layers, int)):
+            raise ValueError("`span` is for a number of `layers` chosen by angular distance; leave it at 1")
+
+    def _check_layers(self) -> None:
+        layers: Any = self.layers
+        if isinstance(layers, (tuple, list)):
+            if not layers or not all(type(index) is int and index >= 0 for index in layers):
+                raise ValueError(f"`layers` must be indices of blocks, from 0 on, at least one, got {layers!r}")
+        elif layers != "all" and (type(layers) is not int or layers < 1):
+            raise ValueError(f"`layers` must be a positive integer, indices of blocks or 'all', got {layers!r}")
+
+    @property
+    def largest_rank(self) -> int | None:
+        """The rank that no layer exceeds; None if only the break-even rank is the limit."""
+        ruled = self.energy is not None or self.tolerance is not None or self.effective_rank
+        return self.rank if self.rank is not None or ruled else DEFAULT_RANK
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether full second moments of the inputs are needed."""
+        return "covariance" in (self.importance, self.link)
+
+
+METHODS = {"best": "weighted", "rows": "rows"}
+"""What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
+ALLOCATIONS = ("loss", "d-rank")
+"""How layers share a budget: so that the sum of what they are predicted to cost is least; by their effective ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """How to compress to a budget.
+
+    Parameters
+    ----------
+    keep : float, optional
+        Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this,
+        `parameters` and `size` is given. The budget is never exceeded.
+    parameters : int, optional
+        Parameters to keep in the whole model, embeddings and all.
+    size : int, optional
+        Bytes that the weight files of the checkpoint may take on disk, in the dtype that the model has.
+    method : {"best", "rows"}, default "best"
+        ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
+        the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
+        rows and coefficients, in ``r (m + n - r)`` numbers.
+    allocation : {"loss", "d-rank"}, default "loss"
+        How layers share the budget: ``"loss"``, so that the sum of what they are predicted to cost is least;
+        ``"d-rank"``, ranks in proportion to ``sqrt(effective rank / (m + n))`` (arXiv 2509.25622), for the method
+        "best" without `gradients`.
+    neurons : bool, default True
+        Whether layers may give up neurons between them together, where that costs less than a lower rank of each and
+        saves a fifth of the predicted loss in all, or the budget cannot be met otherwise. For the method "best" and the
+        allocation "loss".
+    gradients : bool, default True
+        Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
+        error, with the allocation "loss" keeps about three quarters of an even share at least (layers with neurons
+        between them together), and calibration needs no backward pass.
+    gradient_checkpointing : bool, default False
+        Whether gradients take a second forward pass through every block instead of keeping its activations.
+    own_text : float, default 0.25
+        How much text the model writes, from random first tokens, to be calibrated on that, too, as a multiple of what
+        is given: what is kept then serves other domains than that of the given text as well. 0 leaves this out, and
+        models that write no text do without.
+    correction : float, default 0.5
+        How much of the difference between what a layer gets in the dense model and what the compressed layers before it
+        give is corrected, from 0 to 1: layers are fitted block after block. 0 leaves this out.
+    targets, exclude : str or tuple of str
+        Linear layers, by the rules of :func:`~cur.integrations.linear_modules`. By default all in all blocks.
+    damping : float, default 1e-4
+        Multiple of the mean eigenvalue that is added to all eigenvalues of second moments, for what the calibration
+        text did not show.
+    batch_size : int, default 1
+        Windows per pass of the calibration: more of them take more memory for activations, and keep a GPU busy; the
+        statistics change by rounding only.
+    seed : int, default 0
+        Of every random choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If not one of `keep`, `parameters` and `size` is given, or a value is out of range.
+    """
+
+    keep: float | None = None
+    parameters: int | None = None
+    size: int | None = None
+    method: str = "best"
+    allocation: str = "loss"
+    neurons: bool = True
+    gradients: bool = True
+    gradient_checkpointing: bool = False
+    own_text: float = 0.25
+    correction: float = 0.5
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    damping: float = 1e-4
+    batch_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if [self.keep, self.parameters, self.size].count(None) != 2:
+            raise TypeError(
+                "one of `keep`, `parameters` and `size` must be given, "
+                f"got keep={self.keep!r}, parameters={self.parameters!r} and size={self.size!r}"
+            )
+        keep: Any = self.keep
+        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+        if keep is not None and not (number and 0.0 < keep < 1.0):
+            raise ValueError(
+                "`keep` must be between 0 and 1, both excluded: the share of parameters to keep in the targeted "
+                f"layers; got {keep!r}"
+            )
+        for name in ("parameters", "size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
+        if self.allocation == "d-rank" and (self.gradients or self.method != "best"):
+            raise ValueError(
+                "`allocation` 'd-rank' is for the method 'best' without `gradients`, got "
+                f"method={self.method!r} and gradients={self.gradients!r}"
+            )
+        if not is_multiple(self.own_text):
+            raise ValueError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
+        if not 0.0 <= self.correction <= 1.0:
+            raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
+        if not self.damping >= 0:
+            raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")

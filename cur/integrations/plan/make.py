@@ -1,0 +1,279 @@
+"""From statistics to a plan: which blocks, which layers in them, at which rank."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cur import ranks
+from cur._lib.errors import NumericalError
+from cur._lib.versions import versions
+from cur.decompose import deim_cur
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.adapters import refuse_adapters
+from cur.integrations.model.experts import unrolled
+from cur.integrations.model.finite import finite_weight
+from cur.integrations.model.targets import block_stacks, linear_modules
+from cur.integrations.nn import compressed_modules, dense_weight
+from cur.integrations.plan.blocks import choose_layers, inner_blocks
+from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
+from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.importance import guide, link_weights
+from cur.integrations.plan.layouts import choose_layout, fastest_rank
+from cur.integrations.plan.plan import PRECISIONS, Plan, PlanEntry, fingerprint
+
+__all__ = ["candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
+
+_DENSE = "start from the dense model that it was made from"
+
+
+def make_plan(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: CompressConfig | BudgetConfig | None = None,
+    *,
+    progress: Callable[[str, int, int | None], object] | None = None,
+) -> Plan:
+    """Decide which layers are replaced, and at which rank.
+
+    For a :class:`BudgetConfig` see :func:`~cur.integrations.plan.budget.plan_budget`. For a :class:`CompressConfig` the
+    rank of a layer is at most ``min(config.rank, break-even, live input features)``: a feature that was zero on every
+    calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
+
+    Raises
+    ------
+    ValueError
+        As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
+    """
+    config = config or CompressConfig()
+    with unrolled(model):
+        names = candidates(model, config)
+        if isinstance(config, BudgetConfig):
+            one, two = (None if progress is None else functools.partial(progress, it) for it in ("plan", "neurons"))
+            curves = error_curves(model, statistics, config, names, progress=one)
+            neurons = joint_curves(model, statistics, config, names, progress=two)
+            return plan_budget(model, statistics, config, curves, neurons)
+        return _plan(model, statistics, config, names)
+
+
+def _plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig, possible: list[str]) -> Plan:
+    chosen = chosen_blocks(model, statistics, config)
+    wanted = set(_selected(model, config, chosen))
+    names = [name for name in possible if name in wanted]
+    return plan_of(model, statistics, config, layer_entries(model, statistics, config, names), names)
+
+
+def layer_entries(
+    model: PreTrainedModel, statistics: Statistics, config: CompressConfig, names: list[str]
+) -> list[PlanEntry]:
+    """Decide the rank of each of some layers.
+
+    One that would not get smaller within a tolerance, or faster if the layout is "auto", has no entry.
+    """
+    moments = Moments(statistics)
+    entries = []
+    for name in names:
+        weight = finite_weight(model.get_submodule(name), name)
+        m, n = weight.shape
+        live = int((x_norm(statistics, name) > 0).sum())
+        if live == 0:
+            raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
+        if config.layout == "auto":
+            limit = fastest_rank((m, n), config.purpose)
+            if limit < 1:
+                continue
+        else:
+            limit = ranks.break_even(m, n, layout=config.layout)
+        limit = min(limit, live)
+        if limit < 1:
+            raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
+        if config.largest_rank is not None:
+            limit = min(limit, config.largest_rank)
+        entry = PlanEntry(
+            name=name,
+            shape=(m, n),
+            rank=limit,
+            layout=_layout((m, n), limit, config),
+            importance=config.importance,
+            link=config.link,
+            subspace=_subspace(config.subspace, min(m, n)),
+        )
+        W = weight.to(PRECISIONS[config.precision])
+        rank = _rank(W, entry, moments, config)
+        if rank is not None:
+            predicted = _least_error(W, rank, x_norm(statistics, name))
+            entries.append(replace(entry, rank=rank, layout=_layout((m, n), rank, config), predicted=predicted))
+    return entries
+
+
+def _layout(shape: tuple[int, int], rank: int, config: CompressConfig) -> str:
+    if config.layout != "auto":
+        return config.layout
+    return str(choose_layout(shape, config.purpose, rank=rank))  # there is one up to `fastest_rank`
+
+
+def plan_of(
+    model: PreTrainedModel,
+    statistics: Statistics,
+    config: CompressConfig,
+    entries: list[PlanEntry],
+    names: list[str],
+) -> Plan:
+    """Return the plan of these entries, for the layers `names`."""
+    if not entries and config.tolerance is None:
+        raise ValueError(
+            f"`layout` 'auto' leaves all {len(names)} layers dense ({names[0]} first): none would be faster factored; "
+            "name a layout, for instance 'interpolative', the smallest"
+        )
+    if not entries:
+        raise ValueError(
+            f"`tolerance` {config.tolerance} must be larger: no layer gets smaller within it ({names[0]} first of "
+            f"{len(names)}); raise it, or choose other layers"
+        )
+    return Plan(
+        entries=tuple(entries),
+        fingerprint=fingerprint(model),
+        model=str(getattr(model.config, "_name_or_path", "") or ""),
+        seed=config.seed,
+        precision=config.precision,
+        calibration=statistics.text_hash or None,
+        calibration_tokens=statistics.tokens,
+        calibration_precision=statistics.precision,
+        angular=statistics.angular,
+        versions=versions(),
+    )
+
+
+def _rank(W: Tensor, entry: PlanEntry, moments: Moments, config: CompressConfig) -> int | None:
+    """Return the rank of a layer by the rule of the configuration; None if the layer would not get smaller."""
+    if config.tolerance is not None:
+        try:
+            rank = deim_cur(
+                W,
+                tol=config.tolerance,
+                importance=guide(W, entry, moments),
+                column_weights=link_weights(W, entry, moments),
+                subspace=entry.subspace,
+                bounds=False,
+                rng=config.seed,
+            ).rank
+        except NumericalError:  # rounding is in the way of so small an error
+            return None
+        return int(rank) if rank <= entry.rank else None
+    if config.energy is None and not config.effective_rank:
+        return entry.rank
+    matrix = guide(W, entry, moments)
+    values = singular_values(W if matrix is None else matrix).cpu().numpy()
+    if config.energy is not None:
+        return min(ranks.energy(values, config.energy), entry.rank)
+    return min(max(math.ceil(ranks.effective_rank(values)), 1), entry.rank)
+
+
+def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
+    """Return the squared relative error of the outputs that no factorization of the rank goes below.
+
+    With every input feature counted by its norm. None for layers too large for an SVD.
+    """
+    if min(W.shape) > EXACT_UP_TO:
+        return None
+    squares = singular_values(W * x_norm.to(W)) ** 2
+    total = float(squares.sum())
+    return float(squares[rank:].sum()) / total if total > 0 else 0.0
+
+
+def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
+    """Return the indices of the blocks that are compressed."""
+    stacks = [len(stack) for stack in block_stacks(model)]
+    if isinstance(config.layers, str):
+        return list(range(sum(stacks)))
+    if not isinstance(config.layers, int):
+        return sorted(set(config.layers))
+    if config.choose == "angular" and not statistics.angular:
+        raise ValueError(
+            "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
+        )
+    distances = statistics.angular_spans(config.span) if config.choose == "angular" else None
+    return choose_layers(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+
+
+def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:
+    """Name the layers that could be chosen, refusing before any forward pass what could not be compressed.
+
+    With `offloaded`, weights need not be in memory.
+    """
+    refuse_adapters(model)
+    stacks = [len(stack) for stack in block_stacks(model)]
+    inside = list(range(sum(stacks)))
+    asked = config.layers if isinstance(config, CompressConfig) else "all"
+    if isinstance(asked, int):
+        inside = inner_blocks(stacks)
+        if asked > len(inside):
+            raise ValueError(
+                f"`layers` must be between 1 and {len(inside)} for a model of {sum(stacks)} blocks, whose "
+                f"first and last are never chosen, got {asked}"
+            )
+    elif not isinstance(asked, str):
+        inside = sorted(set(asked))
+    names = _selected(model, config, inside)
+    tied = _tied_weights(model)
+    factored = tuple(f"{name}." for name in compressed_modules(model))
+    limit, widest = 0, ""
+    for name in names:
+        if name.startswith(factored):
+            raise ValueError(f"{name} is a factor of a layer that is compressed already; {_DENSE}, or exclude it")
+        weight, _, _ = dense_weight(model.get_submodule(name), name)
+        if weight.is_meta and not offloaded:
+            raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
+        if other := tied.get(_address(model.get_parameter(f"{name}.weight")), {name}) - {name}:
+            raise ValueError(
+                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave the "
+                "other dense, so exclude it"
+            )
+        if min(weight.shape) > limit:
+            limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
+    if isinstance(config, CompressConfig) and config.rank is not None and config.rank > limit:
+        raise ValueError(
+            f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
+        )
+    return names
+
+
+def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, layers: list[int]) -> list[str]:
+    """Name the linear layers of some blocks that a configuration selects."""
+    try:
+        return linear_modules(model, config.targets, exclude=config.exclude, layers=layers)
+    except ValueError as error:
+        done = list(compressed_modules(model))
+        if not done:
+            raise
+        raise ValueError(
+            f"`model` is compressed already, in {len(done)} layers ({done[0]}, for instance), and layers are not "
+            f"compressed twice: {_DENSE}, or choose other layers or targets ({error})"
+        ) from error
+
+
+def _subspace(asked: str, side: int) -> str:
+    if asked != "auto":
+        return asked
+    return "exact" if side <= EXACT_UP_TO else "randomised"
+
+
+def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
+    """Return the modules that hold each parameter, by its address; a module under two names is one module."""
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel():
+                holders.setdefault(_address(parameter), set()).add(name)
+    return holders
+
+
+def _address(parameter: Tensor) -> int:
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()

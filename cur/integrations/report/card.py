@@ -1,0 +1,137 @@
+"""The model card of a compressed checkpoint."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from cur.integrations.model.opening import auto_class
+from cur.integrations.model.size import Size, model_size
+from cur.integrations.nn import WholeLinear, compressed_modules
+from cur.integrations.nn.base import ranks_of
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport
+
+__all__ = ["model_card"]
+
+
+def model_card(model: PreTrainedModel, report: CompressionReport | None = None) -> str:
+    """Return the README of a checkpoint: how to load it, what was done, and with which figures.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The compressed model.
+    report : CompressionReport, optional
+        Where the figures come from; without it only the sizes of the layers are known.
+
+    Returns
+    -------
+    str
+        Markdown with a metadata block that the Hugging Face hub reads.
+    """
+    base = report.plan.model if report is not None else ""
+    layers = compressed_modules(model)
+    smaller = sum(not isinstance(layer, WholeLinear) for layer in layers.values())
+    rounded = any(layer.int8 for layer in layers.values())
+    auto = auto_class(model)
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {base}", "base_model_relation: finetune"] if _is_hub_id(base) else []),
+        "tags:",
+        "- cur-decomposition",
+        "- low-rank",
+        "---",
+        "",
+        f"# {base or type(model).__name__}, compressed by CUR factorization",
+        "",
+        "```python",
+        "import cur.integrations  # pip install 'cur-decomposition[transformers]'; without it loading fails",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+        *([f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons."] if smaller else []),
+        *(["All the layers below are rounded to int8, every row of a factor in steps of its own."] if rounded else []),
+        "",
+    ]
+    if report is not None:
+        lines += _figures(report)
+        lines += [
+            "",
+            "`plan.json` says what was decided, `report.json` what came of it, `report.html` the same in pictures.",
+            "",
+        ]
+    lines += [
+        "| layer | shape | layout | rank | numbers before | numbers after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, layer in layers.items():
+        shape = f"{layer.out_features} x {layer.in_features}"
+        dense = layer.out_features * layer.in_features
+        lines.append(f"| `{name}` | {shape} | {layer.layout} | {ranks_of(layer)} | {dense:,} | {layer.stored:,} |")
+    if report is None:
+        lines += ["", f"The model has {_size(model_size(model))}."]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(report: CompressionReport) -> list[str]:
+    plan = report.plan
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {name} | {before:,} | {after:,} |" for name, before, after in report.sizes()),
+        f"| compressed weights, numbers | {plan.dense_parameters:,} | {plan.parameters:,} |",
+    ]
+    for text in dict.fromkeys(name.partition(", ")[2] for name in report.perplexity):
+        values = [report.perplexity.get(f"{state}, {text}") for state in ("before", "after")]
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"| perplexity, {text} | {cells[0]} | {cells[1]} |")
+    return [
+        *lines,
+        "",
+        *_how(plan),
+        f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "
+        f"seed {plan.seed}{_passes(report)}.",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
+    ]
+
+
+def _passes(report: CompressionReport) -> str:
+    measured, later = report.plan.calibration_precision or report.precision, report.precision
+    if not measured:
+        return ""
+    return f", products in {measured}" + (f", of later passes in {later}" if later not in ("", measured) else "")
+
+
+def _how(plan: Plan) -> list[str]:
+    lines = []
+    if plan.kept is not None and plan.model_kept is not None:
+        lines.append(
+            f"Ranks share a budget: {plan.kept:.2%} of the parameters of the targeted layers are left, "
+            f"{plan.model_kept:.2%} of the model."
+        )
+    for method in sorted({entry.method for entry in plan.entries}):
+        entries = [entry for entry in plan.entries if entry.method == method]
+        moments = "second moments of inputs" + (" and output gradients" if entries[0].gradients else "")
+        importance = ", ".join(sorted({entry.importance for entry in entries}))
+        lines.append(
+            {
+                "cur": f"Rows and columns were chosen by DEIM on the importance `{importance}`.",
+                "weighted": f"Weights are the nearest of their rank under {moments}.",
+                "rows": f"The rows kept are the original weights' own, chosen by DEIM under {moments}.",
+                "neurons": "Between some layers neurons are gone, and the layers around them were fitted to those left "
+                f"under {moments}; a second rank is that of what is left.",
+            }[method]
+        )
+    return lines
+
+
+def _size(size: Size) -> str:
+    return f"{size.parameters:,} parameters in {size.bytes:,} bytes"
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -1,0 +1,202 @@
+"""What a compression did: the figures, as data. Tables are in `tables.py`, the model card in `card.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cur._lib.atomic import replace_file
+from cur.integrations.files.reading import CheckpointError, read_object
+from cur.integrations.model.size import Size
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.outputs import OutputChange
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CompressionReport", "LayerReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What happened to one linear layer.
+
+    Attributes
+    ----------
+    name : str
+        Name of the module.
+    shape : tuple of int
+        Outputs m and inputs n.
+    rank : int
+        Rows and columns kept.
+    layout : str
+        How the factors are stored.
+    parameters_before, parameters_after : int
+        Numbers in the dense weight and in the factors.
+    certificate : mapping
+        The certificate of the factorization as JSON types: ``norm``, ``value``, ``relative``, ``kind`` and
+        the rest.
+    relative_error : float
+        ``||W - C U R||_F / ||W||_F``, of the factors in the precision of the factorization.
+    weighted_error : float
+        The same with every input feature weighted by its norm over the calibration tokens.
+    weighted_bound : float
+        Certified bound on it: as computed, and the rounding of the computation.
+    rows, columns : tuple of int
+        Indices of the rows and columns of W that were kept, in the order of the factors.
+    seconds : float
+        Time of the factorization.
+    spectrum : tuple of (int, float)
+        Some singular values of the weight with every input feature weighted by its norm, by their number from 1 on,
+        relative to the largest. Empty for layers too large for an SVD.
+    output : OutputChange or None
+        How much the layer's output changed on a batch of text; None unless it was measured.
+    inner_rank : int or None
+        Of a layer that gave up neurons, the rank of what it keeps; None if that is held whole.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    parameters_before: int
+    parameters_after: int
+    certificate: Mapping[str, Any]
+    relative_error: float
+    weighted_error: float
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    seconds: float
+    weighted_bound: float
+    spectrum: tuple[tuple[int, float], ...] = ()
+    output: OutputChange | None = None
+    inner_rank: int | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a report from JSON types."""
+        return cls(
+            **{
+                **data,
+                "shape": tuple(data["shape"]),
+                "rows": tuple(data["rows"]),
+                "columns": tuple(data["columns"]),
+                "spectrum": tuple((int(index), float(value)) for index, value in data["spectrum"]),
+                "output": None if data["output"] is None else OutputChange(**data["output"]),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport:
+    """What happened to a model.
+
+    Attributes
+    ----------
+    plan : Plan
+        The plan as carried out.
+    layers : tuple of LayerReport
+        One for each entry of the plan.
+    before, after : Size
+        Of the whole model.
+    seconds : mapping of str to float
+        Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``swap``.
+    perplexity : mapping of str to float
+        By state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
+    precision : str
+        Of the products in passes over text, ``"float32"`` for instance; empty where it is not known. The plan names
+        that of the calibration, which may have been measured earlier.
+    versions : mapping of str to str
+        Python and libraries.
+    source : str
+        What the dense model was loaded from: an absolute path, or a hub id; empty where it is not known.
+    kept : str
+        Hash of the parameters that both models have, by which another model is not taken for the dense one; empty where
+        it is not known.
+    unread : tuple of str
+        Names of tensors in the files of the dense model that are no part of it.
+    account : mapping
+        What the checkpoint that it lies in holds of the model it was made from, as JSON types; see
+        :class:`~cur.integrations.store.account.Account`. Empty where that came from no directory.
+    """
+
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    before: Size
+    after: Size
+    seconds: Mapping[str, float]
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    precision: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    kept: str = ""
+    unread: tuple[str, ...] = ()
+    account: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return what is counted, and how much of it there was before and after; bytes on disk where they are known."""
+        rows = [
+            ("parameters", self.before.parameters, self.after.parameters),
+            ("bytes in memory", self.before.bytes, self.after.bytes),
+        ]
+        if self.before.file_bytes is not None and self.after.file_bytes is not None:
+            rows.append(("bytes on disk", self.before.file_bytes, self.after.file_bytes))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types; the plan under ``"plan"``."""
+        return {
+            "plan": self.plan.to_dict(),
+            "layers": [json.loads(json.dumps(asdict(layer))) for layer in self.layers],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "seconds": dict(self.seconds),
+            "perplexity": dict(self.perplexity),
+            "precision": self.precision,
+            "versions": dict(self.versions),
+            "source": self.source,
+            "kept": self.kept,
+            "unread": list(self.unread),
+            "account": dict(self.account),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a report from JSON types; a ValueError names what does not belong in one.
+
+        Unlike a plan a report steers nothing, so there is no version to it beyond that of its plan.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"the report has unknown fields: {', '.join(unknown)}")
+        try:
+            layers = tuple(LayerReport.from_dict(layer) for layer in data["layers"])
+            return cls(
+                **{
+                    **data,
+                    "plan": Plan.from_dict(data["plan"]),
+                    "layers": layers,
+                    "before": Size(**data["before"]),
+                    "after": Size(**data["after"]),
+                    "unread": tuple(data.get("unread", ())),
+                }
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the report is malformed: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        with replace_file(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report from a JSON file."""
+        data = read_object(path, remedy="fetch it again, or delete it to go without")
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; fetch it again, or delete it to go without") from error

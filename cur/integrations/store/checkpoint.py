@@ -1,0 +1,277 @@
+"""Saving a compressed model as an ordinary transformers checkpoint, and as a dense one.
+
+``AutoModelForCausalLM.from_pretrained`` reads the directory in any process that has imported
+``cur.integrations``, and fails in any other: the weights are in ``cur_model.safetensors``, a name only our
+quantizer knows, and the file itself holds the guards of
+:meth:`~cur.integrations.store.format.CURQuantizer.get_state_dict_and_metadata`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from cur._lib.atomic import replace_file
+from cur.integrations.files.beside import PAGE, PLAN, REPORT, carry, source_of
+from cur.integrations.files.configuration import check_config
+from cur.integrations.files.directory import check_target, new_directory
+from cur.integrations.files.reading import ADVICE, CheckpointError
+from cur.integrations.model.experts import LinearExperts
+from cur.integrations.model.opening import stored_dtype
+from cur.integrations.model.size import weight_bytes
+from cur.integrations.model.stored_tensors import ModelFiles, has_weights, without_weights
+from cur.integrations.nn import compressed_modules, swap_
+from cur.integrations.store.account import compare, read_account, write_account
+from cur.integrations.store.format import CURConfig, CURQuantizer, mark_
+
+if TYPE_CHECKING:
+    from cur.integrations.report.data import CompressionReport
+
+__all__ = [
+    "PAGE",
+    "PLAN",
+    "REPORT",
+    "CURConfig",
+    "CURQuantizer",
+    "CheckpointError",
+    "check_target",
+    "dense_export",
+    "mark_",
+    "read_config",
+    "save",
+]
+
+WEIGHTS = "cur_model.safetensors"
+
+# What transformers writes by default; our names replace the stem.
+_DEFAULT_STEM = "model"
+_INDEX = ".safetensors.index.json"
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    report: CompressionReport | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    weights: Callable[[Path], CompressionReport | None] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    beside: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write a compressed model, whole or not at all, with all that belongs to it in the directory it came from.
+
+    Files that are no weights are copied from there, and so are tensors that transformers does not load.
+    ``account.json`` says what is the same as there, and has the hashes of the weight files.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A model with compressed layers.
+    tokenizer : PreTrainedTokenizerBase or None
+        Saved beside it.
+    directory : path
+        What to create.
+    report : CompressionReport, optional
+        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where matplotlib is
+        installed, its pictures as ``report.html``.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced; it stays until the new one is complete.
+    max_shard_size : int or str, default "5GB"
+        Largest size of one weight file, in bytes or with a unit.
+    weights : callable, optional
+        Called with a directory to write the weight files into it, for a model whose weights are not in memory; may
+        return the report with what was found out on the way.
+    source : path, optional
+        The directory that the model came from. Default: what it was loaded from; without one nothing is copied.
+    beside : callable, optional
+        Called with the directory, when all else is in it, to write more files.
+
+    Returns
+    -------
+    Path
+        The absolute path of the directory.
+
+    Raises
+    ------
+    ValueError
+        If the model has no compressed layers.
+    CheckpointError
+        If a tensor that the model has is missing in what was written, or the directory it came from is damaged.
+    FileExistsError
+        If the directory exists, is not empty, and `overwrite` is False.
+    OSError
+        If the disk is full.
+    """
+    if not compressed_modules(model):
+        raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
+    mark_(model)
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        if weights is None:
+            # In-memory names: the shapes checked on loading are looked up under the names in `config.json`.
+            model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
+        else:
+            _save_without_weights(model, scratch)
+            report = weights(scratch) or report
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True)
+        if report is not None:
+            report = replace(report, after=replace(report.after, file_bytes=weight_bytes(scratch)))
+        describe(model, scratch, report)
+        if beside is not None:
+            beside(scratch)
+    return Path(directory).expanduser().absolute()
+
+
+def _source(model: PreTrainedModel, given: str | os.PathLike[str] | None) -> Path | None:
+    return source_of(model) if given is None else Path(given).expanduser().absolute()
+
+
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    scratch: Path,
+    source: Path | None,
+    max_shard_size: int | str,
+    *,
+    compressed: bool,
+) -> None:
+    """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
+    from cur.integrations.files.tensor_file import add_tensors
+
+    stored_here = source is not None and has_weights(source)
+    if source is not None and stored_here:
+        files = ModelFiles(source, without_weights(source, type(model)))
+        if files.unread:
+            stored, written = stored_dtype(source), model.dtype
+            add_tensors(scratch, files.unread, files.weights, max_shard_size, dtypes={stored: written})
+    if compressed:
+        _rename_weights(scratch)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch)
+    account = None
+    if source is not None:
+        carry(source, scratch, history=compressed)
+    if source is not None and stored_here:
+        account = compare(scratch, source, kind=type(model))
+        lost = sorted(set(account.missing) & model.state_dict().keys())
+        if lost:
+            raise CheckpointError(
+                f"{lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} of {source} would be "
+                "missing in what was written, so nothing is; load the model again, by the class that its "
+                "configuration names"
+            )
+    write_account(scratch, account)
+
+
+def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:
+    """Write what is said beside the weights: plan, report, page and model card, each whole or not at all."""
+    from cur.integrations.report.card import model_card
+    from cur.integrations.report.page import can_draw, report_page
+
+    if report is not None:
+        account = read_account(directory)
+        report = replace(report, account={} if account is None else account.to_dict())
+        report.plan.save(directory / PLAN)
+        report.save(directory / REPORT)
+        if can_draw():
+            _write(directory / PAGE, report_page(report))
+    _write(directory / "README.md", model_card(model, report))
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as stream:
+        stream.write(text.encode())
+
+
+def dense_export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    source: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a plain checkpoint, every compressed layer multiplied out, that loads without this package.
+
+    The compressed model itself is unchanged. The parameters are those of :func:`save`.
+    """
+    with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
+        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)
+    return Path(directory).expanduser().absolute()
+
+
+def read_config(directory: str | os.PathLike[str]) -> CURConfig:
+    """Read what a checkpoint says about its compressed layers, without its weights.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds no compressed checkpoint, or one of a newer format.
+    """
+    data = check_config(directory).get("quantization_config") or {}
+    if data.get("quant_method") != "cur":
+        raise CheckpointError(f"{directory} is not a compressed checkpoint: its config.json does not say so")
+    return CURConfig(**data)
+
+
+@contextmanager
+def _multiplied_out(model: PreTrainedModel) -> Iterator[None]:
+    """Hold dense layers in the place of the compressed ones for a while; the rest of the model is shared."""
+    layers = compressed_modules(model)
+    if not layers:
+        yield
+        return
+    mark_(model)
+    tied = dict(model.all_tied_weights_keys)
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+    model.dequantize(dtype=model.dtype)
+    try:
+        yield
+    finally:
+        swap_(model, experts)
+        swap_(model, layers)
+        model.all_tied_weights_keys = tied
+        mark_(model)
+
+
+def _save_without_weights(model: Any, directory: Path) -> None:
+    """Let transformers write everything but weights."""
+    quantizer, model.hf_quantizer = model.hf_quantizer, None  # it would name the weights
+    try:
+        model.save_pretrained(directory, state_dict={})
+    finally:
+        model.hf_quantizer = quantizer
+
+
+def _rename_weights(directory: Path) -> None:
+    """Give the weight files the name that only our quantizer looks for; `config.json` tells it."""
+    ours = WEIGHTS.removesuffix(".safetensors")
+
+    def renamed(name: str) -> str:
+        return ours + name.removeprefix(_DEFAULT_STEM)
+
+    index = directory / (_DEFAULT_STEM + _INDEX)
+    weights = renamed(index.name) if index.exists() else WEIGHTS
+    if index.exists():
+        data = json.loads(index.read_text(encoding="utf-8"))
+        data["weight_map"] = {key: renamed(name) for key, name in data["weight_map"].items()}
+        (directory / weights).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        index.unlink()
+    for file in directory.glob(f"{_DEFAULT_STEM}*.safetensors"):
+        file.rename(directory / renamed(file.name))
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["weights"] = weights
+    # Whoever reads this file without our quantizer, which names another, is told what to do.
+    config["transformers_weights"] = ADVICE
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,401 @@
+"""The weight format ``"cur"`` of transformers: how a directory with compressed layers becomes a model.
+
+Importing this module registers the format. `from_pretrained` then builds the base model on the meta device,
+the quantizer puts compressed layers of the right shapes into it, and transformers loads the factors like any
+weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cur.integrations.files.reading import ADVICE, CheckpointError
+from cur.integrations.model.experts import LinearExperts, is_experts, rolled
+from cur.integrations.nn import (
+    LAYOUTS,
+    NEURONS,
+    CompressedLinear,
+    InterpolativeLinear,
+    KeptNeurons,
+    compressed_modules,
+    dense_weight,
+    swap_,
+)
+from cur.integrations.nn.base import ranks_of
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METHOD",
+    "CURConfig",
+    "CURQuantizer",
+    "CheckpointError",
+    "describe",
+    "mark_",
+    "refuse_other_formats",
+]
+
+METHOD = "cur"
+"""Value of ``quant_method`` in ``config.json``."""
+
+FORMAT_VERSION = 3
+"""Version of the checkpoints written; newer ones are refused."""
+
+# What of a layer is in any checkpoint of our own names.
+_TELLING = tuple(f"{factor}.{kind}" for factor in ("R", "C", "W", "inner.R") for kind in ("weight", "integers"))
+
+
+@register_quantization_config(METHOD)
+class CURConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint: JSON types only.
+
+    Parameters
+    ----------
+    modules : mapping
+        By module name: ``{"layout": str, "rank": int}``, where neurons are given up perhaps with an ``"inner_rank"``,
+        and ``"int8": true`` where factors are rounded to eight bits; or ``{"shared_with": name}`` for a second name of
+        a layer.
+    format_version : int
+        See :data:`FORMAT_VERSION`.
+    experts : sequence of str
+        Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
+    weights : str or None
+        Name of the weight file, or of the index of its shards, when it is not transformers' own default.
+
+    Raises
+    ------
+    CheckpointError
+        If the format is newer than this package, or a field is unknown or malformed.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        format_version: int = FORMAT_VERSION,
+        experts: Sequence[str] = (),
+        weights: str | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {format_version!r}, this package reads up to "
+                f"{FORMAT_VERSION}: "
+                "upgrade cur-decomposition"
+            )
+        if unknown:
+            raise CheckpointError(f"`quantization_config` has unknown fields: {', '.join(sorted(unknown))}")
+        if not isinstance(modules, Mapping):
+            raise CheckpointError(f"`quantization_config` must describe modules by name, got {modules!r}")
+        for name, spec in modules.items():
+            _check_spec(name, spec)
+        if isinstance(experts, str) or not all(isinstance(name, str) for name in experts):
+            raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
+        self.quant_method: Any = quant_method
+        self.format_version = format_version
+        self.modules = {name: dict(spec) for name, spec in modules.items()}
+        self.experts = list(experts)
+        self.weights = weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        data: dict[str, Any] = super().to_dict()
+        if self.weights is None:
+            del data["weights"]
+        if not self.experts:
+            del data["experts"]
+        return data
+
+
+@register_quantizer(METHOD)
+class CURQuantizer(HfQuantizer):
+    """Put compressed layers into a model that is being loaded, and say what may be done with them."""
+
+    quantization_config: CURConfig
+
+    def is_serializable(self) -> bool:
+        """Allow `save_pretrained`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Allow `Trainer` where the factors are ordinary parameters, not rounded."""
+        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Allow `Trainer` without an adapter as well."""
+        return self.is_trainable
+
+    @property
+    def is_compileable(self) -> bool:
+        """Allow `torch.compile` in `generate`."""
+        return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
+        if self.quantization_config.weights is not None:
+            config.transformers_weights = self.quantization_config.weights
+        elif getattr(config, "transformers_weights", None) == ADVICE:
+            config.transformers_weights = None
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        shapes = _stored_shapes(checkpoint_files or ())
+        self._unroll_(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers: dict[str, CompressedLinear] = {}
+        places: dict[str, CompressedLinear] = {}
+        specs = self.quantization_config.modules
+        # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
+        # translates while it loads, and compares with the shapes of the skeletons.
+        comparable = any(f"{name}.{key}" in shapes for name in specs for key in _TELLING)
+        for name, spec in specs.items():
+            place = _place(model, modules, name)
+            if "shared_with" in spec:
+                if spec["shared_with"] not in layers:
+                    raise CheckpointError(
+                        f"`config.json` shares {name} with {spec['shared_with']}, not listed before it"
+                    )
+                layers[name] = layers[spec["shared_with"]]
+            else:
+                layers[name] = _skeleton(modules[place], name, spec)
+                if comparable:
+                    _compare(name, layers[name], shapes)
+            places[place] = layers[name]
+        swap_(model, places)
+        _retie_(model)
+        # The guards of `get_state_dict_and_metadata` have done their work when this code runs.
+        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(ADVICE)}
+        ignored = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
+
+    def _unroll_(self, model: PreTrainedModel) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        places = {name: _place(model, modules, name) for name in self.quantization_config.experts}
+        for name, place in places.items():
+            if not is_experts(modules[place]):
+                raise CheckpointError(
+                    f"`config.json` lists the experts {name}, which is a {type(modules[place]).__name__}: the "
+                    "configuration and the checkpoint do not belong together"
+                )
+        swap_(model, {place: LinearExperts(modules[place]) for place in places.values()})
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in compressed_modules(model).items():
+            if isinstance(layer, InterpolativeLinear):
+                _check_order(name, layer.order)
+            elif isinstance(layer, KeptNeurons):
+                _check_kept(name, layer.kept, layer.rank)
+                if layer.inner_rank is not None:
+                    _check_order(name, layer.part.order)
+        # A later `save_pretrained` of this model writes transformers' default names again.
+        self.quantization_config.weights = None
+        state: Any = model
+        state.is_quantized = not self.is_trainable
+        _keep_names_(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes: the state without second names, and the guards.
+
+        Without this package transformers would load the checkpoint with a mere warning and every compressed
+        layer initialised at random. An empty tensor under the name of each dense weight that is gone makes
+        that an error about sizes, and the name of one more empty tensor, shown in its table, says what to do.
+        This holds for every way of saving: `save_pretrained`, `push_to_hub`, `Trainer`.
+        """
+        state: dict[str, torch.Tensor] = model.state_dict()
+        for name, spec in describe(model).items():
+            if "shared_with" in spec:
+                for key, _ in model.get_submodule(name).named_parameters():
+                    del state[f"{name}.{key}"]
+                # transformers ties parameters only; an index buffer is small enough to be stored again.
+                for key, buffer in model.get_submodule(name).named_buffers():
+                    state[f"{name}.{key}"] = buffer.clone()
+        for name in compressed_modules(model):
+            state[f"{name}.weight"] = torch.empty(0)
+        state[ADVICE] = torch.empty(0)
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        shared = {name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec}
+        tied: dict[str, str] = model.all_tied_weights_keys
+        for name, first in shared.items():
+            for key, _ in model.get_submodule(name).named_parameters():
+                tied.pop(f"{name}.{key}", None)
+            tied[f"{name}.weight"] = f"{first}.weight"
+        layers = compressed_modules(model)
+        swap_(model, {name: layer.to_dense().to(dtype) for name, layer in layers.items()})
+        if experts := rolled(model):
+            swap_(model, experts)
+            vars(model).pop("_weight_conversions", None)
+        return model
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers."""
+    first: dict[int, str] = {}
+    modules: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, CompressedLinear) or name.rpartition(".")[0] in modules:  # a part of one
+            continue
+        if id(module) in first:
+            modules[name] = {"shared_with": first[id(module)]}
+        else:
+            first[id(module)] = name
+            modules[name] = {"layout": module.layout, "rank": module.rank}
+            if module.inner_rank is not None:
+                modules[name]["inner_rank"] = module.inner_rank
+            if module.int8:
+                modules[name]["int8"] = True
+    return modules
+
+
+def refuse_other_formats(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a model is quantized by another method than ours."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CURQuantizer):
+        raise ValueError(
+            f"the model is quantized by {type(quantizer).__name__}; compress it before quantizing, or load it in full "
+            "precision"
+        )
+
+
+def mark_(model: PreTrainedModel) -> None:
+    """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
+
+    Raises
+    ------
+    ValueError
+        If the model is quantized by another method.
+    """
+    refuse_other_formats(model)
+    # Others are linear layers for the time of the compression alone.
+    experts = [name for name, part in model.named_modules() if isinstance(part, LinearExperts) and part.compressed()]
+    config = CURConfig(describe(model), experts=experts)
+    state: Any = model  # these attributes are set, not declared, by transformers itself
+    state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
+    # transformers refuses `.half()` and `.float()` where it is True, which is right for rounded layers alone.
+    state.is_quantized = not state.hf_quantizer.is_trainable
+    state.quantization_method = METHOD
+    state.config.quantization_config = config
+    _retie_(model)
+    _keep_names_(model)
+
+
+def _keep_names_(model: PreTrainedModel) -> None:
+    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they stand for."""
+    if any(isinstance(module, LinearExperts) for module in model.modules()):
+        state: Any = model
+        state._weight_conversions = []
+
+
+def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
+    if isinstance(spec, Mapping):
+        if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
+            return
+        sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
+        named = set(spec) - {"inner_rank", "int8"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
+        named = named and spec.get("int8", True) is True
+        named = named and ("inner_rank" not in spec or spec["layout"] in NEURONS)
+        if named and all(type(size) is int and size > 0 for size in sizes):
+            return
+    raise CheckpointError(
+        f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
+        "and a "
+        "positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps `int8`: true"
+    )
+
+
+def _place(model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) -> str:
+    # The checkpoint of a model with a head is also loaded without it (`AutoModel`) and the other way round.
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in modules:
+            return candidate
+    raise CheckpointError(
+        f"`config.json` lists the compressed module {name}, which {type(model).__name__} does not have: the "
+        "configuration and the checkpoint do not belong together"
+    )
+
+
+def _skeleton(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedLinear:
+    weight, bias, transposed = dense_weight(module, name)
+    out_features, in_features = weight.shape
+    try:
+        layer: CompressedLinear = LAYOUTS[spec["layout"]](
+            in_features,
+            out_features,
+            spec["rank"],
+            inner_rank=spec.get("inner_rank"),
+            int8=spec.get("int8", False),
+            bias=bias is not None,
+            transposed=transposed,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
+    return layer
+
+
+def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names = list(handle.keys())
+                shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in names})
+        except FileNotFoundError as error:
+            raise CheckpointError(f"the checkpoint lacks {file}, which its index names") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+    return shapes
+
+
+def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {f"{name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
+    for key, shape in expected.items():
+        if key not in shapes:
+            raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"`config.json` says {name} has rank {ranks_of(layer)} in layout {layer.layout!r}, so {key} would be "
+                f"{shape}, but the stored weights are {shapes[key]}"
+            )
+
+
+def _check_order(name: str, order: torch.Tensor) -> None:
+    if order.is_meta:
+        return
+    if not torch.equal(order.sort().values, torch.arange(order.shape[0], device=order.device)):
+        raise CheckpointError(f"{name}.order is not a permutation of the outputs: the checkpoint is corrupt")
+
+
+def _check_kept(name: str, kept: torch.Tensor, rank: int) -> None:
+    if not kept.is_meta and int(kept.sum()) != rank:
+        raise CheckpointError(
+            f"{name}.kept marks {int(kept.sum())} neurons, where {rank} are stored: the checkpoint is corrupt"
+        )
+
+
+def _retie_(model: PreTrainedModel) -> None:
+    """Replace, in the table of tied weights, the dense weights of shared layers by their factors."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for name, spec in describe(model).items():
+        tied.pop(f"{name}.weight", None)
+        tied.pop(f"{name}.bias", None)
+        if "shared_with" in spec:
+            for key, _ in model.get_submodule(name).named_parameters():
+                tied[f"{name}.{key}"] = f"{spec['shared_with']}.{key}"

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cur import NumericalError
+from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
+from cur.integrations.measure import gradients
+from tests.integrations.architectures import make
+
+LENGTHS = (24, 5, 17, 1, 11, 24)
+
+
+def names_of(model: PreTrainedModel) -> list[str]:
+    return linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+
+
+@pytest.fixture
+def nothing() -> Statistics:
+    return Statistics(tokens=1, samples=1, square_sums={}, counts={})
+
+
+def padded(windows: torch.Tensor, side: str, size: int) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for start in range(0, len(windows), size):
+        lengths = LENGTHS[start : start + size]
+        width = max(lengths)
+        ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, length in enumerate(lengths):
+            place = slice(0, length) if side == "right" else slice(width - length, width)
+            ids[index, place] = windows[start + index, :length]
+            mask[index, place] = 1
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def test_they_are_the_gradients_of_the_summed_loss(
+    any_model: PreTrainedModel, windows: torch.Tensor, nothing: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = windows.roll(3, dims=1)
+    monkeypatch.setattr(gradients, "_draw", lambda *_, **__: labels.flatten())
+    modules = names_of(any_model)
+    measured = collect_gradients(any_model, [windows], nothing, modules=modules)
+
+    outputs: dict[str, torch.Tensor] = {}
+    handles = [
+        any_model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in modules
+    ]
+    logits = any_model(input_ids=windows).logits
+    for handle in handles:
+        handle.remove()
+    loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).sum()
+    for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+        g = gradient.double().flatten(0, -2)
+        expected = g.T @ g / len(g)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(measured.output_moment(name), expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_neither_batch_size_nor_padding_matters(
+    causal_model: PreTrainedModel, windows: torch.Tensor, nothing: Statistics, side: str
+) -> None:
+    modules = names_of(causal_model)
+    plain = collect_gradients(causal_model, padded(windows, side, 1), nothing, modules=modules)
+    other = collect_gradients(causal_model, padded(windows, side, 3), nothing, modules=modules)
+    assert set(plain.output_counts.values()) == {sum(LENGTHS)}
+    assert other.output_counts == plain.output_counts
+    for name in modules:
+        scale = float(plain.output_products[name].abs().max())
+        torch.testing.assert_close(
+            other.output_products[name], plain.output_products[name], rtol=1e-3, atol=1e-4 * scale, msg=name
+        )
+
+
+def test_labels_follow_the_model_s_own_predictions() -> None:
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0]).expand(40, 500, 5)
+    kept = torch.ones(40, 500, dtype=torch.bool)
+    labels = gradients._draw(logits, kept, seed=3, first=0)
+    shares = torch.bincount(labels, minlength=5) / len(labels)
+    p = logits[0, 0].softmax(-1)
+    assert shares[2] == 0
+    # Five standard deviations of a share of 20,000 draws.
+    assert bool(((shares - p).abs() <= 5 * (p * (1 - p) / len(labels)).sqrt() + 1e-12).all())
+    later = gradients._draw(logits[1:], kept[1:], seed=3, first=1)
+    assert torch.equal(labels[500:], later)
+    assert not torch.equal(labels, gradients._draw(logits, kept, seed=4, first=0))
+
+
+def test_at_the_head_they_are_the_fisher_information(
+    llama: PreTrainedModel, windows: torch.Tensor, nothing: Statistics
+) -> None:
+    row = windows[:1, :4]
+    measured = collect_gradients(llama, [row.expand(400, 4)] * 5, nothing, modules=["lm_head"])
+    with torch.no_grad():
+        p = llama(row).logits[0].double().softmax(-1)
+    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    assert measured.output_counts == {"lm_head": 8000}
+    found = measured.output_moment("lm_head")
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_they_join_the_statistics_of_the_inputs(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    modules = names_of(llama)
+    before = collect(llama, batches(windows, batch_size=3), modules=modules)
+    after = collect_gradients(llama, batches(windows, batch_size=3), before, modules=modules[:2])
+    assert after.square_sums is before.square_sums
+    assert not before.output_products
+    assert list(after.output_products) == modules[:2]
+    assert torch.equal(after.output_moment(modules[0]), after.output_moment(modules[0]).T)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_pass_does_it_all(causal_model: PreTrainedModel, windows: torch.Tensor, side: str) -> None:
+    given, modules = padded(windows, side, 3), names_of(causal_model)
+    blocks = [name for name, _ in decoder_layers(causal_model)]
+    apart = collect(causal_model, given, modules=modules, moments="full", layers=blocks)
+    apart = collect_gradients(causal_model, given, apart, modules=modules)
+    passes: list[int] = []
+    handle = causal_model.get_submodule(blocks[0]).register_forward_hook(lambda *_: passes.append(1))
+    once = collect(causal_model, given, modules=modules, moments="full", layers=blocks, gradients=modules)
+    handle.remove()
+    assert len(passes) == len(given)
+    assert (once.counts, once.output_counts) == (apart.counts, apart.output_counts)
+    assert once.text_hash == apart.text_hash
+    assert once.angles is not None
+    torch.testing.assert_close(once.angles, apart.angles, rtol=1e-4, atol=1e-6)
+    for name in modules:
+        for kind in ("second_moment", "output_moment"):
+            found, expected = getattr(once, kind)(name), getattr(apart, kind)(name)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name)
+
+
+def test_activations_need_not_be_kept(any_model: PreTrainedModel, windows: torch.Tensor) -> None:
+    modules, inside = names_of(any_model), [name for name, _ in decoder_layers(any_model)]
+    kept: list[int] = []
+    found = []
+    for saving in (False, True):
+        tensors: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):  # noqa: B023
+            options: dict[str, Any] = {"moments": "full", "layers": inside, "gradients": modules}
+            found.append(
+                collect(
+                    any_model, batches(windows, batch_size=3), modules=modules, **options, gradient_checkpointing=saving
+                )
+            )
+        kept.append(sum(x.nbytes for x in tensors))
+    assert kept[1] < kept[0] / 2
+    assert found[0].counts == found[1].counts
+    assert found[0].output_counts == found[1].output_counts
+    for name in modules:
+        for kind in ("second_moment", "output_moment"):
+            plain, saved = (getattr(one, kind)(name) for one in found)
+            torch.testing.assert_close(saved, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()), msg=name)
+    assert not any("forward" in block.__dict__ for _, block in decoder_layers(any_model))
+
+
+def test_the_model_is_left_as_it_was(llama: PreTrainedModel, windows: torch.Tensor, nothing: Statistics) -> None:
+    llama.model.norm.weight.requires_grad_(False)
+    llama.train()
+    before = [parameter.requires_grad for parameter in llama.parameters()]
+    collect_gradients(llama, [windows], nothing, modules=["model.layers.0.mlp.up_proj"])
+    assert [parameter.requires_grad for parameter in llama.parameters()] == before
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    assert llama.training
+    assert not any(part._forward_hooks for part in llama.modules())
+
+
+def test_what_cannot_be_measured_says_so(llama: PreTrainedModel, windows: torch.Tensor, nothing: Statistics) -> None:
+    def go(model: nn.Module, modules: Any, batch: Any) -> None:
+        collect_gradients(model, batch, nothing, modules=modules)
+
+    with pytest.raises(ValueError, match="`modules` is empty"):
+        go(llama, [], [windows])
+    with pytest.raises(ValueError, match="`modules` names what"):
+        go(llama, ["absent"], [windows])
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        go(llama, ["lm_head"], [])
+    with pytest.raises(TypeError, match="Linear has none"):
+        go(nn.Linear(2, 2), [""], [windows])
+    with pytest.raises(TypeError, match=r"T5ForConditionalGeneration is an encoder-decoder.*--no-gradients"):
+        go(make("t5"), ["decoder.block.0.layer.0.SelfAttention.q"], [windows])
+    with pytest.raises(TypeError, match="logits per token, which LlamaModel does not give"):
+        go(llama.model, ["layers.0.mlp.up_proj"], [windows])
+    llama.idle = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no gradient reached idle"):
+        go(llama, ["idle"], [windows])
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        go(llama, ["lm_head"], [windows])

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cur._lib.versions import versions
+from cur.integrations.compress import compress
+from cur.integrations.model.size import Size, model_size
+from cur.integrations.plan.config import CompressConfig
+from cur.integrations.report.card import model_card
+from cur.integrations.report.data import CompressionReport
+
+
+@pytest.fixture
+def report(llama: PreTrainedModel, windows: torch.Tensor) -> CompressionReport:
+    return compress(llama, windows, CompressConfig(layers=2, rank=6))
+
+
+def test_json_round_trip(report: CompressionReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.json")
+    assert CompressionReport.load(tmp_path / "report.json") == report
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))
+
+
+def test_stages_are_timed(report: CompressionReport) -> None:
+    assert list(report.seconds) == ["calibrate", "plan", "decompose", "outputs", "swap"]
+    assert all(value >= 0 for value in report.seconds.values())
+    assert sum(layer.seconds for layer in report.layers) <= report.seconds["decompose"]
+
+
+def test_totals_are_the_sums_of_the_layers(report: CompressionReport) -> None:
+    assert report.plan.parameters == sum(layer.parameters_after for layer in report.layers)
+    assert report.plan.dense_parameters == sum(layer.parameters_before for layer in report.layers)
+    assert report.versions == versions()
+    assert {"python", "torch", "transformers"} <= set(report.versions)
+
+
+def test_size_counts_tied_weights_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    model.register_buffer("index", torch.zeros(2, dtype=torch.int64))
+    assert model_size(model) == Size(parameters=9, bytes=9 * 4 + 2 * 8)
+
+
+def test_malformed_reports(report: CompressionReport, tmp_path: Path) -> None:
+    data = report.to_dict()
+    with pytest.raises(ValueError, match="unknown fields: colour"):
+        CompressionReport.from_dict({**data, "colour": "blue"})
+    with pytest.raises(ValueError, match="the report is malformed"):
+        CompressionReport.from_dict({key: value for key, value in data.items() if key != "layers"})
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        CompressionReport.load(tmp_path / "report.json")
+
+
+def test_the_card_names_the_base_model_only_when_the_hub_has_it(
+    report: CompressionReport, llama: PreTrainedModel
+) -> None:
+    named = replace(report, plan=replace(report.plan, model="someone/some-model"))
+    assert "base_model: someone/some-model\n" in model_card(llama, named)
+    local = replace(report, plan=replace(report.plan, model="/somewhere/model"))
+    assert "base_model" not in model_card(llama, local)
+    assert "base_model" not in model_card(llama)
