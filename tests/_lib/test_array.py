@@ -132,7 +132,7 @@ def test_exchanges_become_positions(rng):
     order = np.arange(5)
     for i, j in enumerate(exchanges):
         order[[i, j]] = order[[j, i]]
-    assert _array._exchange(exchanges, 5, 5).tolist() == order.tolist()
+    assert linalg._exchange(exchanges, 5, 5).tolist() == order.tolist()
     assert len(linalg.lu_pivots(X)) == 5
 
 
