@@ -41,6 +41,8 @@ _SECONDS_BETWEEN_LINES = 60.0
 _RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 _DESCRIPTIONS = {
+    "load": "Loading the model",
+    "save": "Saving",
     "sample": "Writing text to calibrate on",
     "calibrate": "Measuring activations",
     "plan": "Sharing the budget",

@@ -8,33 +8,27 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli import tables
-from cur.cli._run import Stages, bars, note, output, print_json
-from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
-from cur.cli.source import HeldOut, Source, read_for, tell_unread
+from cur.cli._run import bars, note, output, print_json
+from cur.cli.source import HeldOut, Source, read_for, show_unread, tell
 from cur.integrations.blockwise import Team
-from cur.integrations.compress import Clock, carry_out_, measure, measure_plan, with_own_text
 from cur.integrations.convert import convert_
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
 from cur.integrations.files.directory import check_target
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.rows import Conversation
-from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import embedded_text, read_text, token_windows
-from cur.integrations.model.experts import unrolled
-from cur.integrations.model.loading import LoadedModel, load_model
+from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
 from cur.integrations.nn import FACTORED
+from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
-from cur.integrations.plan.make import candidates, make_plan
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report.data import CompressionReport
-from cur.integrations.report.perplexity import output_head, perplexity
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import dense_export, save
 from cur.integrations.store.inspect import summarize
@@ -74,57 +68,25 @@ def run_compress(
     as_json: bool,
 ) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
-    check_target(out, overwrite=overwrite)
-    check(precision)
-    kind, where = _dtype(dtype), place(device)
-    asked = Plan.load(how) if isinstance(how, Path) else how
-    if block_by_block(model, low_memory, kind):
-        report = compress_by_blocks(
-            str(model),
+    with bars() as bar:
+        report = compress_model(
+            model,
             out,
-            asked,
-            read=source.batches,
+            Plan.load(how) if isinstance(how, Path) else how,
+            text=source.batches,
             held_out=None if held_out is None else held_out.read,
-            stats=source.stats,
-            dtype=kind,
+            statistics=source.stats,
+            dtype=_dtype(dtype),
             precision=precision,
             device=device,
+            low_memory=low_memory,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            progress=bar,
+            announce=tell,
         )
-        if Team().leads:
-            _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
-        return
-    clock = Clock()
-    perplexities: dict[str, float] = {}
-    with bars() as bar:
-        with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=kind, device_map=where, trust_remote_code=trust_remote_code)
-            if isinstance(asked, Plan):
-                asked.check(loaded.model)
-            given = read_for(loaded.model, source.batches(loaded.tokenizer))
-            if not isinstance(asked, Plan):
-                _refuse_early(loaded.model, asked)
-            judged = None if held_out is None else held_out.read(loaded.model, loaded.tokenizer)
-        tell_unread(loaded.model)
-        passes = _passes(loaded, precision)
-        if judged is not None:
-            watch = bar.of("before", len(judged))
-            before = perplexity(loaded.model, judged, precision=passes, progress=watch)
-            perplexities["before, held-out"] = before.value
-        statistics, plan, given = _decide(loaded, asked, given, source.stats, passes, clock, bar)
-        if isinstance(asked, Plan) and asked.calibration not in (None, statistics.text_hash):
-            note.print("The calibration text is another than the one that the plan was made from.")
-        report = carry_out_(loaded.model, plan, statistics, text=given, precision=passes, clock=clock, progress=bar)
-        if judged is not None:
-            watch = bar.of("after", len(judged))
-            after = perplexity(loaded.model, judged, precision=passes, progress=watch)
-            perplexities["after, held-out"] = after.value
-        report = replace(report, perplexity=perplexities)
-        with bar.busy("Saving"):
-            target = save(loaded.model, loaded.tokenizer, out, report=report, overwrite=overwrite)
-        report = CompressionReport.load(target / REPORT)  # with the bytes on disk
-    _show_compressed(target, report, out, as_json=as_json)
+    if Team().leads:
+        _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
 
 
 def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
@@ -158,53 +120,24 @@ def run_plan(
     """Run `cur plan`."""
     if out.is_dir():
         raise ValueError(f"{out} is a directory; name the JSON file to write")
-    check(precision)
     with bars() as bar:
-        with bar.busy("Loading the model"):
-            loaded = load_model(model, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
-            given = read_for(loaded.model, source.batches(loaded.tokenizer))
-            _refuse_early(loaded.model, config)
-        tell_unread(loaded.model)
-        _, plan, _ = _decide(loaded, config, given, source.stats, _passes(loaded, precision), Clock(), bar)
+        plan = plan_model(
+            model,
+            config,
+            text=source.batches,
+            statistics=source.stats,
+            dtype=_dtype(dtype),
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+            announce=tell,
+        )
     plan.save(out)
     if as_json:
         print_json(plan.to_dict())
         return
     output.print(tables.plan_table(plan))
     output.print(f"Saved to {out}. Next: cur compress --plan {out} --out DIR, with the same text.")
-
-
-def _decide(
-    loaded: LoadedModel,
-    asked: CompressConfig | BudgetConfig | Plan,
-    given: list[Any],
-    stats: Path | None,
-    precision: str,
-    clock: Clock,
-    bar: Stages,
-) -> tuple[Statistics, Plan, list[Any]]:
-    """Measure, or read what an earlier run measured, and plan; return the batches with what the model wrote besides."""
-    model = loaded.model
-    known = stats is not None and stats.exists()
-    with clock.stage("calibrate"):
-        earlier = Statistics.load(stats) if stats is not None and known else None
-        own = 0.0
-        if not isinstance(asked, CompressConfig) and (asked.correction > 0 or not known):
-            share = asked.own_text if earlier is None else earlier.own_text
-            given, own = with_own_text(model, given, share, seed=asked.seed, precision=precision, progress=bar)
-        if earlier is not None:
-            statistics = earlier
-            statistics.check(model)
-        else:
-            if isinstance(asked, Plan):
-                statistics = measure_plan(model, given, asked, precision=precision, progress=bar)
-            else:
-                statistics = measure(model, given, asked, own_text=own, precision=precision, progress=bar)
-            if stats is not None:
-                statistics.save(stats)
-    with clock.stage("plan"):
-        plan = asked if isinstance(asked, Plan) else make_plan(model, statistics, asked, progress=bar)
-    return statistics, plan, given
 
 
 def run_convert(
@@ -216,7 +149,7 @@ def run_convert(
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
-        tell_unread(loaded.model)
+        show_unread(loaded.model)
         convert_(loaded.model, layout, purpose=purpose)
         report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
         if report is not None:
@@ -249,7 +182,7 @@ def run_quantize(
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
             model, given = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
-        tell_unread(model)
+        show_unread(model)
         names = quantizable(model)
         passes = _passes(loaded, precision)
         measured = collect(model, given, modules=names, moments="full", precision=passes, progress=bar.of("calibrate"))
@@ -291,32 +224,20 @@ def run_evaluate(
         embedded_text("evaluate") if text is None else read_text(text, column=column)
     )
     name = "embedded text" if text is None else str(text)
-    check(precision)
-    kind, where = _dtype(dtype), place(device)
-
-    def read(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        return token_windows(tokenizer, source, length=window_length, count=windows, name=name)
-
-    if block_by_block(model, low_memory, kind):
-        called = str(model)
-        result = evaluate_by_blocks(
-            called,
-            read=read,
+    with bars() as bar:
+        result = evaluate_model(
+            model,
+            lambda tokenizer: token_windows(tokenizer, source, length=window_length, count=windows, name=name),
             batch_size=batch_size,
-            dtype=kind,
+            dtype=_dtype(dtype),
             precision=precision,
             device=device,
+            low_memory=low_memory,
             trust_remote_code=trust_remote_code,
+            progress=bar,
+            announce=tell,
         )
-    else:
-        with bars() as bar:
-            with bar.busy("Loading the model"):
-                loaded = load_model(model, dtype=kind, device_map=where, trust_remote_code=trust_remote_code)
-                output_head(loaded.model)
-                held_out, called = read_for(loaded.model, read(loaded.tokenizer)), loaded.source
-            watch = bar.of("evaluate", len(held_out))
-            passes = _passes(loaded, precision)
-            result = perplexity(loaded.model, held_out, batch_size=batch_size, precision=passes, progress=watch)
+    called = DEFAULT_MODEL if model is None else str(model)
     if as_json:
         print_json({"model": called, "text": name, "window_length": window_length, **asdict(result)})
         return
@@ -371,17 +292,11 @@ def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
-        tell_unread(loaded.model)
+        show_unread(loaded.model)
         with bar.busy("Saving"):
             dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite, source=directory)
     show_account(out)
     note.print(f"Saved to {out}.")
-
-
-def _refuse_early(model: PreTrainedModel, config: CompressConfig | BudgetConfig) -> None:
-    """Refuse what cannot be compressed before anything is measured."""
-    with unrolled(model):
-        candidates(model, config)
 
 
 def show_account(directory: Path) -> None:

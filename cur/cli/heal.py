@@ -117,12 +117,12 @@ def heal(
     them. Rows and columns stay as they are. Run the same command again after an interruption: it continues where it
     was.
     """
-    from cur.cli.blockwise import block_by_block
     from cur.cli.commands import show_account
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
     from cur.integrations.files.directory import check_target
     from cur.integrations.model.opening import stored_dtype
+    from cur.integrations.pipeline import block_by_block
     from cur.integrations.store.inspect import summarize
 
     check_target(out, overwrite=overwrite)

@@ -14,14 +14,12 @@ from cur.cli._run import note
 from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
 from cur.integrations.model.limits import check_windows, positions
-from cur.integrations.model.origin import origin_of
+from cur.integrations.pipeline import unread_remark
 from cur.integrations.report.perplexity import output_head
 
-__all__ = ["HeldOut", "Source", "read_for", "tell_unread"]
+__all__ = ["HeldOut", "Source", "read_for", "show_unread", "tell"]
 
 T = TypeVar("T", torch.Tensor, list[Any])
-
-_TOLD = 5
 
 
 def read_for(model: PreTrainedModel, given: T) -> T:
@@ -30,17 +28,15 @@ def read_for(model: PreTrainedModel, given: T) -> T:
     return given
 
 
-def tell_unread(model: PreTrainedModel) -> None:
+def tell(sentence: str) -> None:
+    """Say something beside the results."""
+    note.print(sentence, markup=False, soft_wrap=True)
+
+
+def show_unread(model: PreTrainedModel) -> None:
     """Say which tensors of a checkpoint are no part of the model that was loaded from it."""
-    unread = origin_of(model).unread
-    if unread:
-        more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
-        note.print(
-            f"Tensors that are no part of a {type(model).__name__}, and are carried over as they are: "
-            f"{', '.join(unread[:_TOLD])}{more}. The report names them.",
-            markup=False,
-            soft_wrap=True,
-        )
+    if remark := unread_remark(model):
+        tell(f"{remark} The report names them.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from cur.integrations.measure.text import batches, dataset_texts, embedded_text,
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.targets import block_stacks, decoder_layers, linear_modules
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
+from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.blocks import choose_layers
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.make import make_plan
@@ -41,14 +42,17 @@ __all__ = [
     "collect",
     "collect_gradients",
     "compress",
+    "compress_model",
     "dataset_texts",
     "decoder_layers",
     "dense_export",
     "embedded_text",
+    "evaluate_model",
     "linear_modules",
     "load_model",
     "make_plan",
     "perplexity",
+    "plan_model",
     "read_text",
     "save",
     "token_windows",

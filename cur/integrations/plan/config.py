@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from cur.integrations.model.targets import ALL_LINEAR
 from cur.integrations.nn import FACTORED
@@ -14,10 +14,11 @@ from cur.integrations.plan.plan import (
     LINKS,
     PRECISIONS,
     SUBSPACES,
+    Plan,
     is_multiple,
 )
 
-__all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "BudgetConfig", "CompressConfig"]
+__all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
 
 DEFAULT_RANK = 128
 """Largest rank where neither one nor a rule of ranks is given."""
@@ -148,6 +149,12 @@ class CompressConfig:
         """Whether full second moments of the inputs are needed."""
         return "covariance" in (self.importance, self.link)
 
+    # A fixed rank needs nothing else of a model than its inputs on the given text.
+    needs_gradients = False
+    gradient_checkpointing = False
+    own_text = 0.0
+    correction = 0.0
+
 
 METHODS = {"best": "weighted", "rows": "rows"}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
@@ -259,3 +266,15 @@ class BudgetConfig:
             raise ValueError(f"`correction` must be between 0 and 1, got {self.correction!r}")
         if not self.damping >= 0:
             raise ValueError(f"`damping` must be at least 0, got {self.damping!r}")
+
+    # What layers and neurons cost is predicted from second moments.
+    needs_moments = True
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether second moments of the gradients at the outputs are needed."""
+        return self.gradients
+
+
+Asked: TypeAlias = CompressConfig | BudgetConfig | Plan
+"""What a compression is to do: a configuration, from which a plan is made, or a plan."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,9 +30,53 @@ from cur.integrations.plan.importance import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
 from cur.integrations.plan.plan import PRECISIONS, Plan, PlanEntry, fingerprint
 
-__all__ = ["candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
+__all__ = ["Layers", "candidates", "make_plan"]
+
+T = TypeVar("T")
 
 _DENSE = "start from the dense model that it was made from"
+
+
+class Layers:
+    """The layers of a model with their statistics, as a plan needs them: all at once.
+
+    Block-wise compression has a subclass that loads a block for each group of layers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With its weights.
+    statistics : Statistics
+        Of the layers that are asked for.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``.
+    """
+
+    offloaded = False
+    """Whether weights are in memory only while their group is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        statistics: Statistics,
+        progress: Callable[[str, int, int | None], object] | None = None,
+    ) -> None:
+        self.model = model
+        self.statistics = statistics
+        self.progress = progress
+
+    def groups(self, names: list[str]) -> Iterator[tuple[list[str], Statistics]]:
+        """Yield names of layers, in order, while their weights are in memory, and statistics that cover them."""
+        with unrolled(self.model):
+            yield names, self.statistics
+
+    def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
+        """Return a callback for the steps of a stage within a group."""
+        return None if self.progress is None else functools.partial(self.progress, stage)
+
+    def gather(self, found: dict[str, T]) -> dict[str, T]:
+        """Return what was found for all groups, by their first layers, of all processes that share them."""
+        return found
 
 
 def make_plan(
@@ -39,6 +84,7 @@ def make_plan(
     statistics: Statistics,
     config: CompressConfig | BudgetConfig | None = None,
     *,
+    layers: Layers | None = None,
     progress: Callable[[str, int, int | None], object] | None = None,
 ) -> Plan:
     """Decide which layers are replaced, and at which rank.
@@ -47,30 +93,62 @@ def make_plan(
     rank of a layer is at most ``min(config.rank, break-even, live input features)``: a feature that was zero on every
     calibration token has no importance, and columns chosen beyond the live ones would be arbitrary.
 
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not changed.
+    statistics : Statistics
+        Of the whole model; of its second moments only those that `layers` does not have.
+    config : CompressConfig or BudgetConfig, optional
+        Default: the paper's setting.
+    layers : Layers, optional
+        How the layers come into memory. Default: they are there.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``.
+
+    Returns
+    -------
+    Plan
+
     Raises
     ------
     ValueError
         As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
     """
     config = config or CompressConfig()
+    layers = layers or Layers(model, statistics, progress)
     with unrolled(model):
-        names = candidates(model, config)
-        if isinstance(config, BudgetConfig):
-            one, two = (None if progress is None else functools.partial(progress, it) for it in ("plan", "neurons"))
-            curves = error_curves(model, statistics, config, names, progress=one)
-            neurons = joint_curves(model, statistics, config, names, progress=two)
-            return plan_budget(model, statistics, config, curves, neurons)
-        return _plan(model, statistics, config, names)
+        names = candidates(model, config, offloaded=layers.offloaded)
+        if isinstance(config, CompressConfig):
+            wanted = set(_selected(model, config, _chosen_blocks(model, statistics, config)))
+            names = [name for name in names if name in wanted]
+    if isinstance(config, CompressConfig):
+        entries = _in_order(
+            names,
+            layers.gather({group[0]: _entries(model, part, config, group) for group, part in layers.groups(names)}),
+        )
+        with unrolled(model):
+            return _plan(model, statistics, config, [entry for some in entries for entry in some], names)
+    curves = {}
+    for group, part in layers.groups(names):
+        one = error_curves(model, part, config, group, progress=layers.watch("plan"))
+        curves[group[0]] = one, joint_curves(model, part, config, group, progress=layers.watch("neurons"))
+    found = _in_order(names, layers.gather(curves))
+    with unrolled(model):
+        return plan_budget(
+            model,
+            statistics,
+            config,
+            [curve for one, _ in found for curve in one],
+            [n for _, two in found for n in two],
+        )
 
 
-def _plan(model: PreTrainedModel, statistics: Statistics, config: CompressConfig, possible: list[str]) -> Plan:
-    chosen = chosen_blocks(model, statistics, config)
-    wanted = set(_selected(model, config, chosen))
-    names = [name for name in possible if name in wanted]
-    return plan_of(model, statistics, config, layer_entries(model, statistics, config, names), names)
+def _in_order(names: list[str], found: dict[str, T]) -> list[T]:
+    return [found[name] for name in names if name in found]
 
 
-def layer_entries(
+def _entries(
     model: PreTrainedModel, statistics: Statistics, config: CompressConfig, names: list[str]
 ) -> list[PlanEntry]:
     """Decide the rank of each of some layers.
@@ -119,7 +197,7 @@ def _layout(shape: tuple[int, int], rank: int, config: CompressConfig) -> str:
     return str(choose_layout(shape, config.purpose, rank=rank))  # there is one up to `fastest_rank`
 
 
-def plan_of(
+def _plan(
     model: PreTrainedModel,
     statistics: Statistics,
     config: CompressConfig,
@@ -188,7 +266,7 @@ def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
     return float(squares[rank:].sum()) / total if total > 0 else 0.0
 
 
-def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
+def _chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
     """Return the indices of the blocks that are compressed."""
     stacks = [len(stack) for stack in block_stacks(model)]
     if isinstance(config.layers, str):

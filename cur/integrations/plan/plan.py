@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,6 +317,20 @@ class Plan:
     def needs_moments(self) -> bool:
         """Whether full second moments of inputs are needed to carry it out."""
         return any(entry.method != "cur" or "covariance" in (entry.importance, entry.link) for entry in self.entries)
+
+    # A plan says neither how gradients were come by nor how many windows were in a pass.
+    gradient_checkpointing = False
+    batch_size = 1
+
+    def as_done(self, layers: Iterable[Any]) -> Plan:
+        """Return the plan with the ranks that were found, from objects with a `rank` in the order of its entries."""
+        entries = (replace(entry, rank=done.rank) for entry, done in zip(self.entries, layers, strict=True))
+        return replace(self, entries=tuple(entries))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether second moments of the gradients at outputs are needed to carry it out."""
+        return any(entry.gradients for entry in self.entries)
 
     def check(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this architecture and these shapes.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cur.cli import blockwise
 from cur.cli.app import app
 from cur.integrations.blockwise import Shards, available_memory, fits
+from cur.integrations.pipeline import place
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_what_does_not_go_together(directory: Path, text: Path, monkeypatch: pyt
 
 def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert blockwise.place("cuda") == "cuda"
+    assert place("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [blockwise.place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    assert [place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
 
 
 def test_what_fits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,331 @@
+"""A model larger than memory as a source of blocks: each is loaded when its turn comes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cur.integrations.blockwise.calibrate import Calibration
+from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.journal import Journal
+from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
+from cur.integrations.blockwise.writer import fill
+from cur.integrations.files.beside import source_of
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.size import Size, model_size, weight_bytes
+from cur.integrations.nn import CompressedLinear, dense_weight, layer_class, swap_
+from cur.integrations.plan.config import Asked
+from cur.integrations.plan.make import Layers
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.outputs import output_changes
+from cur.integrations.sources import Clock, Source, StageProgress, decompose, silent
+from cur.integrations.store.checkpoint import REPORT, save
+from cur.integrations.store.format import mark_
+
+__all__ = ["Streamed"]
+
+T = TypeVar("T")
+
+# The step of the journal that says that the statistics are in the file that was asked for.
+_SAVED = "statistics-saved"
+
+
+class Streamed(Source):
+    """A model of which a block is in memory at a time, with a journal of what is finished.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        The model.
+    text : list
+        Batches, all of them; each process runs its share.
+    journal : Journal
+        Of the run; statistics, hidden states and factors lie in its directory.
+    team : Team
+        The processes.
+    precision : Precision
+        Of the products in passes over text, the same in all processes.
+    file : Path, optional
+        Of statistics, as for :class:`~cur.integrations.sources.InMemory`.
+    progress : StageProgress, optional
+        Told how far each stage is.
+    announce : callable, optional
+        Called with sentences on what was found, by the process that leads.
+
+    Attributes
+    ----------
+    stored : Path or None
+        A file of statistics that was there when the run began.
+    compressed : PreTrainedModel
+        After :meth:`replace_layers`, on the meta device.
+    """
+
+    offloaded = True
+    text: list[Any]
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        text: list[Any],
+        *,
+        journal: Journal,
+        team: Team,
+        precision: Precision,
+        file: Path | None = None,
+        progress: StageProgress | None = None,
+        announce: Callable[[str], object] | None = None,
+    ) -> None:
+        self.skeleton = skeleton
+        self.model = skeleton.model
+        self.text = text
+        self.journal = journal
+        self.team = team
+        self.leads = team.leads
+        self.precision = precision
+        self.progress = progress
+        self.announce = announce if announce is not None and team.leads else silent
+        self.clock = Clock()
+        self.before = replace(model_size(self.model), file_bytes=weight_bytes(skeleton.shards.directory))
+        self.compressed: Any = None
+        self._file = file
+        # What this run wrote itself, before it was ended, is not what it was begun with.
+        self.stored = file if file is not None and file.exists() and journal.facts(_SAVED) is None else None
+        self._calibration: Calibration | None = None
+        self._reports: list[LayerReport] = []
+
+    def known(self) -> Statistics | None:
+        """Return statistics that are in a file, without second moments, which are read block by block."""
+        return None if self.stored is None else Statistics.load(self.stored, moments=False)
+
+    def use(self, known: Statistics, names: Sequence[str], asked: Asked) -> Statistics:
+        """Run the first batch alone, on which the change of each layer's output is measured."""
+        return self._measured(names, asked)
+
+    def write_text(self, share: float, *, seed: int) -> float:
+        """Refuse to: a pass over all blocks for every word would be a pass over the disk."""
+        raise ValueError(
+            "`own_text` must be 0 block by block (--own-text 0): every word would take a pass over all blocks"
+        )
+
+    def measure(self, names: Sequence[str], asked: Asked, *, own_text: float = 0.0) -> Statistics:
+        """Measure what is not measured yet; second moments stay on disk."""
+        statistics = self._measured(names, asked)
+        if self._file is not None and self.team.leads:
+            self._measuring.save(self._file)
+            self.journal.finish(_SAVED)
+        return statistics
+
+    def layers(self, statistics: Statistics) -> Layers:
+        """Return the layers, a block of them in memory at a time, each process a share of the blocks."""
+        return _Blocks(self, statistics)
+
+    def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
+        """Factor block after block, each process a share of them; factors go to disk."""
+        with self.clock.stage("outputs"):
+            self.skeleton.load_outside()
+            self.skeleton.free_embeddings()
+        named = {entry.name: entry for entry in plan.entries}
+        blocks = self.by_block(list(named))
+        comparing = 0.0
+        with self.clock.stage("decompose"):
+            for index, names in self.each(blocks, "decompose", step="factors"):
+                begin = time.perf_counter()
+                part = replace(plan, entries=tuple(named[name] for name in names))
+                layers, reports = decompose(self.model, part, self.statistics_of(index))
+                middle = time.perf_counter()
+                self._measuring.tunnel.active = index
+                with self._measuring.tunnel.open():
+                    changes = output_changes(self.model, layers, self.text[0])
+                outputs = time.perf_counter() - middle
+                comparing += outputs
+                file = self._factors(index)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file(
+                    {f"{name}.{key}": value for name, it in layers.items() for key, value in it.state_dict().items()},
+                    file,
+                )
+                done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
+                spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
+                self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
+        self.clock.add("decompose", -comparing)
+        self.clock.add("outputs", comparing)
+        self.skeleton.free_outside()
+        found: dict[str, LayerReport] = {}
+        for index in blocks:
+            facts = self.journal.facts(f"factors-{index:04}") or {}
+            found |= {data["name"]: LayerReport.from_dict(data) for data in facts["reports"]}
+        self._reports = [found[entry.name] for entry in plan.entries]
+        return self._reports
+
+    def replace_layers(self) -> Size:
+        """Make the compressed model, without its weights; the dense one stays as it is."""
+        final = copy.deepcopy(self.model)
+        unroll_(final)
+        swap_(final, {done.name: _empty(done, final.get_submodule(done.name)) for done in self._reports})
+        swap_(final, rolled(final, compressed=False))
+        release_(final)
+        mark_(final)
+        self.compressed = final
+        return model_size(final)
+
+    def kept(self) -> str:
+        """Return nothing: the hash is found while the weights are written."""
+        return ""
+
+    def score(self, stage: str, windows: torch.Tensor, written: Path | None = None) -> float:
+        """Return the perplexity, which the process that leads measures once."""
+        if not self.leads:
+            return math.nan
+        facts = self.journal.facts(stage)
+        if facts is None:
+            skeleton = self.skeleton
+            if written is not None:
+                skeleton = load_skeleton(written, dtype=skeleton.dtype, device=skeleton.device)
+            scored = perplexity_blockwise(
+                skeleton,
+                windows,
+                precision=self.precision.name,
+                scratch=self.journal.directory,
+                progress=self.watch(stage),
+            )
+            facts = {"value": scored.value}
+            self.journal.finish(stage, **facts)
+        return float(facts["value"])
+
+    def save(
+        self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str
+    ) -> CompressionReport:
+        """Write the checkpoint tensor by tensor, one block of the dense model in memory at a time."""
+        skeleton = self.skeleton
+
+        def write(place: Path) -> CompressionReport:
+            kept = fill(self.compressed, skeleton, place, max_shard_size, replaced=self.factors, progress=self.progress)
+            return replace(report, kept=kept)
+
+        with self.clock.stage("write"):
+            save(
+                self.compressed,
+                skeleton.tokenizer,
+                target,
+                report=report,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                source=source_of(skeleton.model) or skeleton.shards.directory,
+                weights=write,
+            )
+        return replace(CompressionReport.load(target / REPORT), seconds=self.clock.seconds)
+
+    def factors(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the factors in one block by name; none if no layer of it is compressed."""
+        if not self._factors(index).exists():
+            return {}
+        with safe_open(self._factors(index), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def statistics_of(self, index: int) -> Statistics:
+        """Return the statistics of one block, second moments and all."""
+        return self._measuring.of_block(index)
+
+    def by_block(self, names: Sequence[str]) -> dict[int, list[str]]:
+        """Return the names of layers by the number of the block that they are in."""
+        found: dict[int, list[str]] = {}
+        for index, (block, _) in enumerate(self.skeleton.blocks):
+            inside = [name for name in names if name.startswith(f"{block}.")]
+            if inside:
+                found[index] = inside
+        return found
+
+    def each(
+        self, blocks: dict[int, list[str]], stage: str, *, step: str | None = None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others."""
+        own = self.team.share(list(blocks))
+        total = sum(len(blocks[index]) for index in own)
+        done = 0
+        for index in own:
+            if self.progress is not None:
+                self.progress(stage, done, total)
+            facts = None if step is None else self.journal.facts(f"{step}-{index:04}")
+            if facts is not None:
+                for name, seconds in facts["seconds"].items():
+                    self.clock.add(name, seconds)
+            else:
+                self.skeleton.load_block(index)
+                with unrolled(self.model):
+                    yield index, blocks[index]
+                self.skeleton.free_block(index)
+            done += len(blocks[index])
+        if self.progress is not None:
+            self.progress(stage, total, total)
+        self.team.gather(None)
+
+    @property
+    def _measuring(self) -> Calibration:
+        assert self._calibration is not None, "statistics come first"
+        return self._calibration
+
+    def _measured(self, names: Sequence[str], asked: Asked) -> Statistics:
+        self._calibration = Calibration(
+            self.skeleton,
+            self.text,
+            names,
+            journal=self.journal,
+            team=self.team,
+            full=asked.needs_moments,
+            precision=self.precision,
+            stored=self.stored,
+        )
+        statistics = self._calibration.run(self.watch("calibrate"))
+        self.clock.add("calibrate", self._calibration.earlier)
+        return statistics
+
+    def _factors(self, index: int) -> Path:
+        return self.journal.directory / "factors" / f"{index:04}.safetensors"
+
+
+class _Blocks(Layers):
+    """The layers of a model of which a block is in memory at a time."""
+
+    offloaded = True
+
+    def __init__(self, source: Streamed, statistics: Statistics) -> None:
+        super().__init__(source.model, statistics)
+        self.source = source
+
+    def groups(self, names: list[str]) -> Iterator[tuple[list[str], Statistics]]:
+        for index, inside in self.source.each(self.source.by_block(names), "plan"):
+            yield inside, self.source.statistics_of(index)
+
+    def gather(self, found: dict[str, T]) -> dict[str, T]:
+        return {name: value for part in self.source.team.gather(found) for name, value in part.items()}
+
+
+def _empty(report: LayerReport, dense: nn.Module) -> CompressedLinear:
+    """Return the compressed layer of a report without its factors, on the meta device."""
+    weight, bias, transposed = dense_weight(dense, report.name)
+    m, n = weight.shape
+    made: CompressedLinear = layer_class(report.layout)(
+        n,
+        m,
+        report.rank,
+        inner_rank=report.inner_rank,
+        bias=bias is not None,
+        transposed=transposed,
+        device="meta",
+        dtype=weight.dtype,
+    )
+    return made.train(dense.training).requires_grad_(next(dense.parameters()).requires_grad)

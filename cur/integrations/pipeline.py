@@ -1,0 +1,350 @@
+"""One call from a model to a compressed checkpoint, or to a plan: what the commands do, for Python.
+
+The model is opened in memory if it fits, and block by block otherwise; the rest is
+:func:`~cur.integrations.compress.compress_to`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.memory import fits
+from cur.integrations.blockwise.run import compress_blockwise
+from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.blockwise.streamed_model import load_skeleton
+from cur.integrations.compress import compress_to, planned
+from cur.integrations.files.directory import check_target
+from cur.integrations.files.header import ShardError
+from cur.integrations.files.shards import Shards
+from cur.integrations.measure.text import embedded_text, read_text, token_windows
+from cur.integrations.model.adapters import refuse_adapter_directory
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.loading import LoadedModel, load_model
+from cur.integrations.model.origin import origin_of
+from cur.integrations.model.precision import Precision, check
+from cur.integrations.plan.config import Asked, CompressConfig
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.perplexity import Perplexity, output_head, perplexity
+from cur.integrations.sources import InMemory, StageProgress, as_batches, busy, silent
+
+__all__ = [
+    "HeldOut",
+    "Text",
+    "block_by_block",
+    "compress_model",
+    "evaluate_model",
+    "place",
+    "plan_model",
+    "unread_remark",
+]
+
+Text: TypeAlias = (
+    "str | Path | Tensor | Iterable[Mapping[str, Tensor]] | Callable[[PreTrainedTokenizerBase], list[Any]] | None"
+)
+"""What a model is measured on: a file, windows of tokens, batches, or a function that makes batches by its tokenizer.
+None is one half of the Python language reference."""
+
+HeldOut: TypeAlias = "Tensor | Callable[[PreTrainedModel, PreTrainedTokenizerBase], Tensor] | None"
+"""Windows of tokens to measure perplexity on, or a function that makes them by a model and its tokenizer."""
+
+_WINDOWS, _LENGTH = 64, 512
+_TOLD = 5
+
+
+def compress_model(
+    model: str | Path | PreTrainedModel | LoadedModel | None,
+    out: str | os.PathLike[str],
+    config: Asked | None = None,
+    *,
+    text: Text = None,
+    held_out: HeldOut = None,
+    statistics: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str = "auto",
+    precision: str = "auto",
+    device: str = "cpu",
+    low_memory: bool | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    progress: StageProgress | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> CompressionReport:
+    """Compress a model into a checkpoint that transformers loads.
+
+    Parameters
+    ----------
+    model : str, Path, PreTrainedModel, LoadedModel or None
+        A directory, a ``.gguf`` file or a hub id, as for :func:`~cur.integrations.load_model`; or a model in memory,
+        which is changed.
+    out : path
+        Directory to create.
+    config : CompressConfig, BudgetConfig or Plan, optional
+        What to do. Default: the paper's setting.
+    text : optional
+        What to measure the model on, see :data:`Text`.
+    held_out : optional
+        What to measure perplexity on before and after, see :data:`HeldOut`. Default: it is not measured.
+    statistics : path, optional
+        File of statistics: used in the place of the text if it is there, written otherwise.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of a model in memory, saved beside it.
+    dtype : torch.dtype or "auto", default "auto"
+        Of the weights in memory and in the checkpoint; "auto" is that in which they are stored.
+    precision : str, default "auto"
+        Of the products in passes over text; see :class:`~cur.integrations.model.precision.Precision`.
+    device : str, default "cpu"
+        Where the model runs.
+    low_memory : bool, optional
+        Whether the model passes through memory block by block, with the same result. Default: if it does not fit.
+    trust_remote_code : bool, default False
+        Whether code that the checkpoint brings is run.
+    overwrite : bool, default False
+        Whether a directory that is not empty may be replaced.
+    max_shard_size : int or str, default "5GB"
+        Largest size of one weight file.
+    progress : callable, optional
+        See :data:`~cur.integrations.sources.StageProgress`; ``load`` and ``save`` are stages without steps.
+    announce : callable, optional
+        Called with sentences on what was decided: the precision, tensors that the model does not use.
+
+    Returns
+    -------
+    CompressionReport
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be read or the configuration does not fit it; before any forward pass.
+    FileExistsError
+        If the directory exists, is not empty, and `overwrite` is False.
+    OSError
+        If the disk is full.
+
+    Examples
+    --------
+    >>> from cur.integrations import BudgetConfig, compress_model
+    >>> report = compress_model("my-model", "small", BudgetConfig(keep=0.8), text="notes.txt")  # doctest: +SKIP
+    """
+    target = check_target(out, overwrite=overwrite)
+    check(precision)
+    asked = CompressConfig() if config is None else config
+    file = None if statistics is None else Path(statistics).expanduser().absolute()
+    where = place(device)
+    tell = announce or silent
+    if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
+        skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        leads = Team().leads
+        if leads and (remark := unread_remark(skeleton.model)):
+            tell(f"{remark} The report names them.")
+        return compress_blockwise(
+            skeleton,
+            _batches(text, skeleton.tokenizer, asked),
+            target,
+            asked,
+            statistics=file,
+            held_out=_windows(held_out, skeleton.model, skeleton.tokenizer),
+            precision=precision,
+            announce=tell,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            progress=progress if leads else None,
+        )
+    with busy(progress, "load"):
+        loaded = _loaded(model, tokenizer, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+        judged = _windows(held_out, loaded.model, loaded.tokenizer)
+        source = _in_memory(loaded, asked, text, file, precision, progress, tell)
+    return compress_to(source, asked, target, held_out=judged, overwrite=overwrite, max_shard_size=max_shard_size)
+
+
+def plan_model(
+    model: str | Path | PreTrainedModel | LoadedModel | None,
+    config: Asked | None = None,
+    *,
+    text: Text = None,
+    statistics: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str = "auto",
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+    progress: StageProgress | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> Plan:
+    """Decide which layers of a model would be replaced, and how; the parameters are those of :func:`compress_model`."""
+    check(precision)
+    asked = CompressConfig() if config is None else config
+    file = None if statistics is None else Path(statistics).expanduser().absolute()
+    with busy(progress, "load"):
+        loaded = _loaded(model, None, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = _in_memory(loaded, asked, text, file, precision, progress, announce or silent)
+    return planned(source, asked)[1]
+
+
+def evaluate_model(
+    model: str | Path | PreTrainedModel | LoadedModel | None,
+    text: Callable[[PreTrainedTokenizerBase], Tensor] | Tensor,
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype | str = "auto",
+    precision: str = "auto",
+    device: str = "cpu",
+    low_memory: bool | None = None,
+    trust_remote_code: bool = False,
+    progress: StageProgress | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a model, compressed or not, in memory or block by block.
+
+    Parameters
+    ----------
+    model : str, Path, PreTrainedModel, LoadedModel or None
+        As for :func:`compress_model`.
+    text : Tensor or callable
+        Windows of tokens, or a function that makes them by the model's tokenizer.
+    batch_size : int, default 1
+        Windows in one forward pass.
+    dtype, precision, device, low_memory, trust_remote_code, progress, announce
+        As for :func:`compress_model`.
+
+    Returns
+    -------
+    Perplexity
+    """
+    check(precision)
+    where, tell = place(device), announce or silent
+
+    def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        output_head(model)
+        windows = text(tokenizer) if callable(text) else text
+        check_windows(model, windows)
+        return windows
+
+    if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
+        if Team().size > 1:
+            raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
+        skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        windows = read(skeleton.model, skeleton.tokenizer)
+        passes = Precision.on(skeleton.device, skeleton.dtype, precision)
+        tell(passes.remark(precision))
+        watch = None if progress is None else functools.partial(progress, "evaluate")
+        return perplexity_blockwise(skeleton, windows, batch_size=batch_size, precision=passes.name, progress=watch)
+    with busy(progress, "load"):
+        loaded = _loaded(model, None, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+        windows = read(loaded.model, loaded.tokenizer)
+    passes = Precision.of(loaded.model, precision)
+    tell(passes.remark(precision))
+    watch = None if progress is None else functools.partial(progress, "evaluate")
+    return perplexity(loaded.model, windows, batch_size=batch_size, precision=passes.name, progress=watch)
+
+
+def place(device: str) -> str:
+    """Return the device that is meant, this process's own of several; a ValueError says that there is none."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"`device` (--device) must be cpu, cuda or the like, got {device!r}") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`device` {device} (--device) is not there: torch sees no such device; leave it at cpu")
+    own = os.environ.get("LOCAL_RANK")
+    return f"{device}:{own}" if device == "cuda" and own is not None else device
+
+
+def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dtype | str) -> bool:
+    """Say whether a model passes through memory block by block: on request, and when it would not fit otherwise.
+
+    Raises
+    ------
+    ValueError
+        If it is asked for a model that is not made of safetensors files, or refused to several processes.
+    """
+    directory = None if model is None or not Path(model).expanduser().is_dir() else Path(model).expanduser()
+    if directory is not None:
+        refuse_adapter_directory(directory, str(model))
+    several = Team().size > 1
+    if several and asked is False:
+        raise ValueError("several processes work block by block; leave out --in-memory (`low_memory`), or start one")
+    if asked or several:
+        if model is None or str(model).endswith(".gguf"):
+            raise ValueError(
+                "block by block only safetensors checkpoints are read; name a directory or a hub id as MODEL"
+            )
+        return True
+    if asked is False or directory is None:
+        return False
+    try:
+        return not fits(Shards(directory), dtype)
+    except ShardError:  # not for us to report: other formats are read in memory
+        return False
+
+
+def unread_remark(model: PreTrainedModel) -> str:
+    """Return a sentence on the tensors of a checkpoint that are no part of the model; empty if there are none."""
+    unread = origin_of(model).unread
+    if not unread:
+        return ""
+    more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
+    return (
+        f"Tensors that are no part of a {type(model).__name__}, and are carried over as they are: "
+        f"{', '.join(unread[:_TOLD])}{more}."
+    )
+
+
+def _in_memory(
+    loaded: LoadedModel,
+    asked: Asked,
+    text: Text,
+    file: Path | None,
+    precision: str,
+    progress: StageProgress | None,
+    tell: Callable[[str], object],
+) -> InMemory:
+    source = InMemory(
+        loaded.model,
+        _batches(text, loaded.tokenizer, asked),
+        tokenizer=loaded.tokenizer,
+        statistics=file,
+        precision=precision,
+        progress=progress,
+        announce=tell,
+    )
+    source.check(asked)
+    if remark := unread_remark(loaded.model):
+        tell(f"{remark} The report names them.")
+    tell(source.precision.remark(precision))
+    return source
+
+
+def _loaded(
+    model: str | Path | PreTrainedModel | LoadedModel | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any
+) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, PreTrainedModel):
+        return LoadedModel(model, tokenizer, model.name_or_path)  # type: ignore[arg-type]
+    return load_model(model, **options)
+
+
+def _batches(text: Text, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[Any]:
+    if callable(text):
+        return text(tokenizer)
+    if text is None or isinstance(text, (str, Path)):
+        words = embedded_text("calibrate") if text is None else read_text(text)
+        name = "the embedded text" if text is None else str(text)
+        text = token_windows(tokenizer, words, length=_LENGTH, count=_WINDOWS, spread=True, name=name)
+    return as_batches(text, asked.batch_size)
+
+
+def _windows(given: HeldOut, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    windows = given(model, tokenizer) if callable(given) else given
+    if windows is not None:
+        check_windows(model, windows, name="held_out")
+    return windows

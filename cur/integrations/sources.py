@@ -1,0 +1,403 @@
+"""Where a model is while it is compressed: in memory as a whole, or, in `blockwise`, one block at a time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cur.integrations.factor.layer import factorize
+from cur.integrations.factor.neurons import FittedBefore, fit_before, keep_neurons
+from cur.integrations.measure.collect import collect
+from cur.integrations.measure.generated_text import own_text
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.propagation import Arriving, in_order, spread
+from cur.integrations.measure.spectra import spectrum
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.measure.text import batches
+from cur.integrations.model.experts import release_, unrolled
+from cur.integrations.model.limits import check_windows
+from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of
+from cur.integrations.model.precision import Precision
+from cur.integrations.model.size import Size, model_size, weight_bytes
+from cur.integrations.model.targets import block_stacks, decoder_layers
+from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
+from cur.integrations.plan.config import Asked
+from cur.integrations.plan.make import Layers, candidates
+from cur.integrations.plan.plan import PRECISIONS, Plan
+from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.outputs import output_changes
+from cur.integrations.report.perplexity import perplexity
+from cur.integrations.store.checkpoint import REPORT, save
+from cur.integrations.store.format import mark_
+
+__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "decompose", "silent"]
+
+StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
+"""Called as ``progress(stage, done, total)``: ``sample`` and ``calibrate`` in samples, ``plan`` and
+``decompose`` in layers, ``neurons`` in feed-forward networks."""
+
+
+class Clock:
+    """The seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as a stage."""
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count more seconds, or fewer, to a stage."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+class Source(ABC):
+    """A model that is compressed, and the text that it is measured on.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        Dense; its weights may be in memory a block at a time.
+    text : list or None
+        Batches; None where statistics stand for them.
+    precision : Precision
+        Of the products in passes over text.
+    before : Size
+        Of the dense model.
+    clock : Clock
+        Of the stages, for the report.
+    progress : StageProgress or None
+        Told how far each stage is.
+    announce : callable
+        Called with sentences on what was found.
+    compressed : PreTrainedModel
+        What :meth:`replace_layers` makes; perhaps the same object.
+    """
+
+    leads = True
+    """Whether this process writes; of several that share the work one does."""
+
+    offloaded = False
+    """Whether weights are in memory only while their block is."""
+
+    model: PreTrainedModel
+    text: list[Any] | None
+    precision: Precision
+    before: Size
+    clock: Clock
+    progress: StageProgress | None
+    announce: Callable[[str], object]
+    compressed: Any
+
+    def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
+        """Return a callback for the steps of one stage."""
+        return None if self.progress is None else functools.partial(self.progress, stage)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the model came from."""
+        return origin_of(self.model)
+
+    def check(self, asked: Asked) -> list[str]:
+        """Name the layers to measure, refusing before any forward pass what could not be compressed."""
+        if isinstance(asked, Plan):
+            asked.check(self.model)
+            return [entry.name for entry in asked.entries]
+        with unrolled(self.model):
+            return candidates(self.model, asked, offloaded=self.offloaded)
+
+    @abstractmethod
+    def known(self) -> Statistics | None:
+        """Return statistics that stand for what would be measured, None if there are none."""
+
+    def use(self, known: Statistics, names: Sequence[str], asked: Asked) -> Statistics:
+        """Prepare to go on with statistics that are known; returns them."""
+        return known
+
+    @abstractmethod
+    def write_text(self, share: float, *, seed: int) -> float:
+        """Add text that the model writes itself, as a multiple of what is there; returns how much there was."""
+
+    @abstractmethod
+    def measure(self, names: Sequence[str], asked: Asked, *, own_text: float = 0.0) -> Statistics:
+        """Measure some layers on the text, of which the model may have written some, and keep the statistics."""
+
+    @abstractmethod
+    def layers(self, statistics: Statistics) -> Layers:
+        """Return the layers with their statistics, for a plan."""
+
+    @abstractmethod
+    def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
+        """Factor the layers of a plan; returns a report on each, in the order of the plan. The model stays as it is."""
+
+    @abstractmethod
+    def replace_layers(self) -> Size:
+        """Put the factors in the place of the layers; returns the size of the compressed model."""
+
+    @abstractmethod
+    def kept(self) -> str:
+        """Return the hash of the parameters that the compressed model shares with the dense one; empty if unknown."""
+
+    @abstractmethod
+    def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
+        """Return the perplexity of the model on windows of tokens, or of what was written."""
+
+    @abstractmethod
+    def save(
+        self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str
+    ) -> CompressionReport:
+        """Write the compressed model; returns the report with what was found out on the way."""
+
+
+class InMemory(Source):
+    """A model that is in memory, and is changed there.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Changed by :meth:`replace_layers` alone.
+    text : list or None
+        Batches of ``input_ids`` and ``attention_mask``.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Saved beside the model.
+    statistics : Statistics or Path, optional
+        They stand for what would be measured. Those of a file do so if it is there; else it is written.
+    precision : str, default "auto"
+        Of the products in passes over text, as for :func:`~cur.integrations.collect`.
+    progress : StageProgress, optional
+        Told how far each stage is.
+    announce : callable, optional
+        Called with sentences on what was found.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text: list[Any] | None,
+        *,
+        tokenizer: Any = None,
+        statistics: Statistics | Path | None = None,
+        precision: str = "auto",
+        progress: StageProgress | None = None,
+        announce: Callable[[str], object] | None = None,
+    ) -> None:
+        self.model = self.compressed = model
+        self.text = text
+        self.tokenizer = tokenizer
+        self.precision = Precision.of(model, precision)  # one for all passes
+        self.clock = Clock()
+        self.progress = progress
+        self.announce = announce or silent
+        origin = origin_of(model)
+        self.before = replace(model_size(model), file_bytes=weight_bytes(origin.source) if origin.source else None)
+        self._statistics = statistics
+        self._made: dict[str, CompressedLinear] = {}
+
+    def check(self, asked: Asked) -> list[str]:
+        """Name the layers to measure, refusing what could not be compressed, and text that the model cannot take."""
+        names = super().check(asked)
+        if self.text is not None:
+            check_windows(self.model, self.text, name="calibration")
+        return names
+
+    def known(self) -> Statistics | None:
+        """Return statistics that were given, or are in a file."""
+        given = self._statistics
+        if isinstance(given, Path):
+            return Statistics.load(given) if given.exists() else None
+        return given
+
+    def write_text(self, share: float, *, seed: int) -> float:
+        """Add text that the model writes itself; see :func:`~cur.integrations.measure.generated_text.own_text`."""
+        assert self.text is not None
+        size = max(len(next(iter(batch.values()))) for batch in self.text)
+        own = own_text(
+            self.model,
+            self.text,
+            share=share,
+            batch_size=size,
+            seed=seed,
+            precision=self.precision.name,
+            progress=self.watch("sample"),
+        )
+        self.text = [*self.text, *own]
+        return share if own else 0.0
+
+    def measure(self, names: Sequence[str], asked: Asked, *, own_text: float = 0.0) -> Statistics:
+        """Collect what a configuration or a plan needs, in one pass."""
+        if self.text is None:
+            raise ValueError("`text` must be given where no statistics are")
+        with unrolled(self.model):
+            found = collect(
+                self.model,
+                self.text,
+                modules=list(names),
+                moments="full" if asked.needs_moments else "diagonal",
+                layers=[name for name, _ in decoder_layers(self.model)],
+                gradients=list(names) if asked.needs_gradients else (),
+                gradient_checkpointing=asked.gradient_checkpointing,
+                seed=asked.seed,
+                precision=self.precision.name,
+                progress=self.watch("calibrate"),
+            )
+        found = replace(found, own_text=own_text)
+        if isinstance(self._statistics, Path):
+            found.save(self._statistics)
+        return found
+
+    def layers(self, statistics: Statistics) -> Layers:
+        """Return all layers at once."""
+        return Layers(self.model, statistics, self.progress)
+
+    def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
+        """Factor all layers, fitted to the inputs that compressed ones give, and compare outputs on the first batch."""
+        with unrolled(self.model):
+            with self.clock.stage("decompose"):
+                self._made, reports = decompose(
+                    self.model, plan, statistics, self.progress, text=self.text, precision=self.precision.name
+                )
+            if self.text is None:
+                return reports
+            with self.clock.stage("outputs"):
+                changes = output_changes(self.model, self._made, self.text[0])
+                return [replace(done, output=changes.get(done.name)) for done in reports]
+
+    def replace_layers(self) -> Size:
+        """Swap the layers of the model."""
+        with unrolled(self.model), self.clock.stage("swap"):
+            swap_(self.model, self._made)
+            release_(self.model)
+            mark_(self.model)
+        return model_size(self.model)
+
+    def kept(self) -> str:
+        """Return the hash of what was not compressed."""
+        return kept_digest(self.model, changed_modules(self.model))
+
+    def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
+        """Return the perplexity of the model as it is."""
+        return perplexity(self.model, windows, precision=self.precision.name, progress=self.watch(stage)).value
+
+    def save(
+        self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str
+    ) -> CompressionReport:
+        """Write the model."""
+        with busy(self.progress, "save"):
+            save(
+                self.model,
+                self.tokenizer,
+                target,
+                report=report,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+            )
+        return CompressionReport.load(target / REPORT)
+
+
+@contextmanager
+def busy(progress: StageProgress | None, stage: str) -> Iterator[None]:
+    """Report a stage without steps while something of unknown length runs."""
+    if progress is not None:
+        progress(stage, 0, None)
+    yield
+    if progress is not None:
+        progress(stage, 1, 1)
+
+
+def silent(_: str) -> None:
+    """Take a sentence that nobody wants to hear."""
+
+
+def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size: int) -> list[Any]:
+    """Return batches of token windows, or the batches that were given, as a list: two passes may be made over them."""
+    if isinstance(calibration, Tensor):
+        return list(batches(calibration, batch_size=batch_size))
+    given = list(calibration)
+    if not given:
+        raise ValueError("`calibration` is empty: it must hold at least one batch")
+    return given
+
+
+def decompose(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics,
+    progress: StageProgress | None = None,
+    *,
+    text: Sequence[Mapping[str, Any]] | None = None,
+    precision: str = "auto",
+) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
+    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
+
+    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
+    """
+    plan.check(model)
+    moments = Moments(statistics)
+    layers: dict[str, CompressedLinear] = {}
+    reports: dict[str, LayerReport] = {}
+    producers: dict[str, FittedBefore] = {}
+    entries = {entry.name: entry for entry in plan.entries}
+
+    def make(name: str, arriving: Arriving | None = None) -> Callable[[Tensor], Tensor]:
+        if progress is not None:
+            progress("decompose", len(layers), len(entries))
+        entry = entries[name]
+        if entry.consumer is not None and arriving is not None:
+            # Of its full width for now: the other rows are needed to say what the layer behind should give.
+            producers[name] = fit_before(
+                model, name, entries, moments, arriving, correction=plan.correction, fitted=producers
+            )
+            return producers[name].full_width
+        if entry.method == "neurons":
+            before = [other for other in plan.entries if other.consumer == name]
+            fitted = {other.name: producers[other.name] for other in before if other.name in producers}
+            done = keep_neurons(
+                model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=fitted
+            )
+        else:
+            one = factorize(
+                model.get_submodule(name),
+                entry,
+                moments,
+                dtype=PRECISIONS[plan.precision],
+                seed=plan.seed,
+                arriving=arriving,
+                correction=plan.correction,
+            )
+            done = {name: one}
+        for each, (layer, report) in done.items():
+            layers[each] = layer
+            if entry.method != "neurons":  # whose number has nothing to do with singular values
+                weight = dense_weight(model.get_submodule(each), each)[0].detach()
+                report = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
+            reports[each] = report
+        made = layers[name]
+        if isinstance(made, KeptInputs):  # while layers before it still give all neurons
+            return lambda x: made(x[..., made.kept])
+        return made
+
+    if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
+        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
+        widest = max((entry.shape[1] for entry in fitted.values()), default=1)
+        in_order(model, spread(text, widest), list(fitted), make, precision=precision)
+        for name, layer in layers.items():  # made while the model was in evaluation mode
+            layer.train(model.get_submodule(name).training)
+    for name, entry in entries.items():
+        if name not in layers:
+            make(entry.consumer or name)
+    if progress is not None:
+        progress("decompose", len(entries), len(entries))
+    return {name: layers[name] for name in entries}, [reports[name] for name in entries]
