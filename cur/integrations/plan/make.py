@@ -30,7 +30,7 @@ from cur.integrations.plan.importance import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
 from cur.integrations.plan.plan import PRECISIONS, Plan, PlanEntry, fingerprint
 
-__all__ = ["Layers", "candidates", "make_plan"]
+__all__ = ["Layers", "candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
 
 T = TypeVar("T")
 
@@ -120,15 +120,17 @@ def make_plan(
     with unrolled(model):
         names = candidates(model, config, offloaded=layers.offloaded)
         if isinstance(config, CompressConfig):
-            wanted = set(_selected(model, config, _chosen_blocks(model, statistics, config)))
+            wanted = set(_selected(model, config, chosen_blocks(model, statistics, config)))
             names = [name for name in names if name in wanted]
     if isinstance(config, CompressConfig):
         entries = _in_order(
             names,
-            layers.gather({group[0]: _entries(model, part, config, group) for group, part in layers.groups(names)}),
+            layers.gather(
+                {group[0]: layer_entries(model, part, config, group) for group, part in layers.groups(names)}
+            ),
         )
         with unrolled(model):
-            return _plan(model, statistics, config, [entry for some in entries for entry in some], names)
+            return plan_of(model, statistics, config, [entry for some in entries for entry in some], names)
     curves = {}
     for group, part in layers.groups(names):
         one = error_curves(model, part, config, group, progress=layers.watch("plan"))
@@ -148,7 +150,7 @@ def _in_order(names: list[str], found: dict[str, T]) -> list[T]:
     return [found[name] for name in names if name in found]
 
 
-def _entries(
+def layer_entries(
     model: PreTrainedModel, statistics: Statistics, config: CompressConfig, names: list[str]
 ) -> list[PlanEntry]:
     """Decide the rank of each of some layers.
@@ -197,7 +199,7 @@ def _layout(shape: tuple[int, int], rank: int, config: CompressConfig) -> str:
     return str(choose_layout(shape, config.purpose, rank=rank))  # there is one up to `fastest_rank`
 
 
-def _plan(
+def plan_of(
     model: PreTrainedModel,
     statistics: Statistics,
     config: CompressConfig,
@@ -266,7 +268,7 @@ def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
     return float(squares[rank:].sum()) / total if total > 0 else 0.0
 
 
-def _chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
+def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
     """Return the indices of the blocks that are compressed."""
     stacks = [len(stack) for stack in block_stacks(model)]
     if isinstance(config.layers, str):

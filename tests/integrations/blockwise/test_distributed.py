@@ -94,7 +94,7 @@ def test_the_command_in_two_processes(checkpoint: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")])
 def test_sums_are_added_up_on_the_device(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cur.integrations.blockwise import team as module
+    from cur.integrations.blockwise import distributed as module
 
     said: list[Any] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -135,7 +135,8 @@ def test_more_processes_than_batches(
 AGREED = """
 import os, sys
 import torch
-from cur.integrations import CompressConfig, precision
+from cur.integrations import CompressConfig
+from cur.integrations.model import precision
 from cur.integrations.blockwise import Team, compress_blockwise, load_skeleton
 
 directory, out = sys.argv[1:]
