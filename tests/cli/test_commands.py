@@ -15,11 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cur.cli import commands, demo
+from cur.cli import demo
 from cur.cli._run import bars
 from cur.cli.app import app
 from cur.cli.heal import show_status
 from cur.healing import Status
+from cur.integrations import pipeline, sources
 from cur.integrations.nn import compressed_modules
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +236,7 @@ def test_no_windows_are_not_the_default_number(model: Path, text: Path, tmp_path
 
 
 def test_an_output_that_exists_is_refused_before_any_work(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
     refused(cur("compress", "model", "--out", small), "exists and is not empty")
 
 
@@ -267,12 +268,12 @@ def test_an_interrupted_run_leaves_nothing(number: int, code: int, model: Path, 
         # Whoever runs the tests in the background has told them to ignore interrupts, and their children.
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import cur.cli.commands as commands\n"
+        "import cur.integrations\n"
         "from cur.cli import main\n"
         "def slow(*_, **__):\n"
         "    print('ready', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"
-        "commands.carry_out_ = slow\n"
+        "sys.modules['cur.integrations.compress'].carry_out = slow\n"
         "main()\n"
     )
     child = subprocess.Popen(
@@ -450,13 +451,13 @@ def test_statistics_are_saved_and_reused(model: Path, text: Path, small: Path, t
 
 def test_windows_in_a_pass(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[list[int]] = []
-    measure = commands.measure
+    measure = sources.collect
 
     def spy(model: Any, given: list[Any], *rest: Any, **options: Any) -> Any:
         sizes.append([len(batch["input_ids"]) for batch in given])
         return measure(model, given, *rest, **options)
 
-    monkeypatch.setattr(commands, "measure", spy)
+    monkeypatch.setattr(sources, "collect", spy)
     plans = []
     for size in ("3", "1"):
         path = tmp_path / f"{size}.json"
