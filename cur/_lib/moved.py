@@ -21,7 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "cur.integrations.adapters": ("cur.integrations.model.adapters",),
     "cur.integrations.arriving": ("cur.integrations.measure.propagation",),
-    "cur.integrations.beside": ("cur.integrations.files.beside",),
+    "cur.integrations.beside": ("cur.integrations.files.beside", "cur.integrations.model.source"),
     "cur.integrations.budget": (
         "cur.integrations.plan.budget",
         "cur.integrations.plan.config",
@@ -64,7 +64,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.models": ("cur.integrations.model.loading",),
     "cur.integrations.moments": ("cur.integrations.measure.moments",),
     "cur.integrations.neurons": ("cur.integrations.model.neurons",),
-    "cur.integrations.opening": ("cur.integrations.model.opening",),
+    "cur.integrations.opening": ("cur.integrations.model.opening", "cur.integrations.model.classes"),
     "cur.integrations.origin": ("cur.integrations.model.origin",),
     "cur.integrations.outputs": ("cur.integrations.report.outputs",),
     "cur.integrations.page": ("cur.integrations.report.page",),

@@ -16,7 +16,7 @@ from cur.integrations.blockwise import Team
 from cur.integrations.convert import convert_
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
-from cur.integrations.files.directory import check_target
+from cur.integrations.files.directory import check_parent, check_target
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import embedded_text, read_text, token_windows
@@ -68,6 +68,8 @@ def run_compress(
     as_json: bool,
 ) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
+    check_target(out, overwrite=overwrite, needed=model)
+    source.check()
     with bars() as bar:
         report = compress_model(
             model,
@@ -120,6 +122,8 @@ def run_plan(
     """Run `cur plan`."""
     if out.is_dir():
         raise ValueError(f"{out} is a directory; name the JSON file to write")
+    check_parent(out)
+    source.check()
     with bars() as bar:
         plan = plan_model(
             model,
@@ -132,6 +136,7 @@ def run_plan(
             progress=bar,
             announce=tell,
         )
+    out.expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     if as_json:
         print_json(plan.to_dict())

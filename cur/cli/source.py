@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli._run import note
+from cur.integrations.files.directory import check_parent
 from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
 from cur.integrations.model.limits import check_windows, positions
@@ -36,7 +37,7 @@ def tell(sentence: str) -> None:
 def show_unread(model: PreTrainedModel) -> None:
     """Say which tensors of a checkpoint are no part of the model that was loaded from it."""
     if remark := unread_remark(model):
-        tell(f"{remark} The report names them.")
+        tell(remark)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,13 @@ class Source:
             raise ValueError("--column is for --dataset, or for a --text of rows")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+    def check(self) -> None:
+        """Refuse a file of statistics that cannot be written, before anything is measured."""
+        if self.stats is not None:
+            if self.stats.is_dir():
+                raise ValueError(f"{self.stats} is a directory; name the file of statistics with --stats")
+            check_parent(self.stats)
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return windows of tokens to calibrate on."""

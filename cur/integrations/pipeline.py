@@ -136,7 +136,7 @@ def compress_model(
     >>> from cur.integrations import BudgetConfig, compress_model
     >>> report = compress_model("my-model", "small", BudgetConfig(keep=0.8), text="notes.txt")  # doctest: +SKIP
     """
-    target = check_target(out, overwrite=overwrite)
+    target = check_target(out, overwrite=overwrite, needed=model if isinstance(model, (str, Path)) else None)
     check(precision)
     asked = CompressConfig() if config is None else config
     file = None if statistics is None else Path(statistics).expanduser().absolute()
@@ -146,7 +146,7 @@ def compress_model(
         skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
         leads = Team().leads
         if leads and (remark := unread_remark(skeleton.model)):
-            tell(f"{remark} The report names them.")
+            tell(remark)
         return compress_blockwise(
             skeleton,
             _batches(text, skeleton.tokenizer, asked),
@@ -233,6 +233,8 @@ def evaluate_model(
             raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
         skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
         windows = read(skeleton.model, skeleton.tokenizer)
+        if remark := unread_remark(skeleton.model):
+            tell(remark)
         passes = Precision.on(skeleton.device, skeleton.dtype, precision)
         tell(passes.remark(precision))
         watch = None if progress is None else functools.partial(progress, "evaluate")
@@ -240,6 +242,8 @@ def evaluate_model(
     with busy(progress, "load"):
         loaded = _loaded(model, None, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
         windows = read(loaded.model, loaded.tokenizer)
+    if remark := unread_remark(loaded.model):
+        tell(remark)
     passes = Precision.of(loaded.model, precision)
     tell(passes.remark(precision))
     watch = None if progress is None else functools.partial(progress, "evaluate")
@@ -293,7 +297,7 @@ def unread_remark(model: PreTrainedModel) -> str:
         return ""
     more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
     return (
-        f"Tensors that are no part of a {type(model).__name__}, and are carried over as they are: "
+        f"Tensors that are no part of a {type(model).__name__}, and are kept as they are in what is made of it: "
         f"{', '.join(unread[:_TOLD])}{more}."
     )
 
@@ -318,7 +322,7 @@ def _in_memory(
     )
     source.check(asked)
     if remark := unread_remark(loaded.model):
-        tell(f"{remark} The report names them.")
+        tell(remark)
     tell(source.precision.remark(precision))
     return source
 

@@ -25,7 +25,7 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import release_, unrolled
 from cur.integrations.model.limits import check_windows
-from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of
+from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import block_stacks, decoder_layers
@@ -284,8 +284,10 @@ class InMemory(Source):
         return model_size(self.model)
 
     def kept(self) -> str:
-        """Return the hash of what was not compressed."""
-        return kept_digest(self.model, changed_modules(self.model))
+        """Return the hash of what was not compressed, which the model remembers."""
+        origin = replace(origin_of(self.model), kept=kept_digest(self.model, changed_modules(self.model)))
+        set_origin_(self.model, origin)
+        return origin.kept
 
     def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
         """Return the perplexity of the model as it is."""

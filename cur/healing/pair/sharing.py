@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cur.integrations.files.beside import REPORT
-from cur.integrations.files.hashes import check_hashes
+from cur.integrations.files.hashes import check_hashes, read_kept
 from cur.integrations.files.reading import CheckpointError, read_object
-from cur.integrations.model.origin import changed_modules, kept_digest
+from cur.integrations.model.origin import changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.checkpoint import read_config
@@ -69,7 +70,7 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     Parameters
     ----------
     directory : path
-        The compressed checkpoint. One without a report says nothing, and is let pass.
+        The compressed checkpoint. One that says nothing, in its report or account, is let pass.
     student : nn.Module
         Its model, perhaps without its weights.
     teacher : callable
@@ -82,14 +83,15 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     """
     report = Path(directory) / REPORT
     known = CompressionReport.load(report) if report.exists() else None
-    if known is None or not known.kept:
+    kept = (known.kept if known is not None else "") or read_kept(directory)
+    if not kept:
         return
     found = teacher(changed_modules(student))
-    if found and found != known.kept:
+    if found and found != kept:
+        source = f" ({known.source})" if known is not None and known.source else ""
         raise CheckpointError(
-            f"the teacher is not the dense model that {directory} was made from"
-            f"{f' ({known.source})' if known.source else ''}: weights that compression left as they were differ from "
-            "its own; name the right one with --teacher"
+            f"the teacher is not the dense model that {directory} was made from{source}: weights that compression left "
+            "as they were differ from its own; name the right one with --teacher"
         )
 
 
@@ -154,6 +156,7 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
                 tensor.copy_(stored.read(f"{name}.{key}"))
             layer.eval()
     mark_(student)
+    set_origin_(student, replace(origin_of(student), kept=read_kept(directory)))
     check_pair(student, teacher)
     check_teacher(directory, student, functools.partial(kept_digest, teacher))
     _check_shared(student, stored)

@@ -21,11 +21,11 @@ from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.score import perplexity_blockwise
 from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
 from cur.integrations.blockwise.writer import fill
-from cur.integrations.files.beside import source_of
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
+from cur.integrations.model.source import source_of
 from cur.integrations.nn import CompressedLinear, dense_weight, layer_class, swap_
 from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers

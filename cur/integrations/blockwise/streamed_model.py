@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from cur.integrations.files.hashes import read_kept
 from cur.integrations.files.header import ShardError
 from cur.integrations.files.shards import Shards
 from cur.integrations.model.adapters import refuse_adapter_directory
@@ -259,5 +260,5 @@ def load_skeleton(
     shards = Shards(directory)
     with quiet():
         opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
-    set_origin_(opened.model, Origin(source=where, unread=opened.unread))
+    set_origin_(opened.model, Origin(source=where, unread=opened.unread, kept=read_kept(directory)))
     return Skeleton(opened.model, opened.tokenizer, shards, torch.device(device))

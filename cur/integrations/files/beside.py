@@ -11,11 +11,25 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from cur.integrations.files.reading import CONFIG, CheckpointError
 
-__all__ = ["ACCOUNT", "HISTORY", "PAGE", "PLAN", "REPORT", "carry", "missing_files", "name_of", "source_of"]
+__all__ = [
+    "ACCOUNT",
+    "HISTORY",
+    "PAGE",
+    "PLAN",
+    "REPORT",
+    "carry",
+    "is_as_stored",
+    "missing_files",
+    "name_of",
+    "parts_of",
+]
 
 PLAN = "plan.json"
 REPORT = "report.json"
@@ -37,40 +51,29 @@ _TOKENIZER = "tokenizer_config.json"
 _IN_TOKENIZER = ("added_tokens.json", "special_tokens_map.json")
 
 
-def source_of(model: Any) -> Path | None:
-    """Return the directory that a model was loaded from, None if it came from none, or from one file.
-
-    Of the hub, it is what lies in the cache; what it lacks is fetched where the hub can be reached.
-    """
-    name = getattr(model, "name_or_path", "") or ""
-    if not name:
-        return None
-    place = Path(name).expanduser()
-    if place.is_dir():
-        return place.absolute() if (place / CONFIG).exists() else None
-    revision = getattr(model.config, "_commit_hash", None)
-    if revision is None:  # a GGUF file, or a directory that is gone
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    weights = [
-        f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx*", "ot")
-    ]
-    try:
-        found = Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
-        if parts := _parts(found):
-            snapshot_download(name, revision=revision, allow_patterns=[f"{part}/*" for part in parts])
-        return found
-    except (LocalEntryNotFoundError, OSError):
-        return None
-
-
 def name_of(source: Path) -> str:
     """Return what a directory is called: of the hub's cache the name of the model there."""
     if source.parent.name != "snapshots":
         return str(source)
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+
+def is_as_stored(tokenizer: Any, source: Path) -> bool:
+    """Say whether a tokenizer is what transformers reads from a directory.
+
+    Its files are better copied then than written anew: transformers reads those of some models as a tokenizer of its
+    own make, whatever they hold, and other libraries read the files.
+    """
+    try:
+        again = AutoTokenizer.from_pretrained(source)
+        with TemporaryDirectory(prefix="cur-") as scratch:
+            places = Path(scratch, "given"), Path(scratch, "stored")
+            for one, place in zip((tokenizer, again), places, strict=True):
+                one.save_pretrained(place)
+            given, stored = ({file.name: file.read_bytes() for file in place.iterdir()} for place in places)
+            return given == stored
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError):
+        return False  # it has none, or one that only its own code reads
 
 
 def carry(source: Path, target: Path, *, history: bool = True) -> None:
@@ -111,7 +114,7 @@ def _files(source: Path) -> Iterator[tuple[str, bool]]:
     """Yield every file but the model's own weights by its name below the directory, and whether it goes along."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir():
-            yield from _folder(entry, entry.name in _parts(source))
+            yield from _folder(entry, entry.name in parts_of(source))
         elif entry.name.startswith(".") or entry.name in _OWN:
             continue
         elif not _WEIGHTS.fullmatch(entry.name):
@@ -132,7 +135,7 @@ def _folder(folder: Path, part: bool) -> Iterator[tuple[str, bool]]:
         yield file.relative_to(folder.parent).as_posix(), True
 
 
-def _parts(source: Path) -> set[str]:
+def parts_of(source: Path) -> set[str]:
     """Return the folders of what sentence-transformers puts behind the model, with weights of their own."""
     path = source / _MODULES
     if not path.exists():

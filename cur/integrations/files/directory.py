@@ -14,28 +14,67 @@ from pathlib import Path
 
 from cur._lib.atomic import umask
 
-__all__ = ["check_target", "is_full", "new_directory"]
+__all__ = ["check_parent", "check_target", "is_full", "new_directory"]
 
 # A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return the absolute path of a directory that may be written.
+def check_target(
+    directory: str | os.PathLike[str], *, overwrite: bool = False, needed: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the absolute path of a directory that may be written; of a link, the path of what it stands for.
 
     Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
+
+    Parameters
+    ----------
+    directory : path
+        What is to be written.
+    overwrite : bool, default False
+        Whether it may be replaced.
+    needed : path, optional
+        What must not go with it: the dense model, which heals what was made from it.
 
     Raises
     ------
     FileExistsError
-        If the path is a file, or a directory that is not empty and `overwrite` is False.
+        If the path is a file, lies below one, is a directory that is not empty and `overwrite` is False, or holds what
+        is needed.
+    PermissionError
+        If nothing may be written there.
     """
     target = Path(directory).expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; name a directory that does not exist yet")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"{target} exists and is not empty; name another directory, or overwrite it")
+    held = None if needed is None else Path(needed).expanduser()
+    if held is not None and held.exists() and held.resolve().is_relative_to(target.resolve()):
+        raise FileExistsError(f"{target} holds the dense model, which would be gone; name another directory")
+    check_parent(target)
     return target
+
+
+def check_parent(path: str | os.PathLike[str]) -> None:
+    """Refuse a path, before hours of work, beside which nothing can be written.
+
+    Raises
+    ------
+    FileExistsError
+        If it lies below a file.
+    PermissionError
+        If the directory that it is to lie in may not be written.
+    """
+    parent = Path(path).expanduser().absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise FileExistsError(f"{path} lies below {parent}, which is a file; name another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} may not be written to; name another path")
 
 
 @contextmanager
@@ -56,7 +95,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     Raises
     ------
     FileExistsError
-        As :func:`check_target`.
+        As :func:`check_target`, or if another run wrote it in the meantime.
     OSError
         If the disk is full, in one sentence, whatever the writer inside made of it.
     """
@@ -69,7 +108,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
         for file in scratch.rglob("*"):
             if file.is_file():  # safetensors writes files that none but their owner may read
                 file.chmod(0o666 & ~umask())
-        _replace(scratch, target)
+        _replace(scratch, target, overwrite=overwrite)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_full(error):
@@ -119,10 +158,18 @@ def _replaced(target: Path) -> list[Path]:
     return list(target.parent.glob(f".{glob.escape(target.name)}.*.old")) if target.exists() else []
 
 
-def _replace(scratch: Path, target: Path) -> None:
-    if not target.exists():
+def _replace(scratch: Path, target: Path, *, overwrite: bool) -> None:
+    try:
         scratch.rename(target)
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not overwrite:
+            raise FileExistsError(
+                f"{target} was written by another run in the meantime, and stays as it is; name another directory, or "
+                "overwrite it"
+            ) from error
     old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
     target.rename(old)
     try:

@@ -10,9 +10,9 @@ from cur.integrations.files.beside import ACCOUNT
 from cur.integrations.files.configuration import check_config
 from cur.integrations.files.reading import CheckpointError, digest_of, read_object
 
-__all__ = ["check_hashes"]
+__all__ = ["RECORD_VERSION", "check_hashes", "read_kept", "read_record"]
 
-_VERSION = 1
+RECORD_VERSION = 1
 
 _CHECKED: set[tuple[str, int, int, str]] = set()
 
@@ -31,7 +31,7 @@ def check_hashes(directory: str | os.PathLike[str]) -> None:
     path = Path(directory) / ACCOUNT
     if described.get("quant_method") != "cur" or not path.exists():
         return
-    for name, noted in _read(path)["sha256"].items():
+    for name, noted in read_record(path)["sha256"].items():
         file = Path(directory) / name
         if not file.exists():  # whether it is needed is for those to say who read it
             continue
@@ -47,10 +47,29 @@ def check_hashes(directory: str | os.PathLike[str]) -> None:
         _CHECKED.add(seen)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what was written beside a checkpoint of ours: hashes, and an account of its tensors."""
     data = read_object(path, remedy="fetch it again, or delete it to go without")
-    if data.get("format_version") != _VERSION or not isinstance(data.get("sha256"), dict) or "account" not in data:
+    if (
+        data.get("format_version") != RECORD_VERSION
+        or not isinstance(data.get("sha256"), dict)
+        or "account" not in data
+    ):
         raise CheckpointError(
             f"{path} is not an account that this version reads; upgrade cur-decomposition, or delete it to go without"
         )
     return data
+
+
+def read_kept(directory: str | os.PathLike[str]) -> str:
+    """Return the hash of what compression left as it was, empty if it is not known.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    path = Path(directory) / ACCOUNT
+    if not path.exists() or (check_config(directory).get("quantization_config") or {}).get("quant_method") != "cur":
+        return ""
+    return str(read_record(path).get("kept", ""))

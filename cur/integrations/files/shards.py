@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cur.integrations.files.configuration import check_config
+from cur.integrations.files.configuration import check_config, weights_name
 from cur.integrations.files.header import ShardError, header_of
 from cur.integrations.files.reading import read_object
 
@@ -41,8 +41,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Names of dtypes in the headers of safetensors files."""
-
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Shards:
     def __init__(self, directory: str | os.PathLike[str], *, one_dtype: bool = True) -> None:
         self.directory = Path(directory).expanduser()
         config = check_config(self.directory)
-        weights = (config.get("quantization_config") or {}).get("weights") or _SINGLE
+        weights = weights_name(config)
         self._index, placed = _index(self.directory, weights)
         self._headers = hashlib.sha256((self.directory / "config.json").read_bytes())
         self.tensors: dict[str, StoredTensor] = {}

@@ -14,6 +14,7 @@ from cur._lib.errors import NumericalError
 from cur.integrations.measure.generated_text import draw
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.finite import find_nonfinite
+from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
 
 __all__ = ["OutputGradients"]
@@ -50,9 +51,8 @@ class OutputGradients:
                 f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
                 f"encoder-decoder; {_WITHOUT}"
             )
-        get = getattr(model, "get_input_embeddings", None)
-        embeddings = get() if callable(get) else None
-        if not isinstance(embeddings, nn.Module):
+        embeddings = word_embeddings(model)
+        if embeddings is None:
             raise TypeError(
                 f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
             )

@@ -6,6 +6,7 @@ model since: transformers renames, splits and merges on the way, and what it has
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,11 +25,21 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from cur.integrations.files.configuration import check_config
+from cur.integrations.files.configuration import check_config, weights_name
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.files.shards import Shards
+from cur.integrations.model.classes import model_class
 
-__all__ = ["ModelFiles", "conversions", "has_weights", "names_in_model", "open_weights", "without_weights"]
+__all__ = [
+    "ModelFiles",
+    "conversions",
+    "empty_model",
+    "has_weights",
+    "names_in_model",
+    "names_safetensors",
+    "open_weights",
+    "without_weights",
+]
 
 
 def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTrainedModel | None:
@@ -47,19 +57,29 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     PreTrainedModel or None
         None if transformers has no such class, or it cannot be made without weights.
     """
-    stored = check_config(directory)
-    if kind is None:
-        kind = getattr(transformers, next(iter(stored.get("architectures") or [""])) or "_", None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or kind.config_class is None:
-        return None
+    check_config(directory)
     try:
-        config = kind.config_class.from_pretrained(directory)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model: PreTrainedModel = kind(config)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        if kind is None:
+            kind, config = model_class(AutoConfig.from_pretrained(directory), directory)
+        elif kind.config_class is None:
+            return None
+        else:
+            config = kind.config_class.from_pretrained(directory)
+    except Exception:  # noqa: BLE001 - of a configuration that does not fit, transformers raises what it likes
         return None  # names are taken as they are, and an account says what that leaves open
+    return empty_model(kind, config)
+
+
+def empty_model(kind: type[Any], config: Any) -> PreTrainedModel | None:
+    """Return the dense model of a configuration on the meta device, None if it cannot be made there."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(plain)
+    except Exception:  # noqa: BLE001 - and so does the code of a model that is made without memory
+        return None
     return model
 
 
@@ -95,16 +115,17 @@ def open_weights(directory: str | os.PathLike[str]) -> Any:
     """
     place = Path(directory)
     pickles = sorted(place.glob("pytorch_model*.bin"))
-    return _Pickles(pickles) if pickles and not _names_safetensors(place) else Shards(place, one_dtype=False)
+    return _Pickles(pickles) if pickles and not names_safetensors(place) else Shards(place, one_dtype=False)
 
 
 def has_weights(directory: Path) -> bool:
     """Say whether the weights of a directory have names by which they are found; variants have others."""
-    return _names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
+    return names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
 
 
-def _names_safetensors(place: Path) -> bool:
-    named = (check_config(place).get("quantization_config") or {}).get("weights") or "model.safetensors"
+def names_safetensors(place: Path) -> bool:
+    """Say whether a directory has a safetensors file, or an index of several, by the name that is looked for."""
+    named = weights_name(check_config(place))
     return (place / named).exists() or (place / f"{named}.index.json").exists()
 
 

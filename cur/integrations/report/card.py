@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from cur.integrations.model.opening import auto_class
+from cur.integrations.model.classes import auto_class
 from cur.integrations.model.size import Size, model_size
 from cur.integrations.nn import WholeLinear, compressed_modules
 from cur.integrations.nn.base import ranks_of

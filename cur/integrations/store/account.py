@@ -16,7 +16,7 @@ import torch
 
 from cur._lib.atomic import replace_file
 from cur.integrations.files.beside import ACCOUNT, missing_files, name_of
-from cur.integrations.files.hashes import _VERSION, _read, check_hashes
+from cur.integrations.files.hashes import RECORD_VERSION, read_record
 from cur.integrations.files.reading import CheckpointError, digest_of
 from cur.integrations.model.stored_tensors import ModelFiles, without_weights
 
@@ -183,10 +183,14 @@ def _aliases(name: str, tied: Mapping[str, str]) -> list[str]:
     return [name, first, *(other for other, source in tied.items() if source == first)]
 
 
-def write_account(directory: Path, account: Account | None) -> None:
-    """Write what is known of a directory that is complete: hashes of its weights, and what it holds of its source."""
+def write_account(directory: Path, account: Account | None, *, kept: str = "") -> None:
+    """Write what is known of a directory that is complete.
+
+    Hashes of its weights, what it holds of its source, and the hash of what compression left as it was.
+    """
     hashes = {file.name: digest_of(file) for file in sorted(directory.glob("*.safetensors"))}
-    data = {"format_version": _VERSION, "sha256": hashes, "account": None if account is None else account.to_dict()}
+    said = None if account is None else account.to_dict()
+    data = {"format_version": RECORD_VERSION, "sha256": hashes, "kept": kept, "account": said}
     with replace_file(directory / ACCOUNT) as stream:
         stream.write((json.dumps(data, indent=1) + "\n").encode())
 
@@ -202,7 +206,7 @@ def read_account(directory: str | os.PathLike[str]) -> Account | None:
     path = Path(directory) / ACCOUNT
     if not path.exists():
         return None
-    found = _read(path)["account"]
+    found = read_record(path)["account"]
     try:
         return None if found is None else Account(**found)
     except TypeError as error:

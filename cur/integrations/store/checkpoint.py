@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from cur._lib.atomic import replace_file
-from cur.integrations.files.beside import PAGE, PLAN, REPORT, carry, source_of
-from cur.integrations.files.configuration import check_config
+from cur.integrations.files.beside import PAGE, PLAN, REPORT, carry, is_as_stored
+from cur.integrations.files.configuration import check_config, foreign_method
 from cur.integrations.files.directory import check_target, new_directory
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.opening import stored_dtype
+from cur.integrations.model.origin import origin_of
 from cur.integrations.model.size import weight_bytes
+from cur.integrations.model.source import source_of
 from cur.integrations.model.stored_tensors import ModelFiles, has_weights, without_weights
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.store.account import compare, read_account, write_account
@@ -77,7 +79,7 @@ def save(
     model : PreTrainedModel
         A model with compressed layers.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside it.
+        Saved beside it. One that is as it was loaded leaves its files to be copied.
     directory : path
         What to create.
     report : CompressionReport, optional
@@ -121,7 +123,8 @@ def save(
         else:
             _save_without_weights(model, scratch)
             report = weights(scratch) or report
-        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True)
+        kept = origin_of(model).kept if report is None else ""  # which has it
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True, kept=kept)
         if report is not None:
             report = replace(report, after=replace(report.after, file_bytes=weight_bytes(scratch)))
         describe(model, scratch, report)
@@ -142,11 +145,13 @@ def _complete(
     max_shard_size: int | str,
     *,
     compressed: bool,
+    kept: str = "",
 ) -> None:
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.files.tensor_file import add_tensors
 
-    stored_here = source is not None and has_weights(source)
+    # What another quantizer stored are no numbers of the model, to be compared or copied.
+    stored_here = source is not None and has_weights(source) and foreign_method(check_config(source)) is None
     if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))
         if files.unread:
@@ -154,7 +159,7 @@ def _complete(
             add_tensors(scratch, files.unread, files.weights, max_shard_size, dtypes={stored: written})
     if compressed:
         _rename_weights(scratch)
-    if tokenizer is not None:
+    if tokenizer is not None and (source is None or not is_as_stored(tokenizer, source)):
         tokenizer.save_pretrained(scratch)
     account = None
     if source is not None:
@@ -168,7 +173,7 @@ def _complete(
                 "missing in what was written, so nothing is; load the model again, by the class that its "
                 "configuration names"
             )
-    write_account(scratch, account)
+    write_account(scratch, account, kept=kept)
 
 
 def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:

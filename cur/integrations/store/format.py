@@ -98,7 +98,7 @@ class CURConfig(QuantizationConfigMixin):
             raise CheckpointError(f"`quantization_config` must describe modules by name, got {modules!r}")
         for name, spec in modules.items():
             _check_spec(name, spec)
-        if isinstance(experts, str) or not all(isinstance(name, str) for name in experts):
+        if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
             raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
         self.quant_method: Any = quant_method
         self.format_version = format_version
@@ -360,7 +360,7 @@ def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
         except FileNotFoundError as error:
             raise CheckpointError(f"the checkpoint lacks {file}, which its index names") from error
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+            raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
     return shapes
 
 

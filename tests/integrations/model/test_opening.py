@@ -18,6 +18,7 @@ from cur.integrations.blockwise import load_skeleton
 from cur.integrations.model import opening
 from cur.integrations.model.origin import origin_of
 from cur.integrations.report.data import CompressionReport
+from cur.integrations.store.account import compare, read_account
 from tests.integrations.checkpoints import AUTO, KINDS, TEXT, config_of, rewrite, tokenizer, write
 
 SMALL = ("--windows", "4", "--window-length", "16", "--layers", "2", "--rank", "4", "--targets")
@@ -87,12 +88,59 @@ def test_every_command_keeps_the_class(kind: str, tmp_path: Path, text: Path) ->
         assert origin_of(load_model(out).model).unread == ()
 
 
+@pytest.mark.parametrize("kind", [*AUTO, "tied", "bfloat16", "float16"])
+def test_every_way_of_compressing_keeps_all_that_it_does_not_compress(kind: str, tmp_path: Path, text: Path) -> None:
+    """A budget in memory and block by block, a plan that is carried out, and healing by blocks."""
+    source = write(kind, tmp_path / "source", max_shard_size=60_000)
+    read = ("--text", text, "--windows", 4, "--window-length", 16)
+    alone = ("--no-gradients", "--own-text", 0, "--correction", 0)
+    plan = tmp_path / "plan.json"
+    planned = cur("plan", source, "--text", text, *small(source), "--out", plan)
+    assert planned.exit_code == 0, planned.stderr
+    ways: dict[str, tuple[object, ...]] = {
+        "budget": ("compress", source, *read, "--keep", 0.8, *alone),
+        "low": ("compress", source, "--text", text, *small(source), "--low-memory"),
+        "low budget": ("compress", source, *read, "--keep", 0.8, *alone, "--low-memory"),
+        "planned": ("compress", source, *read, "--plan", plan),
+        "low planned": ("compress", source, *read, "--plan", plan, "--low-memory"),
+        "healed": (
+            *("heal", tmp_path / "low", "--text", text, "--window-length", 16, "--steps", 1, "--held-out", 1),
+            *("--batch-size", 2, "--scope", "block"),
+        ),
+    }
+    for name, words in ways.items():
+        out = tmp_path / name
+        done = cur(*words, "--out", out)
+        assert done.exit_code == 0, (name, done.stderr)
+        for field in ("architectures", "dtype"):
+            assert config_of(out)[field] == config_of(source)[field], name
+        account = read_account(out)
+        assert account is not None
+        assert account.missing == account.changed == account.extra == account.rounded == [], name
+        assert account.missing_files == [], name
+        assert account.compressed
+        assert compare(out, source).same == account.same
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
 @pytest.mark.parametrize("kind", [kind for kind in AUTO if kind not in ("causal", "vision-language")])
 def test_only_causal_models_have_a_perplexity(kind: str, tmp_path: Path, text: Path) -> None:
     source = write(kind, tmp_path / "source")
     for way in ("--in-memory", "--low-memory"):
         done = cur("evaluate", source, "--text", text, "--windows", 2, "--window-length", 16, way)
         refused(done, "perplexity needs a causal language model", config_of(source)["architectures"][0])
+
+
+@pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
+def test_the_file_that_the_configuration_names(way: str, tmp_path: Path, text: Path) -> None:
+    source = write("causal", tmp_path / "source")
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    write("tied", tmp_path / "tied")
+    (tmp_path / "tied" / "model.safetensors").rename(source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**config_of(source), "transformers_weights": "other.safetensors"}))
+    done = cur("compress", source, "--text", text, *small(source), way, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    same_outside(source, tmp_path / "out", "q_proj")
 
 
 def test_an_encoder_that_is_called_a_decoder_has_none_either(tmp_path: Path, text: Path) -> None:
