@@ -117,7 +117,7 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
         if not isinstance(labels, torch.Tensor):
             raise ValueError(
                 f"a batch for the encoder-decoder {type(module).__name__} must have `decoder_input_ids` or `labels`, "
-                f"got {', '.join(batch)}"
+                f"got {', '.join(batch)}; give batches with both in Python, commands read text alone"
             )
         inputs["decoder_input_ids"] = _shifted(labels.to(place), module)
     mask = inputs.get("attention_mask")
@@ -145,7 +145,7 @@ def _left_padded(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Call the module; an input it does not take is reported as such."""
+    """Call the module; an input it does not take, and one that it fails for want of, is reported as such."""
     try:
         return module(**inputs)
     except TypeError as error:
@@ -155,7 +155,20 @@ def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
             raise TypeError(
                 f"{type(module).__name__} does not take {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}"
             ) from error
+        raise _cannot_run(module, inputs, error) from error
+    except torch.OutOfMemoryError:
         raise
+    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError) as error:
+        raise _cannot_run(module, inputs, error) from error
+
+
+def _cannot_run(module: nn.Module, inputs: Mapping[str, Any], error: Exception) -> Exception:
+    """Return what says that a model failed in code of its own: text alone is not what it reads, for the most part."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    given = ", ".join(key for key, value in inputs.items() if isinstance(value, torch.Tensor))
+    return (TypeError if isinstance(error, TypeError) else ValueError)(
+        f"{type(module).__name__} cannot be run on {given} alone ({reason}); give batches with all that it reads"
+    )
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from cur._errors import NumericalError
 from cur.integrations._forward import Masks, find_nonfinite, token_rows
 from cur.integrations._inputs import add_gram_, mirror_
+from cur.integrations.limits import word_embeddings
 
 __all__ = ["OutputGradients", "draw"]
 
@@ -50,9 +51,8 @@ class OutputGradients:
                 f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
                 f"encoder-decoder; {_WITHOUT}"
             )
-        get = getattr(model, "get_input_embeddings", None)
-        embeddings = get() if callable(get) else None
-        if not isinstance(embeddings, nn.Module):
+        embeddings = word_embeddings(model)
+        if embeddings is None:
             raise TypeError(
                 f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
             )

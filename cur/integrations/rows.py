@@ -36,9 +36,7 @@ def read_rows(path: Path) -> Iterable[Any]:
         return _table(path)
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() in (".csv", ".tsv"):
-        csv.field_size_limit(sys.maxsize)
-        lines = csv.DictReader(StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        return list(lines)
+        return _cells(text, path)
     return _json(text, path)
 
 
@@ -95,9 +93,29 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
+def _cells(text: str, path: Path) -> list[Any]:
+    csv.field_size_limit(sys.maxsize)
+    between = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.DictReader(StringIO(text, newline=""), delimiter=between, strict=True)
+    rows = []
+    try:
+        for row in lines:
+            # Text after a separator that nobody quoted would be dropped.
+            if None in row:
+                raise ValueError(
+                    f"text file {str(path)!r} has more cells in line {lines.line_num} than columns; quote it"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"text file {str(path)!r} is no table: line {lines.line_num}: {error}") from error
+    return rows
+
+
 def _json(text: str, path: Path) -> list[Any]:
     try:
         data = [json.loads(text)]
+    except RecursionError as error:
+        raise ValueError(f"text file {str(path)!r} is not JSON that holds rows: it is nested too deeply") from error
     except json.JSONDecodeError as whole:
         # Many a file of JSON lines is called .json.
         data = []

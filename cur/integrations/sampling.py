@@ -135,7 +135,11 @@ def _write(model: PreTrainedModel, first: torch.Tensor, heights: torch.Tensor) -
     written, cache = [tokens], None
     for height in heights.T[1:]:
         output: Any = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        if (cache := getattr(output, "past_key_values", None)) is None:
+            raise TypeError(
+                f"{type(model).__name__} writes no text of its own here: it keeps what it has read otherwise than in "
+                "`past_key_values`; leave that out (`own_text=0`, --own-text 0)"
+            )
         tokens = draw(output.logits[:, -1], height.to(place))
         written.append(tokens)
     return torch.stack(written, dim=1).cpu()

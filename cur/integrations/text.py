@@ -104,12 +104,13 @@ def read_text(path: str | Path, *, column: str | None = None) -> str | list[str 
         raise ValueError(f"text file {str(path)!r} has no columns, so `column` (--column) {column!r} is not for it")
     try:
         name = f"text file {str(path)!r}"
-        text: Any = list(texts_of(read_rows(path), name=name, column=column)) if rows else path.read_text("utf-8")
+        text: Any = list(texts_of(read_rows(path), name=name, column=column)) if rows else path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"text file {str(path)!r} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"text file {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+            f"text file {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); unpack it if it is "
+            "compressed, convert it otherwise"
         ) from None
     except OSError as error:
         raise ValueError(f"text file {str(path)!r} cannot be read: {error.strerror or error}") from error
@@ -253,7 +254,7 @@ def token_windows(
     for part in [text] if isinstance(text, str) else _joined(text, tokenizer, name):
         # Without the model's own special tokens, so that every window is alike; `verbose=False` keeps the
         # tokenizer from warning that a stream is longer than the model's context.
-        tokens += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += tokenizer(_without_halves(part), add_special_tokens=False, verbose=False)["input_ids"]
         if needed is not None and len(tokens) >= needed:
             break
     if not tokens:
@@ -277,6 +278,11 @@ def token_windows(
 def evenly(count: int, available: int, /) -> torch.Tensor:
     """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be."""
     return (2 * torch.arange(count) + 1) * available // max(2 * count, 1)
+
+
+def _without_halves(text: str) -> str:
+    """Replace halves of characters, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _joined(texts: Iterable[str | Conversation], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, collect, compress, load_model, perplexity
 from cur.integrations.blockwise import compress_blockwise, load_skeleton, perplexity_blockwise
 from cur.integrations.limits import check_windows, positions
-from tests.integrations.checkpoints import TEXT, write
+from tests.integrations.checkpoints import TEXT, tokenizer, write
 
 SHORT: dict[str, Any] = {"vocab_size": 90, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
 
@@ -32,6 +32,14 @@ MODELS: dict[str, tuple[Callable[[], Any], int | None]] = {
     "bert": (lambda: hf.BertModel(hf.BertConfig(**SHORT, **_INNER, **_PLACES)), 40),
     "roberta": (lambda: hf.RobertaModel(hf.RobertaConfig(**SHORT, **_INNER, max_position_embeddings=42)), 40),
     "llama": (lambda: hf.LlamaModel(hf.LlamaConfig(**SHORT, **_INNER, **_PLACES)), None),
+    "ctrl": (lambda: hf.CTRLLMHeadModel(hf.CTRLConfig(**_GPT, dff=32)), 40),
+    "ibert": (lambda: hf.IBertModel(hf.IBertConfig(**SHORT, **_INNER, max_position_embeddings=42)), 40),
+    "mpt": (
+        lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=90, d_model=32, n_layers=1, n_heads=2, max_seq_len=40)),
+        40,
+    ),
+    "nystromformer": (lambda: hf.NystromformerModel(hf.NystromformerConfig(**SHORT, **_INNER, **_PLACES)), 40),
+    "roformer": (lambda: hf.RoFormerModel(hf.RoFormerConfig(**SHORT, **_INNER, **_PLACES)), 40),
 }
 
 
@@ -52,6 +60,54 @@ def test_towers_of_images_have_positions_of_their_own(tmp_path: Path) -> None:
     assert positions(load_model(write("vision-language", tmp_path / "source")).model) is None
 
 
+def test_a_table_that_grows_is_no_end() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "src_vocab_size": 90, "tgt_vocab_size": 90}
+    model = hf.FSMTModel(hf.FSMTConfig(langs=["en", "de"], **sizes, **heads, **_PLACES)).eval()
+    ids = torch.randint(5, 90, (1, 60))
+    model(input_ids=ids, decoder_input_ids=ids)
+    assert positions(model) is None
+
+
+SEES: dict[str, Callable[[], Any]] = {
+    "ViTForImageClassification": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(**{**SHORT, "num_hidden_layers": 3}, intermediate_size=32, image_size=28, patch_size=14)
+    ),
+    "CLIPModel": lambda: hf.CLIPModel(
+        hf.CLIPConfig(
+            text_config={**SHORT, **_INNER, **_PLACES, "num_hidden_layers": 3, "eos_token_id": 2, "bos_token_id": 1},
+            vision_config={**SHORT, **_INNER, "image_size": 28, "patch_size": 14},
+        )
+    ),
+    "BertForMultipleChoice": lambda: hf.BertForMultipleChoice(
+        hf.BertConfig(**{**SHORT, "num_hidden_layers": 3}, **_INNER, **_PLACES)
+    ),
+    "T5ForConditionalGeneration": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=90, d_model=32, d_ff=32, num_layers=3, num_heads=2, d_kv=16, decoder_start_token_id=0)
+    ),
+}
+"""Models that read something else than text, or more."""
+
+
+@pytest.mark.parametrize("kind", SEES)
+def test_what_reads_more_than_text_is_refused_in_a_sentence(kind: str, tmp_path: Path) -> None:
+    SEES[kind]().save_pretrained(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + index % 80}" for index in range(200)))
+    read = ("--text", text, "--windows", 2, "--window-length", 16)
+    ranks, budget = ("--layers", 1, "--rank", 4, "--targets", "all-linear"), ("--keep", 0.8)
+    for way in (ranks, budget, (*budget, "--no-gradients", "--own-text", 0)):
+        if kind == "BertForMultipleChoice" and way is not budget:
+            continue  # its head alone wants several texts
+        done = _cur("compress", tmp_path / "source", *read, *way, "--out", tmp_path / "out")
+        assert done.exit_code == 2, (way, done.exception)
+        error = next(line for line in done.stderr.splitlines() if line.startswith("Error: "))
+        assert kind in error
+        assert "give batches" in error or "leave them out" in error
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("tokens", "found"), [([5, 100], 100), ([-1, 5], -1)])
 def test_tokens_beyond_the_embeddings(tokens: list[int], found: int, tmp_path: Path) -> None:
     model = load_model(write("causal", tmp_path / "source")).model
@@ -70,7 +126,7 @@ def test_python_entries_refuse_them_before_they_run(kind: str, tmp_path: Path, m
     name = f"{'transformer.h' if '.' in target else 'model.layers'}.1.{'' if '.' in target else 'self_attn.'}{target}"
     student = load_model(source).model
     compress(student, torch.randint(4, 100, (2, 8)), config)
-    monkeypatch.setattr(type(model), "forward", None)  # nothing may run
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("nothing may run"))
     uses: list[Callable[[], object]] = [
         lambda: compress(model, bad, config),
         lambda: compress(model, bad, BudgetConfig(keep=0.7)),

@@ -57,6 +57,9 @@ def test_a_column_is_chosen(tmp_path: Path) -> None:
         ("a.jsonl", lines([{"text": ["w4", "w5"]}]), "column 'text' must hold text, or messages"),
         ("a.jsonl", lines([{"text": None}]), "is empty"),
         ("a.csv", "w4 w5\nw6\n", "has no column 'text' or 'messages'; it has 'w4 w5'"),
+        ("a.csv", "text\nw4, w5\n", "has more cells in line 2 than columns"),
+        ("a.csv", 'text\n"w4\n', "is no table"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_what_is_no_text_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -64,6 +67,13 @@ def test_what_is_no_text_is_refused(name: str, content: str, message: str, tmp_p
     with pytest.raises(ValueError, match=message) as caught:
         read_text(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_halves_of_characters_and_marks_of_order_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "w4 \\ud800 w5"}')
+    assert token_windows(tokenizer(), read_text(tmp_path / "a.jsonl"), length=3).tolist() == [[4, 3, 5]]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfw4 w5")
+    assert token_windows(tokenizer(), read_text(tmp_path / "a.txt"), length=2).tolist() == [[4, 5]]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

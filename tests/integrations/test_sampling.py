@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from cur.integrations import BudgetConfig, Statistics, batches, make_plan
 from cur.integrations.compress import measure, with_own_text
@@ -90,3 +90,9 @@ def test_plans_say_what_was_measured_not_what_was_asked(llama: PreTrainedModel, 
 def test_shares_that_are_none(value: object) -> None:
     with pytest.raises(ValueError, match="`own_text` must be a finite multiple that is at least 0, got"):
         BudgetConfig(keep=0.5, own_text=value)
+
+
+def test_a_model_that_keeps_what_it_read_in_another_way() -> None:
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=90)).eval()
+    with pytest.raises(TypeError, match=r"MambaForCausalLM writes no text of its own .*`own_text=0`, --own-text 0"):
+        own_text(model, batches(torch.randint(5, 90, (2, 8)), batch_size=1), share=1, batch_size=1, seed=0)
