@@ -63,8 +63,8 @@ def heal(
     Parameters
     ----------
     student : nn.Module
-        A causal language model with compressed layers. Their cores change, nothing else does; see
-        :class:`~cur.healing.cores.Core` for what that means in each layout.
+        A model with compressed layers: a causal language model, or with ``scope="block"`` any other that reads text.
+        Their cores change, nothing else does; see :class:`~cur.healing.cores.Core` for what that means in each layout.
     teacher : nn.Module
         The dense model that it was made from. It does not change. Every tensor that both have bitwise equal is shared
         from here on: the student's own copy is let go.
@@ -124,10 +124,10 @@ def heal(
     kept = None if state is None else Path(state).expanduser()
     passes = precision_of(student, config, kept)
     config = replace(config, precision=passes.name)
-    log = Log(None if kept is None else kept / LOG, tensorboard)
     seconds: dict[str, float] = {}
     with evaluating(student), evaluating(teacher), eager_experts(student), eager_experts(teacher):
         pair = Pair(student, teacher, config, probe=probe)
+        log = Log(None if kept is None else kept / LOG, tensorboard)  # what does not fit leaves no file
         run = fingerprint(pair, text)
         if cache is not None:
             pair.cache = TeacherCache(cache, pair.key())
@@ -232,7 +232,7 @@ def _resumed(pair: Pair, facts: Mapping[str, Any]) -> _Start:
 def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
     """Return how much each output of each compressed layer matters to the teacher, by its gradients."""
     names = list(pair.cores)
-    if not pair.config.metric_windows:
+    if not pair.config.metric_windows or pair.teacher.head is None:  # without predictions all outputs count alike
         return {}
     nothing = Statistics(tokens=0, samples=0, square_sums={}, counts={})
     found = collect_gradients(

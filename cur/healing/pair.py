@@ -81,7 +81,8 @@ class Pair:
     ) -> None:
         check_pair(student, teacher)
         self.config = config
-        self.student, self.teacher = Stack(student, probe), Stack(teacher, probe)
+        whole = config.scope == "model"
+        self.student, self.teacher = (Stack(model, probe, whole=whole) for model in (student, teacher))
         self.entrance = block or 0
         if block is None:
             self.cores: dict[str, Core] = cores_of(student)

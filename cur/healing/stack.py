@@ -59,35 +59,52 @@ class _Skipped(nn.Module):
 
 
 class Stack:
-    """The blocks of a causal language model, to be run from any one of them on.
+    """The blocks of a model, to be run from any one of them on.
 
     Parameters
     ----------
     model : nn.Module
-        A causal language model of transformers, in evaluation mode.
+        A model of transformers, in evaluation mode.
     probe : Tensor or None
         A few token ids, shape (1, tokens), with which it is tried out. None for a model of which one block is in
         memory: then the blocks before return by themselves what they returned when they were, and :meth:`finish` is
         not for it.
+    whole : bool, default False
+        Whether it is to be run to its end, for what it says of the next token.
 
     Attributes
     ----------
+    head : nn.Module or None
+        The output head of a causal language model, None of any other.
     blocks : list of (str, nn.Module)
         As :func:`~cur.integrations.decoder_layers` has them.
     compressed : list of int
         Indices of the blocks with compressed layers.
+
+    Raises
+    ------
+    TypeError
+        If it is to be run to its end, and is no causal language model.
     """
 
-    def __init__(self, model: nn.Module, probe: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, probe: Tensor | None, *, whole: bool = False) -> None:
         self.model = model
-        self.head = output_head(model)
+        try:
+            self.head: nn.Module | None = output_head(model)
+        except TypeError as error:
+            if whole:
+                raise TypeError(
+                    "a loss through the whole network compares predictions of the next token, which "
+                    f"{type(model).__name__} does not make; heal block by block (`scope='block'`, --scope block)"
+                ) from error
+            self.head = None
         self.blocks = decoder_layers(model)
         self.compressed = [i for i, (_, block) in enumerate(self.blocks) if compressed_modules(block)]
         self._list: Any = model.get_submodule(self.blocks[0][0].rpartition(".")[0])
         self.separate, self._tuples = False, False
         if probe is not None:
             with torch.no_grad():
-                self.separate = head_is_separate(model, self.head, probe)
+                self.separate = self.head is not None and head_is_separate(model, self.head, probe)
                 entry = self.enter({"input_ids": probe})
                 self._tuples = isinstance(self._call(0, entry), tuple)
 
@@ -138,7 +155,7 @@ class Stack:
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of what :attr:`Outputs.last` holds, or of some of its rows."""
-        if not self.separate:
+        if not self.separate or self.head is None:
             return last
         scores: Tensor = self.head(last)
         return scores

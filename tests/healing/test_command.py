@@ -16,6 +16,7 @@ from cur.cli.app import app
 from cur.cli.source import Source
 from cur.healing import HealingConfig
 from cur.integrations.nn import compressed_modules
+from tests.integrations.checkpoints import TEXT, write
 
 QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "4", "--precision", "float32"]
 
@@ -216,3 +217,28 @@ def test_a_dense_model_is_not_a_student(places: dict[str, Path], tmp_path: Path)
     done = cur("heal", places["dense"], "--text", places["text.txt"], "--out", tmp_path / "out", *QUICK)
     assert done.exit_code == 2
     assert "is not a compressed checkpoint" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(("kind", "target"), [("classifier", "q_proj"), ("token classifier", "query")])
+def test_what_predicts_no_token_is_healed_by_blocks(kind: str, target: str, tmp_path: Path) -> None:
+    source = write(kind, tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    done = cur(
+        "compress", source, "--text", text, "--out", tmp_path / "small", "--windows", 4, "--window-length", 12,
+        "--layers", 2, "--rank", 4, "--targets", target,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    heal = ["heal", tmp_path / "small", "--text", text, *QUICK]
+    done = cur(*heal, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "does not make; heal block by block (`scope='block'`, --scope block)" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "source", "text.txt"]
+    for way in (("--scope", "block"), ("--low-memory",)):
+        out = tmp_path / way[-1].strip("-")
+        done = cur(*heal, *way, "--out", out, "--json")
+        assert done.exit_code == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["curve"][-1]["loss"] < report["before"]["loss"]
+        names = [json.loads((place / "config.json").read_text())["architectures"] for place in (source, out)]
+        assert names[0] == names[1]
