@@ -225,6 +225,10 @@ def test_refusals(model: Path, small: Path, text: Path, tmp_path: Path) -> None:
     refused(cur("inspect", tmp_path / "nonesuch"), "not a checkpoint")
     refused(cur("export", model, "--out", out), "is not a compressed checkpoint")
     refused(cur("export", small, "--out", small), "exists and is not empty")
+    refused(cur("compress", model, *give[:2], *SMALL, "--overwrite", "--out", model), "holds the dense model")
+    refused(cur("heal", small, "--text", text, "--teacher", model, "--overwrite", "--out", model), "the dense model")
+    refused(cur("compress", model, *give, "--stats", empty / "s"), "lies below", "which is a file")
+    refused(cur("plan", model, *give[:2], *SMALL, "--out", empty / "p.json"), "lies below", "which is a file")
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
 

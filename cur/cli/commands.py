@@ -14,6 +14,7 @@ from cur.cli import tables
 from cur.cli._run import Stages, bars, note, output, print_json
 from cur.cli.blockwise import block_by_block, compress_by_blocks, evaluate_by_blocks, place
 from cur.cli.source import HeldOut, Source, read_for, tell_unread
+from cur.integrations._directory import check_parent
 from cur.integrations.account import compare, read_account
 from cur.integrations.blockwise import Team
 from cur.integrations.budget import BudgetConfig
@@ -79,7 +80,8 @@ def run_compress(
     as_json: bool,
 ) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, needed=model)
+    source.check()
     check(precision)
     kind, where = _dtype(dtype), place(device)
     asked = Plan.load(how) if isinstance(how, Path) else how
@@ -163,6 +165,8 @@ def run_plan(
     """Run `cur plan`."""
     if out.is_dir():
         raise ValueError(f"{out} is a directory; name the JSON file to write")
+    check_parent(out)
+    source.check()
     check(precision)
     with bars() as bar:
         with bar.busy("Loading the model"):
@@ -171,6 +175,7 @@ def run_plan(
             _refuse_early(loaded.model, config)
         tell_unread(loaded.model)
         _, plan, _ = _decide(loaded, config, given, source.stats, _passes(loaded, precision), Clock(), bar)
+    out.expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     if as_json:
         print_json(plan.to_dict())

@@ -130,6 +130,7 @@ def heal(
         raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round the result")
     dtype = stored_dtype(directory)
     dense = _teacher(directory, teacher)
+    check_target(out, overwrite=overwrite, needed=dense)
     # Whoever asks for a loss through the whole network wants the whole network.
     if low_memory and dense is None:
         raise ValueError("--low-memory reads safetensors checkpoints; name that of the dense model with --teacher")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli._run import note
+from cur.integrations._directory import check_parent
 from cur.integrations.evaluate import output_head
 from cur.integrations.limits import check_windows, positions
 from cur.integrations.origin import origin_of
@@ -36,8 +37,8 @@ def tell_unread(model: PreTrainedModel) -> None:
     if unread:
         more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
         note.print(
-            f"Tensors that are no part of a {type(model).__name__}, and are carried over as they are: "
-            f"{', '.join(unread[:_TOLD])}{more}. The report names them.",
+            f"Tensors that are no part of a {type(model).__name__}, and go along with what is made of it as they are: "
+            f"{', '.join(unread[:_TOLD])}{more}.",
             markup=False,
             soft_wrap=True,
         )
@@ -67,6 +68,13 @@ class Source:
             raise ValueError("--column is for --dataset, or for a --text of rows")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+    def check(self) -> None:
+        """Refuse a file of statistics that cannot be written, before anything is measured."""
+        if self.stats is not None:
+            if self.stats.is_dir():
+                raise ValueError(f"{self.stats} is a directory; name the file of statistics with --stats")
+            check_parent(self.stats)
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return windows of tokens to calibrate on."""

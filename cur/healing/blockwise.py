@@ -161,7 +161,7 @@ def heal_blockwise(
 
 def precision_blockwise(teacher: Skeleton, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
     """Return the precision of a run: that of the unfinished one at the same target, if there is one."""
-    journal = Journal(Path(target).expanduser().absolute())
+    journal = Journal(check_target(target, overwrite=True))
     asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
     return Precision.on(teacher.device, teacher.dtype, asked)
 

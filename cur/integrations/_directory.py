@@ -14,28 +14,67 @@ from pathlib import Path
 
 from cur._atomic import umask
 
-__all__ = ["check_target", "is_full", "new_directory"]
+__all__ = ["check_parent", "check_target", "is_full", "new_directory"]
 
 # A full disk reaches us as one of these: the device, the user's quota, or a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return the absolute path of a directory that may be written.
+def check_target(
+    directory: str | os.PathLike[str], *, overwrite: bool = False, needed: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the absolute path of a directory that may be written; of a link, the path of what it stands for.
 
     Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
+
+    Parameters
+    ----------
+    directory : path
+        What is to be written.
+    overwrite : bool, default False
+        Whether it may be replaced.
+    needed : path, optional
+        What must not go with it: the dense model, which heals what was made from it.
 
     Raises
     ------
     FileExistsError
-        If the path is a file, or a directory that is not empty and `overwrite` is False.
+        If the path is a file, lies below one, is a directory that is not empty and `overwrite` is False, or holds what
+        is needed.
+    PermissionError
+        If nothing may be written there.
     """
     target = Path(directory).expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; name a directory that does not exist yet")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"{target} exists and is not empty; name another directory, or overwrite it")
+    held = None if needed is None else Path(needed).expanduser()
+    if held is not None and held.exists() and held.resolve().is_relative_to(target.resolve()):
+        raise FileExistsError(f"{target} holds the dense model, which would be gone; name another directory")
+    check_parent(target)
     return target
+
+
+def check_parent(path: str | os.PathLike[str]) -> None:
+    """Refuse a path, before hours of work, beside which nothing can be written.
+
+    Raises
+    ------
+    FileExistsError
+        If it lies below a file.
+    PermissionError
+        If the directory that it is to lie in may not be written.
+    """
+    parent = Path(path).expanduser().absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise FileExistsError(f"{path} lies below {parent}, which is a file; name another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} may not be written to; name another path")
 
 
 @contextmanager

@@ -80,23 +80,30 @@ def positions(model: nn.Module) -> int | None:
     if words is None:
         return None
     limits: list[int] = []
+    module: Any
     for module in model.modules():
-        children, buffers = dict(module.named_children()), dict(module.named_buffers(recurse=False))
+        children: dict[str, Any] = dict(module.named_children())
+        buffers = dict(module.named_buffers(recurse=False))
         # Only beside the embeddings of tokens: towers of images and sound have positions of their own.
-        if any(getattr(child, "weight", None) is words.weight for child in children.values()):
+        if any(_weight(child) is words.weight for child in children.values()):
             learnt = [len(child.weight) - _offset(child) for name, child in children.items() if _is_table(name, child)]
             numbers = buffers.get("position_ids")
             limits += [*learnt, *([numbers.shape[-1]] if learnt and numbers is not None else [])]
         fixed = [tensor for name, tensor in buffers.items() if name in _SINES and tensor.ndim == 2]
         limits += [len(table) for table in (*fixed, *([module.weight] if _is_sines(module) else []))]
         if hasattr(module, "build_mpt_alibi_tensor"):  # slopes for so many positions, and no more
-            limits.append(module.config.max_seq_len)  # type: ignore[union-attr]
+            limits.append(module.config.max_seq_len)
     return min(limits, default=None)
 
 
 def _is_table(name: str, module: Any) -> bool:
     named = _POSITIONS.match(name) and not _RELATIVE.search(name)
-    return bool(named) and isinstance(getattr(module, "weight", None), torch.Tensor) and not _grows(module)
+    return bool(named) and _weight(module) is not None and not _grows(module)
+
+
+def _weight(module: nn.Module) -> Any:
+    # Not the attribute: compressed layers multiply theirs out.
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def _is_sines(module: Any) -> bool:

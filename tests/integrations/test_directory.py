@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cur.integrations._directory import new_directory
+from cur.integrations._directory import check_target, new_directory
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are made by fork")
 
@@ -67,3 +67,37 @@ def test_what_was_to_be_replaced_is_removed_when_its_successor_is_there(tmp_path
         assert old.exists(), "the only copy there is"
     with new_directory(tmp_path / "model", overwrite=True):
         assert not old.exists()
+
+
+def test_what_a_link_stands_for_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name, place in (("link", "there"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(tmp_path / place)
+        with new_directory(tmp_path / name) as scratch:
+            (scratch / "file").write_text("whole")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / place / "file").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_places_where_nothing_can_be_written_are_told_of_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"lies below .*file, which is a file"):
+        check_target(tmp_path / "file" / "inside" / "model")
+    check_target(tmp_path / "new" / "parents" / "model")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may write everywhere
+    with pytest.raises(PermissionError, match="may not be written to; name another path"):
+        check_target(tmp_path / "model")
+
+
+@pytest.mark.parametrize("place", ["dense", "."])
+def test_the_dense_model_is_not_replaced(place: str, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "file").write_text("weights")
+    with pytest.raises(FileExistsError, match="holds the dense model, which would be gone"):
+        check_target(tmp_path / place, overwrite=True, needed=dense)
+    check_target(tmp_path / "dense" / "small", overwrite=True, needed=dense)
+    check_target(tmp_path / "small", overwrite=True, needed="hub/id")
