@@ -11,11 +11,26 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from cur.integrations.origin import origin_of
 from cur.integrations.stored import CONFIG, CheckpointError
 
-__all__ = ["ACCOUNT", "HISTORY", "PAGE", "PLAN", "REPORT", "carry", "missing_files", "name_of", "source_of"]
+__all__ = [
+    "ACCOUNT",
+    "HISTORY",
+    "PAGE",
+    "PLAN",
+    "REPORT",
+    "carry",
+    "is_as_stored",
+    "missing_files",
+    "name_of",
+    "source_of",
+]
 
 PLAN = "plan.json"
 REPORT = "report.json"
@@ -42,7 +57,7 @@ def source_of(model: Any) -> Path | None:
 
     Of the hub, it is what lies in the cache; what it lacks is fetched where the hub can be reached.
     """
-    name = getattr(model, "name_or_path", "") or ""
+    name = origin_of(model).source
     if not name:
         return None
     place = Path(name).expanduser()
@@ -71,6 +86,24 @@ def name_of(source: Path) -> str:
     if source.parent.name != "snapshots":
         return str(source)
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+
+def is_as_stored(tokenizer: Any, source: Path) -> bool:
+    """Say whether a tokenizer is what transformers reads from a directory.
+
+    Its files are better copied then than written anew: transformers reads those of some models as a tokenizer of its
+    own make, whatever they hold, and other libraries read the files.
+    """
+    try:
+        again = AutoTokenizer.from_pretrained(source)
+        with TemporaryDirectory(prefix="cur-") as scratch:
+            places = Path(scratch, "given"), Path(scratch, "stored")
+            for one, place in zip((tokenizer, again), places, strict=True):
+                one.save_pretrained(place)
+            given, stored = ({file.name: file.read_bytes() for file in place.iterdir()} for place in places)
+            return given == stored
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError):
+        return False  # it has none, or one that only its own code reads
 
 
 def carry(source: Path, target: Path, *, history: bool = True) -> None:

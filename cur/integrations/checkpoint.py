@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from cur._atomic import replace_file
 from cur.integrations._directory import check_target, new_directory
 from cur.integrations.account import compare, read_account, write_account
-from cur.integrations.beside import PAGE, PLAN, REPORT, carry, source_of
+from cur.integrations.beside import PAGE, PLAN, REPORT, carry, is_as_stored, source_of
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.opening import stored_dtype
@@ -76,7 +76,7 @@ def save(
     model : PreTrainedModel
         A model with compressed layers.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside it.
+        Saved beside it. One that is as it was loaded leaves its files to be copied.
     directory : path
         What to create.
     report : CompressionReport, optional
@@ -153,7 +153,7 @@ def _complete(
             add_tensors(scratch, files.unread, files.weights, max_shard_size, dtypes={stored: written})
     if compressed:
         _rename_weights(scratch)
-    if tokenizer is not None:
+    if tokenizer is not None and (source is None or not is_as_stored(tokenizer, source)):
         tokenizer.save_pretrained(scratch)
     account = None
     if source is not None:

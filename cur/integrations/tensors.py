@@ -13,8 +13,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -46,13 +45,16 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     PreTrainedModel or None
         None if transformers has no such class, or it cannot be made without weights.
     """
-    stored = check_config(directory)
-    if kind is None:
-        kind = getattr(transformers, next(iter(stored.get("architectures") or [""])) or "_", None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or kind.config_class is None:
-        return None
+    from cur.integrations.opening import model_class  # which opens checkpoints by what is here
+
+    check_config(directory)
     try:
-        config = kind.config_class.from_pretrained(directory)
+        if kind is None:
+            kind, config = model_class(AutoConfig.from_pretrained(directory), directory)
+        elif kind.config_class is None:
+            return None
+        else:
+            config = kind.config_class.from_pretrained(directory)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
