@@ -125,6 +125,7 @@ def evaluate_by_blocks(
     with _watched() as watch:
         skeleton = _open(model, dtype, device, trust_remote_code)
         output_head(skeleton.model)
+        tell_unread(skeleton.model)
         windows = read_for(skeleton.model, read(skeleton.tokenizer))
         passes = Precision.on(skeleton.device, skeleton.dtype, precision)
         note.print(passes.remark(precision))

@@ -323,6 +323,7 @@ def run_evaluate(
             with bar.busy("Loading the model"):
                 loaded = load_model(model, dtype=kind, device_map=where, trust_remote_code=trust_remote_code)
                 output_head(loaded.model)
+                tell_unread(loaded.model)
                 held_out, called = read_for(loaded.model, read(loaded.tokenizer)), loaded.source
             watch = bar.of("evaluate", len(held_out))
             passes = _passes(loaded, precision)

@@ -37,7 +37,7 @@ def tell_unread(model: PreTrainedModel) -> None:
     if unread:
         more = f" and {len(unread) - _TOLD} more" if len(unread) > _TOLD else ""
         note.print(
-            f"Tensors that are no part of a {type(model).__name__}, and go along with what is made of it as they are: "
+            f"Tensors that are no part of a {type(model).__name__}, and are kept as they are in what is made of it: "
             f"{', '.join(unread[:_TOLD])}{more}.",
             markup=False,
             soft_wrap=True,

@@ -27,7 +27,7 @@ from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.opening import stored_dtype
 from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.report import weight_bytes
-from cur.integrations.stored import CheckpointError, check_config
+from cur.integrations.stored import CheckpointError, check_config, foreign_method
 from cur.integrations.tensors import ModelFiles, has_weights, without_weights
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def _complete(
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.blockwise.writer import add_tensors
 
-    stored_here = source is not None and has_weights(source)
+    # What another quantizer stored are no numbers of the model, to be compared or copied.
+    stored_here = source is not None and has_weights(source) and foreign_method(check_config(source)) is None
     if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))
         if files.unread:

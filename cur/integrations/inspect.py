@@ -112,7 +112,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
                     part = handle.get_slice(name)
                     tensors[name] = tuple(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+            raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
     check_hashes(directory)
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
     # Of neurons that were given up the entries of the bias are gone, too.

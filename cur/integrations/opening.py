@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
@@ -20,11 +19,13 @@ from transformers.models.auto.auto_factory import (
     _BaseAutoModelClass,
     add_generation_mixin_to_remote_model,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from cur.integrations.account import check_hashes
 from cur.integrations.adapters import refuse_adapter_directory
-from cur.integrations.tensors import names_in_model
+from cur.integrations.stored import check_config, check_words, foreign_method
+from cur.integrations.tensors import empty_model, names_in_model, names_safetensors
 
 __all__ = ["Opened", "auto_class", "model_class", "open_checkpoint", "quiet", "stored_dtype"]
 
@@ -37,8 +38,6 @@ _LAST = ("AutoModel", "AutoModelForPreTraining", "AutoModelForTextEncoding", "Au
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|attn\.masked_bias)$")
 
 _NAMED = 5
-
-_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
 class Opened(NamedTuple):
@@ -95,6 +94,8 @@ def open_checkpoint(
         stored = None
         if gguf is None and Path(place).is_dir():
             check_hashes(place)
+            check_words(place)
+            _refuse_method(foreign_method(check_config(place)), hollow)
             stored = _Stored(place)
         if gguf is not None:
             options["gguf_file"] = gguf
@@ -108,9 +109,11 @@ def open_checkpoint(
             options["config"] = config
             if dtype == "auto" and stored is not None:
                 dtype = stored.dtype()
+    if stored is not None and foreign_method(check_config(place)) is None:  # others may pack their tensors
+        _compare(kind, options["config"], stored, source)
+    with _loading(source):
         if hollow and stored is not None:
-            model = _hollow(kind, place, stored, dtype, **options)
-            info: Mapping[str, Collection[Any]] = {}
+            model, info = _hollow(kind, place, stored, dtype, **options)
         else:
             # Mismatched weights are refused here, by name; transformers shows them in a table that commands silence.
             model, info = kind.from_pretrained(
@@ -145,7 +148,12 @@ def model_class(config: Any, place: Path | str, *, trust_remote_code: bool = Fal
     kind = next((kind for name in names for _, kind in known if kind.__name__ == name), None)
     if kind is None and names:
         found = getattr(transformers, names[0], None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and _takes(found, config):
+        if (
+            isinstance(found, type)
+            and issubclass(found, PreTrainedModel)
+            and found.config_class
+            and _takes(found, config)
+        ):
             kind = found
     if kind is None and not names:
         kind = next((kind for auto, kind in known if auto == "AutoModelForCausalLM"), None)
@@ -184,15 +192,14 @@ def stored_dtype(directory: Path | str) -> torch.dtype:
 
 
 class _Stored:
-    """Headers of the safetensors files of a directory; nothing of one that has none, or damaged ones."""
+    """Headers of the safetensors files of a directory, or nothing if it has none."""
 
     def __init__(self, directory: Path | str) -> None:
         # Not above: that package opens checkpoints itself.
-        from cur.integrations.blockwise.shards import ShardError, Shards
+        from cur.integrations.blockwise.shards import Shards
 
-        self.tensors: Mapping[str, Any] = {}
-        with suppress(ShardError):  # what is wrong with them is said by whoever reads them
-            self.tensors = Shards(directory).tensors
+        place = Path(directory)
+        self.tensors: Mapping[str, Any] = Shards(place, one_dtype=False).tensors if names_safetensors(place) else {}
 
     def dtype(self) -> torch.dtype | str:
         """Return the dtype of most numbers, "auto" where that is none to compute in."""
@@ -202,6 +209,33 @@ class _Stored:
         plain = {dtype: count for dtype, count in counts.items() if dtype.is_floating_point}
         most = max(plain, key=plain.__getitem__, default=None)
         return "auto" if most is None or most.itemsize < 2 else most
+
+
+def _refuse_method(method: str | None, hollow: bool) -> None:
+    """Refuse weights in the format of a quantizer where it would not be undone: they are no numbers of the model."""
+    if method is not None and method not in AUTO_QUANTIZER_MAPPING:
+        raise ValueError(f"its weights are quantized by {method!r}, which transformers does not know; take them dense")
+    if method is not None and hollow:
+        raise ValueError(
+            f"its weights are quantized by {method!r}, which is not undone block by block; read it in memory "
+            "(--in-memory), or take it dense"
+        )
+
+
+def _compare(kind: type[Any], config: Any, stored: _Stored, source: str) -> None:
+    """Refuse sizes that the stored tensors do not have before memory is taken for them."""
+    model = empty_model(kind, config)
+    if model is None:
+        return
+    known = model.state_dict()
+    expected = {
+        name: tuple(known[target].shape)
+        for name, (target, converted) in names_in_model(model, stored.tensors).items()
+        if target in known and not converted
+    }
+    shapes = {name: tuple(stored.tensors[name].shape) for name in expected}
+    mismatched = {(name, shapes[name], shape) for name, shape in expected.items() if shapes[name] not in (shape, (0,))}
+    _check({"mismatched_keys": mismatched}, source, kind.__name__)
 
 
 def _hollow(kind: Any, place: Path | str, stored: _Stored, dtype: torch.dtype | str, **options: Any) -> Any:
@@ -215,7 +249,14 @@ def _hollow(kind: Any, place: Path | str, stored: _Stored, dtype: torch.dtype | 
     if dtype == "auto":
         dtype = getattr(options["config"], "dtype", None) or torch.float32
     return kind.from_pretrained(
-        None, state_dict=empty, device_map="meta", dtype=dtype, generation_config=generation, **options
+        None,
+        state_dict=empty,
+        device_map="meta",
+        dtype=dtype,
+        generation_config=generation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
 
 
@@ -299,8 +340,10 @@ def _loading(source: str) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except _ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # the code of transformers, and that of the checkpoint, raise what they like
+        reason = " ".join(str(error).split())
+        if not reason or not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
+            reason = f"{type(error).__name__}: {reason}"  # of a KeyError the key alone says nothing
         if "trust_remote_code" in reason and "--trust-remote-code" not in reason:
             reason += " (on the command line --trust-remote-code)"
         raise ValueError(f"`model` {source!r} cannot be loaded: {reason}") from error

@@ -363,7 +363,7 @@ def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
         except FileNotFoundError as error:
             raise CheckpointError(f"the checkpoint lacks {file}, which its index names") from error
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+            raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
     return shapes
 
 

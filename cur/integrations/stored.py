@@ -18,7 +18,16 @@ import torch
 
 from cur._errors import CURError
 
-__all__ = ["CONFIG", "CheckpointError", "check_config", "digest_of", "read_object"]
+__all__ = [
+    "CONFIG",
+    "CheckpointError",
+    "check_config",
+    "check_words",
+    "digest_of",
+    "foreign_method",
+    "read_object",
+    "weights_name",
+]
 
 CONFIG = "config.json"
 
@@ -29,6 +38,14 @@ _COUNTS = re.compile(
 )
 
 _FEW = 256
+
+_WORDS_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "architectures": (list,),
@@ -107,6 +124,33 @@ def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def check_words(directory: str | os.PathLike[str]) -> None:
+    """Refuse a tokenizer, or defaults of generation, in files that are damaged, by the name of the file.
+
+    Raises
+    ------
+    CheckpointError
+        If one of them is no JSON object.
+    """
+    for name in _WORDS_FILES:
+        path = Path(directory) / name
+        if path.exists():
+            read_object(path)
+
+
+def weights_name(config: Mapping[str, Any]) -> str:
+    """Return how a checkpoint calls its weight file, or the index of several."""
+    described = config.get("quantization_config") or {}
+    own = None if described.get("quant_method") == "cur" else config.get("transformers_weights")
+    return str(described.get("weights") or own or "model.safetensors")
+
+
+def foreign_method(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the quantizer, other than ours, in whose format a checkpoint is stored; None if dense."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return None if method in (None, "cur") else str(method)
+
+
 def digest_of(file: Path) -> str:
     """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
@@ -135,8 +179,10 @@ def _check_ours(path: Path, described: Mapping[str, Any]) -> None:
 def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
     counts = dict(_counts(config))
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, (int, list)):
-            raise CheckpointError(f"{path} is damaged: `{name}` must be an integer, got {value!r}; fetch it again")
+        if isinstance(value, bool) or not isinstance(value, (int, list)) or (isinstance(value, int) and value < 0):
+            raise CheckpointError(
+                f"{path} is damaged: `{name}` must be an integer from 0 on, got {value!r}; fetch it again"
+            )
     numbers = {name: value for name, value in counts.items() if isinstance(value, int)}
     # So many are built in a moment, and blocks that share their weights have fewer tensors.
     if max(numbers.values(), default=0) <= _FEW:

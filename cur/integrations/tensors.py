@@ -6,6 +6,7 @@ model since: transformers renames, splits and merges on the way, and what it has
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,18 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cur.integrations.quantizer import ADVICE
-from cur.integrations.stored import CheckpointError, check_config
+from cur.integrations.stored import CheckpointError, check_config, weights_name
 
-__all__ = ["ModelFiles", "conversions", "has_weights", "names_in_model", "open_weights", "without_weights"]
+__all__ = [
+    "ModelFiles",
+    "conversions",
+    "empty_model",
+    "has_weights",
+    "names_in_model",
+    "names_safetensors",
+    "open_weights",
+    "without_weights",
+]
 
 
 def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTrainedModel | None:
@@ -55,12 +65,21 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
             return None
         else:
             config = kind.config_class.from_pretrained(directory)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model: PreTrainedModel = kind(config)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - of a configuration that does not fit, transformers raises what it likes
         return None  # names are taken as they are, and an account says what that leaves open
+    return empty_model(kind, config)
+
+
+def empty_model(kind: type[Any], config: Any) -> PreTrainedModel | None:
+    """Return the dense model of a configuration on the meta device, None if it cannot be made there."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(plain)
+    except Exception:  # noqa: BLE001 - and so does the code of a model that is made without memory
+        return None
     return model
 
 
@@ -98,16 +117,17 @@ def open_weights(directory: str | os.PathLike[str]) -> Any:
 
     place = Path(directory)
     pickles = sorted(place.glob("pytorch_model*.bin"))
-    return _Pickles(pickles) if pickles and not _names_safetensors(place) else Shards(place, one_dtype=False)
+    return _Pickles(pickles) if pickles and not names_safetensors(place) else Shards(place, one_dtype=False)
 
 
 def has_weights(directory: Path) -> bool:
     """Say whether the weights of a directory have names by which they are found; variants have others."""
-    return _names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
+    return names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
 
 
-def _names_safetensors(place: Path) -> bool:
-    named = (check_config(place).get("quantization_config") or {}).get("weights") or "model.safetensors"
+def names_safetensors(place: Path) -> bool:
+    """Say whether a directory has a safetensors file, or an index of several, by the name that is looked for."""
+    named = weights_name(check_config(place))
     return (place / named).exists() or (place / f"{named}.index.json").exists()
 
 

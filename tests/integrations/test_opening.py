@@ -94,6 +94,18 @@ def test_only_causal_models_have_a_perplexity(kind: str, tmp_path: Path, text: P
         refused(done, "perplexity needs a causal language model", config_of(source)["architectures"][0])
 
 
+@pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
+def test_the_file_that_the_configuration_names(way: str, tmp_path: Path, text: Path) -> None:
+    source = write("causal", tmp_path / "source")
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    write("tied", tmp_path / "tied")
+    (tmp_path / "tied" / "model.safetensors").rename(source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**config_of(source), "transformers_weights": "other.safetensors"}))
+    done = cur("compress", source, "--text", text, *small(source), way, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    same_outside(source, tmp_path / "out", "q_proj")
+
+
 def test_an_encoder_that_is_called_a_decoder_has_none_either(tmp_path: Path, text: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.BertConfig(vocab_size=100, **sizes)

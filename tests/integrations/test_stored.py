@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,12 @@ def flipped(small: Path) -> str:
     return file.name
 
 
+def cut(small: Path, end: int) -> str:
+    file = small / "cur_model.safetensors"
+    file.write_bytes(file.read_bytes()[:end])
+    return file.name
+
+
 DAMAGES: dict[str, Callable[[Path], str]] = {
     "a list": written("config.json", b"[1, 2]"),
     "a number": written("config.json", b"7"),
@@ -127,6 +134,9 @@ DAMAGES: dict[str, Callable[[Path], str]] = {
     "weights elsewhere": config(lambda c: c["quantization_config"].update(weights="../a.safetensors")),
     "a million layers": config(lambda c: c.update(num_hidden_layers=1_000_000)),
     "layers": config(lambda c: c.update(num_hidden_layers="many")),
+    "fewer than no layers": config(lambda c: c.update(num_hidden_layers=-1)),
+    "an end that is missing": lambda small: cut(small, -7),
+    "almost everything missing": lambda small: cut(small, 4),
     "a flipped bit": flipped,
     "account": written("account.json", b"\xff"),
 }
@@ -146,6 +156,63 @@ def test_every_command_refuses_what_is_damaged(damage: str, small: Path, made: P
     for load in (load_model, load_skeleton):
         with pytest.raises(ValueError, match=name):
             load(small)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_tokenizer_that_is_damaged(name: str, small: Path, made: Path, tmp_path: Path) -> None:
+    for words in (b"\xff{", b"[]"):
+        (small / name).write_bytes(words)
+        for command, given in commands(small, made, tmp_path / "out").items():
+            if command not in ("inspect", "against", "heal"):  # which do not read it: the teacher's is taken
+                refused(cur(*given), small / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "width": {"hidden_size": 10**7},
+    "vocabulary": {"vocab_size": 10**9},
+    "feed-forward": {"intermediate_size": 10**9},
+    "negative": {"hidden_size": -4},
+    "a text": {"hidden_size": "32"},
+    "no heads": {"num_attention_heads": 0},
+    "heads that do not divide": {"num_attention_heads": 7},
+    "more layers": {"num_hidden_layers": 5},
+    "activation": {"hidden_act": "nope"},
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_sizes_are_compared_with_the_weights_before_memory_is_taken(what: str, made: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(made / "dense", dense)
+    config(lambda c: c.update(SIZES[what]))(dense)
+    text, out = ["--text", made / "text.txt"], ["--out", tmp_path / "out"]
+    for words in (
+        ["compress", dense, *text, *READ, "--layers", 1, "--rank", 4, *out],
+        ["compress", dense, *text, *READ, "--layers", 1, "--rank", 4, "--low-memory", *out],
+        ["plan", dense, *text, *READ, "--layers", 1, "--rank", 4, *out],
+        ["evaluate", dense, *text, *READ],
+        ["heal", made / "small", "--teacher", dense, *text, *out],
+    ):
+        done = cur(*words)
+        assert done.exit_code == 2, (words, done.exception)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+        assert len(lines) == 1
+        assert str(dense) in lines[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"], words
+
+
+def test_weights_of_other_quantizers(made: Path, tmp_path: Path) -> None:
+    """Block by block they would be taken as they stand, without their scales."""
+    dense = tmp_path / "dense"
+    shutil.copytree(made / "dense", dense)
+    for method, low, said in (("fp8", True, "is not undone block by block"), ("nope", False, "transformers does not know")):
+        config(lambda c, m=method: c.update(quantization_config={"quant_method": m}))(dense)
+        for words in (["evaluate", dense], ["compress", dense, "--layers", 1, "--rank", 4, "--out", tmp_path / "out"]):
+            done = cur(*words, "--text", made / "text.txt", *READ, *(["--low-memory"] if low else []))
+            assert done.exit_code == 2, done.exception
+            assert f"quantized by '{method}', which {said}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 RECORDS = {

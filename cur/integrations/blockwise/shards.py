@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cur.integrations.stored import CheckpointError, check_config, read_object
+from cur.integrations.stored import CheckpointError, check_config, read_object, weights_name
 
 __all__ = ["DTYPES", "ShardError", "Shards", "StoredTensor", "header_of"]
 
@@ -40,7 +40,6 @@ DTYPES = {
 }
 """Names of dtypes in the headers of safetensors files."""
 
-_SINGLE = "model.safetensors"
 # Longer headers are refused by every reader of the format.
 _LONGEST_HEADER = 100_000_000
 
@@ -89,7 +88,7 @@ class Shards:
     def __init__(self, directory: str | os.PathLike[str], *, one_dtype: bool = True) -> None:
         self.directory = Path(directory).expanduser()
         config = check_config(self.directory)
-        weights = (config.get("quantization_config") or {}).get("weights") or _SINGLE
+        weights = weights_name(config)
         self._index, placed = _index(self.directory, weights)
         self._headers = hashlib.sha256((self.directory / "config.json").read_bytes())
         self.tensors: dict[str, StoredTensor] = {}
