@@ -101,7 +101,7 @@ class CURConfig(QuantizationConfigMixin):
             raise CheckpointError(f"`quantization_config` must describe modules by name, got {modules!r}")
         for name, spec in modules.items():
             _check_spec(name, spec)
-        if isinstance(experts, str) or not all(isinstance(name, str) for name in experts):
+        if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
             raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
         self.quant_method: Any = quant_method
         self.format_version = format_version

@@ -60,6 +60,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "causal": lambda: hf.LlamaForCausalLM(_llama()),
     "tied": lambda: hf.LlamaForCausalLM(_llama(tie_word_embeddings=True)),
     "bfloat16": lambda: hf.LlamaForCausalLM(_llama()).bfloat16(),
+    "float16": lambda: hf.LlamaForCausalLM(_llama()).half(),
     "learned positions": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=1)
     ),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cur.cli.app import app
 from cur.integrations import BudgetConfig, compress, load_model, opening
+from cur.integrations.account import compare, read_account
 from cur.integrations.blockwise import load_skeleton
 from cur.integrations.origin import origin_of
 from cur.integrations.report import CompressionReport
@@ -84,6 +85,41 @@ def test_every_command_keeps_the_class(kind: str, tmp_path: Path, text: Path) ->
     assert not found[1]["missing_keys"]
     for out in stages.values():
         assert origin_of(load_model(out).model).unread == ()
+
+
+@pytest.mark.parametrize("kind", [*AUTO, "tied", "bfloat16", "float16"])
+def test_every_way_of_compressing_keeps_all_that_it_does_not_compress(kind: str, tmp_path: Path, text: Path) -> None:
+    """A budget in memory and block by block, a plan that is carried out, and healing by blocks."""
+    source = write(kind, tmp_path / "source", max_shard_size=60_000)
+    read = ("--text", text, "--windows", 4, "--window-length", 16)
+    alone = ("--no-gradients", "--own-text", 0, "--correction", 0)
+    plan = tmp_path / "plan.json"
+    planned = cur("plan", source, "--text", text, *small(source), "--out", plan)
+    assert planned.exit_code == 0, planned.stderr
+    ways: dict[str, tuple[object, ...]] = {
+        "budget": ("compress", source, *read, "--keep", 0.8, *alone),
+        "low": ("compress", source, "--text", text, *small(source), "--low-memory"),
+        "low budget": ("compress", source, *read, "--keep", 0.8, *alone, "--low-memory"),
+        "planned": ("compress", source, *read, "--plan", plan),
+        "low planned": ("compress", source, *read, "--plan", plan, "--low-memory"),
+        "healed": (
+            *("heal", tmp_path / "low", "--text", text, "--window-length", 16, "--steps", 1, "--held-out", 1),
+            *("--batch-size", 2, "--scope", "block"),
+        ),
+    }
+    for name, words in ways.items():
+        out = tmp_path / name
+        done = cur(*words, "--out", out)
+        assert done.exit_code == 0, (name, done.stderr)
+        for field in ("architectures", "dtype"):
+            assert config_of(out)[field] == config_of(source)[field], name
+        account = read_account(out)
+        assert account is not None
+        assert account.missing == account.changed == account.extra == account.rounded == [], name
+        assert account.missing_files == [], name
+        assert account.compressed
+        assert compare(out, source).same == account.same
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
 @pytest.mark.parametrize("kind", [kind for kind in AUTO if kind not in ("causal", "vision-language")])

@@ -206,7 +206,8 @@ def test_weights_of_other_quantizers(made: Path, tmp_path: Path) -> None:
     """Block by block they would be taken as they stand, without their scales."""
     dense = tmp_path / "dense"
     shutil.copytree(made / "dense", dense)
-    for method, low, said in (("fp8", True, "is not undone block by block"), ("nope", False, "transformers does not know")):
+    cases = (("fp8", True, "is not undone block by block"), ("nope", False, "transformers does not know"))
+    for method, low, said in cases:
         config(lambda c, m=method: c.update(quantization_config={"quant_method": m}))(dense)
         for words in (["evaluate", dense], ["compress", dense, "--layers", 1, "--rank", 4, "--out", tmp_path / "out"]):
             done = cur(*words, "--text", made / "text.txt", *READ, *(["--low-memory"] if low else []))
