@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cur.integrations.account import check_hashes
+from cur.integrations.account import check_hashes, read_kept
 from cur.integrations.checkpoint import REPORT, CheckpointError, read_config
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.origin import changed_modules, kept_digest
@@ -68,7 +68,7 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     Parameters
     ----------
     directory : path
-        The compressed checkpoint. One without a report says nothing, and is let pass.
+        The compressed checkpoint. One that says nothing, in its report or account, is let pass.
     student : nn.Module
         Its model, perhaps without its weights.
     teacher : callable
@@ -81,14 +81,15 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     """
     report = Path(directory) / REPORT
     known = CompressionReport.load(report) if report.exists() else None
-    if known is None or not known.kept:
+    kept = (known.kept if known is not None else "") or read_kept(directory)
+    if not kept:
         return
     found = teacher(changed_modules(student))
-    if found and found != known.kept:
+    if found and found != kept:
+        source = f" ({known.source})" if known is not None and known.source else ""
         raise CheckpointError(
-            f"the teacher is not the dense model that {directory} was made from"
-            f"{f' ({known.source})' if known.source else ''}: weights that compression left as they were differ from "
-            "its own; name the right one with --teacher"
+            f"the teacher is not the dense model that {directory} was made from{source}: weights that compression left "
+            "as they were differ from its own; name the right one with --teacher"
         )
 
 

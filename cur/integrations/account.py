@@ -19,7 +19,7 @@ from cur.integrations.beside import ACCOUNT, missing_files, name_of
 from cur.integrations.stored import CheckpointError, check_config, digest_of, read_object
 from cur.integrations.tensors import ModelFiles, without_weights
 
-__all__ = ["Account", "check_hashes", "compare", "read_account", "write_account"]
+__all__ = ["Account", "check_hashes", "compare", "read_account", "read_kept", "write_account"]
 
 _VERSION = 1
 _SHOWN = 3
@@ -183,10 +183,14 @@ def _aliases(name: str, tied: Mapping[str, str]) -> list[str]:
     return [name, first, *(other for other, source in tied.items() if source == first)]
 
 
-def write_account(directory: Path, account: Account | None) -> None:
-    """Write what is known of a directory that is complete: hashes of its weights, and what it holds of its source."""
+def write_account(directory: Path, account: Account | None, *, kept: str = "") -> None:
+    """Write what is known of a directory that is complete.
+
+    Hashes of its weights, what it holds of its source, and the hash of what compression left as it was.
+    """
     hashes = {file.name: digest_of(file) for file in sorted(directory.glob("*.safetensors"))}
-    data = {"format_version": _VERSION, "sha256": hashes, "account": None if account is None else account.to_dict()}
+    said = None if account is None else account.to_dict()
+    data = {"format_version": _VERSION, "sha256": hashes, "kept": kept, "account": said}
     with replace_file(directory / ACCOUNT) as stream:
         stream.write((json.dumps(data, indent=1) + "\n").encode())
 
@@ -207,6 +211,20 @@ def read_account(directory: str | os.PathLike[str]) -> Account | None:
         return None if found is None else Account(**found)
     except TypeError as error:
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again, or delete it to go without") from error
+
+
+def read_kept(directory: str | os.PathLike[str]) -> str:
+    """Return the hash of what compression left as it was, empty if it is not known.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    path = Path(directory) / ACCOUNT
+    if not path.exists() or (check_config(directory).get("quantization_config") or {}).get("quant_method") != "cur":
+        return ""
+    return str(_read(path).get("kept", ""))
 
 
 _CHECKED: set[tuple[str, int, int, str]] = set()

@@ -25,6 +25,7 @@ from cur.integrations.beside import PAGE, PLAN, REPORT, carry, is_as_stored, sou
 from cur.integrations.experts import LinearExperts
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.opening import stored_dtype
+from cur.integrations.origin import origin_of
 from cur.integrations.quantizer import ADVICE, CURConfig, CURQuantizer, mark_
 from cur.integrations.report import weight_bytes
 from cur.integrations.stored import CheckpointError, check_config, foreign_method
@@ -168,7 +169,7 @@ def _complete(
                 "missing in what was written, so nothing is; load the model again, by the class that its "
                 "configuration names"
             )
-    write_account(scratch, account)
+    write_account(scratch, account, kept=origin_of(model).kept if compressed else "")
 
 
 def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:

@@ -26,7 +26,7 @@ from cur.integrations.layers import block_stacks, decoder_layers
 from cur.integrations.limits import check_windows
 from cur.integrations.moments import Moments, x_norm
 from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
-from cur.integrations.origin import changed_modules, kept_digest, origin_of
+from cur.integrations.origin import changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.outputs import output_changes
 from cur.integrations.plan import PRECISIONS, Plan
 from cur.integrations.planning import candidates, make_plan
@@ -213,7 +213,8 @@ def carry_out_(
             swap_(model, layers)
             release_(model)
             mark_(model)
-    origin = origin_of(model)
+    origin = replace(origin_of(model), kept=kept_digest(model, changed_modules(model)))
+    set_origin_(model, origin)
     before = replace(before, file_bytes=weight_bytes(origin.source) if origin.source else None)
     return CompressionReport(
         plan=as_done(plan, reports),
@@ -224,7 +225,7 @@ def carry_out_(
         precision=passes.name,
         versions=versions(),
         source=origin.source,
-        kept=kept_digest(model, changed_modules(model)),
+        kept=origin.kept,
         unread=origin.unread,
     )
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cur.integrations.account import read_kept
 from cur.integrations.opening import open_checkpoint, quiet
 from cur.integrations.origin import Origin, set_origin_
 
@@ -174,7 +175,7 @@ def _load(
     at = Path(place) / (gguf or "")
     # What is loaded without a name of its own stays without a path of this machine.
     where = source if source == DEFAULT_MODEL or not at.exists() else str(at.absolute())
-    set_origin_(model, Origin(source=where, unread=opened.unread))
+    set_origin_(model, Origin(source=where, unread=opened.unread, kept=read_kept(place)))
     return LoadedModel(model, opened.tokenizer, source)
 
 

@@ -29,10 +29,13 @@ class Origin:
         Absolute path of a directory or GGUF file, or a hub id; empty if it is not known.
     unread : tuple of str
         Names of tensors in its files that are no part of the model.
+    kept : str
+        Of a compressed model, the hash of what compression left as it was; empty if it is not known.
     """
 
     source: str = ""
     unread: tuple[str, ...] = ()
+    kept: str = ""
 
 
 def set_origin_(model: nn.Module, origin: Origin) -> None:

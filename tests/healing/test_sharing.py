@@ -70,14 +70,15 @@ def test_checkpoints_that_do_not_fit(
         load_student(tmp_path / "student", teacher)
 
 
+@pytest.mark.parametrize("reported", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_model_of_the_same_shape_does_not_teach(
-    dtype: torch.dtype, make_teacher: Make, windows: torch.Tensor, tmp_path: Path
+    dtype: torch.dtype, reported: bool, make_teacher: Make, windows: torch.Tensor, tmp_path: Path
 ) -> None:
     student = make_teacher("llama")
     report = compress(student, windows, CompressConfig(layers=2, targets=("q_proj",), rank=6))
     assert report.kept
-    save(student.to(dtype), None, tmp_path / "student", report=report)
+    save(student.to(dtype), None, tmp_path / "student", report=report if reported else None)
     load_student(tmp_path / "student", make_teacher("llama").to(dtype))
     with pytest.raises(CheckpointError, match=r"is not the dense model that .* was made from.* --teacher"):
         load_student(tmp_path / "student", make_teacher("llama", seed=1).to(dtype))

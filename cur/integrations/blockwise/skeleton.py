@@ -12,6 +12,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cur.integrations._forward import body
+from cur.integrations.account import read_kept
 from cur.integrations.adapters import refuse_adapter_directory
 from cur.integrations.blockwise.shards import ShardError, Shards
 from cur.integrations.layers import block_stacks
@@ -258,5 +259,5 @@ def load_skeleton(
     shards = Shards(directory)
     with quiet():
         opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
-    set_origin_(opened.model, Origin(source=where, unread=opened.unread))
+    set_origin_(opened.model, Origin(source=where, unread=opened.unread, kept=read_kept(directory)))
     return Skeleton(opened.model, opened.tokenizer, shards, torch.device(device))
