@@ -95,7 +95,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     Raises
     ------
     FileExistsError
-        As :func:`check_target`.
+        As :func:`check_target`, or if another run wrote it in the meantime.
     OSError
         If the disk is full, in one sentence, whatever the writer inside made of it.
     """
@@ -108,7 +108,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
         for file in scratch.rglob("*"):
             if file.is_file():  # safetensors writes files that none but their owner may read
                 file.chmod(0o666 & ~umask())
-        _replace(scratch, target)
+        _replace(scratch, target, overwrite=overwrite)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if is_full(error):
@@ -158,10 +158,18 @@ def _replaced(target: Path) -> list[Path]:
     return list(target.parent.glob(f".{glob.escape(target.name)}.*.old")) if target.exists() else []
 
 
-def _replace(scratch: Path, target: Path) -> None:
-    if not target.exists():
+def _replace(scratch: Path, target: Path, *, overwrite: bool) -> None:
+    try:
         scratch.rename(target)
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not overwrite:
+            raise FileExistsError(
+                f"{target} was written by another run in the meantime, and stays as it is; name another directory, or "
+                "overwrite it"
+            ) from error
     old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
     target.rename(old)
     try:

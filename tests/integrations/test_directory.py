@@ -101,3 +101,22 @@ def test_the_dense_model_is_not_replaced(place: str, tmp_path: Path) -> None:
         check_target(tmp_path / place, overwrite=True, needed=dense)
     check_target(tmp_path / "dense" / "small", overwrite=True, needed=dense)
     check_target(tmp_path / "small", overwrite=True, needed="hub/id")
+
+
+def written_twice(target: Path) -> None:
+    """Finish one directory while another of the same name is being written."""
+    with new_directory(target) as late:
+        (late / "file").write_text("late")
+        with new_directory(target) as first:
+            (first / "file").write_text("first")
+
+
+def test_what_another_run_wrote_in_the_meantime_stays(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(FileExistsError, match="was written by another run in the meantime, and stays as it is"):
+        written_twice(target)
+    assert (target / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with new_directory(target, overwrite=True) as later:
+        (later / "file").write_text("later")
+    assert (target / "file").read_text() == "later"
