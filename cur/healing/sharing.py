@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from cur.integrations.account import check_hashes, read_kept
 from cur.integrations.checkpoint import REPORT, CheckpointError, read_config
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
-from cur.integrations.origin import changed_modules, kept_digest
+from cur.integrations.origin import changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.quantizer import CURQuantizer, mark_
 from cur.integrations.report import CompressionReport
 from cur.integrations.stored import read_object
@@ -154,6 +155,7 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
                 tensor.copy_(stored.read(f"{name}.{key}"))
             layer.eval()
     mark_(student)
+    set_origin_(student, replace(origin_of(student), kept=read_kept(directory)))
     check_pair(student, teacher)
     check_teacher(directory, student, functools.partial(kept_digest, teacher))
     _check_shared(student, stored)

@@ -121,7 +121,8 @@ def save(
         else:
             _save_without_weights(model, scratch)
             report = weights(scratch) or report
-        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True)
+        kept = origin_of(model).kept if report is None else ""  # which has it
+        _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=True, kept=kept)
         if report is not None:
             report = replace(report, after=replace(report.after, file_bytes=weight_bytes(scratch)))
         describe(model, scratch, report)
@@ -142,6 +143,7 @@ def _complete(
     max_shard_size: int | str,
     *,
     compressed: bool,
+    kept: str = "",
 ) -> None:
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.blockwise.writer import add_tensors
@@ -169,7 +171,7 @@ def _complete(
                 "missing in what was written, so nothing is; load the model again, by the class that its "
                 "configuration names"
             )
-    write_account(scratch, account, kept=origin_of(model).kept if compressed else "")
+    write_account(scratch, account, kept=kept)
 
 
 def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:
