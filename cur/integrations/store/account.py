@@ -16,7 +16,7 @@ import torch
 
 from cur._lib.atomic import replace_file
 from cur.integrations.files.beside import ACCOUNT, missing_files, name_of
-from cur.integrations.files.hashes import RECORD_VERSION, read_record
+from cur.integrations.files.hashes import RECORD_VERSION, check_hashes, read_record
 from cur.integrations.files.reading import CheckpointError, digest_of
 from cur.integrations.model.stored_tensors import ModelFiles, without_weights
 
