@@ -14,12 +14,17 @@ The theorems (letters as in the documentation's page on the mathematics):
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from cur._lib.array import Array
 from cur._lib.linalg import svdvals
-from cur._lib.validate import check_dense
+from cur._lib.products import frobenius
+from cur._lib.promotion import promote
+from cur._lib.validate import check_dense, check_finite_norm
 
 __all__ = [
     "LIPSCHITZ",
@@ -59,7 +64,7 @@ class Certificate:
     eta_rows, eta_columns : float or None
         ``1 / smin(V[rows, :])`` and ``1 / smin(W[columns, :])``: what the choice of indices costs beyond the bases.
     gamma : float or None
-        ``1 / smin(Q_C[rows, :])``, for the cross core.
+        ``1 / smin(Q_C[rows, :])``, for the cross core; of the indices as they were chosen, also when it is transposed.
     sigma_next : float or None
         The first singular value left out, where singular values were computed exactly.
     sorensen_embree : float or None
@@ -68,6 +73,8 @@ class Certificate:
         (B1), a bound in `norm`, where it applies.
     cross : float or None
         (B2), a bound in `norm`, where it applies.
+    ratio : float or None
+        `relative`, as it was known before both norms were brought to a size that may be beyond the range of a double.
     """
 
     norm: Literal["fro", 2]
@@ -84,13 +91,20 @@ class Certificate:
     sorensen_embree: float | None = None
     projection: float | None = None
     cross: float | None = None
+    ratio: float | None = field(default=None, repr=False, compare=False)
 
     @property
     def relative(self) -> float:
         """The value over the norm of the matrix; 0 for the zero matrix approximated exactly."""
+        if self.ratio is not None and not (0 < self.value < math.inf and 0 < self.scale < math.inf):
+            return self.ratio
         if self.scale > 0:
-            return self.value / self.scale
+            return self.value / min(self.scale, sys.float_info.max)  # the norm itself may be beyond the range
         return 0.0 if self.value == 0 else math.inf
+
+    def transposed(self) -> Certificate:
+        """Return the certificate of the transposed factorization: rows and columns change places."""
+        return replace(self, eta_rows=self.eta_columns, eta_columns=self.eta_rows)
 
     def scaled(self, factor: float) -> Certificate:
         """Return the certificate of the same factorization of the matrix times `factor`, a power of two."""
@@ -102,8 +116,10 @@ class Certificate:
 
     def shifted(self, exponent: int) -> Certificate:
         """Return the certificate of the same factorization of the matrix times ``2^exponent``, whatever its size."""
+        if exponent == 0:
+            return self
         step = max(-1000, min(exponent, 1000))
-        return self if exponent == 0 else self.scaled(2.0**step).shifted(exponent - step)
+        return replace(self.scaled(2.0**step), ratio=self.relative).shifted(exponent - step)
 
     def __str__(self) -> str:
         norm = "Frobenius norm" if self.norm == "fro" else "2-norm"
@@ -126,7 +142,13 @@ def eta(chosen: Array, /) -> float:
     check_dense(chosen, "chosen")
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
-    smallest = float(svdvals(chosen)[-1])
+    chosen = promote(chosen)
+    try:
+        smallest = float(svdvals(chosen)[-1])
+    except np.linalg.LinAlgError:
+        smallest = math.nan
+    if math.isnan(smallest):
+        check_finite_norm(frobenius(chosen), chosen, "chosen")
     return 1.0 / smallest if smallest > 0 else math.inf
 
 

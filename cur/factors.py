@@ -19,8 +19,9 @@ from cur._lib.factorization import Factorization
 from cur._lib.linalg import lu_pivots, qr
 from cur._lib.maxvol import dominant
 from cur._lib.products import thin
+from cur._lib.promotion import promote
 from cur.bounds import Certificate
-from cur.linking import Orthogonal
+from cur.linking import cross
 
 __all__ = ["CUR", "Folded", "Interpolative"]
 
@@ -80,12 +81,13 @@ class CUR(Factorization):
     @property
     def T(self) -> CUR:
         """The transposed factorization."""
-        return CUR(self.R.T, self.U.T, self.C.T, self.columns, self.rows, self.certificate)
+        certificate = None if self.certificate is None else self.certificate.transposed()
+        return CUR(self.R.T, self.U.T, self.C.T, self.columns, self.rows, certificate)
 
     def folded(self) -> Folded:
         """Return the same matrix in two factors, ``(C U) R``: fewer numbers, and the R kept."""
-        C = thin(self.C)
-        return Folded(C @ self.U, thin(self.R))
+        C, R = (promote(thin(f)) for f in (self.C, self.R))
+        return Folded(C @ self.U, R)
 
     def interpolative(self) -> Interpolative:
         """Return the same matrix as some of its rows and the coefficients of all others: the fewest numbers.
@@ -214,24 +216,23 @@ class Interpolative(Factorization):
     def T(self) -> Interpolative:
         """The transposed factorization."""
         side = "columns" if self.side == "rows" else "rows"
-        return Interpolative(self.skeleton.T, self.coefficients.T, self.chosen, self.others, side, self.certificate)
+        certificate = None if self.certificate is None else self.certificate.transposed()
+        return Interpolative(self.skeleton.T, self.coefficients.T, self.chosen, self.others, side, certificate)
 
     def folded(self) -> Folded:
         """Return the same matrix as two full factors."""
-        left, right = (thin(f) for f in self.factors)
+        left, right = (promote(thin(f)) for f in self.factors)
         return Folded(left, right)
 
     def cur(self) -> CUR:
         """Return the same matrix as its own columns and rows."""
         if self.side == "columns":
             return self.T.cur().T
-        R = thin(self.skeleton)
+        R = promote(thin(self.skeleton))
         Q, _ = qr(adjoint(R))
         columns = lu_pivots(Q)
-        block = Orthogonal(take(R, columns, axis=1))
-        projection = self.projection
-        C = projection @ take(R, columns, axis=1)
-        return CUR(C, block.left_divide(adjoint(block.Q)), R, self.chosen, columns)
+        block = take(R, columns, axis=1)
+        return CUR(self.projection @ block, cross(block), R, self.chosen, columns)
 
     def __repr__(self) -> str:
         m, n = self.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from cur._driver.entry import economical
 from cur._driver.problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
 from cur._driver.tolerance import relative_curve, smallest_rank
 from cur._lib import array as _array
+from cur._lib import promotion
 from cur._lib.array import Array, adjoint, convert, namespace, take, to_numpy
 from cur._lib.products import adjoint_product, columns_of, frobenius, thin
 from cur._lib.scale import times_power
@@ -122,15 +122,14 @@ def interpolative(
             select=select,
         )
     if side == "rows":
-        skeleton, coefficients = adjoint(result.skeleton), adjoint(result.coefficients)
-        return replace(result, skeleton=skeleton, coefficients=coefficients, side="rows")
+        result = result.H
     return result
 
 
 def _project(problem: Problem, columns: Array) -> tuple[Array, Array, Orthogonal, Array]:
     """Return the columns, those of `near`, their QR in row-weighted coordinates, and that of all columns in it."""
     C = columns_of(problem.A, columns)
-    near = times_power(thin(C), -problem.exponent)
+    near = times_power(promotion.promote(thin(C)), -problem.exponent)
     rows = Weights(problem.row_weight)
     Q = Orthogonal(rows.apply(near), cutoff=near.shape[1] * problem.unit)
     return C, near, Q, adjoint(adjoint_product(rows.apply(problem.near), Q.Q))
@@ -155,12 +154,14 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
     Zw = _column_weighted(problem, Z)
     if problem.total is None:
         check_finite_norm(frobenius(Z), problem.A)
+    inner = evaluation_rounding(Q.T, projection_weighted, u=problem.unit)
+    gap = frobenius(Zw - Q.T @ projection_weighted)
     error = measure(
         problem,
         (near, projection),
         kept=frobenius(Zw),
-        gap=frobenius(Zw - Q.T @ projection_weighted),
-        inner=evaluation_rounding(Q.T, projection_weighted, u=problem.unit),
+        gap=gap,
+        inner=inner + problem.rounding_of(inner),
         failure=failure,
         rng=rng,
     )
@@ -171,7 +172,8 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         k = choice.W.shape[1]
         tail, sigma_next = found.tail(k), found.sigma_next(k)
         # the half of (B1) that speaks of columns
-        projected = None if tail is None else eta_columns * tail + error.evaluation
+        # speaks of the best coefficients in exact arithmetic, which those returned miss by the gap
+        projected = None if tail is None else eta_columns * tail + error.evaluation + gap
     certificate = Certificate(
         "fro",
         error.value,

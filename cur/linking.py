@@ -12,7 +12,8 @@ from cur._lib.host import through_numpy
 from cur._lib.linalg import qr, solve_triangular, svd
 from cur._lib.products import adjoint_product, frobenius, thin
 from cur._lib.promotion import check_promoted
-from cur._lib.validate import check_companion, check_matrix
+from cur._lib.scale import brought_near_one, of_the_size_of_reciprocals
+from cur._lib.validate import check_companion, check_finite_norm, check_matrix
 from cur._lib.wide import Residual, Weights
 
 __all__ = ["Orthogonal", "cross", "optimal", "weighted"]
@@ -84,6 +85,14 @@ def _thin(X: Array, name: str, A: Array) -> Array:
     return thin(check_promoted(X, name, A.dtype))
 
 
+def _near(A: Array, name: str) -> tuple[Array, int]:
+    """Return ``2^-e A``, of which squares stay in the range, and `e`; refused if it is not finite."""
+    near, exponent, total = brought_near_one(A)
+    if total is not None:
+        check_finite_norm(total, A, name)
+    return near, exponent
+
+
 def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
     """Return ``T_C^+ M T_R^{+H}`` for ``M = Q_C^H A Q_R``, rounded to `dtype`, that of `M` by default.
 
@@ -152,8 +161,10 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
     """
     A = check_promoted(A)
-    QC, QR = Orthogonal(_thin(C, "C", A)), Orthogonal(adjoint(_thin(R, "R", A)))
-    return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
+    (near, e), (C, c), (R, r) = _near(A, "A"), _near(_thin(C, "C", A), "C"), _near(_thin(R, "R", A), "R")
+    QC, QR = Orthogonal(C), Orthogonal(adjoint(R))
+    U = core(QC, QR, adjoint(adjoint_product(near, QC.Q)) @ QR.Q)
+    return of_the_size_of_reciprocals(U, e - c - r)
 
 
 @through_numpy
@@ -163,16 +174,17 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     The weights are given as for `cur.cur`; the optimal core of the transformed matrices, ``F_H^H A F_G`` with
     ``H = F_H F_H^H``, is ``(C^H H C)^+ C^H H A G R^H (R G R^H)^+``.
     """
-    from cur.importance import as_weight
+    from cur.importance import unit_weight
 
     A = check_promoted(A)
-    C, R = _thin(C, "C", A), _thin(R, "R", A)
+    dtype = A.dtype
+    (A, e), (C, c), (R, r) = _near(A, "A"), _near(_thin(C, "C", A), "C"), _near(_thin(R, "R", A), "R")
     for axis, given in enumerate((row_weights, column_weights)):
-        weight = as_weight(given, A, axis, A.dtype)
+        weight, _ = unit_weight(given, A, axis, dtype)  # whose size the core does not depend on
         if weight is not None:
             A = weight.apply(A, axis)
             C, R = (weight.apply(C, 0), R) if axis == 0 else (C, weight.apply(R, 1))
-    return optimal(A, C, R)
+    return of_the_size_of_reciprocals(optimal(A, C, R), e - c - r)
 
 
 @through_numpy
@@ -191,8 +203,10 @@ def cross(block: Array, /) -> Array:
     -------
     array, shape (c, r)
     """
-    block = thin(check_promoted(block, "block"))
-    if block.shape[0] >= block.shape[1]:
-        Q = Orthogonal(block)
-        return Q.left_divide(adjoint(Q.Q))
-    return adjoint(cross(adjoint(block)))
+    if is_operator(block):
+        raise TypeError("`block` must be the entries where rows and columns meet; got a LinearOperator; pass an array")
+    block, exponent = _near(thin(check_promoted(block, "block")), "block")
+    Q = Orthogonal(block if block.shape[0] >= block.shape[1] else adjoint(block))
+    U = Q.left_divide(adjoint(Q.Q))
+    U = U if block.shape[0] >= block.shape[1] else adjoint(U)
+    return of_the_size_of_reciprocals(U, -exponent, "block")

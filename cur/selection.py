@@ -16,10 +16,11 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
-from cur._lib.array import Array, adjoint, convert, is_dense, is_sparse, namespace, take, to_numpy
+from cur._lib.array import Array, adjoint, convert, is_dense, is_operator, is_sparse, namespace, take, to_numpy
 from cur._lib.host import through_numpy
 from cur._lib.linalg import lu_pivots, svd
-from cur._lib.promotion import check_promoted
+from cur._lib.promotion import check_promoted, promote
+from cur._lib.scale import brought_near_one
 from cur._lib.validate import as_generator, check_basis, check_count
 
 __all__ = [
@@ -76,7 +77,7 @@ def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     >>> deim(V).tolist()
     [5, 2, 0]
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     return lu_pivots(basis[:, :count])
 
@@ -107,7 +108,7 @@ def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     ----------
     Drmac and Gugercin, SIAM J. Sci. Comput. 38 (2016).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
 
@@ -124,7 +125,7 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     Cortinovis and Kressner, "Adaptive randomized pivoting for column subset selection, DEIM, and low-rank
     approximation" (2024), Theorem 2.1.
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     generator = as_generator(rng)
     return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
@@ -143,8 +144,8 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     ----------
     Osinsky, "Close to optimal column approximation using a single SVD", Linear Algebra Appl. 725 (2025).
     """
-    check_basis(basis)
-    matrix = _required(matrix, "osinsky")
+    basis = _prepared(basis)
+    matrix, _, _ = brought_near_one(_required(matrix, "osinsky"))
     if is_sparse(matrix):
         raise TypeError(
             "`matrix` must be a dense array for `osinsky`, which updates all of it; use `arp` for sparse ones"
@@ -215,7 +216,7 @@ def ldeim(
     >>> deim(V).tolist(), ldeim(V).tolist(), ldeim(V, vectors=4).tolist()
     ([7, 5, 2, 0], [7, 5, 6, 4], [7, 5, 2, 0])
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     m, p = basis.shape
     count = check_count(count, default=p, most=m, what="the rows")
     usable = min(p, count)
@@ -264,7 +265,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
     ----------
     Mahoney and Drineas, "CUR matrix decompositions for improved data analysis", PNAS 106 (2009).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
 
@@ -272,7 +273,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
 @through_numpy
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     norms = _row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
@@ -289,7 +290,7 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
@@ -297,7 +298,7 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
 @through_numpy
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
@@ -324,7 +325,7 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     Park and Nakatsukasa, "Accuracy and stability of CUR decompositions with oversampling", SIAM J. Matrix Anal. Appl.
     46 (2025).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     m, p = basis.shape
     chosen = [int(i) for i in (to_numpy(indices) if is_dense(indices) else indices)]
     count = check_count(count, default=0, most=m - len(chosen), what="the rows that are left", least=0)
@@ -406,7 +407,15 @@ def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
         return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
 
 
+def _prepared(basis: Array) -> Array:
+    """Return a checked basis, of which squares stay in the range: choices do not depend on its size."""
+    check_basis(basis)
+    return brought_near_one(promote(basis))[0]
+
+
 def _required(matrix: Array | None, name: str) -> Array:
     if matrix is None:
         raise TypeError(f"`matrix` must be given for `{name}`, which looks at the rows themselves; pass `matrix=A`")
+    if is_operator(matrix):
+        raise TypeError(f"`matrix` must have entries for `{name}`, and a LinearOperator gives products only; use `arp`")
     return check_promoted(matrix, "matrix")

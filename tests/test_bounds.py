@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -282,3 +283,9 @@ def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatc
     assert max(widths) <= max(at_once, 14)
     assert np.linalg.norm(A - result.toarray()) <= result.certificate.value * (1 + 1e-12)
     assert result.certificate.value == pytest.approx(whole.certificate.value, rel=0.2)
+
+
+def test_relative_errors_of_matrices_whose_norm_is_beyond_the_range():
+    certificate = bounds.Certificate("fro", 1e300, "exact", 0.0, "float64", math.inf)
+    assert 0 < certificate.relative < 1e-8
+    assert dataclasses.replace(certificate, value=math.inf).relative == math.inf

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse.linalg
 
 from cur._lib import array as _array
+from cur._lib import promotion
 from cur._lib.array import Array, adjoint, convert, is_dask, is_sparse, namespace, take, to_numpy
 from cur._lib.atomic import replace_file
 from cur._lib.indexing import positions
@@ -121,7 +122,7 @@ class Factorization:
     def norm(self, ord: Literal["fro", 2] = "fro") -> float:
         """Return the Frobenius norm or the 2-norm of the approximation, from its factors by QR."""
         check_choice(ord, ("fro", 2), "ord")
-        first, *middle, last = map(thin, self.factors)
+        first, *middle, last = (promotion.promote(thin(f)) for f in self.factors)
         M = qr(first)[1]
         for f in middle:
             M = M @ f

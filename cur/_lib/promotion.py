@@ -24,10 +24,38 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
     if isinstance(A, np.ndarray) and dtype is None and A.dtype.char in "fdFD":
         return A  # the usual case, and small matrices take no longer than such questions
     A, dtype = _array.detach(A), _array.working_dtype(A) if dtype is None else dtype
-    if _array.is_sparse(A):
-        A = A if A.dtype == dtype else A.astype(dtype)
-        return A if A.format in ("csr", "csc") else A.tocsr()
-    return A if A.dtype == dtype else _array.namespace(A).astype(A, dtype)
+    with np.errstate(over="ignore"):  # what is beyond the range becomes infinite, which is told of
+        if _array.is_sparse(A):
+            A = A if A.dtype == dtype else A.astype(dtype)
+            return A if A.format in ("csr", "csc") else A.tocsr()
+        return A if A.dtype == dtype else _array.namespace(A).astype(A, dtype)
+
+
+def is_rounded(A: Any, promoted: Any) -> bool:
+    """Tell whether a matrix lost digits when it was promoted: integers that are too long, or extended precision."""
+    if _array.is_operator(A) or A.dtype == promoted.dtype:
+        return False
+    dtype = np.dtype(A.dtype) if _array.is_sparse(A) or isinstance(A, np.ndarray) or is_dask(A) else None
+    if dtype is not None and dtype.char in "gG":
+        if isinstance(A, np.ndarray):
+            return not np.array_equal(A, promoted, equal_nan=True)
+        return True
+    if dtype is None and not _array.namespace(A).isdtype(A.dtype, "integral"):
+        return False
+    if dtype is not None and dtype.kind not in "iu":
+        return False
+    from cur._lib.products import largest
+
+    return largest(promoted) * unit_roundoff(promoted.dtype, promoted) >= 0.5
+
+
+def as_given(A: Any, promoted: Any) -> Any:
+    """Return the matrix that rows and columns are taken from: the promoted one, where nothing of it was lost.
+
+    Of other libraries too, which multiply arrays of one dtype only.
+    """
+    own = isinstance(A, np.ndarray) or _array.is_sparse(A) or is_dask(A)
+    return promote(A, dtype=A.dtype) if own and is_rounded(A, promoted) else promoted
 
 
 def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:

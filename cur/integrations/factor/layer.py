@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from cur._driver.certify import evaluation_rounding
 from cur._lib.array import unit_roundoff
-from cur._lib.errors import RankWarning
+from cur._lib.errors import collected
 from cur.bounds import Certificate
 from cur.decompose import deim_cur
 from cur.factors import CUR, Interpolative
@@ -177,9 +176,7 @@ def interpolative_layer(
 
 
 def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:
-    with warnings.catch_warnings():
-        # A weight of lower rank than planned is represented exactly; the report says at which rank.
-        warnings.simplefilter("ignore", RankWarning)
+    with collected():  # a weight of lower rank than planned is represented exactly; the report says at which rank
         factors = deim_cur(
             W,
             rank=entry.rank,
@@ -246,6 +243,7 @@ def as_json(certificate: Certificate | None) -> dict[str, Any]:
     if certificate is None:  # only for matrices that are never held, which a weight is not
         return {}
     data = {**asdict(certificate), "relative": certificate.relative}
+    del data["ratio"]  # which `relative` is made of
     return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
 
 
