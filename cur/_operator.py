@@ -1,12 +1,15 @@
-"""Operators of SciPy in the working precision, with the adjoint compared with the operator itself."""
+"""Operators of SciPy in the working precision, at any scale, with the adjoint compared with the operator itself."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 
+from cur._products import largest
+from cur._scale import seen, times_power
 from cur._validate import check_finite_product
 
 __all__ = ["CheckedOperator", "checked"]
@@ -26,20 +29,17 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
         self, operator: scipy.sparse.linalg.LinearOperator, name: str = "A", dtype: np.dtype[Any] | None = None
     ) -> None:
         self.operator, self.name = operator, name
-        m, n = operator.shape
         declared = np.dtype(operator.dtype)
-        x = np.random.default_rng(0).standard_normal((n, 1))
-        with np.errstate(over="ignore", invalid="ignore"):
-            y = np.asarray(operator.matmat(x.astype(_working(declared))))
+        x, y, exponent = seen(operator, _working(declared))
         check_finite_product(y, name)
         if dtype is not None and dtype.kind != "c" and y.dtype.kind == "c":
             raise TypeError(f"`{name}` must be real for a real `A`; its products have dtype {y.dtype}")
-        super().__init__(_common(declared, y.dtype, name) if dtype is None else dtype, (m, n))  # type: ignore[call-arg]
+        working = _common(declared, y.dtype, name) if dtype is None else dtype
+        super().__init__(working, operator.shape)  # type: ignore[call-arg]
         self.x = x.astype(self.dtype)
         # its squares must neither overflow nor vanish
-        self.size = float(np.max(np.abs(y))) or 1.0
-        # in double precision: in single, complex quotients of very small numbers overflow
-        self.y = (y.astype(np.result_type(y, np.float64)) / self.size).astype(self.dtype)
+        y, shift = _near_one(y.astype(np.result_type(y, np.float32)))
+        self.y, self.exponent = y.astype(self.dtype), exponent + shift
 
     def _matmat(self, X: Vectors) -> Vectors:
         return self._in_dtype(self.operator.matmat(X))
@@ -83,12 +83,14 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
         numbers rounding is absolute: half the smallest number in each product and sum.
         """
         info = np.finfo(self.dtype)
+        Y, shift = _near_one(Y)
         with np.errstate(over="ignore", invalid="ignore"):
-            Z = Z / self.dtype.type(self.size)
+            Z = times_power(Z, -shift - self.exponent)
             distance = float(np.linalg.norm(self.y.conj().T @ Y - self.x.conj().T @ Z))
             length = float(np.linalg.norm(Y)) / np.sqrt(Y.shape[1])
             sizes = float(np.linalg.norm(self.y)) * length + float(np.linalg.norm(Z))
-            underflow = float(info.smallest_subnormal) / self.size * sum(self.shape) ** 1.5 * max(length, 1.0)
+            smallest = 2.0 ** min(math.frexp(float(info.smallest_subnormal))[1] - self.exponent - min(shift, 0), 1000)
+            underflow = smallest * sum(self.shape) ** 1.5 * max(length, 1.0)
             allowed = float(info.eps / 2) ** (1 / 3) * sizes + underflow
         if distance > allowed:
             raise ValueError(
@@ -96,6 +98,13 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
                 f"{distance / sizes:.2g} of their size; look for a missing factor or conjugate in rmatvec (or "
                 "rmatmat), or make both products more accurate"
             )
+
+
+def _near_one(X: Vectors) -> tuple[Vectors, int]:
+    """Return ``2^-e X``, with a largest entry near one, and `e`."""
+    peak = largest(X)
+    exponent = math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
+    return times_power(X, -exponent), exponent
 
 
 def checked(

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import scipy.sparse.linalg
 
 from cur._array import Array, convert, is_dense, is_operator, namespace, to_numpy
-from cur._products import frobenius, largest, product
+from cur._products import frobenius, largest
+from cur._validate import check_finite_product
 
-__all__ = ["brought_near_one", "times_power"]
+__all__ = ["ScaledOperator", "brought_near_one", "seen", "times_power"]
+
+Vectors = np.ndarray[Any, Any]
 
 
-def brought_near_one(A: Array, make: Callable[[int], Array] | None = None) -> tuple[Array, int, float | None]:
+def brought_near_one(
+    A: Array, make: Callable[[int], Array] | None = None, *, total: float | None = None
+) -> tuple[Array, int, float | None]:
     """Return ``2^-e A``, `e` and the norm: `e` is 0 unless sums of squares of entries would leave the range.
 
     Parameters
     ----------
     make : callable, optional
         Makes ``2^-e A``, for an `A` that is a product in which small entries may have vanished.
+    total : float, optional
+        The norm of `A`, where it is known.
     """
-    total = None if is_operator(A) else frobenius(A)
+    if total is None and not is_operator(A):
+        total = frobenius(A)
     e = _exponent(A, total)
     if e is None:
         return A, 0, total
@@ -41,21 +51,21 @@ def brought_near_one(A: Array, make: Callable[[int], Array] | None = None) -> tu
 
 def _exponent(A: Array, total: float | None) -> int | None:
     """Return the exponent of the largest entry, where the sum of the squares leaves the range; else None."""
+    peak, shift = None, 0
     if total is None:  # an operator shows its size in a product
-        x = np.random.default_rng(0).standard_normal((A.shape[1], 1)).astype(A.dtype)
-        peak = largest(product(A, x))
+        _, y, shift = seen(A, A.dtype)
+        check_finite_product(y)
+        peak = largest(y)
         total = 10 * peak * math.sqrt(A.shape[0])
-    else:
-        peak = None
     info = namespace(A).finfo(A.dtype)
     low = math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2)
     high = math.sqrt(float(info.max)) / A.shape[1]
-    if low < total < high:
+    if low < total < high and not shift:
         return None
     peak = largest(A) if peak is None else peak
     if peak == 0.0 or not math.isfinite(peak):
         return None
-    return min(max(math.frexp(peak)[1] - 1, -_most(A)), _most(A))
+    return min(max(math.frexp(peak)[1] - 1 + shift, -_most(A)), _most(A))
 
 
 def _most(A: Array) -> int:
@@ -67,15 +77,64 @@ def times_power(A: Array, exponent: int) -> Array:
     """Return ``2^exponent A``, whatever the exponent, in the dtype of `A`."""
     if exponent == 0:
         return A
-    info = namespace(A).finfo(A.dtype)
-    most = -math.frexp(float(info.smallest_normal))[1] - 1
+    if is_operator(A):
+        return ScaledOperator(A, exponent)
+    most = _most(A)
     if abs(exponent) > most:
         step = most if exponent > 0 else -most
         return times_power(times_power(A, step), exponent - step)
     factor = math.ldexp(1.0, exponent)
-    if is_operator(A):  # its product with a plain number may be of another dtype
-        return A * A.dtype.type(factor)
     if is_dense(A) and not isinstance(A, np.ndarray):  # some libraries take numbers below the normal ones for zero
         X = to_numpy(A)
         return convert(X * X.dtype.type(factor), A)
     return A * factor
+
+
+class ScaledOperator(scipy.sparse.linalg.LinearOperator):
+    """A power of two times an operator, which sees half of it before the product and half of it afterwards.
+
+    So neither the product inside leaves the range, whatever the size of the operator, nor do the vectors.
+    """
+
+    def __init__(self, operator: scipy.sparse.linalg.LinearOperator, exponent: int) -> None:
+        super().__init__(operator.dtype, operator.shape)  # type: ignore[call-arg]
+        self.args = (operator,)
+        self.before = exponent // 2
+        self.after = exponent - self.before
+
+    def _matmat(self, X: Vectors) -> Vectors:
+        return self._scaled(self.args[0].matmat, X)
+
+    def _matvec(self, x: Vectors) -> Vectors:
+        return self._scaled(self.args[0].matvec, x)
+
+    def _rmatmat(self, Y: Vectors) -> Vectors:
+        return self._scaled(self.args[0].rmatmat, Y)
+
+    def _rmatvec(self, y: Vectors) -> Vectors:
+        return self._scaled(self.args[0].rmatvec, y)
+
+    def _scaled(self, multiply: Callable[[Vectors], Vectors], X: Vectors) -> Vectors:
+        Y: Vectors = times_power(multiply(times_power(X, self.before)), self.after)
+        return Y
+
+
+def seen(operator: scipy.sparse.linalg.LinearOperator, dtype: np.dtype[Any]) -> tuple[Vectors, Vectors, int]:
+    """Return a random `x`, ``2^-e A x`` and `e`, which is 0 where the product stays in the range.
+
+    The product is not finite where no scale makes it so.
+    """
+
+    def multiply(x: Vectors) -> Vectors:
+        y = np.asarray(operator.matmat(x))
+        return y.astype({"g": "d", "G": "D"}.get(y.dtype.char, y.dtype), copy=False)
+
+    x = np.random.default_rng(0).standard_normal((operator.shape[1], 1)).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = multiply(x)
+        if np.isfinite(y).all():
+            return x, y, 0
+        exponent = _most(y) // 2
+        smaller = multiply(times_power(x, -exponent))
+    # of an operator that rounds such small vectors to zero nothing is known
+    return (x, smaller, exponent) if np.isfinite(smaller).all() and smaller.any() else (x, y, 0)

@@ -7,7 +7,7 @@ the bases leave out, ``||A - V V^H A||_F`` and ``||A - A W W^H||_F``, without an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,8 @@ class Subspace:
             return None
         if self.total == 0.0:
             return 0.0
+        if self.total == math.inf:
+            return math.inf
         # in units of the norm, whose square may leave the range
         left = 1.0 - float(np.sum((self.s[:k] / self.total) ** 2))
         return math.sqrt(max(left, 0.0) + pythagorean_rounding(shape, u)) * self.total
@@ -105,7 +107,7 @@ class Subspace:
         s = self.s
         if len(s) >= min(self.V.shape[0], self.W.shape[0]) or s[-1] <= FLAT * s[len(s) // 2]:
             return False
-        return self.total is None or float(np.sum(s**2)) < 0.5 * self.total**2
+        return self.total is None or float(np.sum((s / self.total) ** 2)) < 0.5
 
     def numerical_rank(self, A: Array, /) -> int:
         """Return how many of the directions of the subspace of `A` stand above rounding; at least 1.
@@ -125,12 +127,19 @@ class Subspace:
         if certain >= most or known <= certain or not s[0] > 0:
             return certain
         short = self.W if m >= n else self.V
+        A, exponent, _ = brought_near_one(check_promoted(A), total=self.total)
         Y = product(A if m >= n else adjoint(A), short[:, :known])
         Q, X = qr(Y[:, :certain])[0], Y[:, certain:]
         for _ in range(3):  # each time leaves what the rounding of long sums makes of the one before
             X = X - Q @ (adjoint(Q) @ X)
         found = to_numpy(svdvals(qr(X)[1]))
-        return certain + int(np.count_nonzero(found > level))
+        return certain + int(np.count_nonzero(found > math.ldexp(level, -exponent)))
+
+    def scaled(self, exponent: int) -> Subspace:
+        """Return the subspace of the matrix times ``2^exponent``, whose norm may be beyond the range."""
+        with np.errstate(over="ignore"):
+            total = None if self.total is None else float(times_power(np.float64(self.total), exponent))
+            return replace(self, s=times_power(self.s, exponent), total=total)
 
 
 def rounding_level(length: int) -> float:
@@ -148,9 +157,10 @@ def exact(A: Array, rank: int, /) -> Subspace:
     A = check_promoted(A)
     if is_sparse(A) or is_operator(A) or is_dask(A):
         raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
+    A, exponent, _ = brought_near_one(A)
     V, s, Wh = svd(A)
     s = to_numpy(s).astype(np.float64)
-    return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True)
+    return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True).scaled(exponent)
 
 
 @through_numpy
@@ -192,13 +202,13 @@ def randomised(
     ----------
     Halko, Martinsson and Tropp, SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
     """
-    A = check_promoted(A)
+    A, exponent, total = brought_near_one(check_promoted(A), total=total)
     width = min(rank + OVERSAMPLING, *A.shape)
     Q, _ = qr(sketch(A, width, rng=rng))
     for _ in range(power_iterations):
         Q, _ = qr(adjoint_product(A, Q))
         Q, _ = qr(product(A, Q))
-    return _project(A, Q, rank, total)
+    return _project(A, Q, rank, total).scaled(exponent)
 
 
 def lanczos(
@@ -214,21 +224,19 @@ def lanczos(
             "`subspace='lanczos'` is for scipy.sparse matrices and LinearOperator; use 'exact' or 'randomised'"
         )
     generator = as_generator(rng)
-    # ARPACK iterates with the Gram matrix: a product shows a size at which squares stay within the range
-    size = float(np.max(np.abs(sketch(A, 1, rng=generator))))
-    # it finds no vector of the zero matrix, and needs one to spare, of complex matrices even two
-    if size == 0.0 or rank >= min(A.shape) - 1:
-        return randomised(A, rank, rng=generator, total=total)
-    size = max(size, float(np.finfo(A.dtype).smallest_normal))
+    near, exponent, total = brought_near_one(A, total=total)
+    # ARPACK finds no vector of the zero matrix, and needs one to spare, of complex matrices even two
+    if rank >= min(A.shape) - 1 or not np.any(sketch(near, 1, rng=generator)):
+        return randomised(near, rank, rng=generator, total=total).scaled(exponent)
     try:
-        V, _, _ = scipy.sparse.linalg.svds(A * A.dtype.type(1 / size), k=rank, rng=generator)
+        V, _, _ = scipy.sparse.linalg.svds(near, k=rank, rng=generator)
     except scipy.sparse.linalg.ArpackError as error:
         # equal or vanishing singular values leave Lanczos without a direction to go
         raise NumericalError(
             f"Lanczos did not converge for `rank` {rank}: {error}; use subspace='randomised'"
         ) from error
     Q, _ = qr(np.ascontiguousarray(V[:, ::-1]))
-    return _project(A, Q, rank, total)
+    return _project(near, Q, rank, total).scaled(exponent)
 
 
 def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
@@ -236,8 +244,6 @@ def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
     # the SVD of Q^H A through the QR of its adjoint: only a small square matrix is left
     P, T = qr(adjoint_product(A, Q))
     X, s, Yh = svd(T)
-    if total is None and not is_operator(A):
-        total = frobenius(A)
     # as adjoints, so that vectors are contiguous, as selection reads them
     V, W = adjoint(Yh[:rank, :] @ adjoint(Q)), adjoint(adjoint(X[:, :rank]) @ adjoint(P))
     return Subspace(V, W, to_numpy(s).astype(np.float64), total, False)

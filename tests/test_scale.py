@@ -9,11 +9,11 @@ import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from cur import NumericalError, cur, deim_cur, importance, interpolative, select, stream_cur
 from cur._array import to_numpy
-from tests.families import cast, frobenius, random, remainder
+from tests.families import cast, frobenius, random, remainder, spectral
 
 DRIVERS = {
     "deim_cur": lambda A: deim_cur(A, rank=3),
@@ -209,3 +209,38 @@ def test_weight_objects_of_any_size(rng):
             result = deim_cur(A.astype(dtype), rank=3, column_weights=weight)
             E = remainder(A.astype(dtype), *result.factors) @ (F * np.longdouble(10.0) ** power)
             assert frobenius(E) <= result.certificate.value <= 1.01 * frobenius(E)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("driver", ["deim_cur", "uniform", "cross", "interpolative", "rows", "lanczos", "tol"])
+def test_operators_whose_products_leave_the_range(dtype, driver, rng):
+    """Entries are numbers of the dtype, and sums of a few of them are none."""
+    factor = {
+        **DRIVERS,
+        "lanczos": lambda A: cur(A, rank=3, subspace="lanczos"),
+        "tol": lambda A: cur(A, tol=0.5, norm=2),
+    }[driver]
+    X = rng.uniform(0.5, 1, (30, 18))
+    X = X if dtype.startswith("f") else X * np.exp(1j * random(30, 18, rng)) / 2
+    ends = (-37, 0) if dtype in ("float32", "complex64") else (-305, 0)
+    for power in ends:
+        A = (X * (1.0 if power == 0 else 10.0**power)).astype(dtype)
+        A = A * np.finfo(dtype).max if power == 0 else A
+        result = factor(aslinearoperator(A))
+        error = remainder(A, *result.factors)
+        error = frobenius(error) if result.certificate.norm == "fro" else spectral(error)
+        assert error <= result.certificate.value <= 1.6 * error
+        if driver != "tol":
+            _slices_are_the_matrix(A, result)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_adjoint_of_an_operator_at_the_end_of_the_range_is_compared(dtype, rng):
+    A = rng.uniform(0.5, 1, (30, 18)).astype(dtype) * np.finfo(dtype).max
+    op = LinearOperator(A.shape, matvec=lambda x: A @ x, rmatvec=lambda y: 0.9 * (A.T @ y), dtype=dtype)
+    for factor in (deim_cur, interpolative):
+        with pytest.raises(ValueError, match="`A` must have the adjoint of its own products"):
+            factor(op, rank=3)
+    A[3, 4] = np.inf
+    with pytest.raises(ValueError, match="`A` must be finite; a product with this LinearOperator holds NaN or inf"):
+        deim_cur(aslinearoperator(A), rank=3)

@@ -241,3 +241,29 @@ def test_decaying_spectra_are_not_flat(family, rng):
     A = scipy.sparse.csr_array(FAMILIES[family](400, 300, rng))
     assert not subspace.randomised(A, 12).is_flat()
     assert not subspace.randomised(np.eye(20), 15).is_flat()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("form", ["dense", "sparse", "operator"])
+def test_bases_and_what_they_leave_out_at_every_size(dtype, form, rng):
+    """Squares that vanish made a bound of zero, and products that overflow an error."""
+    X = rng.standard_normal((40, 25))
+    make = {"dense": np.asarray, "sparse": scipy.sparse.csr_array, "operator": scipy.sparse.linalg.aslinearoperator}
+    functions = {
+        "dense": (subspace.exact, subspace.randomised),
+        "sparse": (subspace.lanczos, subspace.randomised),
+        "operator": (subspace.lanczos, subspace.randomised),
+    }
+    for power in (-43, -25, 25, 37) if dtype is np.float32 else (-305, -170, 170, 307):
+        A = (X * np.longdouble(10) ** power).astype(dtype)
+        relative = (A.astype(np.longdouble) / np.longdouble(10) ** power).astype(np.float64)
+        for function in functions[form]:
+            found = function(make[form](A), 3)
+            left = np.linalg.norm(relative - relative @ found.W @ found.W.T)
+            assert found.s[0] / 10.0**power == pytest.approx(np.linalg.norm(relative, 2), rel=0.1)
+            assert found.numerical_rank(make[form](A)) == min(found.s.size, 25 if found.is_exact else found.s.size)
+            if form != "operator":
+                assert found.tail(3) >= left * np.longdouble(10) ** power
+            if form != "operator" and power < 300:
+                assert found.tail(3) / 10.0**power == pytest.approx(left, rel=0.02)
+                assert found.total / 10.0**power == pytest.approx(np.linalg.norm(relative), rel=1e-6)
