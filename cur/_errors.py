@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
-__all__ = ["CURError", "NumericalError", "RankWarning", "warn"]
+__all__ = ["CURError", "NumericalError", "RankWarning", "collected", "warn"]
 
 
 class CURError(Exception):
@@ -23,9 +26,26 @@ class RankWarning(UserWarning):
 
 _PACKAGE = str(Path(__file__).parent)
 
+_gathered: ContextVar[list[str] | None] = ContextVar("_gathered", default=None)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[str]]:
+    """Gather what this package would warn of, in this thread alone: filters of warnings belong to the whole process."""
+    found: list[str] = []
+    token = _gathered.set(found)
+    try:
+        yield found
+    finally:
+        _gathered.reset(token)
+
 
 def warn(message: str, category: type[Warning] = RankWarning) -> None:
     """Warn at the line of the user's that called the package, through however many functions of ours."""
+    found = _gathered.get()
+    if found is not None:
+        found.append(message)
+        return
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back

@@ -58,7 +58,7 @@ class Certificate:
     eta_rows, eta_columns : float or None
         ``1 / smin(V[rows, :])`` and ``1 / smin(W[columns, :])``: what the choice of indices costs beyond the bases.
     gamma : float or None
-        ``1 / smin(Q_C[rows, :])``, for the cross core.
+        ``1 / smin(Q_C[rows, :])``, for the cross core, of the rows and columns as they were chosen: transposing keeps it.
     sigma_next : float or None
         The first singular value left out, where singular values were computed exactly.
     sorensen_embree : float or None
@@ -90,6 +90,10 @@ class Certificate:
         if self.scale > 0:
             return self.value / self.scale
         return 0.0 if self.value == 0 else math.inf
+
+    def transposed(self) -> Certificate:
+        """Return the certificate of the transposed factorization: rows and columns change places."""
+        return replace(self, eta_rows=self.eta_columns, eta_columns=self.eta_rows)
 
     def scaled(self, factor: float) -> Certificate:
         """Return the certificate of the same factorization of the matrix times `factor`, a power of two."""

@@ -78,7 +78,8 @@ class CUR(Factorization):
     @property
     def T(self) -> CUR:
         """The transposed factorization."""
-        return CUR(self.R.T, self.U.T, self.C.T, self.columns, self.rows, self.certificate)
+        certificate = None if self.certificate is None else self.certificate.transposed()
+        return CUR(self.R.T, self.U.T, self.C.T, self.columns, self.rows, certificate)
 
     def folded(self) -> Folded:
         """Return the same matrix in two factors, ``(C U) R``: fewer numbers, and the R kept."""
@@ -212,7 +213,8 @@ class Interpolative(Factorization):
     def T(self) -> Interpolative:
         """The transposed factorization."""
         side = "columns" if self.side == "rows" else "rows"
-        return Interpolative(self.skeleton.T, self.coefficients.T, self.chosen, self.others, side, self.certificate)
+        certificate = None if self.certificate is None else self.certificate.transposed()
+        return Interpolative(self.skeleton.T, self.coefficients.T, self.chosen, self.others, side, certificate)
 
     def folded(self) -> Folded:
         """Return the same matrix as two full factors."""

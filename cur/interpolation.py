@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -122,8 +121,7 @@ def interpolative(
             select=select,
         )
     if side == "rows":
-        skeleton, coefficients = adjoint(result.skeleton), adjoint(result.coefficients)
-        return replace(result, skeleton=skeleton, coefficients=coefficients, side="rows")
+        return result.H
     return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cur
+from cur._errors import collected
 from tests.families import geometric, random
 
 ONES = np.ones((9, 7))
@@ -52,6 +53,26 @@ def test_searches_do_not_warn_about_ranks_of_their_own(rng):
         cur.interpolative(A, tol=1e-8, select="arp")
 
 
+def test_warnings_are_gathered_in_one_thread_alone():
+    seen = []
+
+    def elsewhere():
+        with pytest.warns(cur.RankWarning):
+            cur.deim_cur(ONES, rank=3)
+        seen.append(True)
+
+    with collected() as found:
+        cur.deim_cur(ONES, rank=3)
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+    assert len(found) == 1
+    assert "the numerical rank is 1" in found[0]
+    assert seen
+    with pytest.warns(cur.RankWarning):
+        cur.deim_cur(ONES, rank=3)
+
+
 def test_filters_are_as_they_were_after_threads():
     """The filters belong to the process: one thread that restores them undoes the changes of another."""
     rng = np.random.default_rng(0)
@@ -78,10 +99,11 @@ def test_filters_are_as_they_were_after_threads():
 
 def test_the_core_leaves_global_state_alone():
     """Filters, floating-point errors of the process, default dtypes and seeds."""
+    filters = ("catch_warnings", "simplefilter", "filterwarnings")
+    for path in sorted(Path(cur.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in filters if word in text], path.name
     words = (
-        "catch_warnings",
-        "simplefilter",
-        "filterwarnings",
         "seterr(",
         "set_default",
         "manual_seed",

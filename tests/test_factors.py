@@ -315,7 +315,9 @@ def test_conjugates_and_adjoints(form, light, A):
     np.testing.assert_allclose(to_numpy(F.H.toarray()), B.conj().T, atol=tolerance)
     np.testing.assert_allclose(to_numpy(F.conj().toarray()), B.conj(), atol=tolerance)
     assert type(F.H) is type(F)
-    assert getattr(F.H, "certificate", None) == getattr(F, "certificate", None)
+    certificate = getattr(F, "certificate", None)
+    assert getattr(F.conj(), "certificate", None) == certificate
+    assert getattr(F.H, "certificate", None) == (certificate and certificate.transposed())
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-10, 1.0, 1e200])
@@ -373,3 +375,35 @@ def test_what_would_form_the_product_in_silence_is_refused(form, A):
     for function in (lambda: 2 * F, lambda: F * A, lambda: np.abs(F), lambda: F / 2, lambda: np.exp(F)):
         with pytest.raises(TypeError):
             function()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("options", [{}, {"link": "cross"}, {"norm": 2}, {"rank": (4, 7)}, {"select": "uniform"}])
+def test_rows_and_columns_of_a_certificate_change_places(dtype, options, rng):
+    """What is said of one side of the matrix is said of that side of whatever is made of the result."""
+    A = geometric(24, 16, rng).astype(dtype)
+    result = cur(A, **({"rank": (5, 4)} | options))
+    certificate = result.certificate
+    swapped = dataclasses.replace(certificate, eta_rows=certificate.eta_columns, eta_columns=certificate.eta_rows)
+    for found in (result.T, result.H, result.conj().T):
+        assert found.certificate == swapped
+        assert found.rows.tolist() == result.columns.tolist()
+    assert result.conj().certificate == result.T.T.certificate == certificate
+    if options.get("select") != "uniform":
+        assert certificate.eta_rows != certificate.eta_columns
+    assert result.astype("complex64").certificate is None or dtype == "complex64"
+
+
+def test_etas_are_those_of_the_transposed_matrix(rng):
+    A = geometric(24, 16, rng)
+    for result, other in (
+        (cur(A, rank=5, subspace="exact"), cur(A.T, rank=5, subspace="exact")),
+        (interpolative(A, rank=5, subspace="exact"), interpolative(A.T, rank=5, subspace="exact", side="rows")),
+    ):
+        found, expected = result.T.certificate, other.certificate
+        for name in ("eta_rows", "eta_columns"):
+            one, two = getattr(found, name), getattr(expected, name)
+            assert (one is None and two is None) or one == pytest.approx(two)
+    by_rows = interpolative(A, rank=5, side="rows").certificate
+    assert by_rows.eta_rows is not None
+    assert by_rows.eta_columns is None

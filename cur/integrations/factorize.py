@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from cur import importance as scores
 from cur._array import unit_roundoff
 from cur._certify import evaluation_rounding
-from cur._errors import NumericalError, RankWarning
+from cur._errors import NumericalError, collected
 from cur.bounds import Certificate
 from cur.decompose import deim_cur
 from cur.factors import CUR, Interpolative
@@ -194,9 +193,7 @@ def interpolative_layer(
 
 
 def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:
-    with warnings.catch_warnings():
-        # A weight of lower rank than planned is represented exactly; the report says at which rank.
-        warnings.simplefilter("ignore", RankWarning)
+    with collected():  # a weight of lower rank than planned is represented exactly; the report says at which rank
         factors = deim_cur(
             W,
             rank=entry.rank,
