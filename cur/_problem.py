@@ -15,7 +15,7 @@ from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import NumericalError, warn
 from cur._products import columns_of, pythagorean_rounding, rows_of, thin
-from cur._scale import brought_near_one, times_power
+from cur._scale import brought_near_one, of_the_size_of_reciprocals, times_power
 from cur._spectral import spectral_norm
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
 from cur._wide import Weights
@@ -142,15 +142,7 @@ class Problem:
 
     def core_of_the_matrix(self, U: Array) -> Array:
         """Return the core between rows and columns of `A` for one between those of `near`."""
-        if self.exponent == 0:
-            return U
-        with np.errstate(over="ignore"):
-            U = times_power(U, -self.exponent)
-        if not bool(namespace(U).all(namespace(U).isfinite(U))):
-            raise NumericalError(
-                "`A` has entries so small that U, of the size of their reciprocals, overflows; scale it"
-            )
-        return U
+        return of_the_size_of_reciprocals(U, -self.exponent)
 
 
 @dataclass(frozen=True, eq=False)

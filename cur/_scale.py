@@ -10,10 +10,11 @@ import numpy as np
 import scipy.sparse.linalg
 
 from cur._array import Array, convert, is_dense, is_operator, namespace, to_numpy
+from cur._errors import NumericalError
 from cur._products import frobenius, largest
 from cur._validate import check_finite_product
 
-__all__ = ["ScaledOperator", "brought_near_one", "seen", "times_power"]
+__all__ = ["ScaledOperator", "brought_near_one", "of_the_size_of_reciprocals", "seen", "times_power"]
 
 Vectors = np.ndarray[Any, Any]
 
@@ -88,6 +89,20 @@ def times_power(A: Array, exponent: int) -> Array:
         X = to_numpy(A)
         return convert(X * X.dtype.type(factor), A)
     return A * factor
+
+
+def of_the_size_of_reciprocals(U: Array, exponent: int, name: str = "A") -> Array:
+    """Return the core ``2^exponent U`` of a matrix, which for very small ones is out of the range."""
+    if exponent == 0:
+        return U
+    xp = namespace(U)
+    with np.errstate(over="ignore"):
+        larger = times_power(U, exponent)
+    if not bool(xp.all(xp.isfinite(larger))) and bool(xp.all(xp.isfinite(U))):
+        raise NumericalError(
+            f"`{name}` has entries so small that U, of the size of their reciprocals, overflows; scale it"
+        )
+    return larger
 
 
 class ScaledOperator(scipy.sparse.linalg.LinearOperator):

@@ -58,7 +58,7 @@ class Certificate:
     eta_rows, eta_columns : float or None
         ``1 / smin(V[rows, :])`` and ``1 / smin(W[columns, :])``: what the choice of indices costs beyond the bases.
     gamma : float or None
-        ``1 / smin(Q_C[rows, :])``, for the cross core, of the rows and columns as they were chosen: transposing keeps it.
+        ``1 / smin(Q_C[rows, :])``, for the cross core; of the indices as they were chosen, also when it is transposed.
     sigma_next : float or None
         The first singular value left out, where singular values were computed exactly.
     sorensen_embree : float or None

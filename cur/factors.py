@@ -18,7 +18,7 @@ from cur._dominant import dominant
 from cur._factorization import Factorization
 from cur._products import thin
 from cur.bounds import Certificate
-from cur.linking import Orthogonal
+from cur.linking import cross
 
 __all__ = ["CUR", "Folded", "Interpolative"]
 
@@ -228,10 +228,8 @@ class Interpolative(Factorization):
         R = thin(self.skeleton)
         Q, _ = qr(adjoint(R))
         columns = lu_pivots(Q)
-        block = Orthogonal(take(R, columns, axis=1))
-        projection = self.projection
-        C = projection @ take(R, columns, axis=1)
-        return CUR(C, block.left_divide(adjoint(block.Q)), R, self.chosen, columns)
+        block = take(R, columns, axis=1)
+        return CUR(self.projection @ block, cross(block), R, self.chosen, columns)
 
     def __repr__(self) -> str:
         m, n = self.shape

@@ -199,19 +199,6 @@ def _damped(values: Array, vectors: Array, damping: float) -> Weight:
     return Weight(size=n, vectors=vectors, roots=xp.sqrt(values + added))
 
 
-def as_weight(weights: Any, A: Array, axis: int, dtype: Any) -> Weight | None:
-    """Turn the `row_weights` or `column_weights` of a driver into a `Weight`."""
-    weight, exponent = unit_weight(weights, A, axis, dtype)
-    if weight is None or exponent == 0:
-        return weight
-    with np.errstate(over="ignore"):
-        weight = _times(weight, exponent)
-    if not largest(weight.roots if weight.root is None else weight.root) < math.inf:
-        name = ("row_weights", "column_weights")[axis]
-        raise ValueError(f"`{name}` has entries beyond the range of {dtype}; divide it by its largest entry first")
-    return weight
-
-
 def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight | None, int]:
     """Return a weight whose factor has norm one, nearly, and the power of two by which the one given is larger.
 
@@ -232,7 +219,7 @@ def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight |
         else:
             # an even power, whose root is a power of two; in the precision of A, whose rounding is the least that
             # eigenvalues are damped by
-            exponent = _exponent(weights) // 2
+            exponent = size_of(weights) // 2
             weight = matrix(in_dtype(times_power(weights, -2 * exponent), dtype, name), name=name)
     for part in ("root", "vectors", "roots"):
         if getattr(weight, part) is not None:
@@ -242,7 +229,7 @@ def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight |
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, {A.shape[axis]}; "
             f"got {weight.size}"
         )
-    more = _exponent(weight.roots if weight.root is None else weight.root)
+    more = size_of(weight.roots if weight.root is None else weight.root)
     weight = _times(weight, -more)
     if weight.root is not None:
         real = _array.real_dtype(dtype, A)
@@ -269,7 +256,7 @@ def _wider(own: Any, dtype: Any, like: Array) -> Any:
     return real if _array.unit_roundoff(real, like) < _array.unit_roundoff(own, like) else own
 
 
-def _exponent(X: Array) -> int:
+def size_of(X: Array) -> int:
     """Return the exponent of the largest entry; 0 where there is none, or none that is finite."""
     peak = largest(X)
     return math.frexp(peak)[1] if 0.0 < peak < math.inf else 0

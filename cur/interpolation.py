@@ -121,7 +121,7 @@ def interpolative(
             select=select,
         )
     if side == "rows":
-        return result.H
+        result = result.H
     return result
 
 

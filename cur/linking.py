@@ -22,6 +22,7 @@ from cur._array import (
 )
 from cur._host import through_numpy
 from cur._products import adjoint_product, frobenius, thin
+from cur._scale import brought_near_one, of_the_size_of_reciprocals
 from cur._validate import check_companion, check_matrix, check_promoted
 from cur._wide import Residual, Weights
 
@@ -162,8 +163,10 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
     """
     A = check_promoted(A)
-    QC, QR = Orthogonal(_thin(C, "C", A)), Orthogonal(adjoint(_thin(R, "R", A)))
-    return core(QC, QR, adjoint(adjoint_product(A, QC.Q)) @ QR.Q)
+    (near, e, _), (C, c, _), (R, r, _) = map(brought_near_one, (A, _thin(C, "C", A), _thin(R, "R", A)))
+    QC, QR = Orthogonal(C), Orthogonal(adjoint(R))
+    U = core(QC, QR, adjoint(adjoint_product(near, QC.Q)) @ QR.Q)
+    return of_the_size_of_reciprocals(U, e - c - r)
 
 
 @through_numpy
@@ -173,16 +176,17 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     The weights are given as for `cur.cur`; the optimal core of the transformed matrices, ``F_H^H A F_G`` with
     ``H = F_H F_H^H``, is ``(C^H H C)^+ C^H H A G R^H (R G R^H)^+``.
     """
-    from cur.importance import as_weight
+    from cur.importance import unit_weight
 
     A = check_promoted(A)
-    C, R = _thin(C, "C", A), _thin(R, "R", A)
+    dtype = A.dtype
+    (A, e, _), (C, c, _), (R, r, _) = map(brought_near_one, (A, _thin(C, "C", A), _thin(R, "R", A)))
     for axis, given in enumerate((row_weights, column_weights)):
-        weight = as_weight(given, A, axis, A.dtype)
+        weight, _ = unit_weight(given, A, axis, dtype)  # whose size the core does not depend on
         if weight is not None:
             A = weight.apply(A, axis)
             C, R = (weight.apply(C, 0), R) if axis == 0 else (C, weight.apply(R, 1))
-    return optimal(A, C, R)
+    return of_the_size_of_reciprocals(optimal(A, C, R), e - c - r)
 
 
 @through_numpy
@@ -201,8 +205,8 @@ def cross(block: Array, /) -> Array:
     -------
     array, shape (c, r)
     """
-    block = thin(check_promoted(block, "block"))
-    if block.shape[0] >= block.shape[1]:
-        Q = Orthogonal(block)
-        return Q.left_divide(adjoint(Q.Q))
-    return adjoint(cross(adjoint(block)))
+    block, exponent, _ = brought_near_one(thin(check_promoted(block, "block")))
+    Q = Orthogonal(block if block.shape[0] >= block.shape[1] else adjoint(block))
+    U = Q.left_divide(adjoint(Q.Q))
+    U = U if block.shape[0] >= block.shape[1] else adjoint(U)
+    return of_the_size_of_reciprocals(U, -exponent, "block")

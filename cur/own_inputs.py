@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cur._array import Array, adjoint, convert, namespace, take, to_numpy, unit_roundoff
+from cur._array import Array, adjoint, convert, namespace, promote, take, to_numpy, unit_roundoff
 from cur._errors import NumericalError
+from cur._scale import brought_near_one, times_power
 from cur._validate import check_rank
-from cur.importance import as_weight
-from cur.truncation import prepared, weighed
+from cur.importance import unit_weight
+from cur.truncation import beyond, prepared, weighed, within
 
 __all__ = ["STEPS", "OwnInputs", "own_inputs"]
 
@@ -37,7 +38,8 @@ class OwnInputs:
     order : array of int, shape (n,)
         The inputs by importance: the first r are those kept.
     square_errors : array, shape (n + 1,)
-        Squares of the weighted error with 0 to n inputs kept, float64, non-increasing; the last is 0.
+        Squares of the weighted error with 0 to n inputs kept, float64, non-increasing; the last is 0. Zero or
+        infinite where squares leave the range of doubles.
     """
 
     matrix: Array
@@ -65,7 +67,9 @@ class OwnInputs:
         TypeError, ValueError
             As for :meth:`kept`.
         """
-        return fit(self.matrix @ self.moment, self.moment, self.kept(count))
+        near, exponent, _ = brought_near_one(self.matrix)
+        moment, _, _ = brought_near_one(self.moment)
+        return times_power(fit(near @ moment, moment, self.kept(count)), exponent)
 
     def __repr__(self) -> str:
         m, n = self.matrix.shape
@@ -134,13 +138,13 @@ def own_inputs(A: Array, /, *, row_weights: Any = None, column_weights: Any = No
     >>> found.kept(2).tolist(), found.truncate(2).round(3).tolist()
     ([0, 2], [[1.951, 1.0]])
     """
-    A = prepared(A)
-    xp = namespace(A)
-    weight = as_weight(row_weights, A, 0, A.dtype)
-    V = A if weight is None else weight.apply(A, 0)
+    near, exponent = prepared(A)
+    A, xp = promote(A), namespace(near)
+    weight, size = unit_weight(row_weights, A, 0, A.dtype)
+    V = near if weight is None else weight.apply(near, 0)
     n = int(A.shape[1])
     eye = xp.eye(n, dtype=A.dtype, device=A.device)
-    G = weighed(eye, column_weights, A, 1)
+    G, more = weighed(eye, column_weights, A, 1)
     G = (G + adjoint(G)) / 2
     trace = float(xp.sum(xp.abs(xp.linalg.diagonal(G))))
     if trace == 0.0:  # no input ever counts
@@ -182,8 +186,8 @@ def own_inputs(A: Array, /, *, row_weights: Any = None, column_weights: Any = No
         scale = _diagonal(inverse)
         # one after the other within the block, as the rows of a Cholesky factor are
         costs += to_numpy(xp.sum(xp.abs(lost) ** 2, axis=1)).astype(np.float64).tolist()
-    square_errors = np.append(np.cumsum(costs)[::-1], 0.0)
-    return OwnInputs(A, G, convert(np.asarray(gone[::-1]), A), square_errors)
+    square_errors = beyond(np.append(np.cumsum(costs)[::-1], 0.0), 2 * (exponent + size + more))
+    return OwnInputs(A, within(G, 2 * more, (column_weights,)), convert(np.asarray(gone[::-1]), A), square_errors)
 
 
 def _diagonal(X: Array) -> np.ndarray[Any, Any]:

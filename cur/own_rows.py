@@ -20,11 +20,12 @@ from cur._array import (
     to_numpy,
     unit_roundoff,
 )
+from cur._scale import times_power
 from cur._validate import check_rank
 from cur.factors import Interpolative
-from cur.importance import Weight, as_weight
+from cur.importance import Weight, size_of, unit_weight
 from cur.linking import Orthogonal
-from cur.truncation import prepared, weighed, weighted_svd
+from cur.truncation import beyond, prepared, weighed, weighted_svd
 
 __all__ = ["OwnRows", "own_rows"]
 
@@ -40,11 +41,13 @@ class OwnRows:
     order : array of int, shape (k,)
         Its rows in the order of choice: the first r are those kept at rank r. ``k = min(m, n)``.
     coordinates : array, shape (m, k)
-        All rows in an orthonormal basis, of the weighted space, that the chosen ones span one after the other.
+        All rows in an orthonormal basis, of the weighted space, that the chosen ones span one after the other; where
+        squares would leave the range, divided by a power of two.
     triangle : array, shape (k, k)
-        Lower triangular: the coordinates of the chosen rows.
+        Lower triangular: the coordinates of the chosen rows, divided by the same.
     square_errors : array, shape (k + 1,)
-        Squares of the weighted error at the ranks 0 to k, float64, non-increasing.
+        Squares of the weighted error at the ranks 0 to k, float64, non-increasing. Zero or infinite where squares leave
+        the range of doubles.
     """
 
     matrix: Array
@@ -115,29 +118,31 @@ def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None
     ([1, 0], [7.0, 2.0, 0.0])
     """
     best = weighted_svd(A, row_weights=row_weights, column_weights=column_weights)
-    A = prepared(A)
-    xp = namespace(A)
+    near, exponent = prepared(A)
+    A, xp = promote(A), namespace(near)
     basis = qr(best.left)[0]
     if row_weights is not None:
         basis = basis * xp.sqrt(_diagonal(row_weights, A))[:, None]
     order = lu_pivots(basis)
-    weight = as_weight(column_weights, A, 1, A.dtype)
-    B = A if weight is None else weight.apply(A, 1)
+    weight, size = unit_weight(column_weights, A, 1, A.dtype)
+    B = near if weight is None else weight.apply(near, 1)
     Q, T = qr(adjoint(take(B, order, axis=0)))
     Z = B @ Q
     # squares of norms: real and not negative, but for rounding
-    shells = to_numpy(xp.abs(xp.sum(adjoint(Z) * weighed(Z, row_weights, A, 0).T, axis=1)))
+    ZH, more = weighed(Z, row_weights, A, 0)
+    shells = to_numpy(xp.abs(xp.sum(adjoint(Z) * ZH.T, axis=1)))
     squares = np.append(np.cumsum(shells.astype(np.float64)[::-1])[::-1], 0.0)
-    return OwnRows(A, order, Z, adjoint(T), squares)
+    return OwnRows(A, order, Z, adjoint(T), beyond(squares, 2 * (exponent + size + more)))
 
 
 def _diagonal(weights: Any, A: Array) -> Array:
-    """Return the diagonal of a row weight, in the dtype of the singular values of `A`."""
+    """Return the diagonal of a row weight of size one, in the dtype of the singular values of `A`."""
     xp = namespace(A)
     real = real_dtype(A.dtype, A)
-    if isinstance(weights, Weight):
-        if weights.root is not None:
-            return xp.astype(weights.root, real) ** 2
-        return xp.astype(xp.sum(xp.abs(weights.vectors * weights.roots[None, :]) ** 2, axis=1), real)
-    weights = promote(weights)
-    return xp.astype(xp.abs(xp.linalg.diagonal(weights) if weights.ndim == 2 else weights), real)
+    if isinstance(weights, Weight) or weights.ndim == 1:
+        weight: Any = unit_weight(weights, A, 0, A.dtype)[0]
+        if weight.root is not None:
+            return xp.astype(weight.root, real) ** 2
+        return xp.astype(xp.sum(xp.abs(weight.vectors * weight.roots[None, :]) ** 2, axis=1), real)
+    diagonal = xp.abs(xp.linalg.diagonal(promote(weights)))
+    return xp.astype(times_power(diagonal, -size_of(diagonal[:, None])), real)

@@ -29,6 +29,7 @@ from cur._array import (
     to_numpy,
 )
 from cur._host import through_numpy
+from cur._scale import brought_near_one
 from cur._validate import as_generator, check_basis, check_count, check_promoted
 
 __all__ = [
@@ -85,7 +86,7 @@ def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     >>> deim(V).tolist()
     [5, 2, 0]
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     return lu_pivots(basis[:, :count])
 
@@ -116,7 +117,7 @@ def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     ----------
     Drmac and Gugercin, SIAM J. Sci. Comput. 38 (2016).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
 
@@ -133,7 +134,7 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     Cortinovis and Kressner, "Adaptive randomized pivoting for column subset selection, DEIM, and low-rank
     approximation" (2024), Theorem 2.1.
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     generator = as_generator(rng)
     return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
@@ -152,8 +153,8 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     ----------
     Osinsky, "Close to optimal column approximation using a single SVD", Linear Algebra Appl. 725 (2025).
     """
-    check_basis(basis)
-    matrix = _required(matrix, "osinsky")
+    basis = _prepared(basis)
+    matrix, _, _ = brought_near_one(_required(matrix, "osinsky"))
     if is_sparse(matrix):
         raise TypeError(
             "`matrix` must be a dense array for `osinsky`, which updates all of it; use `arp` for sparse ones"
@@ -224,7 +225,7 @@ def ldeim(
     >>> deim(V).tolist(), ldeim(V).tolist(), ldeim(V, vectors=4).tolist()
     ([7, 5, 2, 0], [7, 5, 6, 4], [7, 5, 2, 0])
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     m, p = basis.shape
     count = check_count(count, default=p, most=m, what="the rows")
     usable = min(p, count)
@@ -273,7 +274,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
     ----------
     Mahoney and Drineas, "CUR matrix decompositions for improved data analysis", PNAS 106 (2009).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
 
@@ -281,7 +282,7 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
 @through_numpy
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     norms = _row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
@@ -298,7 +299,7 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
@@ -306,7 +307,7 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
 @through_numpy
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
-    check_basis(basis)
+    basis = _prepared(basis)
     count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
@@ -333,7 +334,7 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     Park and Nakatsukasa, "Accuracy and stability of CUR decompositions with oversampling", SIAM J. Matrix Anal. Appl.
     46 (2025).
     """
-    check_basis(basis)
+    basis = _prepared(basis)
     m, p = basis.shape
     chosen = [int(i) for i in (to_numpy(indices) if is_dense(indices) else indices)]
     count = check_count(count, default=0, most=m - len(chosen), what="the rows that are left", least=0)
@@ -413,6 +414,12 @@ def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
             return np.asarray(scipy.sparse.linalg.norm(matrix, axis=1), dtype=np.float64)
         xp = namespace(matrix)
         return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
+
+
+def _prepared(basis: Array) -> Array:
+    """Return a checked basis, of which squares stay in the range: choices do not depend on its size."""
+    check_basis(basis)
+    return brought_near_one(basis)[0]
 
 
 def _required(matrix: Array | None, name: str) -> Array:

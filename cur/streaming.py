@@ -14,9 +14,9 @@ import numpy as np
 from cur import subspace
 from cur._array import adjoint, take
 from cur._certify import evaluation_rounding
-from cur._errors import NumericalError, warn
+from cur._errors import warn
 from cur._products import frobenius, pythagorean_rounding
-from cur._scale import times_power
+from cur._scale import of_the_size_of_reciprocals, times_power
 from cur._spectral import norm_bounds
 from cur._stream import read_blocks
 from cur._validate import as_generator, check_choice, check_probability, check_rank
@@ -113,12 +113,7 @@ def stream_cur(
     C, Y, total = _collect(blocks, columns, QR.Q, found.shape, exponent)
     QC = Orthogonal(times_power(_double(C), -exponent), cutoff=cutoff)
     M = adjoint(QC.Q) @ Y
-    with np.errstate(over="ignore"):
-        returned = times_power(core(QC, QR, M, np.result_type(C, R, W)), -exponent)
-    if not np.isfinite(returned).all():
-        raise NumericalError(
-            "`blocks` have entries so small that U, of the size of their reciprocals, overflows; scale them"
-        )
+    returned = of_the_size_of_reciprocals(core(QC, QR, M, np.result_type(C, R, W)), -exponent, "blocks")
     U = times_power(_double(returned), exponent)  # as it is returned
     T, S = QC.T, adjoint(QR.T)
     inner = evaluation_rounding(T, U, S, u=u)

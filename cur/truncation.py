@@ -7,6 +7,7 @@ measure what it costs to keep to the matrix's own rows and columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from cur import _array
 from cur._array import Array, adjoint, namespace, to_numpy
-from cur._products import frobenius
+from cur._products import frobenius, largest
+from cur._scale import brought_near_one, times_power
 from cur._validate import check_companion, check_finite_norm, check_promoted, check_rank
 from cur.factors import Folded
-from cur.importance import Weight, as_weight, floating, in_dtype
+from cur.importance import Weight, floating, in_dtype, size_of, unit_weight
 
 __all__ = ["WeightedSVD", "square_errors", "weighted_svd"]
 
@@ -46,8 +48,12 @@ class WeightedSVD:
 
     @property
     def square_errors(self) -> np.ndarray[Any, Any]:
-        """Squares of the weighted error at the ranks 0 to k, float64, non-increasing; the last is 0."""
-        return _tails(to_numpy(self.singular_values).astype(np.float64) ** 2)
+        """Squares of the weighted error at the ranks 0 to k, float64, non-increasing; the last is 0.
+
+        Zero or infinite where squares leave the range of doubles.
+        """
+        with np.errstate(over="ignore"):
+            return _tails(to_numpy(self.singular_values).astype(np.float64) ** 2)
 
     def truncate(self, rank: int) -> Folded:
         """Return the best approximation of a rank.
@@ -102,11 +108,11 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     >>> weighted_svd(A, column_weights=np.array([1.0, 4.0])).truncate(1).toarray().round(12).tolist()
     [[0.0, 0.0], [0.0, 2.0]]
     """
-    A = prepared(A)
+    A, exponent = prepared(A)
     if A.shape[0] < A.shape[1]:
-        flipped = _svd(adjoint(A), column_weights, row_weights, axes=(1, 0))
+        flipped = _svd(adjoint(A), column_weights, row_weights, axes=(1, 0), exponent=exponent)
         return WeightedSVD(adjoint(flipped.right), adjoint(flipped.left), flipped.singular_values)
-    return _svd(A, row_weights, column_weights, axes=(0, 1))
+    return _svd(A, row_weights, column_weights, axes=(0, 1), exponent=exponent)
 
 
 def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> np.ndarray[Any, Any]:
@@ -133,40 +139,77 @@ def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any =
     >>> square_errors(np.diag([3.0, 2.0]), column_weights=np.array([1.0, 4.0])).round(12).tolist()
     [25.0, 9.0, 0.0]
     """
-    A = prepared(A)
+    A, exponent = prepared(A)
     xp, weights, axes = namespace(A), (row_weights, column_weights), (0, 1)
     if A.shape[0] < A.shape[1]:
         A, weights, axes = adjoint(A), (column_weights, row_weights), (1, 0)
-    *_, gram = _gram(A, *weights, axes=axes)
-    return _tails(to_numpy(_nonnegative(xp.flip(xp.linalg.eigvalsh(gram)), A, axes)).astype(np.float64))
+    *_, gram, size = _gram(A, *weights, axes=axes)
+    values = to_numpy(_nonnegative(xp.flip(xp.linalg.eigvalsh(gram)), A, axes)).astype(np.float64)
+    squares: np.ndarray[Any, Any] = beyond(_tails(values), 2 * (exponent + size))
+    return squares
 
 
-def prepared(A: Any) -> Array:
-    """Check that a matrix is dense and finite, and bring it to the dtype to compute in."""
+def prepared(A: Any) -> tuple[Array, int]:
+    """Check that a matrix is dense and finite; return ``2^-e A``, of which squares stay in the range, and `e`."""
     A = check_promoted(A)
     if not _array.is_dense(A):
         raise TypeError(f"`A` must be a dense array; got {type(A).__name__}; use `cur.cur`, which reads slices only")
-    check_finite_norm(frobenius(A), A)
-    return A
+    near, exponent, total = brought_near_one(A)
+    check_finite_norm(math.nan if total is None else total, A)
+    return near, exponent
 
 
-def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> WeightedSVD:
-    """Decompose a matrix with no fewer rows than columns; `axes` are its own in the matrix that the user passed."""
+def beyond(X: Array, exponent: int) -> Array:
+    """Return ``2^exponent X``, infinite where that is beyond the range."""
+    with np.errstate(over="ignore"):
+        larger: Array = times_power(X, exponent)
+    return larger
+
+
+def within(X: Array, exponent: int, weights: Sequence[Any] = ()) -> Array:
+    """Return ``2^exponent X``, refused where it leaves the range; the weights decide whose fault that is."""
+    larger = beyond(X, exponent)
+    info, peak = namespace(X).finfo(X.dtype), largest(larger)
+    if exponent == 0 or largest(X) == 0.0 or float(info.smallest_normal) <= peak < math.inf:
+        return larger
+    name = next((name for name, given in zip(NAMES, weights, strict=False) if given is not None), "A")
+    raise ValueError(
+        f"`{name}` has entries beyond the range of {X.dtype}, in which what is returned is given; divide it by its "
+        "largest entry first"
+    )
+
+
+NAMES = ("column_weights", "row_weights")
+
+
+def _svd(A: Array, long: Any, short: Any, *, axes: tuple[int, int], exponent: int) -> WeightedSVD:
+    """Decompose ``2^exponent A`` of no fewer rows than columns; `axes` are its own in what the user passed."""
     xp = namespace(A)
-    B, weight, gram = _gram(A, long, short, axes=axes)
+    B, weight, gram, size = _gram(A, long, short, axes=axes)
     values, Q = xp.linalg.eigh(gram)
     singular_values = xp.sqrt(_nonnegative(xp.flip(values), A, axes))
     Q = xp.flip(Q, axis=1)
-    return WeightedSVD(B @ Q, adjoint(Q if weight is None else _undone(weight, Q)), singular_values)
+    left, right = B @ Q, adjoint(Q if weight is None else _undone(weight, Q))
+    half = exponent // 2  # the product stays in the range, and so do the factors
+    weights = (short, long) if axes == (0, 1) else (long, short)
+    return WeightedSVD(
+        times_power(left, exponent - half),
+        times_power(right, half),
+        within(singular_values[:, None], exponent + size, weights)[:, 0],
+    )
 
 
-def _gram(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> tuple[Array, Weight | None, Array]:
-    """Return ``B = A F`` for the factor `F` of the weight of the shorter side, that weight, and ``B^H H B``."""
+def _gram(A: Array, long: Any, short: Any, *, axes: tuple[int, int]) -> tuple[Array, Weight | None, Array, int]:
+    """Return ``B = A F`` for the factor `F` of the weight of the shorter side, that weight, and ``B^H H B``.
+
+    Both weights are brought near one, by the square of the power of two that comes last.
+    """
     original = A if axes[0] == 0 else adjoint(A)
-    weight = as_weight(short, original, axes[1], A.dtype)
+    weight, size = unit_weight(short, original, axes[1], A.dtype)
     B = A if weight is None else weight.apply(A, 1)
-    gram = adjoint(B) @ weighed(B, long, original, axes[0])
-    return B, weight, (gram + adjoint(gram)) / 2
+    product, more = weighed(B, long, original, axes[0])
+    gram = adjoint(B) @ product
+    return B, weight, (gram + adjoint(gram)) / 2, size + more
 
 
 def _nonnegative(values: Array, A: Array, axes: tuple[int, int]) -> Array:
@@ -187,19 +230,21 @@ def _tails(squares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
 
 
-def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
-    """Multiply `B` from the left by a weight, which is not factored if it is a matrix.
+def weighed(B: Array, weights: Any, original: Array, axis: int) -> tuple[Array, int]:
+    """Multiply `B` from the left by ``2^-2e`` times a weight, near one, which is not factored if it is a matrix.
 
-    `axis` is the side of the matrix that the user passed, `original`, whose indices are the rows of `B`.
+    `axis` is the side of the matrix that the user passed, `original`, whose indices are the rows of `B`; `e` comes
+    second.
     """
     if weights is None:
-        return B
+        return B, 0
     if isinstance(weights, Weight) or not _array.is_dense(weights) or weights.ndim != 2:
-        checked: Any = as_weight(weights, original, axis, B.dtype)
+        weight, exponent = unit_weight(weights, original, axis, B.dtype)
+        checked: Any = weight
         if checked.root is not None:
-            return B * (checked.root**2)[:, None]
+            return B * (checked.root**2)[:, None], exponent
         F = checked.vectors * checked.roots[None, :]
-        return F @ (adjoint(F) @ B)
+        return F @ (adjoint(F) @ B), exponent
     name = ("row_weights", "column_weights")[axis]
     weights, _ = floating(weights, name)
     check_companion(weights, original, name)
@@ -209,7 +254,8 @@ def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
             f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, shape ({m}, {m}); "
             f"got shape {tuple(weights.shape)}"
         )
-    weights = in_dtype(weights, B.dtype, name)
+    exponent = size_of(weights) // 2
+    weights = in_dtype(times_power(weights, -2 * exponent), B.dtype, name)
     size, asymmetry = frobenius(weights), frobenius(weights - adjoint(weights))
     if not math.isfinite(size):
         raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
@@ -218,7 +264,7 @@ def weighed(B: Array, weights: Any, original: Array, axis: int) -> Array:
             f"`{name}` must be symmetric (Hermitian); it differs from its transpose by {asymmetry:.3g}; "
             "symmetrise it first"
         )
-    return weights @ B
+    return weights @ B, exponent
 
 
 def _undone(weight: Weight, Q: Array) -> Array:

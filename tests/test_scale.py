@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from cur import NumericalError, cur, deim_cur, importance, interpolative, select, stream_cur
+from cur import (
+    NumericalError,
+    cur,
+    deim_cur,
+    importance,
+    interpolative,
+    linking,
+    own_inputs,
+    own_rows,
+    select,
+    selection,
+    stream_cur,
+    truncation,
+)
 from cur._array import to_numpy
 from tests.families import cast, frobenius, random, remainder, spectral
 
@@ -244,3 +257,64 @@ def test_the_adjoint_of_an_operator_at_the_end_of_the_range_is_compared(dtype, r
     A[3, 4] = np.inf
     with pytest.raises(ValueError, match="`A` must be finite; a product with this LinearOperator holds NaN or inf"):
         deim_cur(aslinearoperator(A), rank=3)
+
+
+def _relative(E, power):
+    return frobenius(np.asarray(E, dtype=np.longdouble) / np.longdouble(10) ** power)
+
+
+LOW_LEVEL = {
+    "optimal": lambda A: _missed(A, linking.optimal(A, A[:, :3], A[:3])),
+    "weighted": lambda A: _missed(A, linking.weighted(A, A[:, :3], A[:3], None, np.linspace(1, 3, 9))),
+    "cross": lambda A: _missed(A, linking.cross(A[:3, :3])),
+    "weighted_svd": lambda A: A - truncation.weighted_svd(A, column_weights=GRADED).truncate(3).toarray(),
+    "singular values": lambda A: truncation.weighted_svd(A.T, row_weights=GRADED).singular_values,
+    "own_rows": lambda A: A - own_rows.own_rows(A, row_weights=np.ones(14)).truncate(3).toarray(),
+    "own_inputs": lambda A: own_inputs.own_inputs(A, column_weights=GRADED).truncate(3),
+    "as columns": lambda A: A - interpolative(A, rank=3).cur().toarray(),
+}
+GRADED = np.diag(np.linspace(1, 3, 9))
+
+
+def _missed(A, U):
+    return A - A[:, :3].astype(np.longdouble) @ U.astype(np.longdouble) @ A[:3]
+
+
+@pytest.mark.parametrize("name", LOW_LEVEL)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_low_level_functions_at_every_size(name, dtype, rng):
+    X = random(14, 9, rng)
+    expected = _relative(LOW_LEVEL[name](X.astype(dtype)), 0)
+    for power in (-33, -22, 22, 37) if dtype is np.float32 else (-300, -165, 165, 307):
+        A = (X * np.longdouble(10) ** power).astype(dtype)
+        assert _relative(LOW_LEVEL[name](A), power) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["arp", "cmd", "deim", "ldeim", "leverage", "lupp", "norm", "osinsky", "qdeim"])
+def test_what_is_chosen_does_not_depend_on_the_size_of_a_basis(name, rng):
+    choose_by, V, A = getattr(selection, name), np.linalg.qr(rng.standard_normal((20, 4)))[0], random(20, 9, rng)
+    expected = choose_by(V, 4, matrix=A).tolist()
+    for power in (-300, -170, 170, 300):
+        basis = V if name == "osinsky" else V * 10.0**power  # which projects on the basis
+        assert choose_by(basis, 4, matrix=A * 10.0**-power).tolist() == expected
+
+
+@pytest.mark.parametrize("power", [-200, 200])
+def test_weights_of_any_size_for_all_ranks(power, rng):
+    """Choices and factors do not depend on the size of weights; what would leave the range is refused."""
+    A, G = random(14, 9, rng), GRADED * 10.0**power
+    w = np.linspace(1, 2, 14)
+    for function in (truncation.weighted_svd, own_rows.own_rows):
+        for weights in ({"column_weights": G}, {"column_weights": np.diag(G)}, {"row_weights": w * 10.0**power}):
+            at_one = {key: value / 10.0**power for key, value in weights.items()}
+            ours, theirs = (function(A, **given).truncate(3).toarray() for given in (weights, at_one))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    found = own_inputs.own_inputs(A, column_weights=importance.diagonal(np.diag(G)), row_weights=w * 10.0**power)
+    expected = own_inputs.own_inputs(A, column_weights=np.diag(GRADED), row_weights=w)
+    np.testing.assert_allclose(found.truncate(4), expected.truncate(4), atol=1e-8)
+    A = A.astype(np.float32)
+    for function in (truncation.weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+        with pytest.raises(ValueError, match="`column_weights` has entries beyond the range of float32"):
+            function(A, column_weights=G)
+    with pytest.raises(ValueError, match="`row_weights` has entries beyond the range of float32"):
+        truncation.weighted_svd(A, row_weights=w * 10.0**power)
