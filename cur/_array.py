@@ -120,6 +120,33 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
     return A if A.dtype == dtype else namespace(A).astype(A, dtype)
 
 
+def is_rounded(A: Any, promoted: Any) -> bool:
+    """Tell whether a matrix lost digits when it was promoted: integers that are too long, or extended precision."""
+    if is_operator(A) or A.dtype == promoted.dtype:
+        return False
+    dtype = np.dtype(A.dtype) if is_sparse(A) or isinstance(A, np.ndarray) or is_dask(A) else None
+    if dtype is not None and dtype.char in "gG":
+        if isinstance(A, np.ndarray):
+            return not np.array_equal(A, promoted, equal_nan=True)
+        return True
+    if dtype is None and not namespace(A).isdtype(A.dtype, "integral"):
+        return False
+    if dtype is not None and dtype.kind not in "iu":
+        return False
+    from cur._products import largest
+
+    return largest(promoted) * unit_roundoff(promoted.dtype, promoted) >= 0.5
+
+
+def as_given(A: Any, promoted: Any) -> Any:
+    """Return the matrix that rows and columns are taken from: the promoted one, where nothing of it was lost.
+
+    Of other libraries too, which multiply arrays of one dtype only.
+    """
+    own = isinstance(A, np.ndarray) or is_sparse(A) or is_dask(A)
+    return promote(A, dtype=A.dtype) if own and is_rounded(A, promoted) else promoted
+
+
 def _device_or_none(A: Any) -> Any:
     return None if is_dask(A) or is_sparse(A) else take_device(A)
 

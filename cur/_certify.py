@@ -111,6 +111,7 @@ def measure(
     error = _measured(problem, factors, kept, gap, inner, failure, rng)
     # weights are rounded to the working precision: roots of diagonal ones by a unit each
     extra = 4 * problem.unit * error.value if problem.weighted else 0.0
+    extra += problem.rounding_of(inner)
     return replace(error, value=error.value + extra, rounding=error.rounding + extra)
 
 

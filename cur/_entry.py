@@ -12,7 +12,7 @@ import numpy as np
 from cur import _array
 from cur._array import Array, is_sparse, to_numpy
 from cur._host import is_host_jax, on_device, on_host
-from cur._products import columns_of, rows_of
+from cur._products import columns_of, largest, rows_of
 from cur._validate import check_companion, check_matrix
 from cur.factors import CUR, Interpolative
 from cur.importance import Weight
@@ -52,7 +52,13 @@ def _by_numpy(driver: Callable[..., Any], A: Array, options: dict[str, Any]) -> 
             if hasattr(part, "shape"):
                 check_companion(part, A, name)
     options = options | {name: on_host(options[name]) for name in COMPANIONS if name in options}
-    return on_device(driver(to_numpy(_array.promote(A)), **options), A)
+    promoted = _array.promote(A)
+    if _array.is_rounded(A, promoted):
+        raise TypeError(
+            f"`A` must hold integers that {promoted.dtype} holds, and the largest is about "
+            f"{largest(promoted):.3g}; convert `A` to a floating dtype, or pass it as a NumPy array"
+        )
+    return on_device(driver(to_numpy(promoted), **options), A)
 
 
 def _occupied(A: Any, options: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
@@ -101,7 +107,7 @@ def _without_empty(
         if options.get(name) is not None
     }
     result = driver(A.tocsr()[rows][:, columns], **(options | changed))
-    A = _array.promote(A)
+    A = _array.as_given(A, _array.promote(A))
     if isinstance(result, CUR):
         rows, columns = rows[result.rows], columns[result.columns]
         return replace(result, C=columns_of(A, columns), R=rows_of(A, rows), rows=rows, columns=columns)

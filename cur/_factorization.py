@@ -120,7 +120,7 @@ class Factorization:
     def norm(self, ord: Literal["fro", 2] = "fro") -> float:
         """Return the Frobenius norm or the 2-norm of the approximation, from its factors by QR."""
         check_choice(ord, ("fro", 2), "ord")
-        first, *middle, last = map(thin, self.factors)
+        first, *middle, last = (_array.promote(thin(f)) for f in self.factors)
         M = qr(first)[1]
         for f in middle:
             M = M @ f

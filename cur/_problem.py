@@ -14,7 +14,7 @@ from cur import _array, selection
 from cur import subspace as subspaces
 from cur._array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
 from cur._errors import NumericalError, warn
-from cur._products import columns_of, pythagorean_rounding, rows_of, thin
+from cur._products import columns_of, frobenius, pythagorean_rounding, rows_of, thin
 from cur._scale import brought_near_one, of_the_size_of_reciprocals, times_power
 from cur._spectral import spectral_norm
 from cur._validate import check_choice, check_companion, check_finite_norm, check_matrix, check_promoted
@@ -59,7 +59,8 @@ class Problem:
     Attributes
     ----------
     A : matrix
-        The user's, detached and promoted to the working dtype: what rows and columns are taken from.
+        The user's, detached and promoted to the working dtype where that loses nothing: what rows and columns are taken
+        from.
     near : matrix
         ``2^-exponent A``; `A` itself where squares of its entries stay in the range.
     exponent : int
@@ -76,6 +77,8 @@ class Problem:
         ``||B||_F``; None for an operator.
     bounds : bool
         Whether bounds that take products of their own are wanted.
+    lost : float
+        Bound on the weighted norm of what promotion rounded off, in units of `B`.
     """
 
     A: Array
@@ -89,6 +92,7 @@ class Problem:
     weight_exponent: int
     total: float | None
     bounds: bool = True
+    lost: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,6 +144,13 @@ class Problem:
             column_weight=self.row_weight,
         )
 
+    def rounding_of(self, evaluation: float) -> float:
+        """Return what is to be added for the matrix, columns and rows as they were given, which promotion rounded.
+
+        Each entry is off by a unit of roundoff at most: a small part of what `evaluation` allows the product.
+        """
+        return self.lost + 0.05 * evaluation if self.lost else 0.0
+
     def core_of_the_matrix(self, U: Array) -> Array:
         """Return the core between rows and columns of `A` for one between those of `near`."""
         return of_the_size_of_reciprocals(U, -self.exponent)
@@ -164,7 +175,7 @@ class Choice:
 
 def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> Problem:
     """Check and promote the arguments of a driver."""
-    A = check_promoted(A)
+    given, A = A, check_promoted(A)
     dtype = A.dtype
     near, exponent, total = brought_near_one(A)
     row_weight, row_exponent = unit_weight(row_weights, A, 0, dtype)
@@ -187,9 +198,20 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
         target, _, size = brought_near_one(check_promoted(importance, "importance", dtype))
         if size is not None:
             check_finite_norm(size, importance, "importance")
-    return Problem(
-        A, near, exponent, B, target, row_weight, column_weight, shift, row_exponent + column_exponent, total
-    )
+    weights, lost = Weights(row_weight, column_weight, shift), 0.0
+    if total is not None and _array.is_rounded(given, A):
+        lost = _lost(near, exponent, weights, total)
+        A = _array.as_given(given, A)
+    size = row_exponent + column_exponent
+    return Problem(A, near, exponent, B, target, row_weight, column_weight, shift, size, total, lost=lost)
+
+
+def _lost(near: Array, exponent: int, weights: Weights, total: float) -> float:
+    """Return a bound on what rounding each entry, to a number of this precision or below the least, changes."""
+    u = _array.unit_roundoff(near.dtype, near)
+    below = math.ldexp(math.sqrt(math.prod(near.shape)), -1074 - exponent) * weights.bound()
+    full = any(weight is not None and weight.root is None for weight in (weights.rows, weights.columns))
+    return 1.01 * u * (weights.bound() * frobenius(near) if full else total) + below
 
 
 def _check_nothing_vanished(A: Array, B: Array, weights: Weights, total: float | None) -> None:
@@ -311,7 +333,8 @@ def slices(problem: Problem, choice: Choice) -> tuple[Array, Array]:
 
 def near_slices(problem: Problem, C: Array, R: Array) -> tuple[Array, Array]:
     """Return columns and rows of the matrix as those of `near`, dense."""
-    return times_power(thin(C), -problem.exponent), times_power(thin(R), -problem.exponent)
+    C, R = (_array.promote(thin(X)) for X in (C, R))
+    return times_power(C, -problem.exponent), times_power(R, -problem.exponent)
 
 
 def weighted_slices(problem: Problem, C: Array, R: Array) -> tuple[Array, Array]:

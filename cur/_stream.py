@@ -15,8 +15,8 @@ BLOCK_BYTES = 1 << 26
 """Size of the blocks that a whole array is cut into."""
 
 
-def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield dense blocks of rows on the host, in the working dtype, checked.
+def read_blocks(source: Any) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Yield dense blocks of rows on the host, checked: in the working dtype, and as given where that lost digits.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
         name = f"blocks[{position}]"
         if _array.is_operator(block):
             raise TypeError(f"`{name}` must give its rows; a LinearOperator does not; multiply it with an identity")
-        block = check_promoted(block, name)
+        given, block = block, check_promoted(block, name)
         if width is not None and block.shape[1] != width:
             raise ValueError(
                 f"`{name}` must have as many columns as the blocks before, {width}; got shape {tuple(block.shape)}; "
@@ -39,7 +39,8 @@ def read_blocks(source: Any) -> Iterator[np.ndarray[Any, Any]]:
         host = _array.to_numpy(thin(block))
         if not np.isfinite(host).all():
             check_finite_norm(np.nan, host, name)
-        yield host
+        rounded = _array.is_rounded(given, block)
+        yield host, _array.to_numpy(thin(_array.as_given(given, block))) if rounded else host
     if width is None:
         raise ValueError(
             "`blocks` must yield at least one block of rows; it ended at once; check whether it was read before"

@@ -248,6 +248,7 @@ def _assemble(
     T, S = reduced.C.T, adjoint(reduced.R.T)
     gap = frobenius(reduced.M - T @ U @ S)
     inner = evaluation_rounding(T, U, S, u=problem.unit)
+    inner += problem.rounding_of(inner)
     if norm == 2 and problem.total is None:
         failure /= 2  # of two sketches
     error = measure(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cur import _array
-from cur._array import Array, adjoint, convert, lu_pivots, namespace, qr, take, to_numpy
+from cur._array import Array, adjoint, convert, lu_pivots, namespace, promote, qr, take, to_numpy
 from cur._dominant import dominant
 from cur._factorization import Factorization
 from cur._products import thin
@@ -83,8 +83,8 @@ class CUR(Factorization):
 
     def folded(self) -> Folded:
         """Return the same matrix in two factors, ``(C U) R``: fewer numbers, and the R kept."""
-        C = thin(self.C)
-        return Folded(C @ self.U, thin(self.R))
+        C, R = (promote(thin(f)) for f in (self.C, self.R))
+        return Folded(C @ self.U, R)
 
     def interpolative(self) -> Interpolative:
         """Return the same matrix as some of its rows and the coefficients of all others: the fewest numbers.
@@ -218,14 +218,14 @@ class Interpolative(Factorization):
 
     def folded(self) -> Folded:
         """Return the same matrix as two full factors."""
-        left, right = (thin(f) for f in self.factors)
+        left, right = (promote(thin(f)) for f in self.factors)
         return Folded(left, right)
 
     def cur(self) -> CUR:
         """Return the same matrix as its own columns and rows."""
         if self.side == "columns":
             return self.T.cur().T
-        R = thin(self.skeleton)
+        R = promote(thin(self.skeleton))
         Q, _ = qr(adjoint(R))
         columns = lu_pivots(Q)
         block = take(R, columns, axis=1)

@@ -128,7 +128,7 @@ def interpolative(
 def _project(problem: Problem, columns: Array) -> tuple[Array, Array, Orthogonal, Array]:
     """Return the columns, those of `near`, their QR in row-weighted coordinates, and that of all columns in it."""
     C = columns_of(problem.A, columns)
-    near = times_power(thin(C), -problem.exponent)
+    near = times_power(_array.promote(thin(C)), -problem.exponent)
     rows = Weights(problem.row_weight)
     Q = Orthogonal(rows.apply(near), cutoff=near.shape[1] * problem.unit)
     return C, near, Q, adjoint(adjoint_product(rows.apply(problem.near), Q.Q))
@@ -153,12 +153,13 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
     Zw = _column_weighted(problem, Z)
     if problem.total is None:
         check_finite_norm(frobenius(Z), problem.A)
+    inner = evaluation_rounding(Q.T, projection_weighted, u=problem.unit)
     error = measure(
         problem,
         (near, projection),
         kept=frobenius(Zw),
         gap=frobenius(Zw - Q.T @ projection_weighted),
-        inner=evaluation_rounding(Q.T, projection_weighted, u=problem.unit),
+        inner=inner + problem.rounding_of(inner),
         failure=failure,
         rng=rng,
     )

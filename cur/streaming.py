@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cur import subspace
-from cur._array import adjoint, take
+from cur._array import adjoint, take, working_dtype
 from cur._certify import evaluation_rounding
 from cur._errors import warn
 from cur._products import frobenius, pythagorean_rounding
@@ -110,13 +110,16 @@ def stream_cur(
     near_R = times_power(_double(R), -exponent)
     cutoff = math.sqrt(found.unit)
     QR = Orthogonal(adjoint(near_R), cutoff=cutoff)
-    C, Y, total = _collect(blocks, columns, QR.Q, found.shape, exponent)
+    C, Y, total, rounded = _collect(blocks, columns, QR.Q, found.shape, exponent)
     QC = Orthogonal(times_power(_double(C), -exponent), cutoff=cutoff)
     M = adjoint(QC.Q) @ Y
-    returned = of_the_size_of_reciprocals(core(QC, QR, M, np.result_type(C, R, W)), -exponent, "blocks")
+    returned = of_the_size_of_reciprocals(
+        core(QC, QR, M, working_dtype(np.empty(0, np.result_type(C, R, W)))), -exponent, "blocks"
+    )
     U = times_power(_double(returned), exponent)  # as it is returned
     T, S = QC.T, adjoint(QR.T)
     inner = evaluation_rounding(T, U, S, u=u)
+    inner += rounded + 0.05 * inner if rounded else 0.0  # of the matrix as it was given
     missed = max(total**2 - frobenius(M) ** 2, 0.0)
     gap = frobenius(M - T @ U @ S)
     value = math.sqrt(missed + pythagorean_rounding(found.shape, u) * total**2 + gap**2) + inner
@@ -152,7 +155,7 @@ def _double(X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _scaled_blocks(blocks: Any, exponent: int) -> Iterator[np.ndarray[Any, Any]]:
     """Read the blocks in double precision, divided by a power of two."""
-    return (times_power(_double(block), -exponent) for block in read_blocks(blocks))
+    return (times_power(_double(block), -exponent) for block, _ in read_blocks(blocks))
 
 
 def _in_2_norm(
@@ -199,17 +202,19 @@ def _in_2_norm(
 
 def _collect(
     blocks: Any, columns: np.ndarray[Any, Any], Q: np.ndarray[Any, Any], shape: tuple[int, int], exponent: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
-    """Read the chosen columns, the product with an orthonormal basis of the chosen rows, and the norm, scaled."""
-    parts, norms = [], []
-    for block in read_blocks(blocks):
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float, float]:
+    """Read the chosen columns, the product with a basis of the chosen rows, the norm, and that of what was rounded."""
+    parts, norms, lost = [], [], 0.0
+    for block, given in read_blocks(blocks):
         near = times_power(_double(block), -exponent)
-        parts.append((block[:, columns], near @ Q))
+        parts.append((given[:, columns], near @ Q))
         norms.append(frobenius(near))
+        if given is not block:
+            lost = math.hypot(lost, 1.01 * DOUBLE * norms[-1], math.ldexp(math.sqrt(block.size), -1074 - exponent))
     C, Y = (np.concatenate(part) for part in zip(*parts, strict=True))
     if C.shape[0] != shape[0]:
         raise ValueError(
             f"`blocks` must give the same rows each time; the first pass read {shape[0]} and the second {C.shape[0]}; "
             "let the source rest while it is read"
         )
-    return C, Y, math.hypot(*norms)
+    return C, Y, math.hypot(*norms), lost

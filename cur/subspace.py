@@ -21,6 +21,7 @@ from cur._array import (
     is_operator,
     is_sparse,
     lu_pivots,
+    promote,
     qr,
     svd,
     svdvals,
@@ -340,7 +341,7 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
     rows = np.zeros(0, dtype=np.int64)
     seen, squares, dropped, unit, rounding = 0, 0.0, 0.0, 0.0, 0.0
     exponent = 0  # s is in units of this power of two, the sums of squares in those of its square
-    for block in read_blocks(blocks):
+    for block, given in read_blocks(blocks):
         unit = max(unit, unit_roundoff(block.dtype, block))
         block = block.astype(np.result_type(block, W) if seen else block.dtype, copy=False)
         near, own, norm = brought_near_one(block)
@@ -362,10 +363,11 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
         s = found.astype(np.float64)
         dropped += float(np.sum(s[keep:] ** 2))
         s, W = s[:keep], adjoint(Wh[:keep])
-        candidates = np.concatenate([R, block]) if seen else block
+        candidates = np.concatenate([R, given]) if seen else given
         positions = np.concatenate([rows, np.arange(seen, seen + block.shape[0])])
-        size = largest(candidates)
-        coordinates = times_power(candidates, -math.frexp(size)[1]) if size > 0.0 else candidates
+        near = promote(candidates)
+        size = largest(near)
+        coordinates = times_power(near, -math.frexp(size)[1]) if size > 0.0 else near
         best = lu_pivots(coordinates @ W[:, : min(rank, keep, candidates.shape[0])])
         R, rows = candidates[best], positions[best]
         seen += block.shape[0]
