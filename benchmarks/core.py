@@ -1,9 +1,11 @@
 """Measure the core: speed against SciPy and against the products that cannot be avoided, accuracy, tolerances, growth.
 
     python benchmarks/core.py [--only NAME ...] [--seeds 200]
+    python benchmarks/core.py --against DIR
 
 prints a table per question and writes ``benchmarks/results/core_NAME.json``. All times are medians and are reported as
-ratios within one run. About 20 minutes on 2 cores.
+ratios within one run. About 20 minutes on 2 cores. The second line answers one question alone: how long the drivers
+take here, over those of the source tree `DIR`, such as a `git worktree` of an earlier version; 3 minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 import scipy.linalg.interpolative as scipy_id
 import scipy.sparse
 import scipy.sparse.linalg
+import versions
 from environment import environment
 from threadpoolctl import threadpool_limits
 
@@ -351,6 +354,11 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
 }
 
 
+def against(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of the drivers over that in another source tree, calls in turns: median of the ratios of neighbours."""
+    return versions.compare(Path(__file__).resolve().parents[1], options.against)
+
+
 def show(name: str, rows: list[dict[str, Any]], description: str) -> None:
     print(f"\n## {name}: {description}", flush=True)
     for row in rows:
@@ -362,11 +370,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="questions to answer")
     parser.add_argument("--seeds", type=int, default=200, help="seeds per matrix and tolerance")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="compare with the drivers of this source tree alone"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.only:
-        rows = QUESTIONS[name](options)
-        show(name, rows, (QUESTIONS[name].__doc__ or "").splitlines()[0])
+    questions = QUESTIONS if options.against is None else {"against": against}
+    for name in options.only if options.against is None else questions:
+        rows = questions[name](options)
+        show(name, rows, (questions[name].__doc__ or "").splitlines()[0])
         text = json.dumps({"rows": rows, **environment()}, indent=1)
         (options.out / f"core_{name}.json").write_text(text + "\n", encoding="utf-8")
 
