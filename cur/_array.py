@@ -114,10 +114,11 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
     if isinstance(A, np.ndarray) and dtype is None and A.dtype.char in "fdFD":
         return A  # the usual case, and small matrices take no longer than such questions
     A, dtype = detach(A), working_dtype(A) if dtype is None else dtype
-    if is_sparse(A):
-        A = A if A.dtype == dtype else A.astype(dtype)
-        return A if A.format in ("csr", "csc") else A.tocsr()
-    return A if A.dtype == dtype else namespace(A).astype(A, dtype)
+    with np.errstate(over="ignore"):  # what is beyond the range becomes infinite, which is told of
+        if is_sparse(A):
+            A = A if A.dtype == dtype else A.astype(dtype)
+            return A if A.format in ("csr", "csc") else A.tocsr()
+        return A if A.dtype == dtype else namespace(A).astype(A, dtype)
 
 
 def is_rounded(A: Any, promoted: Any) -> bool:

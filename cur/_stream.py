@@ -70,6 +70,8 @@ def _cut(A: Any) -> Iterator[Any]:
         raise TypeError("`blocks` must give its rows; a LinearOperator does not; use subspace.randomised for it")
     if A.shape is None or len(A.shape) != 2 or 0 in A.shape:
         raise ValueError(f"`blocks` must be a matrix with rows and columns; got shape {A.shape and tuple(A.shape)}")
+    if _array.is_dense(A) or _array.is_dask(A) or _array.is_sparse(A):
+        check_matrix(A, "blocks")
     m, n = A.shape
     step = max(1, BLOCK_BYTES // (8 * n))
     if _array.is_sparse(A):

@@ -214,7 +214,8 @@ def check_tol(tol: Any) -> float:
 
 def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
     """Require one of the listed values."""
-    if value not in choices:
+    plain = value is None or isinstance(value, (str, int, float, np.number))  # arrays are compared entry by entry
+    if not plain or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 

@@ -14,11 +14,13 @@ The theorems (letters as in the documentation's page on the mathematics):
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cur._array import Array, svdvals
-from cur._validate import check_dense
+from cur._array import Array, promote, svdvals
+from cur._products import frobenius
+from cur._validate import check_dense, check_finite_norm
 
 __all__ = [
     "LIPSCHITZ",
@@ -88,7 +90,7 @@ class Certificate:
     def relative(self) -> float:
         """The value over the norm of the matrix; 0 for the zero matrix approximated exactly."""
         if self.scale > 0:
-            return self.value / self.scale
+            return self.value / min(self.scale, sys.float_info.max)  # the norm itself may be beyond the range
         return 0.0 if self.value == 0 else math.inf
 
     def transposed(self) -> Certificate:
@@ -129,6 +131,8 @@ def eta(chosen: Array, /) -> float:
     check_dense(chosen, "chosen")
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
+    chosen = promote(chosen)
+    check_finite_norm(frobenius(chosen), chosen, "chosen")
     smallest = float(svdvals(chosen)[-1])
     return 1.0 / smallest if smallest > 0 else math.inf
 

@@ -23,7 +23,7 @@ from cur._array import (
 from cur._host import through_numpy
 from cur._products import adjoint_product, frobenius, thin
 from cur._scale import brought_near_one, of_the_size_of_reciprocals
-from cur._validate import check_companion, check_matrix, check_promoted
+from cur._validate import check_companion, check_finite_norm, check_matrix, check_promoted
 from cur._wide import Residual, Weights
 
 __all__ = ["Orthogonal", "cross", "optimal", "weighted"]
@@ -95,6 +95,14 @@ def _thin(X: Array, name: str, A: Array) -> Array:
     return thin(check_promoted(X, name, A.dtype))
 
 
+def _near(A: Array, name: str) -> tuple[Array, int]:
+    """Return ``2^-e A``, of which squares stay in the range, and `e`; refused if it is not finite."""
+    near, exponent, total = brought_near_one(A)
+    if total is not None:
+        check_finite_norm(total, A, name)
+    return near, exponent
+
+
 def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
     """Return ``T_C^+ M T_R^{+H}`` for ``M = Q_C^H A Q_R``, rounded to `dtype`, that of `M` by default.
 
@@ -163,7 +171,7 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
     """
     A = check_promoted(A)
-    (near, e, _), (C, c, _), (R, r, _) = map(brought_near_one, (A, _thin(C, "C", A), _thin(R, "R", A)))
+    (near, e), (C, c), (R, r) = _near(A, "A"), _near(_thin(C, "C", A), "C"), _near(_thin(R, "R", A), "R")
     QC, QR = Orthogonal(C), Orthogonal(adjoint(R))
     U = core(QC, QR, adjoint(adjoint_product(near, QC.Q)) @ QR.Q)
     return of_the_size_of_reciprocals(U, e - c - r)
@@ -180,7 +188,7 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
 
     A = check_promoted(A)
     dtype = A.dtype
-    (A, e, _), (C, c, _), (R, r, _) = map(brought_near_one, (A, _thin(C, "C", A), _thin(R, "R", A)))
+    (A, e), (C, c), (R, r) = _near(A, "A"), _near(_thin(C, "C", A), "C"), _near(_thin(R, "R", A), "R")
     for axis, given in enumerate((row_weights, column_weights)):
         weight, _ = unit_weight(given, A, axis, dtype)  # whose size the core does not depend on
         if weight is not None:
@@ -205,7 +213,9 @@ def cross(block: Array, /) -> Array:
     -------
     array, shape (c, r)
     """
-    block, exponent, _ = brought_near_one(thin(check_promoted(block, "block")))
+    if is_operator(block):
+        raise TypeError("`block` must be the entries where rows and columns meet; got a LinearOperator; pass an array")
+    block, exponent = _near(thin(check_promoted(block, "block")), "block")
     Q = Orthogonal(block if block.shape[0] >= block.shape[1] else adjoint(block))
     U = Q.left_divide(adjoint(Q.Q))
     U = U if block.shape[0] >= block.shape[1] else adjoint(U)

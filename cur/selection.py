@@ -21,9 +21,11 @@ from cur._array import (
     adjoint,
     convert,
     is_dense,
+    is_operator,
     is_sparse,
     lu_pivots,
     namespace,
+    promote,
     svd,
     take,
     to_numpy,
@@ -419,10 +421,12 @@ def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
 def _prepared(basis: Array) -> Array:
     """Return a checked basis, of which squares stay in the range: choices do not depend on its size."""
     check_basis(basis)
-    return brought_near_one(basis)[0]
+    return brought_near_one(promote(basis))[0]
 
 
 def _required(matrix: Array | None, name: str) -> Array:
     if matrix is None:
         raise TypeError(f"`matrix` must be given for `{name}`, which looks at the rows themselves; pass `matrix=A`")
+    if is_operator(matrix):
+        raise TypeError(f"`matrix` must have entries for `{name}`, and a LinearOperator gives products only; use `arp`")
     return check_promoted(matrix, "matrix")

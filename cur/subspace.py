@@ -7,6 +7,7 @@ the bases leave out, ``||A - V V^H A||_F`` and ``||A - A W W^H||_F``, without an
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from cur._array import (
     is_operator,
     is_sparse,
     lu_pivots,
+    namespace,
     promote,
     qr,
     svd,
@@ -34,7 +36,7 @@ from cur._host import through_numpy
 from cur._products import adjoint_product, frobenius, largest, product, pythagorean_rounding
 from cur._scale import brought_near_one, times_power
 from cur._stream import read_blocks
-from cur._validate import as_generator, check_promoted
+from cur._validate import as_generator, check_count, check_finite_norm, check_promoted
 
 __all__ = ["RowSpace", "Subspace", "exact", "lanczos", "randomised", "sketch", "stream"]
 
@@ -158,7 +160,8 @@ def exact(A: Array, rank: int, /) -> Subspace:
     A = check_promoted(A)
     if is_sparse(A) or is_operator(A) or is_dask(A):
         raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
-    A, exponent, _ = brought_near_one(A)
+    rank = _checked_rank(rank, A)
+    A, exponent, _ = _near(A)
     V, s, Wh = svd(A)
     s = to_numpy(s).astype(np.float64)
     return Subspace(V[:, :rank], adjoint(Wh[:rank, :]), s, float(np.linalg.norm(s)), True).scaled(exponent)
@@ -168,7 +171,12 @@ def exact(A: Array, rank: int, /) -> Subspace:
 def sketch(A: Array, count: int, /, *, rng: np.random.Generator | int | None = 0) -> Array:
     """Return ``A @ Gaussian`` with `count` columns: one product."""
     A = check_promoted(A)
-    return product(A, gaussian((A.shape[1], count), A, working_dtype(A), as_generator(rng)))
+    count = check_count(count, default=1, most=sys.maxsize, what="vectors that can be")
+    with np.errstate(over="ignore", invalid="ignore"):
+        Y = product(A, gaussian((A.shape[1], count), A, working_dtype(A), as_generator(rng)))
+    if not bool(namespace(Y).all(namespace(Y).isfinite(Y))):
+        check_finite_norm(math.nan, A)
+    return Y
 
 
 @through_numpy
@@ -203,7 +211,9 @@ def randomised(
     ----------
     Halko, Martinsson and Tropp, SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
     """
-    A, exponent, total = brought_near_one(check_promoted(A), total=total)
+    A = check_promoted(A)
+    rank = _checked_rank(rank, A)
+    A, exponent, total = _near(A, total)
     width = min(rank + OVERSAMPLING, *A.shape)
     Q, _ = qr(sketch(A, width, rng=rng))
     for _ in range(power_iterations):
@@ -225,7 +235,8 @@ def lanczos(
             "`subspace='lanczos'` is for scipy.sparse matrices and LinearOperator; use 'exact' or 'randomised'"
         )
     generator = as_generator(rng)
-    near, exponent, total = brought_near_one(A, total=total)
+    rank = _checked_rank(rank, A)
+    near, exponent, total = _near(A, total)
     # ARPACK finds no vector of the zero matrix, and needs one to spare, of complex matrices even two
     if rank >= min(A.shape) - 1 or not np.any(sketch(near, 1, rng=generator)):
         return randomised(near, rank, rng=generator, total=total).scaled(exponent)
@@ -238,6 +249,18 @@ def lanczos(
         ) from error
     Q, _ = qr(np.ascontiguousarray(V[:, ::-1]))
     return _project(near, Q, rank, total).scaled(exponent)
+
+
+def _checked_rank(rank: Any, A: Array) -> int:
+    return check_count(rank, default=1, most=min(A.shape), what="singular vectors", name="rank")
+
+
+def _near(A: Array, total: float | None = None) -> tuple[Array, int, float | None]:
+    """Return ``2^-e A``, of which squares stay in the range, `e` and its norm; refused if it is not finite."""
+    near, exponent, norm = brought_near_one(A, total=total)
+    if norm is not None:
+        check_finite_norm(norm, A)
+    return near, exponent, norm
 
 
 def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
@@ -336,6 +359,7 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
     Baker, Gallivan and Van Dooren, Linear Algebra Appl. 436 (2012), for the incremental SVD; Grigori, Demmel and Xiang,
     SIAM J. Matrix Anal. Appl. 32 (2011), for tournament pivoting.
     """
+    rank = check_count(rank, default=1, most=sys.maxsize, what="rows that can be", name="rank")
     W = R = np.zeros((0, 0))
     s = np.zeros(0)
     rows = np.zeros(0, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -186,10 +187,10 @@ def test_certificate_says_what_it_means(rng):
         "of the matrix (computed from the factors, rounding included; float64)."
     )
     assert "except with probability 1.0e-06" in str(
-        bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)
+        bounds.bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)
     )
-    assert bounds.Certificate("fro", 0.0, "exact", 0.0, "float64", 0.0).relative == 0.0
-    assert bounds.Certificate("fro", 1.0, "exact", 0.0, "float64", 0.0).relative == math.inf
+    assert bounds.bounds.Certificate("fro", 0.0, "exact", 0.0, "float64", 0.0).relative == 0.0
+    assert bounds.bounds.Certificate("fro", 1.0, "exact", 0.0, "float64", 0.0).relative == math.inf
     twice = certificate.scaled(2.0)
     assert (twice.value, twice.relative) == (2 * certificate.value, certificate.relative)
     assert twice.eta_rows == certificate.eta_rows
@@ -282,3 +283,9 @@ def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatc
     assert max(widths) <= max(at_once, 14)
     assert np.linalg.norm(A - result.toarray()) <= result.certificate.value * (1 + 1e-12)
     assert result.certificate.value == pytest.approx(whole.certificate.value, rel=0.2)
+
+
+def test_relative_errors_of_matrices_whose_norm_is_beyond_the_range():
+    certificate = bounds.Certificate("fro", 1e300, "exact", 0.0, "float64", math.inf)
+    assert 0 < certificate.relative < 1e-8
+    assert dataclasses.replace(certificate, value=math.inf).relative == math.inf

@@ -266,3 +266,74 @@ def test_views_of_torch_are_read():
             result = function(view, rank=2)
             E = remainder(plain, *(to_numpy(f) for f in result.factors))
             assert frobenius(E) <= result.certificate.value
+
+
+FUNCTIONS = {
+    "exact": lambda A: cur.subspace.exact(A, 2),
+    "randomised": lambda A: cur.subspace.randomised(A, 2),
+    "lanczos": lambda A: cur.subspace.lanczos(scipy.sparse.csr_array(A), 2),
+    "sketch": lambda A: cur.subspace.sketch(A, 2),
+    "optimal": lambda A: cur.linking.optimal(A, numbers("float64")[:, :2], numbers("float64")[:2]),
+    "optimal of columns": lambda A: cur.linking.optimal(numbers("float64") + 0 * A[1, 1], A[:, :2], A[:2]),
+    "cross": lambda A: cur.linking.cross(A),
+    "eta": lambda A: cur.bounds.eta(A),
+    "deim": lambda A: cur.selection.deim(A, 2),
+    "weighted_svd": lambda A: cur.truncation.weighted_svd(A),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble", "complex64"])
+def test_low_level_functions_refuse_what_is_not_finite(name, value, dtype):
+    A = numbers("float64").astype(dtype)
+    A[0, 1] = value
+    if name == "lanczos" and dtype == "float16":
+        pytest.skip("SciPy has no sparse matrices of half precision")
+    with pytest.raises(ValueError, match=r"^`(A|C|block|chosen|basis)` must be finite"):
+        FUNCTIONS[name](A)
+
+
+@pytest.mark.parametrize("rank", [2.0, "2", True, np.True_, 0, -1, 6, np.array([1, 2])])
+@pytest.mark.parametrize("name", ["exact", "randomised", "lanczos", "stream"])
+def test_ranks_of_subspaces_are_checked(name, rank):
+    A = numbers("float64")
+    if name == "stream" and isinstance(rank, int) and rank > 5:
+        rank = -2  # whatever rows may come, any rank may be kept
+    function = getattr(cur.subspace, name)
+    with pytest.raises((TypeError, ValueError), match=r"^`rank` must be"):
+        function(scipy.sparse.csr_array(A) if name == "lanczos" else A, rank)
+
+
+def test_numbers_beyond_double_precision_are_told_of():
+    A = numbers("longdouble").astype(np.longdouble)
+    A[0, 0] = np.longdouble(10) ** 1000
+    for driver in (cur.deim_cur, cur.interpolative, cur.stream_cur):
+        with pytest.raises(ValueError, match=r"must be finite|so large"):
+            driver(A, rank=2)
+
+
+@pytest.mark.parametrize("option", ["norm", "select", "link", "subspace"])
+def test_choices_that_are_arrays(option):
+    with pytest.raises(ValueError, match=f"^`{option}` must be one of"):
+        cur.cur(numbers("float64"), rank=2, **{option: np.array([1, 2])})
+
+
+def test_parts_of_streams_are_matrices():
+    torch, da = importlib.import_module("torch"), importlib.import_module("dask.array")
+    A = numbers("float64")
+    lazy = da.from_array(A, chunks=3)
+    for function in (cur.stream_cur, lambda A, rank: cur.subspace.stream(A, rank)):
+        with pytest.raises(TypeError, match="`blocks` must be dense, or sparse of SciPy"):
+            function(torch.tensor(A).to_sparse(), rank=2)
+        with pytest.raises(ValueError, match="`blocks` must have a known shape"):
+            function(lazy[lazy[:, 0] > 0], rank=2)
+
+
+def test_operators_have_no_entries_to_choose_by():
+    A = numbers("float64")
+    for function in (cur.selection.norm, cur.selection.cmd, cur.selection.osinsky):
+        with pytest.raises(TypeError, match="`matrix` must have entries"):
+            function(np.linalg.qr(A[:, :2])[0], 2, matrix=scipy.sparse.linalg.aslinearoperator(A))
+    with pytest.raises(TypeError, match="`block` must be the entries"):
+        cur.linking.cross(scipy.sparse.linalg.aslinearoperator(A))
