@@ -147,9 +147,12 @@ def seen(operator: scipy.sparse.linalg.LinearOperator, dtype: np.dtype[Any]) -> 
     x = np.random.default_rng(0).standard_normal((operator.shape[1], 1)).astype(dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         y = multiply(x)
+        like = y if y.dtype.kind in "fc" else x
+        info, half = np.finfo(like.dtype), _most(like) // 2
         if np.isfinite(y).all():
-            return x, y, 0
-        exponent = _most(y) // 2
-        smaller = multiply(times_power(x, -exponent))
-    # of an operator that rounds such small vectors to zero nothing is known
-    return (x, smaller, exponent) if np.isfinite(smaller).all() and smaller.any() else (x, y, 0)
+            if largest(y) >= float(info.smallest_normal) / float(info.eps):
+                return x, y, 0
+            half = -half  # what vanished in the product may be all there is
+        other = multiply(times_power(x, -half))
+    # of an operator that rounds small vectors to zero nothing is known
+    return (x, other, half) if np.isfinite(other).all() and other.any() else (x, y, 0)

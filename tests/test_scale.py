@@ -318,3 +318,20 @@ def test_weights_of_any_size_for_all_ranks(power, rng):
             function(A, column_weights=G)
     with pytest.raises(ValueError, match="`row_weights` has entries beyond the range of float32"):
         truncation.weighted_svd(A, row_weights=w * 10.0**power)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("shape", [(2000, 2), (40, 3), (7, 30)])
+def test_operators_of_the_least_numbers_are_not_zero(dtype, shape):
+    """A product in which every term vanishes says nothing of the size of the operator."""
+    A = np.full(shape, np.finfo(dtype).smallest_subnormal, dtype)
+    for seed in range(3):
+        result = interpolative(aslinearoperator(A), rank=1, rng=seed)
+        assert frobenius(remainder(A, *result.factors)) <= result.certificate.value
+        try:
+            result = cur(aslinearoperator(A), rank=1, select="lupp", rng=seed)
+        except NumericalError:
+            continue
+        assert frobenius(remainder(A, *result.factors)) <= result.certificate.value
+    zero = deim_cur(aslinearoperator(np.zeros(shape, dtype)), rank=1)
+    assert zero.certificate.value == 0.0
