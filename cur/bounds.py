@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cur._array import Array, promote, svdvals
@@ -69,6 +69,8 @@ class Certificate:
         (B1), a bound in `norm`, where it applies.
     cross : float or None
         (B2), a bound in `norm`, where it applies.
+    ratio : float or None
+        `relative`, as it was known before both norms were brought to a size that may be beyond the range of a double.
     """
 
     norm: Literal["fro", 2]
@@ -85,10 +87,13 @@ class Certificate:
     sorensen_embree: float | None = None
     projection: float | None = None
     cross: float | None = None
+    ratio: float | None = field(default=None, repr=False, compare=False)
 
     @property
     def relative(self) -> float:
         """The value over the norm of the matrix; 0 for the zero matrix approximated exactly."""
+        if self.ratio is not None and not (0 < self.value < math.inf and 0 < self.scale < math.inf):
+            return self.ratio
         if self.scale > 0:
             return self.value / min(self.scale, sys.float_info.max)  # the norm itself may be beyond the range
         return 0.0 if self.value == 0 else math.inf
@@ -107,8 +112,10 @@ class Certificate:
 
     def shifted(self, exponent: int) -> Certificate:
         """Return the certificate of the same factorization of the matrix times ``2^exponent``, whatever its size."""
+        if exponent == 0:
+            return self
         step = max(-1000, min(exponent, 1000))
-        return self if exponent == 0 else self.scaled(2.0**step).shifted(exponent - step)
+        return replace(self.scaled(2.0**step), ratio=self.relative).shifted(exponent - step)
 
     def __str__(self) -> str:
         norm = "Frobenius norm" if self.norm == "fro" else "2-norm"

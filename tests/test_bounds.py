@@ -187,10 +187,10 @@ def test_certificate_says_what_it_means(rng):
         "of the matrix (computed from the factors, rounding included; float64)."
     )
     assert "except with probability 1.0e-06" in str(
-        bounds.bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)
+        bounds.Certificate("fro", 1.0, "probabilistic", 1e-6, "float64", 2.0)
     )
-    assert bounds.bounds.Certificate("fro", 0.0, "exact", 0.0, "float64", 0.0).relative == 0.0
-    assert bounds.bounds.Certificate("fro", 1.0, "exact", 0.0, "float64", 0.0).relative == math.inf
+    assert bounds.Certificate("fro", 0.0, "exact", 0.0, "float64", 0.0).relative == 0.0
+    assert bounds.Certificate("fro", 1.0, "exact", 0.0, "float64", 0.0).relative == math.inf
     twice = certificate.scaled(2.0)
     assert (twice.value, twice.relative) == (2 * certificate.value, certificate.relative)
     assert twice.eta_rows == certificate.eta_rows

@@ -335,3 +335,13 @@ def test_operators_of_the_least_numbers_are_not_zero(dtype, shape):
         assert frobenius(remainder(A, *result.factors)) <= result.certificate.value
     zero = deim_cur(aslinearoperator(np.zeros(shape, dtype)), rank=1)
     assert zero.certificate.value == 0.0
+
+
+@pytest.mark.parametrize("make", [np.asarray, aslinearoperator, scipy.sparse.csr_array])
+def test_tolerances_of_matrices_whose_norm_is_beyond_the_range(make, rng):
+    A = rng.uniform(0.1, 1, (30, 20)) * np.finfo(float).max
+    assert np.isinf(deim_cur(make(A), rank=2).certificate.scale)
+    expected = cur(make(A / np.finfo(float).max), tol=0.3)
+    found = cur(make(A), tol=0.3)
+    assert found.rank == expected.rank
+    assert found.certificate.relative == pytest.approx(expected.certificate.relative, rel=1e-3)

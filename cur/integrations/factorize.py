@@ -285,6 +285,7 @@ def as_json(certificate: Certificate | None) -> dict[str, Any]:
     if certificate is None:  # only for matrices that are never held, which a weight is not
         return {}
     data = {**asdict(certificate), "relative": certificate.relative}
+    del data["ratio"]  # which `relative` is made of
     return {key: value if isinstance(value, (str, int)) else _finite(value) for key, value in data.items()}
 
 
