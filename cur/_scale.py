@@ -58,6 +58,8 @@ def _exponent(A: Array, total: float | None) -> int | None:
         check_finite_product(y)
         peak = largest(y)
         total = 10 * peak * math.sqrt(A.shape[0])
+    if 1e-9 < total < 1e12 / A.shape[1] and not shift:  # in any working precision, and quick for small matrices
+        return None
     info = namespace(A).finfo(A.dtype)
     low = math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2)
     high = math.sqrt(float(info.max)) / A.shape[1]

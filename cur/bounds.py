@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from cur._array import Array, promote, svdvals
 from cur._products import frobenius
 from cur._validate import check_dense, check_finite_norm
@@ -139,8 +141,12 @@ def eta(chosen: Array, /) -> float:
     if chosen.shape[0] < chosen.shape[1]:
         return math.inf
     chosen = promote(chosen)
-    check_finite_norm(frobenius(chosen), chosen, "chosen")
-    smallest = float(svdvals(chosen)[-1])
+    try:
+        smallest = float(svdvals(chosen)[-1])
+    except np.linalg.LinAlgError:
+        smallest = math.nan
+    if math.isnan(smallest):
+        check_finite_norm(frobenius(chosen), chosen, "chosen")
     return 1.0 / smallest if smallest > 0 else math.inf
 
 
