@@ -154,11 +154,12 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
     if problem.total is None:
         check_finite_norm(frobenius(Z), problem.A)
     inner = evaluation_rounding(Q.T, projection_weighted, u=problem.unit)
+    gap = frobenius(Zw - Q.T @ projection_weighted)
     error = measure(
         problem,
         (near, projection),
         kept=frobenius(Zw),
-        gap=frobenius(Zw - Q.T @ projection_weighted),
+        gap=gap,
         inner=inner + problem.rounding_of(inner),
         failure=failure,
         rng=rng,
@@ -170,7 +171,8 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         k = choice.W.shape[1]
         tail, sigma_next = found.tail(k), found.sigma_next(k)
         # the half of (B1) that speaks of columns
-        projected = None if tail is None else eta_columns * tail + error.evaluation
+        # speaks of the best coefficients in exact arithmetic, which those returned miss by the gap
+        projected = None if tail is None else eta_columns * tail + error.evaluation + gap
     certificate = Certificate(
         "fro",
         error.value,

@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 
+from benchmarks.bounds import run_case
 from cur import RankWarning, cur, interpolative, select, selection
 from cur._problem import SELECTORS
 from tests.backends import to_numpy, use
@@ -132,3 +133,15 @@ def test_selectors_by_norms_at_every_scale(name, kind, dtype, rng):
         with use(kind) as backend:
             found = getattr(selection, name)(backend.companion(basis), 3, matrix=backend.asarray(np.ldexp(A, power)))
         assert to_numpy(found).tolist() == expected, power
+
+
+def test_the_bound_on_columns_holds_where_coefficients_are_cut():
+    """It speaks of the best coefficients in exact arithmetic; those of nearly dependent columns are cut."""
+    case = {
+        "family": "cauchy", "shape": (60, 45), "dtype": "float64", "scale": 240, "rank": 22, "driver": "interpolative",
+        "select": "qdeim", "link": "optimal", "subspace": "exact", "norm": "fro", "weights": [None, None], "cuts": 1,
+        "seed": 1297747576,
+    }  # fmt: skip
+    for scale in (0, 240):
+        for _, bound, error, _ in run_case(case | {"scale": scale}):
+            assert error <= bound
