@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from cur._lib import array as _array
 from cur._lib import promotion
 from cur._lib.array import Array, is_sparse, to_numpy
 from cur._lib.host import is_host_jax, on_device, on_host
@@ -54,7 +53,7 @@ def _by_numpy(driver: Callable[..., Any], A: Array, options: dict[str, Any]) -> 
                 check_companion(part, A, name)
     options = options | {name: on_host(options[name]) for name in COMPANIONS if name in options}
     promoted = promotion.promote(A)
-    if _array.is_rounded(A, promoted):
+    if promotion.is_rounded(A, promoted):
         raise TypeError(
             f"`A` must hold integers that {promoted.dtype} holds, and the largest is about "
             f"{largest(promoted):.3g}; convert `A` to a floating dtype, or pass it as a NumPy array"
@@ -108,7 +107,7 @@ def _without_empty(
         if options.get(name) is not None
     }
     result = driver(A.tocsr()[rows][:, columns], **(options | changed))
-    A = _array.as_given(A, promotion.promote(A))
+    A = promotion.as_given(A, promotion.promote(A))
     if isinstance(result, CUR):
         rows, columns = rows[result.rows], columns[result.columns]
         return replace(result, C=columns_of(A, columns), R=rows_of(A, rows), rows=rows, columns=columns)

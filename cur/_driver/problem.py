@@ -202,9 +202,9 @@ def prepare(A: Any, importance: Any, row_weights: Any, column_weights: Any) -> P
         if size is not None:
             check_finite_norm(size, importance, "importance")
     weights, lost = Weights(row_weight, column_weight, shift), 0.0
-    if total is not None and _array.is_rounded(given, A):
+    if total is not None and promotion.is_rounded(given, A):
         lost = _lost(near, exponent, weights, total)
-        A = _array.as_given(given, A)
+        A = promotion.as_given(given, A)
     size = row_exponent + column_exponent
     return Problem(A, near, exponent, B, target, row_weight, column_weight, shift, size, total, lost=lost)
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from cur._lib import array as _array
 from cur._lib.operator import checked
+from cur._lib.products import largest
 from cur._lib.validate import check_matrix
 
-__all__ = ["check_promoted", "promote"]
+__all__ = ["as_given", "check_promoted", "is_rounded", "promote"]
 
 
 def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
@@ -35,7 +36,7 @@ def is_rounded(A: Any, promoted: Any) -> bool:
     """Tell whether a matrix lost digits when it was promoted: integers that are too long, or extended precision."""
     if _array.is_operator(A) or A.dtype == promoted.dtype:
         return False
-    dtype = np.dtype(A.dtype) if _array.is_sparse(A) or isinstance(A, np.ndarray) or is_dask(A) else None
+    dtype = np.dtype(A.dtype) if _array.is_sparse(A) or isinstance(A, np.ndarray) or _array.is_dask(A) else None
     if dtype is not None and dtype.char in "gG":
         if isinstance(A, np.ndarray):
             return not np.array_equal(A, promoted, equal_nan=True)
@@ -44,9 +45,7 @@ def is_rounded(A: Any, promoted: Any) -> bool:
         return False
     if dtype is not None and dtype.kind not in "iu":
         return False
-    from cur._lib.products import largest
-
-    return largest(promoted) * unit_roundoff(promoted.dtype, promoted) >= 0.5
+    return bool(largest(promoted) * _array.unit_roundoff(promoted.dtype, promoted) >= 0.5)
 
 
 def as_given(A: Any, promoted: Any) -> Any:
@@ -54,7 +53,7 @@ def as_given(A: Any, promoted: Any) -> Any:
 
     Of other libraries too, which multiply arrays of one dtype only.
     """
-    own = isinstance(A, np.ndarray) or _array.is_sparse(A) or is_dask(A)
+    own = isinstance(A, np.ndarray) or _array.is_sparse(A) or _array.is_dask(A)
     return promote(A, dtype=A.dtype) if own and is_rounded(A, promoted) else promoted
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cur._lib import array as _array
+from cur._lib import promotion
 from cur._lib.products import thin
 from cur._lib.promotion import check_promoted
 from cur._lib.validate import check_finite_norm, check_matrix
@@ -40,8 +41,8 @@ def read_blocks(source: Any) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[
         host = _array.to_numpy(thin(block))
         if not np.isfinite(host).all():
             check_finite_norm(np.nan, host, name)
-        rounded = _array.is_rounded(given, block)
-        yield host, _array.to_numpy(thin(_array.as_given(given, block))) if rounded else host
+        rounded = promotion.is_rounded(given, block)
+        yield host, _array.to_numpy(thin(promotion.as_given(given, block))) if rounded else host
     if width is None:
         raise ValueError(
             "`blocks` must yield at least one block of rows; it ended at once; check whether it was read before"
