@@ -267,10 +267,10 @@ def test_weights_beyond_the_range_of_the_matrix(rng):
 
 def test_weights_of_complex_entries_keep_them(rng):
     A, G = random(24, 16, rng), moments(16, 40, rng, is_complex=True)
-    for function in (weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+    for function in (weighted_svd, own_rows, own_inputs):
         with pytest.raises(TypeError, match="`column_weights` must be real for a real `A`"):
             function(A, column_weights=G)
-    for function in (weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+    for function in (weighted_svd, own_rows, own_inputs):
         with pytest.raises(TypeError, match="`row_weights` must be real for a real `A`"):
             function(A, row_weights=moments(24, 40, rng, is_complex=True))
 

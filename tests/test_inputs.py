@@ -32,8 +32,8 @@ def readers() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 READERS = dict(readers())
 STREAMS = {name for name, f in READERS.items() if next(iter(inspect.signature(f).parameters)) == "blocks"}
-IN_MEMORY = {"subspace.exact", "truncation.weighted_svd", "truncation.square_errors", "own_rows.own_rows"}
-IN_MEMORY |= {"own_inputs.own_inputs"}
+IN_MEMORY = {"subspace.exact", "truncation.weighted_svd", "truncation.square_errors", "own_rows"}
+IN_MEMORY |= {"own_inputs"}
 DENSE = ("numpy", "torch", "jax", "array-api-strict")
 REFUSED = {
     **dict.fromkeys(IN_MEMORY, ("dask", "sparse", "operator")),

@@ -127,7 +127,7 @@ def test_the_whole_search_fails_as_rarely_as_one_sketch(rng, monkeypatch):
         shares.append(failure)
         return sketch_factor(count, failure)
 
-    monkeypatch.setattr("cur.bounds.sketch_factor", recorded)
+    monkeypatch.setattr("cur._driver.certify.sketch_factor", recorded)
     A = with_spectrum(500, 450, 0.9 ** np.arange(450), rng)
     result = cur(scipy.sparse.linalg.aslinearoperator(A), tol=1e-2, failure_probability=1e-4)
     assert len(shares) > 1

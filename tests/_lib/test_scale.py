@@ -257,8 +257,8 @@ LOW_LEVEL = {
     "cross": lambda A: _missed(A, linking.cross(A[:3, :3])),
     "weighted_svd": lambda A: A - truncation.weighted_svd(A, column_weights=GRADED).truncate(3).toarray(),
     "singular values": lambda A: truncation.weighted_svd(A.T, row_weights=GRADED).singular_values,
-    "own_rows": lambda A: A - own_rows.own_rows(A, row_weights=np.ones(14)).truncate(3).toarray(),
-    "own_inputs": lambda A: own_inputs.own_inputs(A, column_weights=GRADED).truncate(3),
+    "own_rows": lambda A: A - own_rows(A, row_weights=np.ones(14)).truncate(3).toarray(),
+    "own_inputs": lambda A: own_inputs(A, column_weights=GRADED).truncate(3),
     "as columns": lambda A: A - interpolative(A, rank=3).cur().toarray(),
 }
 GRADED = np.diag(np.linspace(1, 3, 9))
@@ -292,16 +292,16 @@ def test_weights_of_any_size_for_all_ranks(power, rng):
     """Choices and factors do not depend on the size of weights; what would leave the range is refused."""
     A, G = random(14, 9, rng), GRADED * 10.0**power
     w = np.linspace(1, 2, 14)
-    for function in (truncation.weighted_svd, own_rows.own_rows):
+    for function in (truncation.weighted_svd, own_rows):
         for weights in ({"column_weights": G}, {"column_weights": np.diag(G)}, {"row_weights": w * 10.0**power}):
             at_one = {key: value / 10.0**power for key, value in weights.items()}
             ours, theirs = (function(A, **given).truncate(3).toarray() for given in (weights, at_one))
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    found = own_inputs.own_inputs(A, column_weights=importance.diagonal(np.diag(G)), row_weights=w * 10.0**power)
-    expected = own_inputs.own_inputs(A, column_weights=np.diag(GRADED), row_weights=w)
+    found = own_inputs(A, column_weights=importance.diagonal(np.diag(G)), row_weights=w * 10.0**power)
+    expected = own_inputs(A, column_weights=np.diag(GRADED), row_weights=w)
     np.testing.assert_allclose(found.truncate(4), expected.truncate(4), atol=1e-8)
     A = A.astype(np.float32)
-    for function in (truncation.weighted_svd, own_rows.own_rows, own_inputs.own_inputs):
+    for function in (truncation.weighted_svd, own_rows, own_inputs):
         with pytest.raises(ValueError, match="`column_weights` has entries beyond the range of float32"):
             function(A, column_weights=G)
     with pytest.raises(ValueError, match="`row_weights` has entries beyond the range of float32"):
