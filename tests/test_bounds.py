@@ -277,7 +277,7 @@ def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatc
     whole = cur(operator, rank=4)
     assert max(widths) >= min(300, shape[0])
     widths.clear()
-    monkeypatch.setattr("cur._lib.products.BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("cur._driver.certify.BLOCK_ENTRIES", 1)
     monkeypatch.setattr("cur._driver.certify.LEAST_AT_ONCE", at_once)
     result = cur(operator, rank=4)
     assert max(widths) <= max(at_once, 14)
