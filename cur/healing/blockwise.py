@@ -18,19 +18,19 @@ from torch import Tensor
 from cur._lib.versions import versions
 from cur.healing.config import HealingConfig
 from cur.healing.heal import fingerprint
-from cur.healing.pair.cache import Taught, TeacherCache
+from cur.healing.pair.cache import TeacherCache, TeacherOutputs
 from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
 from cur.healing.pair.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.pair.pair import Pair, only_cores, outputs_of
+from cur.healing.pair.pair import TeacherStudentPair, only_cores
 from cur.healing.pair.sharing import check_pair, check_teacher, share_
-from cur.healing.pair.stack import Entry, Stack
+from cur.healing.pair.stack import Stack
 from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.saving import save_healed
 from cur.healing.training.closed_form import solve_block_
 from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
-from cur.healing.training.loop import Goal, Progress, Status, Task, look, summary, train
+from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, summary, train
 from cur.healing.training.state import StateError, StateFile
 from cur.integrations.blockwise.bypass import Tunnel
 from cur.integrations.blockwise.hidden_states import States
@@ -38,13 +38,13 @@ from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.streamed_model import Skeleton
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.files.directory import check_target
+from cur.integrations.model.blocks import BlockCall
 from cur.integrations.model.experts import eager_experts
-from cur.integrations.model.hooks import inputs_of
+from cur.integrations.model.hooks import inputs_of, outputs_of
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.masks import padding_mask
 from cur.integrations.model.precision import Precision, continued
 from cur.integrations.model.running import body, evaluating, model_inputs
-from cur.integrations.nn import compressed_modules
 
 __all__ = ["heal_blockwise"]
 
@@ -218,8 +218,7 @@ class _Run:
         self.states = States(journal.directory / "states", teacher.device)
         self.tunnel = Tunnel(teacher, self.states)
         self.passing = Stack(teacher.model, None)
-        self.ours = Stack(student.model, None)
-        self.compressed = [i for i, (_, block) in enumerate(self.ours.blocks) if compressed_modules(block)]
+        self.compressed = Stack(student.model, None).compressed
         self.first, self.last = self.compressed[0], self.compressed[-1]
         self._inner = body(teacher.model)
         # What a step sees, what is watched, what least squares look at, and what the moments are taken over.
@@ -304,7 +303,7 @@ class _Run:
                 for batch in self.carried.values():
                     self._teach(index, batch)
                 for key, batch in self.walked.items() if index > self.first else ():
-                    self._advance(index, key, self._entry(index, key, batch))
+                    self._advance(index, key, batch)
             self.journal.finish(_step(index))
         self.teacher.free_block(index)
         self.student.free_block(index)
@@ -312,30 +311,32 @@ class _Run:
             self.states.drop(self.tunnel.place(index - 1))
             self.states.drop(_ours(index - 1))
 
-    def _entry(self, index: int, key: str, batch: Batch) -> Entry:
+    def _entered(self, index: int, key: str, batch: Batch) -> tuple[Tensor, BlockCall]:
         """Return what the student's block is called with: up to the first compressed one, what the teacher's is."""
-        entry = self.passing.enter(batch, index)
-        return entry if index <= self.first else replace(entry, hidden=self.states.read(_ours(index - 1), key))
+        hidden, call = self.passing.enter(batch, index)
+        return hidden if index <= self.first else self.states.read(_ours(index - 1), key), call
 
     def _teach(self, index: int, batch: Batch) -> Tensor:
         """Run the teacher's block on a batch, and store what it returns."""
-        entry = self.passing.enter(batch, index)
+        hidden, call = self.passing.enter(batch, index)
         self.tunnel.recording = True
         try:
-            return self.passing.block(index, entry)
+            return call(self.teacher.blocks[index][1], hidden)
         finally:
             self.tunnel.recording = False
 
-    def _advance(self, index: int, key: str, entry: Entry) -> None:
-        self.states.write(_ours(index), key, self.ours.block(index, entry))
+    def _advance(self, index: int, key: str, batch: Batch) -> None:
+        """Run the student's block on a batch, and store what it returns."""
+        hidden, call = self._entered(index, key, batch)
+        self.states.write(_ours(index), key, call(self.student.blocks[index][1], hidden))
 
     def _heal(self, index: int) -> None:
         directory = self.journal.directory / "steps" / f"{index:04}"
-        pair = Pair(self.student.model, self.teacher.model, self.config, probe=None, block=index)
+        pair = TeacherStudentPair(self.student.model, self.teacher.model, self.config, probe=None, block=index)
         cache = pair.cache = TeacherCache(directory / "taught", pair.key())
         file = StateFile(directory / "state.safetensors", fingerprint(pair, self.text))
         with only_cores(pair):
-            found = self._resumable(pair, cache, file)
+            found = self._resumable(index, cache, file)
             log = Log(self._log(index), None if self.tensorboard is None else Path(self.tensorboard) / f"{index:04}")
             coordinates: dict[str, Coordinates] = {}
             if found is None:
@@ -344,11 +345,11 @@ class _Run:
                 found, coordinates = self._start(pair, index, cache, log)
             mine = {name: coordinates.get(name) or Coordinates.plain(core) for name, core in pair.cores.items()}
             learner = Learner(mine, self.config, before=found["before"].get("loss"))
-            task = Task(Goal(pair, index), learner)
+            unit = TrainingUnit(Comparison(pair, index), learner)
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
-                    pair, [task], self.text, self.config, log=log, state=file, facts=found, progress=self._watch(index)
+                    pair, [unit], self.text, self.config, log=log, state=file, facts=found, progress=self._watch(index)
                 )
             log.close()
             seconds = {**found["seconds"], "heal": time.perf_counter() - begin}
@@ -358,13 +359,12 @@ class _Run:
         self.journal.finish(_step(index), [self._file(index)], **facts)
         shutil.rmtree(directory, ignore_errors=True)
 
-    def _resumable(self, pair: Pair, cache: TeacherCache, file: StateFile) -> dict[str, Any] | None:
+    def _resumable(self, index: int, cache: TeacherCache, file: StateFile) -> dict[str, Any] | None:
         """Return what was found before the first step of a block, if its steps can be gone on with."""
         try:
             state = file.read()
         except StateError:
             return None
-        index = pair.entrance
         if state is None or any(cache.read(batch) is None for batch in self.lessons.values()):
             return None
         if not all(self.states.intact(self.tunnel.place(index), key) for key in self.carried):
@@ -374,13 +374,13 @@ class _Run:
         return {name: state[1][name] for name in ("before", "fits", "seconds")}
 
     def _start(
-        self, pair: Pair, index: int, cache: TeacherCache, log: Log
+        self, pair: TeacherStudentPair, index: int, cache: TeacherCache, log: Log
     ) -> tuple[dict[str, Any], dict[str, Coordinates]]:
         """Run the teacher, look at the student as it is, solve the closed form, and take coordinates."""
         config = self.config
         begin = time.perf_counter()
         wanted: dict[str, dict[str, Tensor]] = {}
-        looked_at = dict(self.fitting)
+        fitted = dict(self.fitting)
         with torch.no_grad(), pair.precision.products():
             for key, batch in self.carried.items():
                 with (
@@ -389,20 +389,22 @@ class _Run:
                 ):
                     hidden = self._teach(index, batch)
                 if key in self.lessons:
-                    cache.write(batch, Taught({index: hidden}, dict(modules), None))
-                if key in looked_at:
+                    cache.write(batch, TeacherOutputs({index: hidden}, dict(modules), None))
+                if key in fitted:
                     wanted[key] = seen
-        before = summary(look(pair, [Goal(pair, index)], self.text))
+        before = summary(look(pair, [Comparison(pair, index)], self.text))
         log.write("begin", 0, {"precision": self.passes.name, "device": str(self.passes.device)})
         log.write("before", 0, before)
         fits: list[LayerFit] = []
         moments = LayerMoments(pair, {})
         with torch.no_grad(), pair.precision.products():
             if self.fitting:
-                fits = solve_block_(
+                entered = [self._entered(index, key, batch) for key, batch in self.fitting]
+                fits, behind = solve_block_(
                     pair,
                     index,
-                    [self._entry(index, key, batch) for key, batch in self.fitting],
+                    [call for _, call in entered],
+                    [hidden for hidden, _ in entered],
                     [wanted[key] for key, _ in self.fitting],
                     [padding_mask(model_inputs(self._inner, batch)) for _, batch in self.fitting],
                     ridge=config.ridge,
@@ -410,12 +412,16 @@ class _Run:
                     metrics={},
                 )
                 log.write("closed form", 0, {fit.name: fit.after for fit in fits})
+                for (key, _), hidden in zip(self.fitting, behind, strict=True):
+                    self.states.write(_ours(index), key, hidden)
             for key, batch in self.walked.items():
-                self._advance(index, key, self._entry(index, key, batch))
+                if key not in fitted:
+                    self._advance(index, key, batch)
             for key, batch in self.probing:
                 moments.mask = padding_mask(model_inputs(self._inner, batch))
+                hidden, call = self._entered(index, key, batch)
                 with moments.watching():
-                    self.ours.block(index, self._entry(index, key, batch))
+                    call(self.student.blocks[index][1], hidden)
         if self.progress is not None and config.closed_form:
             self.progress(Status("closed form", self.compressed.index(index) + 1, len(self.compressed)))
         coordinates = {
@@ -425,7 +431,7 @@ class _Run:
         facts = {"before": before, "fits": [asdict(fit) for fit in fits]}
         return {**facts, "seconds": {"closed form": time.perf_counter() - begin}}, coordinates
 
-    def _keep(self, pair: Pair, index: int) -> None:
+    def _keep(self, pair: TeacherStudentPair, index: int) -> None:
         """Write the factors that learned."""
         tensors = {}
         for name, core in pair.cores.items():

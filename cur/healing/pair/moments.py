@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cur.healing.pair.pair import Pair
+from cur.healing.pair.pair import TeacherStudentPair
+from cur.integrations.model.hooks import hooked
 from cur.integrations.model.masks import token_rows
 
 __all__ = ["MOMENT_SAMPLES", "LayerMoments"]
@@ -23,7 +24,7 @@ class LayerMoments:
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher.
     metrics : mapping of str to Tensor
         ``H`` by layer; the identity for a layer that has none.
@@ -34,7 +35,7 @@ class LayerMoments:
         Of padding in the batch that runs.
     """
 
-    def __init__(self, pair: Pair, metrics: Mapping[str, Tensor]) -> None:
+    def __init__(self, pair: TeacherStudentPair, metrics: Mapping[str, Tensor]) -> None:
         self.pair = pair
         self.metrics = metrics
         self.mask: Tensor | None = None
@@ -44,12 +45,8 @@ class LayerMoments:
     def watching(self) -> Iterator[None]:
         """Add up what passes through the student while this lasts."""
         model = self.pair.student.model
-        handles = [model.get_submodule(name).register_forward_hook(self._keep(name)) for name in self.pair.cores]
-        try:
+        with hooked([(model.get_submodule(name), "after", self._keep(name)) for name in self.pair.cores]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def results(self) -> dict[str, tuple[Tensor, float]]:
         """Return the means per token: float64, r x r, and a number."""
