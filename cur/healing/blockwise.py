@@ -291,25 +291,22 @@ class _Run:
 
     def _pass(self, index: int) -> None:
         """Load a block, heal it if it is compressed, and store what it returns for every batch."""
-        self.teacher.load_block(index)
-        if index >= self.first:
-            self.student.load_block(index)
-            share_(self.student.blocks[index][1], self.teacher.blocks[index][1])
-        self.tunnel.active = index
-        if index in self.compressed:
-            self._heal(index)
-        else:
-            with torch.no_grad(), self.passes.products():
-                for batch in self.carried.values():
-                    self._teach(index, batch)
-                for key, batch in self.walked.items() if index > self.first else ():
-                    self._advance(index, key, batch)
-            self.journal.finish(_step(index))
-        self.teacher.free_block(index)
-        self.student.free_block(index)
-        if index > 0:
-            self.states.drop(self.tunnel.place(index - 1))
-            self.states.drop(_ours(index - 1))
+        with self.tunnel.at(index, recording=False):
+            if index >= self.first:
+                self.student.load_block(index)
+                share_(self.student.blocks[index][1], self.teacher.blocks[index][1])
+            if index in self.compressed:
+                self._heal(index)
+            else:
+                with torch.no_grad(), self.passes.products():
+                    for batch in self.carried.values():
+                        self._teach(index, batch)
+                    for key, batch in self.walked.items() if index > self.first else ():
+                        self._advance(index, key, batch)
+                self.journal.finish(_step(index))
+            self.student.free_block(index)
+        self.tunnel.drop_before(index)
+        self.states.drop(_ours(index - 1))
 
     def _entered(self, index: int, key: str, batch: Batch) -> tuple[Tensor, BlockCall]:
         """Return what the student's block is called with: up to the first compressed one, what the teacher's is."""

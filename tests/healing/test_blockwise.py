@@ -65,6 +65,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         ("llama", "cur", {"precision": "bfloat16"}),
         ("llama", "folded", {"objectives": Objectives(kl=0.0, hidden=0.5, modules=1.0), "accumulate": 2}),
         ("gpt2", "interpolative", {}),
+        ("qwen2", "cur", {}),
     ],
 )
 def test_the_cores_are_those_of_the_models_in_memory(

@@ -182,9 +182,7 @@ class Calibration:
             if progress is not None:
                 progress(before + round(done * each), whole)
 
-        self.skeleton.load_block(index)
-        self.tunnel.active, self.tunnel.recording = index, True
-        try:
+        with self.tunnel.at(index):
             if self.stored is None:
                 statistics = collect(
                     self.skeleton.model,
@@ -200,11 +198,6 @@ class Calibration:
                     for batch in own:
                         run(self._inputs, model_inputs(self._inputs, batch))
                         step()
-        finally:
-            self.tunnel.recording = False
-        self.skeleton.free_block(index)
-        if index == 0:
-            self.skeleton.free_embeddings()
         files = []
         if self.stored is None:
             statistics = self.team.reduce(statistics)
@@ -215,10 +208,9 @@ class Calibration:
                 replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
             self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin)
         self.team.agree(True)  # nobody removes what a run that is killed now would need
-        if index not in self.skeleton.starts and self.team.leads:
-            # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:
-            # on it the change of each layer's output is measured.
-            self.states.drop(self.tunnel.place(index - 1), keep=self._keys(self.given[:1])[0])
+        if self.team.leads:
+            # The first batch stays everywhere: on it the change of each layer's output is measured.
+            self.tunnel.drop_before(index, keep=self._keys(self.given[:1])[0])
 
     def _file(self, index: int) -> Path:
         return self.journal.directory / "statistics" / f"{index:04}.safetensors"

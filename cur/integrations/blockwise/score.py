@@ -74,21 +74,15 @@ def perplexity_blockwise(
         passes = Precision.on(skeleton.device, skeleton.dtype, precision)
         with tunnel.open(), evaluating(model), eager_experts(model):
             skeleton.load_outside()
-            tunnel.recording = True
             for index in range(count):
-                skeleton.load_block(index)
-                tunnel.active = index
-                for number, batch in enumerate(parts):
-                    with passes.products():
-                        run(inner, model_inputs(inner, batch))
-                    if progress is not None:
-                        progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
-                skeleton.free_block(index)
-                if index == 0:
-                    skeleton.free_embeddings()
-                elif index not in skeleton.starts:
-                    tunnel.states.drop(tunnel.place(index - 1))
-            tunnel.active, tunnel.recording = count, False
+                with tunnel.at(index):
+                    for number, batch in enumerate(parts):
+                        with passes.products():
+                            run(inner, model_inputs(inner, batch))
+                        if progress is not None:
+                            progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
+                tunnel.drop_before(index)
+            tunnel.active = count
             skeleton.load_outside(head=True)
 
             def watch(done: int, _: int | None) -> None:
