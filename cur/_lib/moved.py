@@ -120,6 +120,11 @@ RENAMED: dict[str, dict[str, str]] = {
     "cur.healing.pair.cache": {"Taught": "TeacherOutputs"},
     "cur.healing.pair.pair": {"Pair": "TeacherStudentPair"},
     "cur.healing.training.loop": {"Goal": "Comparison", "Task": "TrainingUnit"},
+    "cur.integrations.blockwise.bypass": {"Tunnel": "Bypass"},
+    "cur.integrations.blockwise.distributed": {"Team": "ProcessGroup", "TeamError": "ProcessGroupError"},
+    "cur.integrations.blockwise.hidden_states": {"States": "HiddenStates"},
+    "cur.integrations.blockwise.streamed_model": {"Skeleton": "StreamedModel", "load_skeleton": "load_streamed"},
+    "cur.integrations.measure.propagation": {"Arriving": "InputMoments"},
     "cur.integrations.model.blocks": {"Entry": "BlockCall"},
 }
 """By module, what its names are called that had others before."""

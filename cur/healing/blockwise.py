@@ -32,10 +32,10 @@ from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
 from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, summary, train
 from cur.healing.training.state import StateError, StateFile
-from cur.integrations.blockwise.bypass import Tunnel
-from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise.bypass import Bypass
+from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.files.directory import check_target
 from cur.integrations.model.blocks import BlockCall
@@ -52,8 +52,8 @@ Batch = Mapping[str, Any]
 
 
 def heal_blockwise(
-    student: Skeleton,
-    teacher: Skeleton,
+    student: StreamedModel,
+    teacher: StreamedModel,
     batches: Tensor | Sequence[Batch],
     directory: str | os.PathLike[str],
     config: HealingConfig | None = None,
@@ -73,9 +73,9 @@ def heal_blockwise(
 
     Parameters
     ----------
-    student : Skeleton
+    student : StreamedModel
         Of a compressed checkpoint.
-    teacher : Skeleton
+    teacher : StreamedModel
         Of the dense model that it was made from, in the same dtype.
     batches : Tensor or sequence of mapping
         As for :func:`~cur.healing.heal`.
@@ -161,7 +161,7 @@ def heal_blockwise(
     return report
 
 
-def precision_blockwise(teacher: Skeleton, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
+def precision_blockwise(teacher: StreamedModel, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
     """Return the precision of a run: that of the unfinished one at the same target, if there is one."""
     journal = Journal(check_target(target, overwrite=True))
     asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
@@ -204,8 +204,8 @@ class _Run:
 
     def __init__(
         self,
-        student: Skeleton,
-        teacher: Skeleton,
+        student: StreamedModel,
+        teacher: StreamedModel,
         text: Text,
         config: HealingConfig,
         journal: Journal,
@@ -215,8 +215,8 @@ class _Run:
         self.student, self.teacher, self.text, self.config = student, teacher, text, config
         self.passes = Precision.on(teacher.device, teacher.dtype, config.precision)
         self.journal, self.tensorboard, self.progress = journal, tensorboard, progress
-        self.states = States(journal.directory / "states", teacher.device)
-        self.tunnel = Tunnel(teacher, self.states)
+        self.states = HiddenStates(journal.directory / "states", teacher.device)
+        self.bypass = Bypass(teacher, self.states)
         self.passing = Stack(teacher.model, None)
         self.compressed = Stack(student.model, None).compressed
         self.first, self.last = self.compressed[0], self.compressed[-1]
@@ -243,7 +243,7 @@ class _Run:
         start = done.index(False) if False in done else self.last + 1
         if 0 < start <= self.last and not self._intact(start):
             start = 0
-        with self.tunnel.open():
+        with self.bypass.open():
             if start <= self.last:
                 self.teacher.load_outside()
                 if start == 0:
@@ -269,29 +269,29 @@ class _Run:
         return file
 
     def _keyed(self, batches: Iterable[Batch]) -> list[tuple[str, Batch]]:
-        return [(self.tunnel.key(model_inputs(self._inner, batch)), batch) for batch in batches]
+        return [(self.bypass.key(model_inputs(self._inner, batch)), batch) for batch in batches]
 
     def _begin(self) -> None:
         """Store what the embeddings of the teacher return."""
-        self.tunnel.active, self.tunnel.recording = 0, True
+        self.bypass.active, self.bypass.recording = 0, True
         with torch.no_grad(), self.passes.products():
             for batch in self.carried.values():
                 self.passing.enter(batch)
-        self.tunnel.recording = False
+        self.bypass.recording = False
 
     def _finished(self, index: int) -> bool:
         return self.journal.facts(_step(index)) is not None
 
     def _intact(self, index: int) -> bool:
         """Say whether all that a block is called with is stored and what was written."""
-        theirs = [*self.states.places("embedding-"), self.tunnel.place(index - 1)]
+        theirs = [*self.states.places("embedding-"), self.bypass.place(index - 1)]
         wanted = [(place, key) for place in theirs for key in self.carried]
         wanted += [(_ours(index - 1), key) for key in self.walked] if index > self.first else []
         return all(self.states.intact(place, key) for place, key in wanted)
 
     def _pass(self, index: int) -> None:
         """Load a block, heal it if it is compressed, and store what it returns for every batch."""
-        with self.tunnel.at(index, recording=False):
+        with self.bypass.at(index, recording=False):
             if index >= self.first:
                 self.student.load_block(index)
                 share_(self.student.blocks[index][1], self.teacher.blocks[index][1])
@@ -305,7 +305,7 @@ class _Run:
                         self._advance(index, key, batch)
                 self.journal.finish(_step(index))
             self.student.free_block(index)
-        self.tunnel.drop_before(index)
+        self.bypass.drop_before(index)
         self.states.drop(_ours(index - 1))
 
     def _entered(self, index: int, key: str, batch: Batch) -> tuple[Tensor, BlockCall]:
@@ -316,11 +316,11 @@ class _Run:
     def _teach(self, index: int, batch: Batch) -> Tensor:
         """Run the teacher's block on a batch, and store what it returns."""
         hidden, call = self.passing.enter(batch, index)
-        self.tunnel.recording = True
+        self.bypass.recording = True
         try:
             return call(self.teacher.blocks[index][1], hidden)
         finally:
-            self.tunnel.recording = False
+            self.bypass.recording = False
 
     def _advance(self, index: int, key: str, batch: Batch) -> None:
         """Run the student's block on a batch, and store what it returns."""
@@ -364,7 +364,7 @@ class _Run:
             return None
         if state is None or any(cache.read(batch) is None for batch in self.lessons.values()):
             return None
-        if not all(self.states.intact(self.tunnel.place(index), key) for key in self.carried):
+        if not all(self.states.intact(self.bypass.place(index), key) for key in self.carried):
             return None
         if not all(self.states.intact(_ours(index), key) for key in self.walked):
             return None

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur.integrations.blockwise.hidden_states import States
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.hidden_states import HiddenStates
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.model.blocks import BlockCall, unpack
 from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
-__all__ = ["Tunnel"]
+__all__ = ["Bypass"]
 
 
-class Tunnel:
+class Bypass:
     """The blocks of a model, bypassed but one.
 
     Parameters
     ----------
-    skeleton : Skeleton
+    streamed : StreamedModel
         The model. Its forward passes are of this kind while :meth:`open` lasts.
-    states : States
+    states : HiddenStates
         Where the outputs of blocks are kept.
 
     Attributes
@@ -44,12 +44,12 @@ class Tunnel:
         Whether what the active block returns is stored.
     """
 
-    def __init__(self, skeleton: Skeleton, states: States) -> None:
-        self.skeleton = skeleton
+    def __init__(self, streamed: StreamedModel, states: HiddenStates) -> None:
+        self.streamed = streamed
         self.states = states
         self.active = 0
         self.recording = False
-        self._ends = _ends([len(stack) for stack in skeleton.stacks])
+        self._ends = _ends([len(stack) for stack in streamed.stacks])
         self._batch = ""
         self._latest: Any = None
         self._pack: Callable[[Any], Any] | None = None
@@ -57,11 +57,11 @@ class Tunnel:
         self._calls: dict[str, int] = {}
 
     @contextmanager
-    def open(self) -> Iterator[Tunnel]:
+    def open(self) -> Iterator[Bypass]:
         """Bypass the blocks while this lasts."""
-        blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.skeleton.blocks)]
-        tables = [(table, partial(self._table, name, table)) for name, table in self.skeleton.embeddings().items()]
-        with hooked([(body(self.skeleton.model), "before", self._start)]), forwards_replaced([*blocks, *tables]):
+        blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
+        tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
+        with hooked([(body(self.streamed.model), "before", self._start)]), forwards_replaced([*blocks, *tables]):
             yield self
 
     @contextmanager
@@ -75,22 +75,22 @@ class Tunnel:
         recording : bool, default True
             Whether what it returns is stored.
         """
-        self.skeleton.load_block(index)
+        self.streamed.load_block(index)
         self.active, self.recording = index, recording
         try:
             yield
         finally:
             self.recording = False
-        self.skeleton.free_block(index)
+        self.streamed.free_block(index)
         if index == 0:
-            self.skeleton.free_embeddings()
+            self.streamed.free_embeddings()
 
     def drop_before(self, index: int, *, keep: str | None = None) -> None:
         """Remove what the block before one returned, but for one batch.
 
         What the last block of a stack returned stays: the next stack may need it.
         """
-        if index not in self.skeleton.starts:
+        if index not in self.streamed.starts:
             self.states.drop(self.place(index - 1), keep=keep)
 
     def place(self, number: int) -> str:

@@ -22,7 +22,7 @@ from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pau
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import evaluating, model_inputs
 
-__all__ = ["Arriving", "in_order", "spread"]
+__all__ = ["InputMoments", "in_order", "spread"]
 
 # Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
 # a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
@@ -35,14 +35,14 @@ _TOKENS_PER_INPUT = 28
 # Layers of a block that may add to the residual stream: attention, another one, and the feed-forward network.
 _WRITERS = 3
 
-Make: TypeAlias = "Callable[[str, Arriving], Layer]"
+Make: TypeAlias = "Callable[[str, InputMoments], Layer]"
 """From the name of a layer and what arrives at it, to what will stand for it: of the same inputs and outputs."""
 
 Layer: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Arriving:
+class InputMoments:
     """Second moments of the inputs of a layer in the dense model, ``x``, and where layers before are compressed, ``z``.
 
     Attributes
@@ -169,10 +169,12 @@ def in_order(
                     lacking = streams if group == [first] and first in added else None
                     if not all(first in inputs for inputs in seen):
                         raise out_of_turn(first)
-                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes)
+                    propagated = _moments(
+                        first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes
+                    )
                     with passes.exact():
                         for name in group:
-                            stands[name] = make(f"{prefix}.{name}", arriving)
+                            stands[name] = make(f"{prefix}.{name}", propagated)
                 changed = changed or bool(groups)
                 ours = [course.to_the_end() for course in courses] if changed else after
             theirs = after
@@ -212,7 +214,7 @@ def _moments(
     masks: Sequence[Tensor | None],
     streams: Sequence[_Stream] | None,
     passes: Precision,
-) -> Arriving:
+) -> InputMoments:
     """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
     And with what the residual stream misses there, if its states in the dense model are given.
@@ -233,7 +235,7 @@ def _moments(
             cross += x.T @ z
         tokens += len(z)
     mirror_(student)
-    return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)
+    return InputMoments(student / tokens, cross / tokens, None if missing is None else missing / tokens)
 
 
 class _Stream:
