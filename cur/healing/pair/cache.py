@@ -53,15 +53,15 @@ class TeacherOutputs:
 class TeacherCache:
     """A directory with one file for each batch.
 
-    States are stored in the dtype in which they were computed, so that healing from the cache gives bit for bit the
-    weights of healing without it.
+    Hidden states are stored in the dtype in which they were computed, so that healing from the cache gives bit for bit
+    the weights of healing without it.
 
     Parameters
     ----------
     directory : path
         Made when the first batch is written.
     key : str
-        What the states depend on besides the batch: teacher, precision, which blocks and modules are kept.
+        What they depend on besides the batch: teacher, precision, which blocks and modules are kept.
     """
 
     def __init__(self, directory: str | Path, key: str) -> None:

@@ -269,7 +269,7 @@ def solve_block_(
                 x = course.to_layer(group[0])
                 for name, problem in problems.items():
                     dense = pair.teacher.model.get_submodule(name)
-                    # Behind neurons that were given up the dense layer cannot take what arrives.
+                    # Behind neurons that were given up the dense layer cannot take these inputs.
                     same = seen[name].shape == x.shape
                     given = dense(x) if same else pair.student.model.get_submodule(name)(x)
                     target = (1.0 - correction) * given + correction * dense(seen[name])

@@ -1,4 +1,4 @@
-"""What arrives at the layers of a model while those before them get compressed, block after block."""
+"""The inputs of layers while those before them get compressed, block after block."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ _TOKENS_PER_INPUT = 28
 _WRITERS = 3
 
 Make: TypeAlias = "Callable[[str, InputMoments], Layer]"
-"""From the name of a layer and what arrives at it, to what will stand for it: of the same inputs and outputs."""
+"""Called with a layer's name and its input moments; returns a callable with the same input and output shapes that
+replaces it."""
 
 Layer: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -62,9 +63,10 @@ class InputMoments:
         r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
 
         The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` what the residual stream
-        misses, if there is one: 0 is what the dense layer makes of what arrives, 1 what leads to the output of the
-        dense model. All of it would shrink layers wherever their input is uncertain, as every regression on noisy
-        inputs does. The squared error of a weight ``V`` is, up to a constant, ``tr(V M V^T - 2 V B^T)``.
+        misses, if there is one: 0 is what the dense layer makes of the inputs that compressed layers give, 1 what
+        leads to the output of the dense model. All of it would shrink layers wherever their input is uncertain, as
+        every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
+        ``tr(V M V^T - 2 V B^T)``.
 
         Parameters
         ----------
@@ -109,18 +111,17 @@ def in_order(
     *,
     precision: str = "auto",
 ) -> None:
-    """Go through the blocks of a model and make each layer from what arrives at it; the model is not changed.
+    """Go through the blocks of a model and make a replacement of each layer from its inputs; nothing is changed.
 
     Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
     value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
     once with every token (experts), are left out.
 
-    With each batch every block runs once as it is in the dense model and once more, halting before each of these layers
-    until it is made. Meanwhile other batches take their way through it: between its layers a block must keep nothing
-    but local variables.
+    Each block runs twice per batch: once dense, and once pausing before each layer until its replacement exists. In
+    between other batches run: between its layers a block must keep nothing but local variables.
 
     Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and for all
-    batches what the block holds where it halts: query, key and value, and the probabilities of attention if these are
+    batches what the block holds where it pauses: query, key and value, and the probabilities of attention if these are
     computed as such.
 
     Parameters
@@ -162,19 +163,18 @@ def in_order(
                     after.append(call(block, hidden))
                 seen.append(inputs)
             student = copy.deepcopy(block) if groups else block
-            with _halting(student, groups, added) as stands:
+            with _pausing(student, groups, added) as replacements:
                 courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
                 for group in groups:
                     first = group[0]
                     lacking = streams if group == [first] and first in added else None
                     if not all(first in inputs for inputs in seen):
                         raise out_of_turn(first)
-                    propagated = _moments(
-                        first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes
-                    )
+                    dense = [inputs.pop(first) for inputs in seen]
+                    propagated = _moments(first, courses, dense, masks, lacking, passes)
                     with passes.exact():
                         for name in group:
-                            stands[name] = make(f"{prefix}.{name}", propagated)
+                            replacements[name] = make(f"{prefix}.{name}", propagated)
                 changed = changed or bool(groups)
                 ours = [course.to_the_end() for course in courses] if changed else after
             theirs = after
@@ -190,12 +190,12 @@ class _Course(Course):
 
 
 @contextmanager
-def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
-    """Let courses through a block halt before the first layer of each group, and call what is put in for layers."""
-    stands: dict[str, Layer] = {}
+def _pausing(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
+    """Let courses through a block pause before the first layer of each group, and call what is put in for layers."""
+    replacements: dict[str, Layer] = {}
 
     def instead(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-        return lambda _: lambda *args, **__: stands[name](*args)
+        return lambda _: lambda *args, **__: replacements[name](*args)
 
     def add(_: nn.Module, __: Any, output: Tensor) -> None:
         course: Any = getcurrent()
@@ -204,7 +204,7 @@ def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[
     summing: list[Hook] = [(block.get_submodule(name), "after", add) for name in added]
     made = [(block.get_submodule(name), instead(name)) for name in itertools.chain(*groups)]
     with hooked([*pauses(block, [group[0] for group in groups]), *summing]), forwards_replaced(made):
-        yield stands
+        yield replacements
 
 
 def _moments(

@@ -45,7 +45,7 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
 
 
 class Course(greenlet):
-    """The way of one batch through a block, which halts at the hooks of :func:`pauses`.
+    """The way of one batch through a block, which pauses at the hooks of :func:`pauses`.
 
     Between its layers a block must keep nothing but local variables, as other batches take their way meanwhile.
     """
@@ -54,7 +54,7 @@ class Course(greenlet):
         super().__init__(functools.partial(call, block, hidden))
 
     def to_layer(self, name: str) -> Tensor:
-        """Go on to a layer, which halts before it is called; returns its input.
+        """Go on to a layer, and pause before it is called; returns its input.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class Course(greenlet):
         Raises
         ------
         RuntimeError
-            If a layer halts before that.
+            If there is another pause before that.
         """
         state: Any = self.switch()
         if not self.dead:
@@ -82,7 +82,7 @@ class Course(greenlet):
 
 
 def pauses(block: nn.Module, names: Iterable[str]) -> list[Hook]:
-    """Return hooks that halt a :class:`Course` before each of these layers of its block."""
+    """Return hooks that pause a :class:`Course` before each of these layers of its block."""
 
     def pause(name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
