@@ -28,7 +28,6 @@ from cur.healing.pair.stack import Stack
 from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.saving import save_healed
 from cur.healing.training.closed_form import solve_block_
-from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
 from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, summary, train
 from cur.healing.training.state import StateError, StateFile
@@ -340,9 +339,7 @@ class _Run:
                 shutil.rmtree(directory, ignore_errors=True)
                 self._log(index).unlink(missing_ok=True)
                 found, coordinates = self._start(pair, index, cache, log)
-            mine = {name: coordinates.get(name) or Coordinates.plain(core) for name, core in pair.cores.items()}
-            learner = Learner(mine, self.config, before=found["before"].get("loss"))
-            unit = TrainingUnit(Comparison(pair, index), learner)
+            unit = TrainingUnit.of(pair, index, coordinates, before=found["before"].get("loss"))
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
@@ -421,10 +418,7 @@ class _Run:
                     call(self.student.blocks[index][1], hidden)
         if self.progress is not None and config.closed_form:
             self.progress(Status("closed form", self.compressed.index(index) + 1, len(self.compressed)))
-        coordinates = {
-            name: Coordinates(pair.cores[name], gram, output, damping=config.damping)
-            for name, (gram, output) in moments.results().items()
-        }
+        coordinates = moments.coordinates()
         facts = {"before": before, "fits": [asdict(fit) for fit in fits]}
         return {**facts, "seconds": {"closed form": time.perf_counter() - begin}}, coordinates
 

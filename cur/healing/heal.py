@@ -22,7 +22,6 @@ from cur.healing.pair.pair import TeacherStudentPair, only_cores
 from cur.healing.pair.sharing import share_
 from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.training.closed_form import closed_form_
-from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
 from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, saving_memory, summary, train
 from cur.healing.training.natural import natural_step_
@@ -211,12 +210,8 @@ def _start(
         )
         log.write("closed form", 0, {fit.name: fit.after for fit in fits})
     seconds["closed form"] = time.perf_counter() - begin
-    coordinates = {}
     natural = config.natural_steps if config.scope == "model" else 0
-    for name, (gram, output) in (_moments(pair, text, metrics) if config.steps or natural else {}).items():
-        coordinates[name] = Coordinates(
-            pair.cores[name], gram, output, damping=config.damping, metric=metrics.get(name)
-        )
+    coordinates = _coordinates(pair, text, metrics) if config.steps or natural else {}
     begin = time.perf_counter()
     for number in range(natural):
         with saving_memory(pair):
@@ -259,23 +254,21 @@ def _blocks(pair: TeacherStudentPair) -> list[int | None]:
 
 def _units(pair: TeacherStudentPair, start: _Start) -> list[TrainingUnit]:
     """Return what learns; a resumed run gets its coordinates later, and a run without steps needs none."""
-    units = []
-    for index, block in enumerate(_blocks(pair)):
-        names = list(pair.cores) if block is None else pair.inside(block)
-        mine = {name: start.coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
-        before = start.each[index]["loss"] if start.each else None
-        units.append(TrainingUnit(Comparison(pair, block), Learner(mine, pair.config, before=before)))
-    return units
+    losses: list[float | None] = [figures["loss"] for figures in start.each] or [None] * len(_blocks(pair))
+    return [
+        TrainingUnit.of(pair, block, start.coordinates, before=loss)
+        for block, loss in zip(_blocks(pair), losses, strict=True)
+    ]
 
 
-def _moments(pair: TeacherStudentPair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
-    """Return the moments of every compressed layer in the student as it is."""
+def _coordinates(pair: TeacherStudentPair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, Coordinates]:
+    """Return the coordinates of every core, by the moments in the student as it is."""
     moments = LayerMoments(pair, metrics)
     with torch.no_grad(), pair.precision.products(), moments.watching():
         for batch in text.spread(MOMENT_SAMPLES):
             moments.mask = padding_mask(model_inputs(pair.student.model, batch))
             pair.student.finish(batch, stop=pair.last)
-    return moments.results()
+    return moments.coordinates()
 
 
 def fingerprint(pair: TeacherStudentPair, text: Text) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.pair import TeacherStudentPair
 from cur.integrations.model.hooks import hooked
 from cur.integrations.model.masks import token_rows
@@ -48,9 +49,15 @@ class LayerMoments:
         with hooked([(model.get_submodule(name), "after", self._keep(name)) for name in self.pair.cores]):
             yield
 
-    def results(self) -> dict[str, tuple[Tensor, float]]:
-        """Return the means per token: float64, r x r, and a number."""
-        return {name: (gram / count, square / count) for name, (gram, square, count) in self._sums.items()}
+    def coordinates(self) -> dict[str, Coordinates]:
+        """Return the coordinates in which the present cores learn, by layer."""
+        damping = self.pair.config.damping
+        return {
+            name: Coordinates(
+                self.pair.cores[name], gram / count, square / count, damping=damping, metric=self.metrics.get(name)
+            )
+            for name, (gram, square, count) in self._sums.items()
+        }
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         right = self.pair.cores[name].right.float()

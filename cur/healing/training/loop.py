@@ -15,6 +15,7 @@ import torch
 from cur._lib.errors import NumericalError
 from cur.healing.config import HealingConfig
 from cur.healing.pair.cache import TeacherOutputs
+from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
 from cur.healing.pair.pair import Loss, TeacherStudentPair
 from cur.healing.training.learner import Learner
@@ -117,6 +118,32 @@ class TrainingUnit:
 
     comparison: Comparison
     learner: Learner
+
+    @classmethod
+    def of(
+        cls,
+        pair: TeacherStudentPair,
+        block: int | None,
+        coordinates: Mapping[str, Coordinates],
+        *,
+        before: float | None,
+    ) -> TrainingUnit:
+        """Return what learns in one block, or in the whole model.
+
+        Parameters
+        ----------
+        pair : TeacherStudentPair
+            Student and teacher.
+        block : int or None
+            Index of the block; None for the whole model.
+        coordinates : mapping of str to Coordinates
+            By layer. A layer that has none gets a place for those that a state on disk holds.
+        before : float or None
+            Held-out loss of the student as it came, which the best state has to beat; None if there was no look.
+        """
+        names = list(pair.cores) if block is None else pair.inside(block)
+        mine = {name: coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
+        return cls(Comparison(pair, block), Learner(mine, pair.config, before=before))
 
 
 class _Loop:
