@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from cur.healing import HealingConfig, Objectives, heal, load_student
 from cur.healing.pair.cache import TeacherCache
 from cur.healing.pair.data import Text
-from cur.healing.pair.pair import Pair
+from cur.healing.pair.pair import TeacherStudentPair
 from cur.integrations import collect, compress, decoder_layers, load_model, perplexity, read_text, save, token_windows
 from cur.integrations.measure.text import batches
 from cur.integrations.model.precision import Precision
@@ -230,7 +230,7 @@ def adapt(
     """Train parameters on the teacher's distribution, with the batches and the schedule of `heal`."""
     config = HealingConfig(steps=steps, learning_rate=rate, precision=bench.precision)
     text = Text(windows, batch_size=BATCH, held_out=config.held_out, seed=config.seed)
-    pair = Pair(student, bench.teacher, config, probe=windows[:1, :8])
+    pair = TeacherStudentPair(student, bench.teacher, config, probe=windows[:1, :8])
     pair.cache = None if bench.cache is None else TeacherCache(bench.cache, pair.key())
     student.requires_grad_(False)
     for parameter in parameters:

@@ -49,14 +49,14 @@ def child(asked: dict[str, Any]) -> None:
     import torch
 
     from cur.integrations import CompressConfig
-    from cur.integrations.blockwise import Team, compress_blockwise, load_skeleton
+    from cur.integrations.blockwise import ProcessGroup, compress_blockwise, load_streamed
 
     torch.set_num_threads(asked["threads"])
     begin = time.perf_counter()
-    skeleton = load_skeleton(asked["directory"], dtype=torch.bfloat16)
+    streamed = load_streamed(asked["directory"], dtype=torch.bfloat16)
     opened = time.perf_counter() - begin
     reading = [0, 0.0]
-    load = skeleton.load_block
+    load = streamed.load_block
 
     def timed(index: int) -> None:
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def child(asked: dict[str, Any]) -> None:
         reading[0] += 2 * asked["block"]
         reading[1] += time.perf_counter() - start
 
-    skeleton.load_block = timed
+    streamed.load_block = timed
     windows = torch.randint(
         asked["vocabulary"], (asked["windows"], asked["length"]), generator=torch.Generator().manual_seed(0)
     )
@@ -72,9 +72,9 @@ def child(asked: dict[str, Any]) -> None:
     config = CompressConfig(
         layers=asked["layers"], rank=asked["rank"], subspace="randomised", batch_size=asked["batch"]
     )
-    watch = shown(begin) if Team().leads else None
-    report = compress_blockwise(skeleton, windows, asked["out"], config, overwrite=True, progress=watch)
-    if Team().leads:
+    watch = shown(begin) if ProcessGroup().leads else None
+    report = compress_blockwise(streamed, windows, asked["out"], config, overwrite=True, progress=watch)
+    if ProcessGroup().leads:
         lines = Path("/proc/self/status").read_text().splitlines()
         status = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
         seconds = {"open": opened, **report.seconds, "factorizations alone": sum(one.seconds for one in report.layers)}

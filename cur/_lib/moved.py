@@ -97,7 +97,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.blockwise.states": ("cur.integrations.blockwise.hidden_states",),
     "cur.integrations.blockwise.tunnel": ("cur.integrations.blockwise.bypass",),
     "cur.integrations.blockwise.team": ("cur.integrations.blockwise.distributed",),
-    "cur.healing.stack": ("cur.healing.pair.stack",),
+    "cur.healing.stack": ("cur.healing.pair.stack", "cur.integrations.model.blocks"),
     "cur.healing.cache": ("cur.healing.pair.cache",),
     "cur.healing.sharing": ("cur.healing.pair.sharing",),
     "cur.healing.cores": ("cur.healing.pair.cores",),
@@ -116,6 +116,19 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """By former name the modules in which what was there is now."""
 
+RENAMED: dict[str, dict[str, str]] = {
+    "cur.healing.pair.cache": {"Taught": "TeacherOutputs"},
+    "cur.healing.pair.pair": {"Pair": "TeacherStudentPair"},
+    "cur.healing.training.loop": {"Goal": "Comparison", "Task": "TrainingUnit"},
+    "cur.integrations.blockwise.bypass": {"Tunnel": "Bypass"},
+    "cur.integrations.blockwise.distributed": {"Team": "ProcessGroup", "TeamError": "ProcessGroupError"},
+    "cur.integrations.blockwise.hidden_states": {"States": "HiddenStates"},
+    "cur.integrations.blockwise.streamed_model": {"Skeleton": "StreamedModel", "load_skeleton": "load_streamed"},
+    "cur.integrations.measure.propagation": {"Arriving": "InputMoments"},
+    "cur.integrations.model.blocks": {"Entry": "BlockCall"},
+}
+"""By module, what its names are called that had others before."""
+
 
 class _Alias(ModuleType):
     """Looks names up in the modules where they are now."""
@@ -123,7 +136,10 @@ class _Alias(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _find(self.__name__, name, MOVED[self.__name__])[0]
+        found, place = _find(self.__name__, name, MOVED[self.__name__])
+        if not place.endswith(f".{name}"):  # the module said where it has moved, but not under which name
+            warn(f"{self.__name__}.{name} has moved to {place}", DeprecationWarning)
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # `cur.own_rows` is a function now; importing the former module must not take it away.
@@ -149,22 +165,31 @@ class _Finder(MetaPathFinder):
 
 
 def _find(former: str, name: str, places: Sequence[str]) -> tuple[Any, str]:
-    """Return what a name stands for, and the module in which it is."""
+    """Return what a name stands for, and where it is now."""
     for place in places:
         module = import_module(place)
-        if name in getattr(module, "__all__", ()):
-            return getattr(module, name), place
+        known = RENAMED.get(place, {}).get(name, name)
+        if known in getattr(module, "__all__", ()):
+            return getattr(module, known), f"{place}.{known}"
     raise AttributeError(f"module {former!r} has no attribute {name!r}")
 
 
 def former_names(package: str, places: Sequence[str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package that has the name of a former module, for the names that were in it."""
+    """Return the ``__getattr__`` of a module for names that it does not have any more.
+
+    Parameters
+    ----------
+    package : str
+        The module: a package with the name of a former module, or one in which something was renamed.
+    places : sequence of str
+        The modules in which what was there is now, this one perhaps.
+    """
 
     def find(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         found, place = _find(package, name, places)
-        warn(f"{package}.{name} has moved to {place}.{name}", DeprecationWarning)
+        warn(f"{package}.{name} has moved to {place}", DeprecationWarning)
         return found
 
     return find

@@ -12,7 +12,7 @@ import torch
 from cur.cli import tables
 from cur.cli._run import bars, note, output, print_json
 from cur.cli.source import HeldOut, Source, read_for, show_unread, tell
-from cur.integrations.blockwise import Team
+from cur.integrations.blockwise import ProcessGroup
 from cur.integrations.convert import convert_
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
@@ -87,7 +87,7 @@ def run_compress(
             progress=bar,
             announce=tell,
         )
-    if Team().leads:
+    if ProcessGroup().leads:
         _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
 
 

@@ -255,14 +255,14 @@ def _heal_by_blocks(
     from cur.cli.source import read_for
     from cur.healing import heal_blockwise
     from cur.healing.blockwise import precision_blockwise
-    from cur.integrations.blockwise import Team, load_skeleton
+    from cur.integrations.blockwise import ProcessGroup, load_streamed
 
-    if Team().size > 1:
+    if ProcessGroup().size > 1:
         raise ValueError("`cur heal` runs in one process; start it without torchrun")
     with bars() as bar:
         with bar.busy("Opening the models"):
             student, dense = (
-                load_skeleton(place, dtype=dtype, trust_remote_code=trust_remote_code) for place in (directory, teacher)
+                load_streamed(place, dtype=dtype, trust_remote_code=trust_remote_code) for place in (directory, teacher)
             )
             samples = read_for(dense.model, read(dense.tokenizer))
         note.print(precision_blockwise(dense, out, config).remark(config.precision))

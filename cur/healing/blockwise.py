@@ -18,33 +18,32 @@ from torch import Tensor
 from cur._lib.versions import versions
 from cur.healing.config import HealingConfig
 from cur.healing.heal import fingerprint
-from cur.healing.pair.cache import Taught, TeacherCache
+from cur.healing.pair.cache import TeacherCache, TeacherOutputs
 from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
 from cur.healing.pair.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.pair.pair import Pair, only_cores, outputs_of
+from cur.healing.pair.pair import TeacherStudentPair, only_cores
 from cur.healing.pair.sharing import check_pair, check_teacher, share_
-from cur.healing.pair.stack import Entry, Stack
+from cur.healing.pair.stack import Stack
 from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.saving import save_healed
 from cur.healing.training.closed_form import solve_block_
-from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
-from cur.healing.training.loop import Goal, Progress, Status, Task, look, summary, train
+from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, summary, train
 from cur.healing.training.state import StateError, StateFile
-from cur.integrations.blockwise.bypass import Tunnel
-from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise.bypass import Bypass
+from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.files.directory import check_target
+from cur.integrations.model.blocks import BlockCall
 from cur.integrations.model.experts import eager_experts
-from cur.integrations.model.hooks import inputs_of
+from cur.integrations.model.hooks import inputs_of, outputs_of
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.masks import padding_mask
 from cur.integrations.model.precision import Precision, continued
 from cur.integrations.model.running import body, evaluating, model_inputs
-from cur.integrations.nn import compressed_modules
 
 __all__ = ["heal_blockwise"]
 
@@ -52,8 +51,8 @@ Batch = Mapping[str, Any]
 
 
 def heal_blockwise(
-    student: Skeleton,
-    teacher: Skeleton,
+    student: StreamedModel,
+    teacher: StreamedModel,
     batches: Tensor | Sequence[Batch],
     directory: str | os.PathLike[str],
     config: HealingConfig | None = None,
@@ -73,9 +72,9 @@ def heal_blockwise(
 
     Parameters
     ----------
-    student : Skeleton
+    student : StreamedModel
         Of a compressed checkpoint.
-    teacher : Skeleton
+    teacher : StreamedModel
         Of the dense model that it was made from, in the same dtype.
     batches : Tensor or sequence of mapping
         As for :func:`~cur.healing.heal`.
@@ -161,7 +160,7 @@ def heal_blockwise(
     return report
 
 
-def precision_blockwise(teacher: Skeleton, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
+def precision_blockwise(teacher: StreamedModel, target: str | os.PathLike[str], config: HealingConfig) -> Precision:
     """Return the precision of a run: that of the unfinished one at the same target, if there is one."""
     journal = Journal(check_target(target, overwrite=True))
     asked = continued(config.precision, journal.begun_with("precision"), journal.directory)
@@ -204,8 +203,8 @@ class _Run:
 
     def __init__(
         self,
-        student: Skeleton,
-        teacher: Skeleton,
+        student: StreamedModel,
+        teacher: StreamedModel,
         text: Text,
         config: HealingConfig,
         journal: Journal,
@@ -215,11 +214,10 @@ class _Run:
         self.student, self.teacher, self.text, self.config = student, teacher, text, config
         self.passes = Precision.on(teacher.device, teacher.dtype, config.precision)
         self.journal, self.tensorboard, self.progress = journal, tensorboard, progress
-        self.states = States(journal.directory / "states", teacher.device)
-        self.tunnel = Tunnel(teacher, self.states)
+        self.states = HiddenStates(journal.directory / "states", teacher.device)
+        self.bypass = Bypass(teacher, self.states)
         self.passing = Stack(teacher.model, None)
-        self.ours = Stack(student.model, None)
-        self.compressed = [i for i, (_, block) in enumerate(self.ours.blocks) if compressed_modules(block)]
+        self.compressed = Stack(student.model, None).compressed
         self.first, self.last = self.compressed[0], self.compressed[-1]
         self._inner = body(teacher.model)
         # What a step sees, what is watched, what least squares look at, and what the moments are taken over.
@@ -244,7 +242,7 @@ class _Run:
         start = done.index(False) if False in done else self.last + 1
         if 0 < start <= self.last and not self._intact(start):
             start = 0
-        with self.tunnel.open():
+        with self.bypass.open():
             if start <= self.last:
                 self.teacher.load_outside()
                 if start == 0:
@@ -270,85 +268,82 @@ class _Run:
         return file
 
     def _keyed(self, batches: Iterable[Batch]) -> list[tuple[str, Batch]]:
-        return [(self.tunnel.key(model_inputs(self._inner, batch)), batch) for batch in batches]
+        return [(self.bypass.key(model_inputs(self._inner, batch)), batch) for batch in batches]
 
     def _begin(self) -> None:
         """Store what the embeddings of the teacher return."""
-        self.tunnel.active, self.tunnel.recording = 0, True
+        self.bypass.active, self.bypass.recording = 0, True
         with torch.no_grad(), self.passes.products():
             for batch in self.carried.values():
                 self.passing.enter(batch)
-        self.tunnel.recording = False
+        self.bypass.recording = False
 
     def _finished(self, index: int) -> bool:
         return self.journal.facts(_step(index)) is not None
 
     def _intact(self, index: int) -> bool:
         """Say whether all that a block is called with is stored and what was written."""
-        theirs = [*self.states.places("embedding-"), self.tunnel.place(index - 1)]
+        theirs = [*self.states.places("embedding-"), self.bypass.place(index - 1)]
         wanted = [(place, key) for place in theirs for key in self.carried]
         wanted += [(_ours(index - 1), key) for key in self.walked] if index > self.first else []
         return all(self.states.intact(place, key) for place, key in wanted)
 
     def _pass(self, index: int) -> None:
         """Load a block, heal it if it is compressed, and store what it returns for every batch."""
-        self.teacher.load_block(index)
-        if index >= self.first:
-            self.student.load_block(index)
-            share_(self.student.blocks[index][1], self.teacher.blocks[index][1])
-        self.tunnel.active = index
-        if index in self.compressed:
-            self._heal(index)
-        else:
-            with torch.no_grad(), self.passes.products():
-                for batch in self.carried.values():
-                    self._teach(index, batch)
-                for key, batch in self.walked.items() if index > self.first else ():
-                    self._advance(index, key, self._entry(index, key, batch))
-            self.journal.finish(_step(index))
-        self.teacher.free_block(index)
-        self.student.free_block(index)
-        if index > 0:
-            self.states.drop(self.tunnel.place(index - 1))
-            self.states.drop(_ours(index - 1))
+        with self.bypass.at(index, recording=False):
+            if index >= self.first:
+                self.student.load_block(index)
+                share_(self.student.blocks[index][1], self.teacher.blocks[index][1])
+            if index in self.compressed:
+                self._heal(index)
+            else:
+                with torch.no_grad(), self.passes.products():
+                    for batch in self.carried.values():
+                        self._teach(index, batch)
+                    for key, batch in self.walked.items() if index > self.first else ():
+                        self._advance(index, key, batch)
+                self.journal.finish(_step(index))
+            self.student.free_block(index)
+        self.bypass.drop_before(index)
+        self.states.drop(_ours(index - 1))
 
-    def _entry(self, index: int, key: str, batch: Batch) -> Entry:
+    def _entered(self, index: int, key: str, batch: Batch) -> tuple[Tensor, BlockCall]:
         """Return what the student's block is called with: up to the first compressed one, what the teacher's is."""
-        entry = self.passing.enter(batch, index)
-        return entry if index <= self.first else replace(entry, hidden=self.states.read(_ours(index - 1), key))
+        hidden, call = self.passing.enter(batch, index)
+        return hidden if index <= self.first else self.states.read(_ours(index - 1), key), call
 
     def _teach(self, index: int, batch: Batch) -> Tensor:
         """Run the teacher's block on a batch, and store what it returns."""
-        entry = self.passing.enter(batch, index)
-        self.tunnel.recording = True
+        hidden, call = self.passing.enter(batch, index)
+        self.bypass.recording = True
         try:
-            return self.passing.block(index, entry)
+            return call(self.teacher.blocks[index][1], hidden)
         finally:
-            self.tunnel.recording = False
+            self.bypass.recording = False
 
-    def _advance(self, index: int, key: str, entry: Entry) -> None:
-        self.states.write(_ours(index), key, self.ours.block(index, entry))
+    def _advance(self, index: int, key: str, batch: Batch) -> None:
+        """Run the student's block on a batch, and store what it returns."""
+        hidden, call = self._entered(index, key, batch)
+        self.states.write(_ours(index), key, call(self.student.blocks[index][1], hidden))
 
     def _heal(self, index: int) -> None:
         directory = self.journal.directory / "steps" / f"{index:04}"
-        pair = Pair(self.student.model, self.teacher.model, self.config, probe=None, block=index)
+        pair = TeacherStudentPair(self.student.model, self.teacher.model, self.config, probe=None, block=index)
         cache = pair.cache = TeacherCache(directory / "taught", pair.key())
         file = StateFile(directory / "state.safetensors", fingerprint(pair, self.text))
         with only_cores(pair):
-            found = self._resumable(pair, cache, file)
+            found = self._resumable(index, cache, file)
             log = Log(self._log(index), None if self.tensorboard is None else Path(self.tensorboard) / f"{index:04}")
             coordinates: dict[str, Coordinates] = {}
             if found is None:
                 shutil.rmtree(directory, ignore_errors=True)
                 self._log(index).unlink(missing_ok=True)
                 found, coordinates = self._start(pair, index, cache, log)
-            mine = {name: coordinates.get(name) or Coordinates.plain(core) for name, core in pair.cores.items()}
-            learner = Learner(mine, self.config, before=found["before"].get("loss"))
-            task = Task(Goal(pair, index), learner)
+            unit = TrainingUnit.of(pair, index, coordinates, before=found["before"].get("loss"))
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
-                    pair, [task], self.text, self.config, log=log, state=file, facts=found, progress=self._watch(index)
+                    pair, [unit], self.text, self.config, log=log, state=file, facts=found, progress=self._watch(index)
                 )
             log.close()
             seconds = {**found["seconds"], "heal": time.perf_counter() - begin}
@@ -358,29 +353,28 @@ class _Run:
         self.journal.finish(_step(index), [self._file(index)], **facts)
         shutil.rmtree(directory, ignore_errors=True)
 
-    def _resumable(self, pair: Pair, cache: TeacherCache, file: StateFile) -> dict[str, Any] | None:
+    def _resumable(self, index: int, cache: TeacherCache, file: StateFile) -> dict[str, Any] | None:
         """Return what was found before the first step of a block, if its steps can be gone on with."""
         try:
             state = file.read()
         except StateError:
             return None
-        index = pair.entrance
         if state is None or any(cache.read(batch) is None for batch in self.lessons.values()):
             return None
-        if not all(self.states.intact(self.tunnel.place(index), key) for key in self.carried):
+        if not all(self.states.intact(self.bypass.place(index), key) for key in self.carried):
             return None
         if not all(self.states.intact(_ours(index), key) for key in self.walked):
             return None
         return {name: state[1][name] for name in ("before", "fits", "seconds")}
 
     def _start(
-        self, pair: Pair, index: int, cache: TeacherCache, log: Log
+        self, pair: TeacherStudentPair, index: int, cache: TeacherCache, log: Log
     ) -> tuple[dict[str, Any], dict[str, Coordinates]]:
         """Run the teacher, look at the student as it is, solve the closed form, and take coordinates."""
         config = self.config
         begin = time.perf_counter()
         wanted: dict[str, dict[str, Tensor]] = {}
-        looked_at = dict(self.fitting)
+        fitted = dict(self.fitting)
         with torch.no_grad(), pair.precision.products():
             for key, batch in self.carried.items():
                 with (
@@ -389,20 +383,22 @@ class _Run:
                 ):
                     hidden = self._teach(index, batch)
                 if key in self.lessons:
-                    cache.write(batch, Taught({index: hidden}, dict(modules), None))
-                if key in looked_at:
+                    cache.write(batch, TeacherOutputs({index: hidden}, dict(modules), None))
+                if key in fitted:
                     wanted[key] = seen
-        before = summary(look(pair, [Goal(pair, index)], self.text))
+        before = summary(look(pair, [Comparison(pair, index)], self.text))
         log.write("begin", 0, {"precision": self.passes.name, "device": str(self.passes.device)})
         log.write("before", 0, before)
         fits: list[LayerFit] = []
         moments = LayerMoments(pair, {})
         with torch.no_grad(), pair.precision.products():
             if self.fitting:
-                fits = solve_block_(
+                entered = [self._entered(index, key, batch) for key, batch in self.fitting]
+                fits, behind = solve_block_(
                     pair,
                     index,
-                    [self._entry(index, key, batch) for key, batch in self.fitting],
+                    [call for _, call in entered],
+                    [hidden for hidden, _ in entered],
                     [wanted[key] for key, _ in self.fitting],
                     [padding_mask(model_inputs(self._inner, batch)) for _, batch in self.fitting],
                     ridge=config.ridge,
@@ -410,22 +406,23 @@ class _Run:
                     metrics={},
                 )
                 log.write("closed form", 0, {fit.name: fit.after for fit in fits})
+                for (key, _), hidden in zip(self.fitting, behind, strict=True):
+                    self.states.write(_ours(index), key, hidden)
             for key, batch in self.walked.items():
-                self._advance(index, key, self._entry(index, key, batch))
+                if key not in fitted:
+                    self._advance(index, key, batch)
             for key, batch in self.probing:
                 moments.mask = padding_mask(model_inputs(self._inner, batch))
+                hidden, call = self._entered(index, key, batch)
                 with moments.watching():
-                    self.ours.block(index, self._entry(index, key, batch))
+                    call(self.student.blocks[index][1], hidden)
         if self.progress is not None and config.closed_form:
             self.progress(Status("closed form", self.compressed.index(index) + 1, len(self.compressed)))
-        coordinates = {
-            name: Coordinates(pair.cores[name], gram, output, damping=config.damping)
-            for name, (gram, output) in moments.results().items()
-        }
+        coordinates = moments.coordinates()
         facts = {"before": before, "fits": [asdict(fit) for fit in fits]}
         return {**facts, "seconds": {"closed form": time.perf_counter() - begin}}, coordinates
 
-    def _keep(self, pair: Pair, index: int) -> None:
+    def _keep(self, pair: TeacherStudentPair, index: int) -> None:
         """Write the factors that learned."""
         tensors = {}
         for name, core in pair.cores.items():

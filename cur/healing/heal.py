@@ -18,13 +18,12 @@ from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
 from cur.healing.pair.hashing import digest
 from cur.healing.pair.moments import MOMENT_SAMPLES, LayerMoments
-from cur.healing.pair.pair import Pair, only_cores
+from cur.healing.pair.pair import TeacherStudentPair, only_cores
 from cur.healing.pair.sharing import share_
 from cur.healing.report import HealingReport, LayerFit, best_step
 from cur.healing.training.closed_form import closed_form_
-from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
-from cur.healing.training.loop import Goal, Progress, Status, Task, look, saving_memory, summary, train
+from cur.healing.training.loop import Comparison, Progress, Status, TrainingUnit, look, saving_memory, summary, train
 from cur.healing.training.natural import natural_step_
 from cur.healing.training.state import StateFile
 from cur.integrations.measure.collect import collect_gradients
@@ -129,7 +128,7 @@ def heal(
     config = replace(config, precision=passes.name)
     seconds: dict[str, float] = {}
     with evaluating(student), evaluating(teacher), eager_experts(student), eager_experts(teacher):
-        pair = Pair(student, teacher, config, probe=probe)
+        pair = TeacherStudentPair(student, teacher, config, probe=probe)
         log = Log(None if kept is None else kept / LOG, tensorboard)  # what does not fit leaves no file
         run = fingerprint(pair, text)
         if cache is not None:
@@ -141,12 +140,12 @@ def heal(
             if found is None:
                 log.write("begin", 0, {"precision": passes.name, "device": str(passes.device)})
             start = _start(pair, text, log, seconds, progress) if found is None else _resumed(pair, found[1])
-            tasks = _tasks(pair, start)
+            units = _units(pair, start)
             begin = time.perf_counter()
             with torch.enable_grad():
                 steps, curve = train(
                     pair,
-                    tasks,
+                    units,
                     text,
                     config,
                     log=log,
@@ -180,7 +179,7 @@ def precision_of(student: nn.Module, config: HealingConfig, state: Path | None) 
 
 @dataclass(frozen=True)
 class _Start:
-    """What was found before the first step, of the model and of each task, and the coordinates of the steps."""
+    """What was found before the first step, of the model and of each unit, and the coordinates of the steps."""
 
     before: dict[str, float]
     each: list[dict[str, float]]
@@ -191,10 +190,12 @@ class _Start:
         return {"before": self.before, "fits": [asdict(fit) for fit in self.fits]}
 
 
-def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress: Progress | None) -> _Start:
+def _start(
+    pair: TeacherStudentPair, text: Text, log: Log, seconds: dict[str, float], progress: Progress | None
+) -> _Start:
     """Look at the student as it is, and do all that comes before the steps of the optimizer."""
     config = pair.config
-    each = look(pair, [Goal(pair, block) for block in _blocks(pair)], text)
+    each = look(pair, [Comparison(pair, block) for block in _blocks(pair)], text)
     before = summary(each)
     log.write("before", 0, before)
     begin = time.perf_counter()
@@ -209,16 +210,12 @@ def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress
         )
         log.write("closed form", 0, {fit.name: fit.after for fit in fits})
     seconds["closed form"] = time.perf_counter() - begin
-    coordinates = {}
     natural = config.natural_steps if config.scope == "model" else 0
-    for name, (gram, output) in (_moments(pair, text, metrics) if config.steps or natural else {}).items():
-        coordinates[name] = Coordinates(
-            pair.cores[name], gram, output, damping=config.damping, metric=metrics.get(name)
-        )
+    coordinates = _coordinates(pair, text, metrics) if config.steps or natural else {}
     begin = time.perf_counter()
     for number in range(natural):
         with saving_memory(pair):
-            found = natural_step_(Goal(pair, None), coordinates, text, number=number)
+            found = natural_step_(Comparison(pair, None), coordinates, text, number=number)
         log.write("natural step", 0, {"number": number + 1, **found})
         if progress is not None:
             progress(Status("natural steps", number + 1, natural, loss=found["loss"]))
@@ -226,13 +223,13 @@ def _start(pair: Pair, text: Text, log: Log, seconds: dict[str, float], progress
     return _Start(before, each, fits, coordinates)
 
 
-def _resumed(pair: Pair, facts: Mapping[str, Any]) -> _Start:
+def _resumed(pair: TeacherStudentPair, facts: Mapping[str, Any]) -> _Start:
     """Return what was found before the first step, from a state; the coordinates themselves follow from there."""
     fits = [LayerFit(**fit) for fit in facts["fits"]]
     return _Start(facts["before"], [], fits, {})
 
 
-def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
+def _metrics(pair: TeacherStudentPair, text: Text) -> dict[str, Tensor]:
     """Return how much each output of each compressed layer matters to the teacher, by its gradients."""
     names = list(pair.cores)
     if not pair.config.metric_windows or pair.teacher.head is None:  # without predictions all outputs count alike
@@ -251,32 +248,30 @@ def _metrics(pair: Pair, text: Text) -> dict[str, Tensor]:
     return {name: H + _FLOOR * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype) for name, H in metrics.items()}
 
 
-def _blocks(pair: Pair) -> list[int | None]:
+def _blocks(pair: TeacherStudentPair) -> list[int | None]:
     return list(pair.student.compressed) if pair.config.scope == "block" else [None]
 
 
-def _tasks(pair: Pair, start: _Start) -> list[Task]:
+def _units(pair: TeacherStudentPair, start: _Start) -> list[TrainingUnit]:
     """Return what learns; a resumed run gets its coordinates later, and a run without steps needs none."""
-    tasks = []
-    for index, block in enumerate(_blocks(pair)):
-        names = list(pair.cores) if block is None else pair.inside(block)
-        mine = {name: start.coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
-        before = start.each[index]["loss"] if start.each else None
-        tasks.append(Task(Goal(pair, block), Learner(mine, pair.config, before=before)))
-    return tasks
+    losses: list[float | None] = [figures["loss"] for figures in start.each] or [None] * len(_blocks(pair))
+    return [
+        TrainingUnit.of(pair, block, start.coordinates, before=loss)
+        for block, loss in zip(_blocks(pair), losses, strict=True)
+    ]
 
 
-def _moments(pair: Pair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
-    """Return the moments of every compressed layer in the student as it is."""
+def _coordinates(pair: TeacherStudentPair, text: Text, metrics: Mapping[str, Tensor]) -> dict[str, Coordinates]:
+    """Return the coordinates of every core, by the moments in the student as it is."""
     moments = LayerMoments(pair, metrics)
     with torch.no_grad(), pair.precision.products(), moments.watching():
         for batch in text.spread(MOMENT_SAMPLES):
             moments.mask = padding_mask(model_inputs(pair.student.model, batch))
             pair.student.finish(batch, stop=pair.last)
-    return moments.results()
+    return moments.coordinates()
 
 
-def fingerprint(pair: Pair, text: Text) -> str:
+def fingerprint(pair: TeacherStudentPair, text: Text) -> str:
     """Return a hash of all that decides the result, but for the machine."""
     tensors = {f"{name}/{part}": getattr(core, part) for name, core in pair.cores.items() for part in _PARTS}
     decides = {name: value for name, value in pair.config.to_dict().items() if name not in ("workers", "save_every")}

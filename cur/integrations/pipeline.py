@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.memory import fits
 from cur.integrations.blockwise.run import compress_blockwise
 from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.streamed_model import load_skeleton
+from cur.integrations.blockwise.streamed_model import load_streamed
 from cur.integrations.compress import compress_to, planned
 from cur.integrations.files.directory import check_target
 from cur.integrations.files.header import ShardError
@@ -143,17 +143,17 @@ def compress_model(
     where = place(device)
     tell = announce or silent
     if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
-        skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
-        leads = Team().leads
-        if leads and (remark := unread_remark(skeleton.model)):
+        streamed = load_streamed(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        leads = ProcessGroup().leads
+        if leads and (remark := unread_remark(streamed.model)):
             tell(remark)
         return compress_blockwise(
-            skeleton,
-            _batches(text, skeleton.tokenizer, asked),
+            streamed,
+            _batches(text, streamed.tokenizer, asked),
             target,
             asked,
             statistics=file,
-            held_out=_windows(held_out, skeleton.model, skeleton.tokenizer),
+            held_out=_windows(held_out, streamed.model, streamed.tokenizer),
             precision=precision,
             announce=tell,
             overwrite=overwrite,
@@ -229,16 +229,16 @@ def evaluate_model(
         return windows
 
     if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
-        if Team().size > 1:
+        if ProcessGroup().size > 1:
             raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
-        skeleton = load_skeleton(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
-        windows = read(skeleton.model, skeleton.tokenizer)
-        if remark := unread_remark(skeleton.model):
+        streamed = load_streamed(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        windows = read(streamed.model, streamed.tokenizer)
+        if remark := unread_remark(streamed.model):
             tell(remark)
-        passes = Precision.on(skeleton.device, skeleton.dtype, precision)
+        passes = Precision.on(streamed.device, streamed.dtype, precision)
         tell(passes.remark(precision))
         watch = None if progress is None else functools.partial(progress, "evaluate")
-        return perplexity_blockwise(skeleton, windows, batch_size=batch_size, precision=passes.name, progress=watch)
+        return perplexity_blockwise(streamed, windows, batch_size=batch_size, precision=passes.name, progress=watch)
     with busy(progress, "load"):
         loaded = _loaded(model, None, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
         windows = read(loaded.model, loaded.tokenizer)
@@ -273,7 +273,7 @@ def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dt
     directory = None if model is None or not Path(model).expanduser().is_dir() else Path(model).expanduser()
     if directory is not None:
         refuse_adapter_directory(directory, str(model))
-    several = Team().size > 1
+    several = ProcessGroup().size > 1
     if several and asked is False:
         raise ValueError("several processes work block by block; leave out --in-memory (`low_memory`), or start one")
     if asked or several:

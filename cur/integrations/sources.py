@@ -19,7 +19,7 @@ from cur.integrations.factor.neurons import FittedBefore, fit_before, keep_neuro
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.generated_text import own_text
 from cur.integrations.measure.moments import Moments, x_norm
-from cur.integrations.measure.propagation import Arriving, in_order, spread
+from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.measure.spectra import spectrum
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
@@ -353,21 +353,21 @@ def decompose(
     producers: dict[str, FittedBefore] = {}
     entries = {entry.name: entry for entry in plan.entries}
 
-    def make(name: str, arriving: Arriving | None = None) -> Callable[[Tensor], Tensor]:
+    def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
         if progress is not None:
             progress("decompose", len(layers), len(entries))
         entry = entries[name]
-        if entry.consumer is not None and arriving is not None:
+        if entry.consumer is not None and propagated is not None:
             # Of its full width for now: the other rows are needed to say what the layer behind should give.
             producers[name] = fit_before(
-                model, name, entries, moments, arriving, correction=plan.correction, fitted=producers
+                model, name, entries, moments, propagated, correction=plan.correction, fitted=producers
             )
             return producers[name].full_width
         if entry.method == "neurons":
             before = [other for other in plan.entries if other.consumer == name]
             fitted = {other.name: producers[other.name] for other in before if other.name in producers}
             done = keep_neurons(
-                model, entry, before, moments, arriving=arriving, correction=plan.correction, fitted=fitted
+                model, entry, before, moments, propagated=propagated, correction=plan.correction, fitted=fitted
             )
         else:
             one = factorize(
@@ -376,7 +376,7 @@ def decompose(
                 moments,
                 dtype=PRECISIONS[plan.precision],
                 seed=plan.seed,
-                arriving=arriving,
+                propagated=propagated,
                 correction=plan.correction,
             )
             done = {name: one}

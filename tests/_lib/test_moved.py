@@ -282,6 +282,12 @@ FORMER = {
         "StoredTensor",
         "header_of",
     ],
+    "cur.integrations.blockwise": [
+        "Skeleton",
+        "Team",
+        "TeamError",
+        "load_skeleton",
+    ],
     "cur.integrations.blockwise.skeleton": [
         "Skeleton",
         "load_skeleton",
@@ -398,6 +404,17 @@ def test_former_names_are_found(former):
         with pytest.warns(DeprecationWarning, match=rf"{former}.* has moved to cur\."):
             found = getattr(importlib.import_module(former), name)
         assert found is not None
+
+
+def test_a_name_that_was_changed_is_named():
+    sys.modules.pop("cur.integrations.blockwise.team", None)
+    with pytest.warns(
+        DeprecationWarning, match=r"blockwise\.team has moved to cur\.integrations\.blockwise\.distributed"
+    ):
+        former = importlib.import_module("cur.integrations.blockwise.team")
+    with pytest.warns(DeprecationWarning, match=r"blockwise\.team\.Team has moved to .*\.distributed\.ProcessGroup$"):
+        found = former.Team
+    assert found is importlib.import_module("cur.integrations.blockwise").ProcessGroup
 
 
 def test_a_name_that_was_never_there_is_not_found():

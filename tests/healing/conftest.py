@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from cur.healing import HealingConfig
 from cur.integrations import CompressConfig, compress
@@ -26,8 +26,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **COMMON,
     ),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=32, **COMMON),
+    # Blocks that see three tokens back and blocks that see all, by turns.
+    "qwen2": lambda: Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        **COMMON,
+    ),
 }
-TARGETS = {"llama": ("q_proj", "k_proj", "gate_proj"), "gpt2": ("c_attn", "c_fc")}
+_TARGETS = ("q_proj", "k_proj", "gate_proj")
+TARGETS = {"llama": _TARGETS, "qwen2": _TARGETS, "gpt2": ("c_attn", "c_fc")}
 
 
 def _make_teacher(kind: str = "llama", *, seed: int = 0) -> PreTrainedModel:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cur.healing import HealingConfig, HealingReport, Objectives, Status, heal, heal_blockwise
 from cur.integrations import CompressConfig, compress, load_model, save
-from cur.integrations.blockwise import JournalError, Skeleton, load_skeleton
-from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise import JournalError, StreamedModel, load_streamed
+from cur.integrations.blockwise.hidden_states import HiddenStates
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +46,8 @@ def places(make_teacher: Make, make_student: Make, tmp_path: Path) -> Callable[.
 def by_blocks(
     student: Path, teacher: Path, windows: Any, config: HealingConfig, *, out: str = "parts", **options: Any
 ) -> HealingReport:
-    skeletons = load_skeleton(student), load_skeleton(teacher)
-    return heal_blockwise(*skeletons, windows, student.parent / out, config, **options)
+    opened = load_streamed(student), load_streamed(teacher)
+    return heal_blockwise(*opened, windows, student.parent / out, config, **options)
 
 
 def healed(directory: Path) -> dict[str, torch.Tensor]:
@@ -65,6 +65,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         ("llama", "cur", {"precision": "bfloat16"}),
         ("llama", "folded", {"objectives": Objectives(kl=0.0, hidden=0.5, modules=1.0), "accumulate": 2}),
         ("gpt2", "interpolative", {}),
+        ("qwen2", "cur", {}),
     ],
 )
 def test_the_cores_are_those_of_the_models_in_memory(
@@ -96,7 +97,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from cur.healing import HealingConfig, heal_blockwise
-from cur.integrations.blockwise import load_skeleton
+from cur.integrations.blockwise import load_streamed
 
 directory, stage, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
@@ -108,8 +109,8 @@ def watch(status):
 
 config = HealingConfig(scope="block", metric_windows=0, natural_steps=0, steps=6, held_out=4, evaluate_every=3,
                        save_every=2, warmup=2, precision="float32")
-skeletons = load_skeleton(directory / "student"), load_skeleton(directory / "teacher")
-heal_blockwise(*skeletons, windows, directory / "parts", config, progress=watch)
+opened = load_streamed(directory / "student"), load_streamed(directory / "teacher")
+heal_blockwise(*opened, windows, directory / "parts", config, progress=watch)
 """
 
 
@@ -131,8 +132,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_cores(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (student.parent / "parts").exists()
     loaded: list[int] = []
-    original = Skeleton.load_block
-    monkeypatch.setattr(Skeleton, "load_block", lambda self, index: (loaded.append(index), original(self, index)))
+    original = StreamedModel.load_block
+    monkeypatch.setattr(StreamedModel, "load_block", lambda self, index: (loaded.append(index), original(self, index)))
     report = by_blocks(student, teacher, windows, config)
     # The second compressed block was under way: nothing before it is loaded again, but to be written.
     assert loaded[:2] == [2, 2]
@@ -182,7 +183,7 @@ def test_what_is_refused(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(States, "write", full)
+        patch.setattr(HiddenStates, "write", full)
         with pytest.raises(OSError, match=r"no space left.*start the same command again: it goes on"):
             by_blocks(student, teacher, windows, config)
     with pytest.raises(JournalError, match="unfinished run with another text"):
@@ -208,13 +209,13 @@ def test_memory_does_not_grow_with_depth(windows: torch.Tensor, settings: Settin
         small = copy.deepcopy(teacher)
         compress(small, windows, CompressConfig(layers=2, rank=6))
         save(small, words, student)
-        skeletons = load_skeleton(student), load_skeleton(dense)
+        opened = load_streamed(student), load_streamed(dense)
 
-        def watch(_: Status, skeletons: Any = skeletons, depth: int = depth) -> None:
-            found = {p.data_ptr(): p.nbytes for s in skeletons for p in s.model.parameters() if not p.is_meta}
+        def watch(_: Status, opened: Any = opened, depth: int = depth) -> None:
+            found = {p.data_ptr(): p.nbytes for s in opened for p in s.model.parameters() if not p.is_meta}
             held[depth] = max(held.get(depth, 0), sum(found.values()))
 
-        heal_blockwise(*skeletons, windows, tmp_path / "out", settings(scope="block", metric_windows=0), progress=watch)
+        heal_blockwise(*opened, windows, tmp_path / "out", settings(scope="block", metric_windows=0), progress=watch)
         shutil.rmtree(tmp_path / "out")
     block = sum(parameter.nbytes for parameter in teacher.model.layers[0].parameters())
     assert held[4] == held[10]

@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = cores(student)
-    learn, calls = cur.healing.training.loop.Goal.learn, []
+    learn, calls = cur.healing.training.loop.Comparison.learn, []
 
     def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
         calls.append(1)
@@ -355,7 +355,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state(
             self.pair.cores[next(iter(self.pair.cores))].factor.grad.fill_(torch.nan)
         return figures
 
-    monkeypatch.setattr(cur.healing.training.loop.Goal, "learn", broken)
+    monkeypatch.setattr(cur.healing.training.loop.Comparison, "learn", broken)
     with pytest.raises(
         NumericalError, match=r"the gradient of .* is not finite, at step 5; the best state so far is kept"
     ):

@@ -5,4 +5,4 @@ Imports `cur.integrations`; knows nothing of optimizers.
 
 from cur._lib.moved import former_names
 
-__getattr__ = former_names(__name__, ("cur.healing.pair.pair",))
+__getattr__ = former_names(__name__, ("cur.healing.pair.pair", "cur.integrations.model.hooks"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,36 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cur._lib.atomic import replace_file
-from cur.healing.pair.stack import Entry
+from cur.integrations.model.blocks import BlockCall
 
-__all__ = ["Taught", "TeacherCache"]
+__all__ = ["TeacherCache", "TeacherOutputs"]
 
 
 @dataclass
-class Taught:
-    """What the teacher gave for a batch.
+class TeacherOutputs:
+    """What the teacher returned for a batch, with which the student is compared.
 
     Attributes
     ----------
     hidden : dict of int to Tensor
-        Output of blocks by their index, shape (batch, length, width).
+        Output of blocks by their index, shape (batch, length, width). For healing by blocks that of -1 is what enters
+        the first block.
     modules : dict of str to Tensor
         Output of the dense layers in the place of compressed ones.
     last : Tensor or None
         What the head gets; None where the output is not compared.
-    entry : Entry or None
-        What the first block is called with, for healing by blocks; not kept on disk.
+    calls : dict of int to BlockCall
+        With what blocks are called besides the hidden state, by their index, for healing by blocks; not kept on disk.
     """
 
     hidden: dict[int, Tensor]
     modules: dict[str, Tensor]
     last: Tensor | None
-    entry: Entry | None = None
+    calls: dict[int, BlockCall] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Taught:
+    def to(self, device: torch.device) -> TeacherOutputs:
         """Return the same on a device."""
-        return Taught(
+        return TeacherOutputs(
             {index: value.to(device) for index, value in self.hidden.items()},
             {name: value.to(device) for name, value in self.modules.items()},
             None if self.last is None else self.last.to(device),
@@ -52,15 +53,15 @@ class Taught:
 class TeacherCache:
     """A directory with one file for each batch.
 
-    States are stored in the dtype in which they were computed, so that healing from the cache gives bit for bit the
-    weights of healing without it.
+    Hidden states are stored in the dtype in which they were computed, so that healing from the cache gives bit for bit
+    the weights of healing without it.
 
     Parameters
     ----------
     directory : path
         Made when the first batch is written.
     key : str
-        What the states depend on besides the batch: teacher, precision, which blocks and modules are kept.
+        What they depend on besides the batch: teacher, precision, which blocks and modules are kept.
     """
 
     def __init__(self, directory: str | Path, key: str) -> None:
@@ -76,7 +77,7 @@ class TeacherCache:
                 total.update(value.cpu().to(torch.float64).contiguous().numpy().tobytes())
         return self.directory / f"{total.hexdigest()[:32]}.safetensors"
 
-    def read(self, batch: Mapping[str, Any]) -> Taught | None:
+    def read(self, batch: Mapping[str, Any]) -> TeacherOutputs | None:
         """Return what was kept for a batch, None if there is nothing.
 
         A damaged file counts as not there and is written anew.
@@ -90,9 +91,9 @@ class TeacherCache:
             return None
         hidden = {int(name[7:]): value for name, value in tensors.items() if name.startswith("hidden/")}
         modules = {name[8:]: value for name, value in tensors.items() if name.startswith("modules/")}
-        return Taught(hidden, modules, tensors.get("last"))
+        return TeacherOutputs(hidden, modules, tensors.get("last"))
 
-    def write(self, batch: Mapping[str, Any], taught: Taught) -> None:
+    def write(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> None:
         """Keep what the teacher gave.
 
         Raises

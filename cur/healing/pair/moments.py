@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cur.healing.pair.pair import Pair
+from cur.healing.pair.cores import Coordinates
+from cur.healing.pair.pair import TeacherStudentPair
+from cur.integrations.model.hooks import hooked
 from cur.integrations.model.masks import token_rows
 
 __all__ = ["MOMENT_SAMPLES", "LayerMoments"]
@@ -23,7 +25,7 @@ class LayerMoments:
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher.
     metrics : mapping of str to Tensor
         ``H`` by layer; the identity for a layer that has none.
@@ -34,7 +36,7 @@ class LayerMoments:
         Of padding in the batch that runs.
     """
 
-    def __init__(self, pair: Pair, metrics: Mapping[str, Tensor]) -> None:
+    def __init__(self, pair: TeacherStudentPair, metrics: Mapping[str, Tensor]) -> None:
         self.pair = pair
         self.metrics = metrics
         self.mask: Tensor | None = None
@@ -44,16 +46,18 @@ class LayerMoments:
     def watching(self) -> Iterator[None]:
         """Add up what passes through the student while this lasts."""
         model = self.pair.student.model
-        handles = [model.get_submodule(name).register_forward_hook(self._keep(name)) for name in self.pair.cores]
-        try:
+        with hooked([(model.get_submodule(name), "after", self._keep(name)) for name in self.pair.cores]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def results(self) -> dict[str, tuple[Tensor, float]]:
-        """Return the means per token: float64, r x r, and a number."""
-        return {name: (gram / count, square / count) for name, (gram, square, count) in self._sums.items()}
+    def coordinates(self) -> dict[str, Coordinates]:
+        """Return the coordinates in which the present cores learn, by layer."""
+        damping = self.pair.config.damping
+        return {
+            name: Coordinates(
+                self.pair.cores[name], gram / count, square / count, damping=damping, metric=self.metrics.get(name)
+            )
+            for name, (gram, square, count) in self._sums.items()
+        }
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         right = self.pair.cores[name].right.float()

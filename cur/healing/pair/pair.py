@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,29 +12,39 @@ from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
 from cur.healing.config import HealingConfig
-from cur.healing.pair.cache import Taught, TeacherCache
+from cur.healing.pair.cache import TeacherCache, TeacherOutputs
 from cur.healing.pair.cores import Core, cores_of
 from cur.healing.pair.hashing import digest
 from cur.healing.pair.objectives import output_losses, relative_distance, token_weights
 from cur.healing.pair.sharing import check_pair
 from cur.healing.pair.stack import Stack
+from cur.integrations.model.blocks import BlockCall
+from cur.integrations.model.hooks import outputs_of
 from cur.integrations.model.masks import padding_mask
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import model_inputs
 from cur.integrations.nn import dense_weight
 
-__all__ = ["Loss", "Pair", "only_cores", "outputs_of"]
+__all__ = ["Loss", "TeacherStudentPair", "only_cores"]
 
 
 @dataclass
 class Loss:
-    """A loss and its parts without weights, as numbers."""
+    """How far the student is from the teacher on a batch.
+
+    Attributes
+    ----------
+    total : Tensor
+        The weighted sum of the losses, a scalar from which gradients flow back.
+    parts : dict of str to float
+        Each loss without its weight, by the name that :class:`~cur.healing.config.Objectives` has for it.
+    """
 
     total: Tensor
     parts: dict[str, float]
 
 
-class Pair:
+class TeacherStudentPair:
     """A student and its teacher, ready to be compared on batches.
 
     What lies before the first compressed layer is the same in both: only the teacher runs it.
@@ -51,7 +61,7 @@ class Pair:
         Where the teacher's part is kept and looked up.
     block : int, optional
         The only block that is in memory, of models that are not: nothing else is healed, and the teacher's part must be
-        in the cache.
+        in the cache. Default: models in memory.
 
     Attributes
     ----------
@@ -63,8 +73,6 @@ class Pair:
         Of the products in both.
     first, last : int
         Indices of the first and the last block with compressed layers.
-    entrance : int
-        Index of the block at which the teacher is entered, for healing by blocks.
     kept, watched, stop : list of int, list of str, int or None
         What the teacher is asked for: hidden states after these blocks, outputs of these layers, and whether it ends
         behind a block.
@@ -84,7 +92,7 @@ class Pair:
         self.config = config
         whole = config.scope == "model"
         self.student, self.teacher = (Stack(model, probe, whole=whole) for model in (student, teacher))
-        self.entrance = block or 0
+        self._only = block
         if block is None:
             self.cores: dict[str, Core] = cores_of(student)
         else:
@@ -119,7 +127,7 @@ class Pair:
         dense = {name: dense_weight(self.teacher.model.get_submodule(name), name)[0] for name in self.cores}
         return digest({}, digest(dense), self.precision.name, self.kept, self.watched, self.stop)
 
-    def teach(self, batch: Mapping[str, Any]) -> Taught:
+    def teach(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """Run the teacher, or look up what it gave for this batch before."""
         found = None if self.cache is None else self.cache.read(batch)
         with torch.no_grad(), self.precision.products():
@@ -127,15 +135,26 @@ class Pair:
             if self.cache is not None and found is None:
                 self.cache.write(batch, taught)
             if self.config.scope == "block":
-                taught = replace(taught, entry=self.teacher.enter(batch, self.entrance))
+                before, hidden, calls = self._entered(batch)
+                taught = replace(taught, hidden={**taught.hidden, before: hidden}, calls=calls)
         return taught
 
-    def _ask(self, batch: Mapping[str, Any]) -> Taught:
+    def _entered(self, batch: Mapping[str, Any]) -> tuple[int, Tensor, dict[int, BlockCall]]:
+        """Return the index of the block before, the hidden state that enters, and what blocks are called with."""
+        if self._only is None:
+            hidden, calls = self.teacher.calls(batch)
+            return -1, hidden, dict(enumerate(calls))
+        hidden, call = self.teacher.enter(batch, self._only)
+        return self._only - 1, hidden, {self._only: call}
+
+    def _ask(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         with outputs_of(self.teacher.model, self.watched) as modules:
             outputs = self.teacher.finish(batch, stop=self.stop)
-        return Taught({index: outputs.hidden[index] for index in self.kept if index >= 0}, modules, outputs.last)
+        return TeacherOutputs(
+            {index: outputs.hidden[index] for index in self.kept if index >= 0}, modules, outputs.last
+        )
 
-    def loss(self, batch: Mapping[str, Any], taught: Taught, *, learning: bool = True) -> Loss:
+    def loss(self, batch: Mapping[str, Any], taught: TeacherOutputs, *, learning: bool = True) -> Loss:
         """Run the student through the whole network and compare it with the teacher.
 
         Raises
@@ -174,7 +193,9 @@ class Pair:
             total, parts = total + value, parts | found
         return _finite(Loss(total, parts))
 
-    def block_loss(self, index: int, batch: Mapping[str, Any], taught: Taught, *, learning: bool = True) -> Loss:
+    def block_loss(
+        self, index: int, batch: Mapping[str, Any], taught: TeacherOutputs, *, learning: bool = True
+    ) -> Loss:
         """Run one block of the student on the teacher's hidden state and compare it with the teacher's.
 
         What the block adds to the hidden state is compared: the state that passes through would drown it.
@@ -185,22 +206,20 @@ class Pair:
             If the loss is not finite.
         """
         goals, names, mask = self.config.matched, self.inside(index), self._mask(batch)
-        entry = taught.entry
-        if entry is None:
+        if index not in taught.calls:
             raise ValueError(
                 "`taught` was made for the scope 'model'; `scope` 'block' needs what blocks are called with"
             )
-        if index != self.entrance:
-            entry = replace(entry, hidden=taught.hidden[index - 1])
+        before = taught.hidden[index - 1]
         with (
             torch.set_grad_enabled(learning),
             self.precision.products(),
             outputs_of(self.student.model, names if goals.modules else []) as modules,
         ):
-            found = self.student.block(index, entry)
+            found = taught.calls[index](self.student.blocks[index][1], before)
         terms: dict[str, Tensor] = {}
         if goals.hidden:
-            added = (found - entry.hidden, taught.hidden[index] - entry.hidden)
+            added = (found - before, taught.hidden[index] - before)
             terms["hidden"] = _distance([added], mask)
         if goals.modules:
             terms["modules"] = _distance(((modules[name], taught.modules[name]) for name in names), mask)
@@ -211,7 +230,7 @@ class Pair:
 
 
 @contextmanager
-def only_cores(pair: Pair) -> Iterator[None]:
+def only_cores(pair: TeacherStudentPair) -> Iterator[None]:
     """Let nothing but the cores ask for gradients, in either model, for a while."""
     asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
     factors = [core.factor for core in pair.cores.values()]
@@ -253,19 +272,3 @@ def _labels(batch: Mapping[str, Any], mask: Tensor | None, device: torch.device)
     if mask is not None:
         labels = torch.where((mask[:, 1:] & mask[:, :-1]).to(device), labels, -100)
     return labels.flatten()
-
-
-@contextmanager
-def outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Gather what the named modules return while the block runs."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _, __, output: seen.__setitem__(name, output)
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

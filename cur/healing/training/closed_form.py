@@ -22,19 +22,19 @@ inputs does, and the next blocks suffer from that: a part of the correction does
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cur._lib.errors import NumericalError
 from cur.healing.pair.cores import Core
-from cur.healing.pair.pair import Pair
-from cur.healing.pair.stack import Entry, ReachedError
+from cur.healing.pair.pair import TeacherStudentPair
 from cur.healing.report import LayerFit
-from cur.integrations.model.hooks import call_groups, inputs_of
+from cur.integrations.model.blocks import BlockCall
+from cur.integrations.model.hooks import hooked, inputs_of
 from cur.integrations.model.masks import padding_mask, token_rows
+from cur.integrations.model.pauses import Course, layer_groups, pauses
 from cur.integrations.model.running import model_inputs
 
 __all__ = ["LeastSquares", "closed_form_", "solve_block_"]
@@ -144,7 +144,7 @@ def _reciprocal(values: Tensor) -> Tensor:
 
 
 def closed_form_(
-    pair: Pair,
+    pair: TeacherStudentPair,
     batches: Sequence[Mapping[str, Any]],
     *,
     ridge: float,
@@ -156,11 +156,11 @@ def closed_form_(
 
     A block is solved in the order in which it calls its layers, and the layers that are called with one input (query
     and key) together; then the student's hidden states go through the block as it is now. Memory: the hidden states of
-    all batches, twice, and the teacher's inputs of one block's layers.
+    all batches, twice, the teacher's inputs of one block's layers, and what the student's block holds where it pauses.
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher.
     batches : sequence of mapping
         The text.
@@ -182,27 +182,31 @@ def closed_form_(
     ------
     NumericalError
         If an activation is not finite; layers that were solved before stay solved.
+    RuntimeError
+        If a block does not call its layers in the same order in every batch.
     """
     fits: list[LayerFit] = []
     student, teacher = pair.student, pair.teacher
     with torch.no_grad(), pair.precision.products():
-        theirs = [teacher.enter(batch) for batch in batches]
+        entered = [teacher.calls(batch) for batch in batches]
         masks = [padding_mask(model_inputs(teacher.model, batch)) for batch in batches]
-        ours = list(theirs)
+        theirs, calls = [hidden for hidden, _ in entered], [each for _, each in entered]
+        del entered
+        ours = theirs
         for index in range(pair.last + 1):
+            block, at = teacher.blocks[index][1], [call[index] for call in calls]
             after, wanted = [], []
-            for entry in theirs:
+            for call, hidden in zip(at, theirs, strict=True):
                 with inputs_of(teacher.model, pair.inside(index)) as seen:
-                    after.append(replace(entry, hidden=teacher.block(index, entry)))
+                    after.append(call(block, hidden))
                 wanted.append(seen)
-            solved = solve_block_(
-                pair, index, ours, wanted, masks, ridge=ridge, correction=correction, metrics=metrics or {}
-            )
-            if index >= pair.first:
-                ours = [replace(entry, hidden=student.block(index, entry)) for entry in ours]
-            else:
-                ours = after
             theirs = after
+            if index < pair.first:
+                ours = after
+                continue
+            solved, ours = solve_block_(
+                pair, index, at, ours, wanted, masks, ridge=ridge, correction=correction, metrics=metrics or {}
+            )
             fits += solved
             if solved and progress is not None:
                 progress(student.compressed.index(index) + 1, len(student.compressed))
@@ -210,69 +214,71 @@ def closed_form_(
 
 
 def solve_block_(
-    pair: Pair,
+    pair: TeacherStudentPair,
     index: int,
-    ours: Sequence[Entry],
+    calls: Sequence[BlockCall],
+    ours: Sequence[Tensor],
     wanted: Sequence[Mapping[str, Tensor]],
     masks: Sequence[Tensor | None],
     *,
     ridge: float,
     correction: float,
     metrics: Mapping[str, Tensor],
-) -> list[LayerFit]:
-    """Put the best cores into one block, in place; nothing happens in a block without compressed layers.
+) -> tuple[list[LayerFit], list[Tensor]]:
+    """Put the best cores into one block, in place, and take the student's hidden states through it.
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher, of which this block must be in memory.
     index : int
-        Of the block.
-    ours : sequence of Entry
-        What the student's block is called with, batch by batch.
+        Of the block. One without compressed layers is only run.
+    calls : sequence of BlockCall
+        What the block is called with besides the hidden state, batch by batch.
+    ours : sequence of Tensor
+        The hidden states that enter the student's block.
     wanted : sequence of mapping
         Inputs of the teacher's layers that were compressed, by name.
     masks : sequence of Tensor or None
         Of padding, as :func:`~cur.integrations.model.masks.padding_mask` has them.
     ridge, correction, metrics
         See :func:`closed_form_`.
+
+    Returns
+    -------
+    list of LayerFit
+        In the order in which the layers were solved.
+    list of Tensor
+        The hidden states behind the block as it is now.
+
+    Raises
+    ------
+    NumericalError, RuntimeError
+        As :func:`closed_form_`.
     """
-    cores = {name: pair.cores[name] for name in pair.inside(index)}
+    prefix, block = pair.student.blocks[index]
+    names = [name.removeprefix(f"{prefix}.") for name in pair.inside(index)]
+    groups = layer_groups(block, calls[0], ours[0], names) if names else []
+    courses = [Course(call, block, hidden) for call, hidden in zip(calls, ours, strict=True)]
     fits: list[LayerFit] = []
-    groups = call_groups(pair.student.model, cores, lambda: pair.student.block(index, ours[0])) if cores else []
-    for group in groups:
-        problems = {name: LeastSquares(cores[name], metrics.get(name)) for name in group}
-        for entry, seen, mask in zip(ours, wanted, masks, strict=True):
-            x = _input_of(pair, index, entry, group[0])
-            for name, problem in problems.items():
-                dense = pair.teacher.model.get_submodule(name)
-                # Behind neurons that were given up the dense layer cannot take what arrives.
-                same = seen[name].shape == x.shape
-                given = dense(x) if same else pair.student.model.get_submodule(name)(x)
-                target = (1.0 - correction) * given + correction * dense(seen[name])
-                with pair.precision.exact():
-                    problem.add(token_rows(x, mask, name), token_rows(target, mask, name))
-        with pair.precision.exact():
-            for name, problem in problems.items():
-                before = problem.error(cores[name].value)
-                cores[name].write_(problem.solve(ridge=ridge))
-                fits.append(LayerFit(name, before, problem.error(cores[name].value), problem.floor()))
-    return fits
-
-
-def _input_of(pair: Pair, index: int, entry: Entry, name: str) -> Tensor:
-    """Return what a layer of the student's block is called with; what follows it is not run."""
-    caught: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
-        raise ReachedError
-
-    handle = pair.student.model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        pair.student.block(index, entry)
-    except ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+    with hooked(pauses(block, [group[0] for group in groups])):
+        for group in groups:
+            named = [f"{prefix}.{name}" for name in group]
+            problems = {name: LeastSquares(pair.cores[name], metrics.get(name)) for name in named}
+            for course, seen, mask in zip(courses, wanted, masks, strict=True):
+                x = course.to_layer(group[0])
+                for name, problem in problems.items():
+                    dense = pair.teacher.model.get_submodule(name)
+                    # Behind neurons that were given up the dense layer cannot take these inputs.
+                    same = seen[name].shape == x.shape
+                    given = dense(x) if same else pair.student.model.get_submodule(name)(x)
+                    target = (1.0 - correction) * given + correction * dense(seen[name])
+                    with pair.precision.exact():
+                        problem.add(token_rows(x, mask, name), token_rows(target, mask, name))
+            with pair.precision.exact():
+                for name, problem in problems.items():
+                    core = pair.cores[name]
+                    before = problem.error(core.value)
+                    core.write_(problem.solve(ridge=ridge))
+                    fits.append(LayerFit(name, before, problem.error(core.value), problem.floor()))
+        return fits, [course.to_the_end() for course in courses]

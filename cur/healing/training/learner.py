@@ -38,7 +38,7 @@ class Learner:
         The cores of the best state that was seen, copied: a state on disk holds no tensor twice.
     price : float
         Loss that a change of all outputs by their own size, in random directions, would add by the quadratic model;
-        measured by :meth:`try_`.
+        measured by :meth:`measure_price`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Learner:
         self.best_loss = math.inf if before is None else before
         self.stale = 0
 
-    def try_(self, loss: Callable[[], float]) -> None:
+    def measure_price(self, loss: Callable[[], float]) -> None:
         """Measure the price of a step: the second difference of the loss along random signs, the model left as it is.
 
         Parameters

@@ -14,15 +14,16 @@ import torch
 
 from cur._lib.errors import NumericalError
 from cur.healing.config import HealingConfig
-from cur.healing.pair.cache import Taught
+from cur.healing.pair.cache import TeacherOutputs
+from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
-from cur.healing.pair.pair import Loss, Pair
+from cur.healing.pair.pair import Loss, TeacherStudentPair
 from cur.healing.training.learner import Learner
 from cur.healing.training.logs import Log
 from cur.healing.training.state import StateFile
 from cur.integrations.model.running import checkpointing
 
-__all__ = ["Goal", "Progress", "Status", "Task", "look", "saving_memory", "summary", "train"]
+__all__ = ["Comparison", "Progress", "Status", "TrainingUnit", "look", "saving_memory", "summary", "train"]
 
 
 @dataclass(frozen=True)
@@ -56,58 +57,109 @@ Progress: TypeAlias = Callable[[Status], object]
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What is compared with the teacher: the whole model, or one block.
+class Comparison:
+    """The loss of a student beside its teacher: through the whole model, or of one block by itself.
 
-    Attributes
+    Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher.
     block : int or None
-        The block; None for the model.
+        Index of the block; None for the whole model.
     """
 
-    pair: Pair
+    pair: TeacherStudentPair
     block: int | None
 
-    def loss(self, batch: Mapping[str, Any], taught: Taught, *, learning: bool) -> Loss:
-        """Compare student and teacher on a batch."""
+    def loss(self, batch: Mapping[str, Any], taught: TeacherOutputs, *, learning: bool) -> Loss:
+        """Compare student and teacher on a batch.
+
+        Parameters
+        ----------
+        batch : mapping
+            Token ids, and a mask of padding where there is some.
+        taught : TeacherOutputs
+            What :meth:`~cur.healing.pair.pair.TeacherStudentPair.teach` returned for it.
+        learning : bool
+            Whether a gradient will be asked for.
+
+        Raises
+        ------
+        NumericalError
+            If the loss is not finite.
+        """
         if self.block is None:
             return self.pair.loss(batch, taught, learning=learning)
         return self.pair.block_loss(self.block, batch, taught, learning=learning)
 
-    def learn(self, batch: Mapping[str, Any], taught: Taught) -> dict[str, float]:
-        """Add the gradient of a batch to the model; returns the loss and its parts."""
+    def learn(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
+        """Add the gradient of a batch to those that the student's cores hold; returns the loss and its parts."""
         loss = self.loss(batch, taught, learning=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.total.detach()), **loss.parts}
 
-    def look(self, batch: Mapping[str, Any], taught: Taught) -> dict[str, float]:
-        """Return the loss and its parts."""
+    def look(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
+        """Return the loss of a batch and its parts, without a gradient."""
         loss = self.loss(batch, taught, learning=False)
         return {"loss": float(loss.total), **loss.parts}
 
 
 @dataclass(frozen=True)
-class Task:
-    """A goal, and the cores that learn it."""
+class TrainingUnit:
+    """What learns by itself: the whole model, or one block.
 
-    goal: Goal
+    Parameters
+    ----------
+    comparison : Comparison
+        The loss that is made smaller.
+    learner : Learner
+        The cores that change, their optimizer and their best state.
+    """
+
+    comparison: Comparison
     learner: Learner
+
+    @classmethod
+    def of(
+        cls,
+        pair: TeacherStudentPair,
+        block: int | None,
+        coordinates: Mapping[str, Coordinates],
+        *,
+        before: float | None,
+    ) -> TrainingUnit:
+        """Return what learns in one block, or in the whole model.
+
+        Parameters
+        ----------
+        pair : TeacherStudentPair
+            Student and teacher.
+        block : int or None
+            Index of the block; None for the whole model.
+        coordinates : mapping of str to Coordinates
+            By layer. A layer that has none gets a place for those that a state on disk holds.
+        before : float or None
+            Held-out loss of the student as it came, which the best state has to beat; None if there was no look.
+        """
+        names = list(pair.cores) if block is None else pair.inside(block)
+        mine = {name: coordinates.get(name) or Coordinates.plain(pair.cores[name]) for name in names}
+        return cls(Comparison(pair, block), Learner(mine, pair.config, before=before))
 
 
 class _Loop:
-    """The tasks, run side by side where there are workers for it."""
+    """The units, run side by side where there are workers for it."""
 
-    def __init__(self, pair: Pair, tasks: Sequence[Task], text: Text, config: HealingConfig) -> None:
-        self.pair, self.tasks, self.text, self.config = pair, tasks, text, config
+    def __init__(
+        self, pair: TeacherStudentPair, units: Sequence[TrainingUnit], text: Text, config: HealingConfig
+    ) -> None:
+        self.pair, self.units, self.text, self.config = pair, units, text, config
         self.pool = ThreadPoolExecutor(config.workers) if config.workers > 1 else None
 
-    def _all(self, work: Callable[[Task], Any]) -> list[Any]:
-        return list(map(work, self.tasks) if self.pool is None else self.pool.map(work, self.tasks))
+    def _all(self, work: Callable[[TrainingUnit], Any]) -> list[Any]:
+        return list(map(work, self.units) if self.pool is None else self.pool.map(work, self.units))
 
     def step(self, number: int) -> dict[str, float]:
-        """Take one step of every task; returns losses, their parts and norms, each the mean over tasks."""
+        """Take one step of every unit; returns losses, their parts and norms, each the mean over units."""
         config = self.config
         found: list[list[dict[str, float]]] = []
         tokens = 0
@@ -116,11 +168,11 @@ class _Loop:
                 batch = self.text.batch(number * config.accumulate + part)
                 tokens += _token_count(batch)
                 taught = self.pair.teach(batch)
-                found.append(self._all(lambda task: task.goal.learn(batch, taught)))  # noqa: B023
+                found.append(self._all(lambda unit: unit.comparison.learn(batch, taught)))  # noqa: B023
             losses = [_mean(each) for each in zip(*found, strict=True)]
-            of_task = dict(zip(map(id, self.tasks), losses, strict=True))
+            of_unit = dict(zip(map(id, self.units), losses, strict=True))
             steps = self._all(
-                lambda task: task.learner.step(number, config.accumulate, loss=of_task[id(task)]["loss"], tokens=tokens)
+                lambda unit: unit.learner.step(number, config.accumulate, loss=of_unit[id(unit)]["loss"], tokens=tokens)
             )
         except NumericalError as error:
             self.keep_best()
@@ -131,27 +183,27 @@ class _Loop:
         return {**_mean(losses), **_mean(steps)}
 
     def stale(self) -> bool:
-        """Say whether no task has become better for as many looks as the patience allows."""
-        return bool(self.config.patience) and all(t.learner.stale >= self.config.patience for t in self.tasks)
+        """Say whether no unit has become better for as many looks as the patience allows."""
+        return bool(self.config.patience) and all(t.learner.stale >= self.config.patience for t in self.units)
 
     def keep_best(self) -> None:
-        """Put the best state of every task into the model."""
-        for task in self.tasks:
-            task.learner.write_best_()
+        """Put the best state of every unit into the model."""
+        for unit in self.units:
+            unit.learner.write_best_()
 
-    def try_(self) -> None:
-        """Measure for every task what a step costs."""
+    def measure_prices(self) -> None:
+        """Measure for every unit what a step costs, on the first batch."""
         batch = self.text.batch(0)
         taught = self.pair.teach(batch)
-        self._all(lambda task: task.learner.try_(lambda: task.goal.look(batch, taught)["loss"]))
+        self._all(lambda unit: unit.learner.measure_price(lambda: unit.comparison.look(batch, taught)["loss"]))
 
 
-def look(pair: Pair, goals: Sequence[Goal], text: Text) -> list[dict[str, float]]:
-    """Compare on the held-out text, and return loss and parts of every goal; an empty list without such text."""
+def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text) -> list[dict[str, float]]:
+    """Compare on the held-out text, and return loss and parts of every comparison; an empty list without such text."""
     found: list[list[dict[str, float]]] = []
     for batch in text.held_out():
         taught = pair.teach(batch)
-        found.append([goal.look(batch, taught) for goal in goals])
+        found.append([comparison.look(batch, taught) for comparison in comparisons])
     return [_mean(looks) for looks in zip(*found, strict=True)]
 
 
@@ -168,8 +220,8 @@ def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def train(
-    pair: Pair,
-    tasks: Sequence[Task],
+    pair: TeacherStudentPair,
+    units: Sequence[TrainingUnit],
     text: Text,
     config: HealingConfig,
     *,
@@ -182,10 +234,10 @@ def train(
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudentPair
         Student and teacher.
-    tasks : sequence of Task
-        What learns: one task for the model, or one for each block. Tasks know nothing of each other, so neither their
+    units : sequence of TrainingUnit
+        What learns: one unit for the model, or one for each block. Units know nothing of each other, so neither their
         order nor the number of workers changes the result.
     text : Text
         What they learn from.
@@ -217,21 +269,21 @@ def train(
     OSError
         If a state cannot be written. The last one stays.
     """
-    loop = _Loop(pair, tasks, text, config)
+    loop = _Loop(pair, units, text, config)
     curve: list[dict[str, float]] = []
     done = -1
     found = None if state is None else state.read()
     if found is not None:
         tensors, known = found
-        for index, task in enumerate(tasks):
-            task.learner.restore_(_part(tensors, f"{index}/"), known["tasks"][index])
+        for index, unit in enumerate(units):
+            unit.learner.restore_(_part(tensors, f"{index}/"), known["tasks"][index])
         done, curve = int(known["step"]), known["curve"]
         log.rewind(done)
 
     def watch() -> None:
-        each = look(pair, [task.goal for task in tasks], text)
-        for task, figures in zip(tasks, each, strict=bool(each)):
-            task.learner.judge(figures["loss"])
+        each = look(pair, [unit.comparison for unit in units], text)
+        for unit, figures in zip(units, each, strict=bool(each)):
+            unit.learner.judge(figures["loss"])
         if each:
             curve.append({"step": done, **summary(each)})
             log.write("held-out", done, summary(each))
@@ -239,17 +291,17 @@ def train(
     def keep() -> None:
         if state is None:
             return
-        parts = [task.learner.state() for task in tasks]
+        parts = [unit.learner.state() for unit in units]
         tensors = {f"{i}/{name}": value for i, (part, _) in enumerate(parts) for name, value in part.items()}
         state.write(tensors, {**(facts or {}), "step": done, "curve": curve, "tasks": [kept for _, kept in parts]})
 
     if done < 0:
         done = 0
         watch()
-        for task in tasks:
-            task.learner.stale = 0  # patience is for steps
+        for unit in units:
+            unit.learner.stale = 0  # patience is for steps
         if config.steps:
-            loop.try_()
+            loop.measure_prices()
         keep()
     first, begin = done, time.perf_counter()
     with saving_memory(pair):
@@ -276,12 +328,12 @@ def _token_count(batch: Mapping[str, Any]) -> int:
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
-def saving_memory(pair: Pair) -> AbstractContextManager[None]:
+def saving_memory(pair: TeacherStudentPair) -> AbstractContextManager[None]:
     """Let blocks be run a second time in the backward pass, if the configuration says so."""
     return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)
 
 
-def _learning(pair: Pair) -> list[torch.nn.Module]:
+def _learning(pair: TeacherStudentPair) -> list[torch.nn.Module]:
     """Return the student's blocks through which gradients pass."""
     if pair.config.scope == "block":
         return [pair.student.blocks[index][1] for index in pair.student.compressed]

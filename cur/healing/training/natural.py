@@ -10,7 +10,7 @@ import torch
 from cur._lib.errors import NumericalError
 from cur.healing.pair.cores import Coordinates
 from cur.healing.pair.data import Text
-from cur.healing.training.loop import Goal
+from cur.healing.training.loop import Comparison
 
 __all__ = ["natural_step_", "search"]
 
@@ -22,7 +22,9 @@ _LEARNT, _WATCHED = 32, 8
 _FIRST, _TRIES = 0.25, 6
 
 
-def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text, *, number: int) -> dict[str, float]:
+def natural_step_(
+    comparison: Comparison, coordinates: Mapping[str, Coordinates], text: Text, *, number: int
+) -> dict[str, float]:
     r"""Move the cores of all layers along the natural gradient of a loss to where it is least, in place.
 
     In the coordinates of :class:`~cur.healing.pair.cores.Coordinates` the gradient is the Kronecker-factored natural
@@ -32,8 +34,8 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
 
     Parameters
     ----------
-    goal : Goal
-        What is compared with the teacher.
+    comparison : Comparison
+        The loss: of the whole model, or of one block.
     coordinates : mapping of str to Coordinates
         By layer; they begin anew where the step leads.
     text : Text
@@ -54,13 +56,12 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
     """
     each = min(-(-_LEARNT // text.batch_size), text.count // text.batch_size)
     batches = [text.batch(number * each + place) for place in range(each)]
-    watched = [
-        (batch, goal.pair.teach(batch)) for batch in (text.held_out() or batches)[: -(-_WATCHED // text.batch_size)]
-    ]
+    seen = (text.held_out() or batches)[: -(-_WATCHED // text.batch_size)]
+    watched = [(batch, comparison.pair.teach(batch)) for batch in seen]
     start = {name: one.core.value for name, one in coordinates.items()}
     try:
         with torch.enable_grad():
-            losses = [goal.learn(batch, goal.pair.teach(batch))["loss"] for batch in batches]
+            losses = [comparison.learn(batch, comparison.pair.teach(batch))["loss"] for batch in batches]
         way = {name: one.take_gradient() / each for name, one in coordinates.items()}
         square = sum(float(part.square().sum()) for part in way.values())
         if not math.isfinite(square):
@@ -71,7 +72,7 @@ def natural_step_(goal: Goal, coordinates: Mapping[str, Coordinates], text: Text
             try:
                 for name, one in coordinates.items():
                     one.write_(-length * whole * way[name])
-                return sum(goal.look(batch, taught)["loss"] for batch, taught in watched) / len(watched)
+                return sum(comparison.look(batch, taught)["loss"] for batch, taught in watched) / len(watched)
             except NumericalError:
                 if length == 0:
                     raise

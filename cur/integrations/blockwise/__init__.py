@@ -1,29 +1,34 @@
 """Models larger than memory, and runs of several processes: the same results, block by block.
 
-:func:`load_skeleton` opens a checkpoint without its weights; :func:`compress_blockwise` and
+:func:`load_streamed` opens a checkpoint without its weights; :func:`compress_blockwise` and
 :func:`perplexity_blockwise` do with it what :func:`~cur.integrations.compress` and :func:`~cur.integrations.perplexity`
 do with a model in memory.
 """
 
-from cur.integrations.blockwise.distributed import Team, TeamError
+from cur._lib.moved import former_names
+from cur.integrations.blockwise.distributed import ProcessGroup, ProcessGroupError
 from cur.integrations.blockwise.journal import JournalError
 from cur.integrations.blockwise.memory import available_memory, fits
 from cur.integrations.blockwise.run import compress_blockwise
 from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.files.header import ShardError
 from cur.integrations.files.shards import Shards
 
 __all__ = [
     "JournalError",
+    "ProcessGroup",
+    "ProcessGroupError",
     "ShardError",
     "Shards",
-    "Skeleton",
-    "Team",
-    "TeamError",
+    "StreamedModel",
     "available_memory",
     "compress_blockwise",
     "fits",
-    "load_skeleton",
+    "load_streamed",
     "perplexity_blockwise",
 ]
+
+__getattr__ = former_names(
+    __name__, ("cur.integrations.blockwise.streamed_model", "cur.integrations.blockwise.distributed")
+)

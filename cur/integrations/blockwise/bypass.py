@@ -11,26 +11,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from cur.integrations.blockwise.hidden_states import States
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.hidden_states import HiddenStates
+from cur.integrations.blockwise.streamed_model import StreamedModel
+from cur.integrations.model.blocks import BlockCall, unpack
+from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
-__all__ = ["Tunnel"]
+__all__ = ["Bypass"]
 
 
-class Tunnel:
+class Bypass:
     """The blocks of a model, bypassed but one.
 
     Parameters
     ----------
-    skeleton : Skeleton
+    streamed : StreamedModel
         The model. Its forward passes are of this kind while :meth:`open` lasts.
-    states : States
+    states : HiddenStates
         Where the outputs of blocks are kept.
 
     Attributes
@@ -41,33 +44,54 @@ class Tunnel:
         Whether what the active block returns is stored.
     """
 
-    def __init__(self, skeleton: Skeleton, states: States) -> None:
-        self.skeleton = skeleton
+    def __init__(self, streamed: StreamedModel, states: HiddenStates) -> None:
+        self.streamed = streamed
         self.states = states
         self.active = 0
         self.recording = False
-        self._ends = _ends([len(stack) for stack in skeleton.stacks])
+        self._ends = _ends([len(stack) for stack in streamed.stacks])
         self._batch = ""
         self._latest: Any = None
+        self._pack: Callable[[Any], Any] | None = None
         self._stored: dict[int, Any] = {}
         self._calls: dict[str, int] = {}
 
     @contextmanager
-    def open(self) -> Iterator[Tunnel]:
+    def open(self) -> Iterator[Bypass]:
         """Bypass the blocks while this lasts."""
-        blocks = [block for _, block in self.skeleton.blocks]
-        tables = self.skeleton.embeddings()
-        before = body(self.skeleton.model).register_forward_pre_hook(self._start, with_kwargs=True)
-        for number, block in enumerate(blocks):
-            block.forward = self._block(number, block.forward)
-        for name, table in tables.items():
-            table.forward = self._table(name, table, table.forward)  # type: ignore[method-assign]
-        try:
+        blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
+        tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
+        with hooked([(body(self.streamed.model), "before", self._start)]), forwards_replaced([*blocks, *tables]):
             yield self
+
+    @contextmanager
+    def at(self, index: int, *, recording: bool = True) -> Iterator[None]:
+        """Have a block in memory and let it run while this lasts; the embeddings, stored by then, go with the first.
+
+        Parameters
+        ----------
+        index : int
+            Number of the block.
+        recording : bool, default True
+            Whether what it returns is stored.
+        """
+        self.streamed.load_block(index)
+        self.active, self.recording = index, recording
+        try:
+            yield
         finally:
-            before.remove()
-            for module in (*blocks, *tables.values()):
-                del module.forward
+            self.recording = False
+        self.streamed.free_block(index)
+        if index == 0:
+            self.streamed.free_embeddings()
+
+    def drop_before(self, index: int, *, keep: str | None = None) -> None:
+        """Remove what the block before one returned, but for one batch.
+
+        What the last block of a stack returned stays: the next stack may need it.
+        """
+        if index not in self.streamed.starts:
+            self.states.drop(self.place(index - 1), keep=keep)
 
     def place(self, number: int) -> str:
         """Return the name under which the outputs of a block are stored."""
@@ -93,6 +117,7 @@ class Tunnel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if number == self.active:
                 self._latest = original(*args, **kwargs)
+                _, self._pack = unpack(self._latest)
                 if self.recording:
                     self.states.write(self.place(number), self._batch, self._latest)
                 return self._latest
@@ -110,7 +135,8 @@ class Tunnel:
         if last not in self._stored:
             place = self.place(last)
             if self.active == len(self._ends) and not self.states.has(place, self._batch):
-                return args[0] if args else kwargs["hidden_states"]
+                hidden, _ = BlockCall.of(args, kwargs)
+                return hidden if self._pack is None else self._pack(hidden)
             self._stored[last] = self.states.read(place, self._batch)
         return self._stored[last]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cur.integrations.blockwise.bypass import Tunnel
-from cur.integrations.blockwise.distributed import Team
-from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise.bypass import Bypass
+from cur.integrations.blockwise.distributed import ProcessGroup
+from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.files.tensor_file import TensorFile
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.statistics import Statistics, by_stack
@@ -34,7 +34,7 @@ class Calibration:
 
     Parameters
     ----------
-    skeleton : Skeleton
+    streamed : StreamedModel
         The model.
     given : sequence
         Batches, all of them; each process runs its share.
@@ -42,7 +42,7 @@ class Calibration:
         Layers to measure.
     journal : Journal
         Where statistics are kept, block by block.
-    team : Team
+    group : ProcessGroup
         The processes.
     full : bool
         Whether full second moments are gathered.
@@ -60,39 +60,39 @@ class Calibration:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        streamed: StreamedModel,
         given: Sequence[Any],
         names: Sequence[str],
         *,
         journal: Journal,
-        team: Team,
+        group: ProcessGroup,
         full: bool,
         precision: Precision,
         stored: Path | None = None,
     ) -> None:
-        if len(given) < team.size:
+        if len(given) < group.size:
             raise ValueError(
-                f"{team.size} processes share {len(given)} batches of calibration text: start no more processes than "
+                f"{group.size} processes share {len(given)} batches of calibration text: start no more processes than "
                 "batches, or lower `batch_size`"
             )
-        self.skeleton = skeleton
+        self.streamed = streamed
         self.given = list(given)
         self.names = list(names)
         self.journal = journal
-        self.team = team
+        self.group = group
         self.full = full
         self.precision = precision
         self.stored = stored
         self.running = self.given if stored is None else self.given[:1]
-        self.states = States(journal.directory / "states", skeleton.device)
-        self.tunnel = Tunnel(skeleton, self.states)
+        self.states = HiddenStates(journal.directory / "states", streamed.device)
+        self.bypass = Bypass(streamed, self.states)
         self.earlier = 0.0
-        self._inputs = body(skeleton.model)
+        self._inputs = body(streamed.model)
 
     def of_block(self, index: int) -> Statistics:
         """Return the statistics of one block, as they were stored."""
         if self.stored is not None:
-            inside = f"{self.skeleton.blocks[index][0]}."
+            inside = f"{self.streamed.blocks[index][0]}."
             return Statistics.load(self.stored, modules=[name for name in self.names if name.startswith(inside)])
         return Statistics.load(self._file(index))
 
@@ -104,21 +104,21 @@ class Calibration:
         Statistics
             Of all blocks, without second moments, which :meth:`of_block` has.
         """
-        own = self.team.share(self.running)
-        count = len(self.skeleton.blocks)
-        spent = self.team.agree(self._finished())
+        own = self.group.share(self.running)
+        count = len(self.streamed.blocks)
+        spent = self.group.agree(self._finished())
         # The states of another number of processes, or of a run that was killed, may be incomplete.
-        if 0 < len(spent) < count and not all(self.team.gather(self._ready(len(spent) - 1, own))):
+        if 0 < len(spent) < count and not all(self.group.gather(self._ready(len(spent) - 1, own))):
             spent = []
         first, self.earlier = len(spent), sum(spent)
-        with self.tunnel.open():
+        with self.bypass.open():
             if first < count:
-                self.skeleton.load_outside()
+                self.streamed.load_outside()
                 if first > 0:
-                    self.skeleton.free_embeddings()
+                    self.streamed.free_embeddings()
             for index in range(first, count):
                 self._measure(index, own, progress)
-        self.skeleton.free_outside()
+        self.streamed.free_outside()
         return self._merged() if self.stored is None else Statistics.load(self.stored, moments=False)
 
     def save(self, path: Path) -> None:
@@ -126,7 +126,7 @@ class Calibration:
         whole = self._merged()
         shared: dict[str, dict[str, str]] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for index in range(len(self.skeleton.blocks)):
+        for index in range(len(self.streamed.blocks)):
             with safe_open(self._file(index), framework="pt") as part:
                 for kind, owners in json.loads(part.metadata()["facts"])["shared"].items():
                     shared.setdefault(kind, {}).update(owners)
@@ -138,7 +138,7 @@ class Calibration:
         scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             file = TensorFile(scratch, tensors, whole.metadata(shared))
-            for index in range(len(self.skeleton.blocks)):
+            for index in range(len(self.streamed.blocks)):
                 with safe_open(self._file(index), framework="pt") as part:
                     for key in set(part.keys()) - {"angles"}:
                         file.write(key, part.get_tensor(key))
@@ -152,7 +152,7 @@ class Calibration:
     def _finished(self) -> list[float]:
         """Return the seconds of all blocks, from the first on, whose statistics are there."""
         spent: list[float] = []
-        for index in range(len(self.skeleton.blocks)):
+        for index in range(len(self.streamed.blocks)):
             facts = self.journal.facts(_step(index))
             if facts is None:
                 break
@@ -160,18 +160,18 @@ class Calibration:
         return spent
 
     def _keys(self, batches: Sequence[Any]) -> list[str]:
-        return [self.tunnel.key(model_inputs(self._inputs, batch)) for batch in batches]
+        return [self.bypass.key(model_inputs(self._inputs, batch)) for batch in batches]
 
     def _ready(self, index: int, own: Sequence[Any]) -> bool:
         """Say whether all that block `index + 1` needs is stored and intact."""
-        places = [self.tunnel.place(index), *self.states.places("embedding-")]
-        places += [self.tunnel.place(end - 1) for end in self.skeleton.starts if 0 < end <= index]
+        places = [self.bypass.place(index), *self.states.places("embedding-")]
+        places += [self.bypass.place(end - 1) for end in self.streamed.starts if 0 < end <= index]
         return all(self.states.intact(place, key) for place in places for key in self._keys(own))
 
     def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
-        name = self.skeleton.blocks[index][0]
+        name = self.streamed.blocks[index][0]
         before = index * len(self.running)
-        whole = len(self.skeleton.blocks) * len(self.running)
+        whole = len(self.streamed.blocks) * len(self.running)
         each = len(self.running) / max(len(own), 1)
         begin = time.perf_counter()
         done = 0
@@ -182,12 +182,10 @@ class Calibration:
             if progress is not None:
                 progress(before + round(done * each), whole)
 
-        self.skeleton.load_block(index)
-        self.tunnel.active, self.tunnel.recording = index, True
-        try:
+        with self.bypass.at(index):
             if self.stored is None:
                 statistics = collect(
-                    self.skeleton.model,
+                    self.streamed.model,
                     own,
                     modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
                     moments="full" if self.full else "diagonal",
@@ -196,36 +194,30 @@ class Calibration:
                     progress=step,
                 )
             else:
-                with evaluating(self.skeleton.model), self.precision.products():
+                with evaluating(self.streamed.model), self.precision.products():
                     for batch in own:
                         run(self._inputs, model_inputs(self._inputs, batch))
                         step()
-        finally:
-            self.tunnel.recording = False
-        self.skeleton.free_block(index)
-        if index == 0:
-            self.skeleton.free_embeddings()
         files = []
         if self.stored is None:
-            statistics = self.team.reduce(statistics)
+            statistics = self.group.reduce(statistics)
             files.append(self._file(index))
-        if self.team.leads:
+        if self.group.leads:
             for file in files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
             self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin)
-        self.team.agree(True)  # nobody removes what a run that is killed now would need
-        if index not in self.skeleton.starts and self.team.leads:
-            # What the last block of a stack returned may be needed by the next stack. The first batch stays everywhere:
-            # on it the change of each layer's output is measured.
-            self.states.drop(self.tunnel.place(index - 1), keep=self._keys(self.given[:1])[0])
+        self.group.agree(True)  # nobody removes what a run that is killed now would need
+        if self.group.leads:
+            # The first batch stays everywhere: on it the change of each layer's output is measured.
+            self.bypass.drop_before(index, keep=self._keys(self.given[:1])[0])
 
     def _file(self, index: int) -> Path:
         return self.journal.directory / "statistics" / f"{index:04}.safetensors"
 
     def _merged(self) -> Statistics:
-        parts = [self.of_block(index) for index in range(len(self.skeleton.blocks))]
-        names = tuple(name for name, _ in self.skeleton.blocks)
+        parts = [self.of_block(index) for index in range(len(self.streamed.blocks))]
+        names = tuple(name for name, _ in self.streamed.blocks)
         return replace(
             parts[0],
             square_sums=_united([part.square_sums for part in parts]),

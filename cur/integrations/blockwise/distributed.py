@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cur._lib.errors import CURError
 from cur.integrations.measure.statistics import Statistics
 
-__all__ = ["Team", "TeamError"]
+__all__ = ["ProcessGroup", "ProcessGroupError"]
 
 T = TypeVar("T")
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
 
 
-class TeamError(CURError, RuntimeError):
+class ProcessGroupError(CURError, RuntimeError):
     """Another process of the run has ended."""
 
 
-class Team:
+class ProcessGroup:
     """The processes of a run; one where ``torchrun`` started none.
 
     Attributes
@@ -51,7 +51,7 @@ class Team:
         return self.rank == 0
 
     @contextmanager
-    def joined(self, device: torch.device | None = None) -> Iterator[Team]:
+    def joined(self, device: torch.device | None = None) -> Iterator[ProcessGroup]:
         """Meet the other processes, and part from them at the end.
 
         Parameters
@@ -136,7 +136,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TeamError(
+        raise ProcessGroupError(
             "another process of this run has ended or cannot be reached; what was finished is kept: start the same "
             f"command again and it goes on from there ({str(error).strip().splitlines()[0][:200]})"
         ) from error

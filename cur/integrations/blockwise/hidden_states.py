@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-__all__ = ["States"]
+__all__ = ["HiddenStates"]
 
 _SUFFIX = ".safetensors"
 
 
-class States:
+class HiddenStates:
     """Outputs of modules, one file for each module and batch.
 
     Parameters

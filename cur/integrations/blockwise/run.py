@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cur._lib.versions import versions
 from cur.integrations.blockwise.calibrate import text_hash
-from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.source import Streamed
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.compress import compress_to
 from cur.integrations.files.directory import check_target
 from cur.integrations.files.reading import digest_of
@@ -39,7 +39,7 @@ text is written word by word, and corrected layers are fitted to what the compre
 
 
 def compress_blockwise(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     calibration: Tensor | Iterable[Mapping[str, Tensor]],
     directory: str | os.PathLike[str],
     config: CompressConfig | BudgetConfig | Plan | None = None,
@@ -66,8 +66,8 @@ def compress_blockwise(
 
     Parameters
     ----------
-    skeleton : Skeleton
-        What :func:`load_skeleton` returns.
+    streamed : StreamedModel
+        What :func:`load_streamed` returns.
     calibration : Tensor or iterable of mapping
         Token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
     directory : path
@@ -105,7 +105,7 @@ def compress_blockwise(
         If another run writes to the same directory, or an unfinished one was begun with other inputs.
     ShardError
         If the checkpoint is damaged.
-    TeamError
+    ProcessGroupError
         If another process of the run has ended.
     OSError
         If the disk is full; what was finished is kept.
@@ -114,25 +114,25 @@ def compress_blockwise(
     _refuse(asked)
     target = check_target(directory, overwrite=overwrite)
     given = as_batches(calibration, asked.batch_size)
-    check_windows(skeleton.model, given, name="calibration")
+    check_windows(streamed.model, given, name="calibration")
     if held_out is not None:
-        check_windows(skeleton.model, held_out, name="held_out")
+        check_windows(streamed.model, held_out, name="held_out")
     journal = Journal(target)
     file = None if statistics is None else Path(statistics).expanduser().absolute()
-    with Team().joined(skeleton.device) as team:
-        passes = _agreed(team, journal, skeleton, precision, announce)
+    with ProcessGroup().joined(streamed.device) as group:
+        passes = _agreed(group, journal, streamed, precision, announce)
         source = Streamed(
-            skeleton,
+            streamed,
             given,
             journal=journal,
-            team=team,
+            group=group,
             precision=passes,
             file=file,
             progress=progress,
             announce=announce,
         )
         source.check(asked)
-        _begin(team, journal, _inputs(source, asked, held_out))
+        _begin(group, journal, _inputs(source, asked, held_out))
         try:
             with journal.explaining(target):
                 report = compress_to(
@@ -140,8 +140,8 @@ def compress_blockwise(
                 )
         finally:
             journal.release()
-        team.gather(None)
-        if team.leads:
+        group.gather(None)
+        if group.leads:
             journal.remove()
     return report
 
@@ -169,40 +169,40 @@ def _refuse(config: Asked) -> None:
 
 def _inputs(source: Streamed, asked: Asked, held_out: Tensor | None) -> dict[str, Any]:
     """Return everything that the result depends on."""
-    skeleton, given = source.skeleton, source.text
+    streamed, given = source.streamed, source.text
     decided = asked.to_dict() if isinstance(asked, Plan) else asdict(asked)
     return {
-        "checkpoint": skeleton.shards.digest(),
-        "calibration text": text_hash(skeleton.model, given),
+        "checkpoint": streamed.shards.digest(),
+        "calibration text": text_hash(streamed.model, given),
         "number of windows in a pass": [
-            len(next(iter(model_inputs(skeleton.model, batch).values()))) for batch in given
+            len(next(iter(model_inputs(streamed.model, batch).values()))) for batch in given
         ],
         "configuration": {"kind": type(asked).__name__, **decided},
         "statistics": None if source.stored is None else digest_of(source.stored),
-        "held-out text": None if held_out is None else text_hash(skeleton.model, [held_out]),
-        "dtype": str(skeleton.dtype),
+        "held-out text": None if held_out is None else text_hash(streamed.model, [held_out]),
+        "dtype": str(streamed.dtype),
         "precision": source.precision.name,
         "versions": versions(),
     }
 
 
 def _agreed(
-    team: Team, journal: Journal, skeleton: Skeleton, asked: str, announce: Callable[[str], object] | None
+    group: ProcessGroup, journal: Journal, streamed: StreamedModel, asked: str, announce: Callable[[str], object] | None
 ) -> Precision:
     """Return the precision of all processes; what one of them cannot do is raised by all."""
-    kept = team.agree(journal.begun_with("precision"))
+    kept = group.agree(journal.begun_with("precision"))
     met: ValueError | None = None
     name = ""
     try:
-        name = Precision.on(skeleton.device, skeleton.dtype, continued(asked, kept, journal.directory)).name
+        name = Precision.on(streamed.device, streamed.dtype, continued(asked, kept, journal.directory)).name
     except ValueError as error:
         met = error
-    errors = [error for error in team.gather(met) if error is not None]
+    errors = [error for error in group.gather(met) if error is not None]
     if errors:
         raise errors[0]
-    names = team.gather(name)
-    agreed = Precision.on(skeleton.device, skeleton.dtype, name if len(set(names)) == 1 else "float32")
-    if announce is not None and team.leads:
+    names = group.gather(name)
+    agreed = Precision.on(streamed.device, streamed.dtype, name if len(set(names)) == 1 else "float32")
+    if announce is not None and group.leads:
         if len(set(names)) > 1:
             fastest = ", ".join(f"{names.count(each)} in {each}" for each in sorted(set(names)))
             announce(
@@ -214,14 +214,14 @@ def _agreed(
     return agreed
 
 
-def _begin(team: Team, journal: Journal, inputs: Mapping[str, Any]) -> None:
+def _begin(group: ProcessGroup, journal: Journal, inputs: Mapping[str, Any]) -> None:
     """Let rank 0 take the lock; what it meets is raised by all."""
     met: Exception | None = None
-    if team.leads:
+    if group.leads:
         try:
             journal.begin(inputs)
         except (OSError, ValueError) as error:
             met = error
-    met = team.agree(met)
+    met = group.agree(met)
     if met is not None:
         raise met

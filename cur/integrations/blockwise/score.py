@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from cur.integrations.blockwise.bypass import Tunnel
-from cur.integrations.blockwise.hidden_states import States
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.bypass import Bypass
+from cur.integrations.blockwise.hidden_states import HiddenStates
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.limits import check_windows
@@ -23,7 +23,7 @@ __all__ = ["perplexity_blockwise"]
 
 
 def perplexity_blockwise(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     windows: torch.Tensor,
     /,
     *,
@@ -39,8 +39,8 @@ def perplexity_blockwise(
 
     Parameters
     ----------
-    skeleton : Skeleton
-        What :func:`load_skeleton` returns; the checkpoint may be compressed.
+    streamed : StreamedModel
+        What :func:`load_streamed` returns; the checkpoint may be compressed.
     windows : torch.Tensor
         int64, shape (count, length).
     batch_size : int, default 1
@@ -63,38 +63,32 @@ def perplexity_blockwise(
         As :func:`~cur.integrations.perplexity`.
     """
     start = time.perf_counter()
-    model, count = skeleton.model, len(skeleton.blocks)
+    model, count = streamed.model, len(streamed.blocks)
     parts = batches(windows, batch_size=batch_size)
     output_head(model)
     check_windows(model, windows)
     total = (count + 1) * len(windows)
     inner = body(model)
     with tempfile.TemporaryDirectory(prefix="cur-", dir=scratch) as directory:
-        tunnel = Tunnel(skeleton, States(Path(directory), skeleton.device))
-        passes = Precision.on(skeleton.device, skeleton.dtype, precision)
-        with tunnel.open(), evaluating(model), eager_experts(model):
-            skeleton.load_outside()
-            tunnel.recording = True
+        bypass = Bypass(streamed, HiddenStates(Path(directory), streamed.device))
+        passes = Precision.on(streamed.device, streamed.dtype, precision)
+        with bypass.open(), evaluating(model), eager_experts(model):
+            streamed.load_outside()
             for index in range(count):
-                skeleton.load_block(index)
-                tunnel.active = index
-                for number, batch in enumerate(parts):
-                    with passes.products():
-                        run(inner, model_inputs(inner, batch))
-                    if progress is not None:
-                        progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
-                skeleton.free_block(index)
-                if index == 0:
-                    skeleton.free_embeddings()
-                elif index not in skeleton.starts:
-                    tunnel.states.drop(tunnel.place(index - 1))
-            tunnel.active, tunnel.recording = count, False
-            skeleton.load_outside(head=True)
+                with bypass.at(index):
+                    for number, batch in enumerate(parts):
+                        with passes.products():
+                            run(inner, model_inputs(inner, batch))
+                        if progress is not None:
+                            progress(index * len(windows) + min((number + 1) * batch_size, len(windows)), total)
+                bypass.drop_before(index)
+            bypass.active = count
+            streamed.load_outside(head=True)
 
             def watch(done: int, _: int | None) -> None:
                 if progress is not None:
                     progress(count * len(windows) + done, total)
 
             result = perplexity(model, windows, batch_size=batch_size, precision=passes.name, progress=watch)
-            skeleton.free_outside()
+            streamed.free_outside()
     return replace(result, seconds=time.perf_counter() - start)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cur.integrations.blockwise.calibrate import Calibration
-from cur.integrations.blockwise.distributed import Team
+from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.streamed_model import Skeleton, load_skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
@@ -49,13 +49,13 @@ class Streamed(Source):
 
     Parameters
     ----------
-    skeleton : Skeleton
+    streamed : StreamedModel
         The model.
     text : list
         Batches, all of them; each process runs its share.
     journal : Journal
         Of the run; statistics, hidden states and factors lie in its directory.
-    team : Team
+    group : ProcessGroup
         The processes.
     precision : Precision
         Of the products in passes over text, the same in all processes.
@@ -79,27 +79,27 @@ class Streamed(Source):
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        streamed: StreamedModel,
         text: list[Any],
         *,
         journal: Journal,
-        team: Team,
+        group: ProcessGroup,
         precision: Precision,
         file: Path | None = None,
         progress: StageProgress | None = None,
         announce: Callable[[str], object] | None = None,
     ) -> None:
-        self.skeleton = skeleton
-        self.model = skeleton.model
+        self.streamed = streamed
+        self.model = streamed.model
         self.text = text
         self.journal = journal
-        self.team = team
-        self.leads = team.leads
+        self.group = group
+        self.leads = group.leads
         self.precision = precision
         self.progress = progress
-        self.announce = announce if announce is not None and team.leads else silent
+        self.announce = announce if announce is not None and group.leads else silent
         self.clock = Clock()
-        self.before = replace(model_size(self.model), file_bytes=weight_bytes(skeleton.shards.directory))
+        self.before = replace(model_size(self.model), file_bytes=weight_bytes(streamed.shards.directory))
         self.compressed: Any = None
         self._file = file
         # What this run wrote itself, before it was ended, is not what it was begun with.
@@ -124,7 +124,7 @@ class Streamed(Source):
     def measure(self, names: Sequence[str], asked: Asked, *, own_text: float = 0.0) -> Statistics:
         """Measure what is not measured yet; second moments stay on disk."""
         statistics = self._measured(names, asked)
-        if self._file is not None and self.team.leads:
+        if self._file is not None and self.group.leads:
             self._measuring.save(self._file)
             self.journal.finish(_SAVED)
         return statistics
@@ -136,8 +136,8 @@ class Streamed(Source):
     def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
         """Factor block after block, each process a share of them; factors go to disk."""
         with self.clock.stage("outputs"):
-            self.skeleton.load_outside()
-            self.skeleton.free_embeddings()
+            self.streamed.load_outside()
+            self.streamed.free_embeddings()
         named = {entry.name: entry for entry in plan.entries}
         blocks = self.by_block(list(named))
         comparing = 0.0
@@ -147,8 +147,8 @@ class Streamed(Source):
                 part = replace(plan, entries=tuple(named[name] for name in names))
                 layers, reports = decompose(self.model, part, self.statistics_of(index))
                 middle = time.perf_counter()
-                self._measuring.tunnel.active = index
-                with self._measuring.tunnel.open():
+                self._measuring.bypass.active = index
+                with self._measuring.bypass.open():
                     changes = output_changes(self.model, layers, self.text[0])
                 outputs = time.perf_counter() - middle
                 comparing += outputs
@@ -163,7 +163,7 @@ class Streamed(Source):
                 self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
         self.clock.add("decompose", -comparing)
         self.clock.add("outputs", comparing)
-        self.skeleton.free_outside()
+        self.streamed.free_outside()
         found: dict[str, LayerReport] = {}
         for index in blocks:
             facts = self.journal.facts(f"factors-{index:04}") or {}
@@ -192,11 +192,11 @@ class Streamed(Source):
             return math.nan
         facts = self.journal.facts(stage)
         if facts is None:
-            skeleton = self.skeleton
+            streamed = self.streamed
             if written is not None:
-                skeleton = load_skeleton(written, dtype=skeleton.dtype, device=skeleton.device)
+                streamed = load_streamed(written, dtype=streamed.dtype, device=streamed.device)
             scored = perplexity_blockwise(
-                skeleton,
+                streamed,
                 windows,
                 precision=self.precision.name,
                 scratch=self.journal.directory,
@@ -210,21 +210,21 @@ class Streamed(Source):
         self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str
     ) -> CompressionReport:
         """Write the checkpoint tensor by tensor, one block of the dense model in memory at a time."""
-        skeleton = self.skeleton
+        streamed = self.streamed
 
         def write(place: Path) -> CompressionReport:
-            kept = fill(self.compressed, skeleton, place, max_shard_size, replaced=self.factors, progress=self.progress)
+            kept = fill(self.compressed, streamed, place, max_shard_size, replaced=self.factors, progress=self.progress)
             return replace(report, kept=kept)
 
         with self.clock.stage("write"):
             save(
                 self.compressed,
-                skeleton.tokenizer,
+                streamed.tokenizer,
                 target,
                 report=report,
                 overwrite=overwrite,
                 max_shard_size=max_shard_size,
-                source=source_of(skeleton.model) or skeleton.shards.directory,
+                source=source_of(streamed.model) or streamed.shards.directory,
                 weights=write,
             )
         return replace(CompressionReport.load(target / REPORT), seconds=self.clock.seconds)
@@ -243,7 +243,7 @@ class Streamed(Source):
     def by_block(self, names: Sequence[str]) -> dict[int, list[str]]:
         """Return the names of layers by the number of the block that they are in."""
         found: dict[int, list[str]] = {}
-        for index, (block, _) in enumerate(self.skeleton.blocks):
+        for index, (block, _) in enumerate(self.streamed.blocks):
             inside = [name for name in names if name.startswith(f"{block}.")]
             if inside:
                 found[index] = inside
@@ -253,7 +253,7 @@ class Streamed(Source):
         self, blocks: dict[int, list[str]], stage: str, *, step: str | None = None
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others."""
-        own = self.team.share(list(blocks))
+        own = self.group.share(list(blocks))
         total = sum(len(blocks[index]) for index in own)
         done = 0
         for index in own:
@@ -264,14 +264,14 @@ class Streamed(Source):
                 for name, seconds in facts["seconds"].items():
                     self.clock.add(name, seconds)
             else:
-                self.skeleton.load_block(index)
+                self.streamed.load_block(index)
                 with unrolled(self.model):
                     yield index, blocks[index]
-                self.skeleton.free_block(index)
+                self.streamed.free_block(index)
             done += len(blocks[index])
         if self.progress is not None:
             self.progress(stage, total, total)
-        self.team.gather(None)
+        self.group.gather(None)
 
     @property
     def _measuring(self) -> Calibration:
@@ -280,11 +280,11 @@ class Streamed(Source):
 
     def _measured(self, names: Sequence[str], asked: Asked) -> Statistics:
         self._calibration = Calibration(
-            self.skeleton,
+            self.streamed,
             self.text,
             names,
             journal=self.journal,
-            team=self.team,
+            group=self.group,
             full=asked.needs_moments,
             precision=self.precision,
             stored=self.stored,
@@ -311,7 +311,7 @@ class _Blocks(Layers):
             yield inside, self.source.statistics_of(index)
 
     def gather(self, found: dict[str, T]) -> dict[str, T]:
-        return {name: value for part in self.source.team.gather(found) for name, value in part.items()}
+        return {name: value for part in self.source.group.gather(found) for name, value in part.items()}
 
 
 def _empty(report: LayerReport, dense: nn.Module) -> CompressedLinear:

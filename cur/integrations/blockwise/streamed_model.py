@@ -22,10 +22,10 @@ from cur.integrations.model.running import body
 from cur.integrations.model.stored_tensors import conversions, names_in_model
 from cur.integrations.model.targets import block_stacks
 
-__all__ = ["Skeleton", "load_skeleton"]
+__all__ = ["StreamedModel", "load_streamed"]
 
 
-class Skeleton:
+class StreamedModel:
     """A model on the meta device, and the shards that its parts are loaded from.
 
     transformers' own loader fills a part, given the tensors of that part alone; so whatever it does to weights on the
@@ -217,13 +217,13 @@ class Skeleton:
             self.model._init_weights(module)
 
 
-def load_skeleton(
+def load_streamed(
     model: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-) -> Skeleton:
+) -> StreamedModel:
     """Open a checkpoint without its weights.
 
     Parameters
@@ -239,7 +239,7 @@ def load_skeleton(
 
     Returns
     -------
-    Skeleton
+    StreamedModel
 
     Raises
     ------
@@ -261,4 +261,4 @@ def load_skeleton(
     with quiet():
         opened = open_checkpoint(directory, str(model), dtype=dtype, hollow=True, trust_remote_code=trust_remote_code)
     set_origin_(opened.model, Origin(source=where, unread=opened.unread, kept=read_kept(directory)))
-    return Skeleton(opened.model, opened.tokenizer, shards, torch.device(device))
+    return StreamedModel(opened.model, opened.tokenizer, shards, torch.device(device))

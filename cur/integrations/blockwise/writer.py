@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from cur.integrations.blockwise.streamed_model import Skeleton
+from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.files.tensor_file import INDEX, PATTERN, TensorFile
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.origin import KeptDigest, changed_modules, kept_names
@@ -89,7 +89,7 @@ class CheckpointWriter:
 
 def fill(
     final: Any,
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     directory: Path,
     max_shard_size: int | str,
     *,
@@ -102,14 +102,14 @@ def fill(
     ----------
     final : PreTrainedModel
         On the meta device.
-    skeleton : Skeleton
+    streamed : StreamedModel
         Where everything comes from that is not replaced.
     directory : Path
         Where the files go.
     max_shard_size : int or str
         Largest size of one file.
     replaced : callable
-        Returns, for the number of a block, tensors by name that are new or other than the skeleton's.
+        Returns, for the number of a block, tensors by name that are new or other than the streamed's.
     progress : callable, optional
         Called as ``progress("write", done, total)``, in blocks.
 
@@ -118,20 +118,20 @@ def fill(
     str
         Hash of the parameters that were kept, as :func:`~cur.integrations.model.origin.kept_digest` has it.
     """
-    count = len(skeleton.blocks)
+    count = len(streamed.blocks)
     kept, digest = set(kept_names(final, changed_modules(final))), KeptDigest()
     with CheckpointWriter(final, directory, max_shard_size) as writer:
-        for name in skeleton.outside():  # one by one: embeddings and head can be larger than a block
+        for name in streamed.outside():  # one by one: embeddings and head can be larger than a block
             if name in writer:
-                tensor = skeleton.load_tensor(name)
+                tensor = streamed.load_tensor(name)
                 writer.write(name, tensor)
                 if name in kept:
                     digest.add(name, tensor)
-                skeleton.free_outside()
-        for index, (block, module) in enumerate(skeleton.blocks):
+                streamed.free_outside()
+        for index, (block, module) in enumerate(streamed.blocks):
             if progress is not None:
                 progress("write", index, count)
-            skeleton.load_block(index)
+            streamed.load_block(index)
             tensors = {f"{block}.{key}": value for key, value in module.state_dict().items()}
             with unrolled(module):
                 tensors |= {f"{block}.{key}": value for key, value in module.state_dict().items()}
@@ -142,7 +142,7 @@ def fill(
                         if name in kept:
                             digest.add(name, tensor)
             del tensors
-            skeleton.free_block(index)
+            streamed.free_block(index)
         if progress is not None:
             progress("write", count, count)
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from cur.bounds import Certificate
 from cur.decompose import deim_cur
 from cur.factors import CUR, Interpolative
 from cur.integrations.measure.moments import Moments, x_norm
-from cur.integrations.measure.propagation import Arriving
+from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
 from cur.integrations.plan.importance import guide, link_weights
@@ -41,7 +41,7 @@ def factorize(
     *,
     dtype: torch.dtype,
     seed: int,
-    arriving: Arriving | None = None,
+    propagated: InputMoments | None = None,
     correction: float = 0.0,
 ) -> tuple[CompressedLinear, LayerReport]:
     """Factor the weight of a layer as its entry says.
@@ -58,10 +58,10 @@ def factorize(
         Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
     seed : int
         Of every random choice.
-    arriving : Arriving, optional
+    propagated : InputMoments, optional
         To fit the layer to the inputs that compressed layers before it give. Not for the method ``"cur"``.
     correction : float, default 0.0
-        See :meth:`Arriving.problem`.
+        See :meth:`InputMoments.problem`.
 
     Returns
     -------
@@ -85,7 +85,7 @@ def factorize(
     if entry.method == "cur":
         done = _columns_and_rows(W, entry, moments, seed)
     else:
-        done = _under_moments(W, entry, moments, arriving, correction)
+        done = _under_moments(W, entry, moments, propagated, correction)
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
@@ -190,19 +190,19 @@ def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) 
 
 
 def _under_moments(
-    W: Tensor, entry: PlanEntry, moments: Moments, arriving: Arriving | None, correction: float
+    W: Tensor, entry: PlanEntry, moments: Moments, propagated: InputMoments | None, correction: float
 ) -> _Done:
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
     wanted = target = W
-    if arriving is not None:
-        G, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+    if propagated is not None:
+        G, wanted = propagated.problem(W, correction=correction, damping=entry.damping)
         # The best weight of full rank: the nearest one of lower rank in the norm of H and M has the least error.
         target = torch.linalg.solve(G, wanted, left=False)
     if entry.method == "weighted":
         factors = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
     else:
         factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
-        if arriving is not None:
+        if propagated is not None:
             kept = factors.skeleton
             fitted = torch.linalg.solve(kept @ G @ kept.mT, wanted[factors.others] @ kept.mT, left=False)
             factors = replace(factors, coefficients=fitted)

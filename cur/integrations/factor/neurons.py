@@ -15,7 +15,7 @@ from cur._driver.certify import evaluation_rounding
 from cur._lib.array import unit_roundoff
 from cur.integrations.factor.layer import as_json, interpolative_layer, plain_certificate, report_on
 from cur.integrations.measure.moments import Moments, x_norm
-from cur.integrations.measure.propagation import Arriving
+from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.neurons import neuron_groups
 from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInputs, KeptOutputs, dense_weight
@@ -56,7 +56,7 @@ def fit_before(
     name: str,
     entries: Mapping[str, PlanEntry],
     moments: Moments,
-    arriving: Arriving,
+    propagated: InputMoments,
     *,
     correction: float,
     fitted: Mapping[str, FittedBefore],
@@ -71,7 +71,7 @@ def fit_before(
         The layer.
     entries : mapping
         Of the plan, by name.
-    moments, arriving, correction
+    moments, propagated, correction
         As for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping
         By name, what this function made of the layers beside it.
@@ -79,7 +79,7 @@ def fit_before(
     start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)
     W = double_weight(model, name)
-    M, wanted = arriving.problem(W, correction=correction, damping=entry.damping)
+    M, wanted = propagated.problem(W, correction=correction, damping=entry.damping)
     solved = torch.linalg.solve(M, wanted, left=False)
     full_width = copy.deepcopy(module)
     weight, bias, _ = dense_weight(full_width, name)
@@ -121,7 +121,7 @@ def keep_neurons(
     before: Sequence[PlanEntry],
     moments: Moments,
     *,
-    arriving: Arriving | None = None,
+    propagated: InputMoments | None = None,
     correction: float = 0.0,
     fitted: Mapping[str, FittedBefore] | None = None,
 ) -> dict[str, tuple[CompressedLinear, LayerReport]]:
@@ -137,7 +137,7 @@ def keep_neurons(
         Of the layer behind.
     before : sequence of PlanEntry
         Of the layers before.
-    moments, arriving, correction
+    moments, propagated, correction
         As for :func:`~cur.integrations.factor.layer.factorize`, of the layer behind.
     fitted : mapping, optional
         By name, layers before that were fitted to what arrives; without, their own rows are kept.
@@ -164,7 +164,7 @@ def keep_neurons(
             "layers around some; cut all of the layers that give them, or none"
         )
     fitted = fitted or {}
-    places, columns = _behind(model, entry, moments, arriving, correction, fitted)
+    places, columns = _behind(model, entry, moments, propagated, correction, fitted)
     kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=places.device)
     kept[places] = True
     done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
@@ -211,18 +211,18 @@ def _behind(
     model: nn.Module,
     entry: PlanEntry,
     moments: Moments,
-    arriving: Arriving | None,
+    propagated: InputMoments | None,
     correction: float,
     fitted: Mapping[str, FittedBefore],
 ) -> tuple[Tensor, Tensor | InterpolativeLinear]:
     """Return the neurons to keep, and the columns of the layer behind that are fitted to them."""
     W = double_weight(model, entry.name)
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
-    if arriving is None:
+    if propagated is None:
         found = own_inputs(W, row_weights=H, column_weights=G)
         places, columns, M = found.kept(entry.rank), found.truncate(entry.rank), found.moment
     else:
-        M, cross = arriving.problem(W, correction=correction, damping=entry.damping)
+        M, cross = propagated.problem(W, correction=correction, damping=entry.damping)
         known = [early.places for early in fitted.values() if early.places is not None]
         if known:
             places = known[0].to(W.device)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from cur.integrations.measure.inputs import first_false
+from cur.integrations.model.blocks import BlockCall, after_blocks
+from cur.integrations.model.hooks import Hook
 from cur.integrations.model.masks import Masks
 
 __all__ = ["HiddenAngles"]
@@ -30,23 +32,19 @@ class HiddenAngles:
         self.mask: torch.Tensor | None = None
         self.states: list[torch.Tensor] = []
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch the input of the first block and the outputs of all."""
-        first = next(iter(self.blocks.values()))
-        before = first.register_forward_pre_hook(self._before, with_kwargs=True)
-        return [before, *(block.register_forward_hook(self._after) for block in self.blocks.values())]
+    def hooks(self) -> list[Hook]:
+        """Return what sees the hidden state before the first block and behind each."""
+        blocks = list(self.blocks.values())
+        return [(blocks[0], "before", self._before), *after_blocks(blocks, lambda _, hidden: self._keep(hidden))]
 
     def start(self) -> None:
         """Forget the states of the batch before."""
         self.states.clear()
 
     def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
+        state, _ = BlockCall.of(args, kwargs)
         self.mask = self.masks.of(block, state)
         self._keep(state)
-
-    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._keep(output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, state: torch.Tensor) -> None:
         state = state.detach()

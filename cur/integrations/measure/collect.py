@@ -18,6 +18,7 @@ from cur.integrations.measure.statistics import Statistics, by_stack
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import check_finite_weights, find_nonfinite
 from cur.integrations.model.hashing import Seen
+from cur.integrations.model.hooks import hooked
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.masks import Masks
 from cur.integrations.model.precision import Precision
@@ -219,33 +220,30 @@ def _collect(
     stacks = [HiddenAngles({name: blocks[name] for name in names}, masks) for names in by_stack(layers)]
     seen = Seen()
     # First the encoder's own hook: what it returns is told apart by it in those that follow.
-    handles = [*masks.attach(), *inputs_of.attach()]
+    hooks = [*masks.hooks(), *inputs_of.hooks()]
     for stack in stacks:
-        handles += stack.attach()
+        hooks += stack.hooks()
     if outputs_of is not None:
-        handles += outputs_of.attach()
-    try:
-        with evaluating(model), passes.products(), nullcontext() if outputs_of is None else outputs_of.flowing():
-            for batch in batches:
-                check_windows(model, [batch], name="batches")
-                inputs = model_inputs(inner, batch)
-                masks.start(inputs, batch)
-                first = seen.samples
-                seen.add(inputs, masks.of_inputs)
-                inputs_of.start()
-                for stack in stacks:
-                    stack.start()
-                output = run(inner, inputs)
-                broken = inputs_of.finish() or next(filter(None, [stack.finish() for stack in stacks]), None)
-                if broken:
-                    raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
-                if outputs_of is not None:
-                    outputs_of.backward(output, inputs, masks.of_inputs, first=first)
-                if progress is not None:
-                    progress(seen.samples, total)
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks += outputs_of.hooks()
+    flowing = nullcontext() if outputs_of is None else outputs_of.flowing()
+    with hooked(hooks), evaluating(model), passes.products(), flowing:
+        for batch in batches:
+            check_windows(model, [batch], name="batches")
+            inputs = model_inputs(inner, batch)
+            masks.start(inputs, batch)
+            first = seen.samples
+            seen.add(inputs, masks.of_inputs)
+            inputs_of.start()
+            for stack in stacks:
+                stack.start()
+            output = run(inner, inputs)
+            broken = inputs_of.finish() or next(filter(None, [stack.finish() for stack in stacks]), None)
+            if broken:
+                raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
+            if outputs_of is not None:
+                outputs_of.backward(output, inputs, masks.of_inputs, first=first)
+            if progress is not None:
+                progress(seen.samples, total)
     if seen.samples == 0:
         raise ValueError("`batches` is empty: calibration needs at least one batch")
     if seen.tokens == 1 and seen.reads_tokens:

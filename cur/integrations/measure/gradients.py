@@ -14,6 +14,7 @@ from cur._lib.errors import NumericalError
 from cur.integrations.measure.generated_text import draw
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.finite import find_nonfinite
+from cur.integrations.model.hooks import Hook
 from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
 
@@ -67,10 +68,10 @@ class OutputGradients:
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Start watching."""
-        hooks = [module.register_forward_hook(self._hook(key)) for key, module in self.modules.items()]
-        return [self.embeddings.register_forward_hook(_start_graph), *hooks]
+    def hooks(self) -> list[Hook]:
+        """Return what starts the graph at the embeddings, and sees what every module returns."""
+        watched: list[Hook] = [(module, "after", self._hook(key)) for key, module in self.modules.items()]
+        return [(self.embeddings, "after", _start_graph), *watched]
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
@@ -109,6 +110,7 @@ class OutputGradients:
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
             if output.requires_grad:
                 mask = self.masks.of(module, output)
+                # A hook of the tensor, not of the module: it goes with the graph.
                 output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
 
         return watch

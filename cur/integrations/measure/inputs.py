@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cur.integrations.model.hooks import Hook
 from cur.integrations.model.masks import Masks, token_rows
 
 __all__ = ["InputSums", "add_gram_", "first_false", "mirror_"]
@@ -40,11 +41,9 @@ class InputSums:
         # A backward pass may call the modules a second time.
         self.listening = False
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch what every module is called with."""
-        return [
-            module.register_forward_pre_hook(self._hook(key), with_kwargs=True) for key, module in self.modules.items()
-        ]
+    def hooks(self) -> list[Hook]:
+        """Return what sees every module called."""
+        return [(module, "before", self._hook(key)) for key, module in self.modules.items()]
 
     def start(self) -> None:
         """Begin with a batch: what modules are called with counts from now on."""

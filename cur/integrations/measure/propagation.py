@@ -1,29 +1,28 @@
-"""What arrives at the layers of a model while those before them get compressed, block after block."""
+"""The inputs of layers while those before them get compressed, block after block."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.measure.inputs import add_gram_, mirror_
-from cur.integrations.model.hooks import call_groups, inputs_of
+from cur.integrations.model.blocks import BlockCall, BlockWalk
+from cur.integrations.model.hooks import Hook, forwards_replaced, hooked, inputs_of
 from cur.integrations.model.masks import padding_mask, token_rows
+from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
 from cur.integrations.model.precision import Precision
-from cur.integrations.model.running import body, evaluating, model_inputs, run
-from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.running import evaluating, model_inputs
 
-__all__ = ["Arriving", "in_order", "spread"]
+__all__ = ["InputMoments", "in_order", "spread"]
 
 # Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
 # a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
@@ -36,14 +35,15 @@ _TOKENS_PER_INPUT = 28
 # Layers of a block that may add to the residual stream: attention, another one, and the feed-forward network.
 _WRITERS = 3
 
-Make: TypeAlias = "Callable[[str, Arriving], Layer]"
-"""From the name of a layer and what arrives at it, to what will stand for it: of the same inputs and outputs."""
+Make: TypeAlias = "Callable[[str, InputMoments], Layer]"
+"""Called with a layer's name and its input moments; returns a callable with the same input and output shapes that
+replaces it."""
 
 Layer: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Arriving:
+class InputMoments:
     """Second moments of the inputs of a layer in the dense model, ``x``, and where layers before are compressed, ``z``.
 
     Attributes
@@ -63,9 +63,10 @@ class Arriving:
         r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
 
         The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` what the residual stream
-        misses, if there is one: 0 is what the dense layer makes of what arrives, 1 what leads to the output of the
-        dense model. All of it would shrink layers wherever their input is uncertain, as every regression on noisy
-        inputs does. The squared error of a weight ``V`` is, up to a constant, ``tr(V M V^T - 2 V B^T)``.
+        misses, if there is one: 0 is what the dense layer makes of the inputs that compressed layers give, 1 what
+        leads to the output of the dense model. All of it would shrink layers wherever their input is uncertain, as
+        every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
+        ``tr(V M V^T - 2 V B^T)``.
 
         Parameters
         ----------
@@ -102,19 +103,6 @@ def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, 
     return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
 
 
-@dataclass
-class _Call:
-    """What a block is called with besides the hidden state."""
-
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(hidden, *self.rest, **self.options)
-        state: Tensor = output[0] if isinstance(output, tuple) else output
-        return state
-
-
 def in_order(
     model: nn.Module,
     given: Sequence[Mapping[str, Any]],
@@ -123,18 +111,17 @@ def in_order(
     *,
     precision: str = "auto",
 ) -> None:
-    """Go through the blocks of a model and make each layer from what arrives at it; the model is not changed.
+    """Go through the blocks of a model and make a replacement of each layer from its inputs; nothing is changed.
 
     Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
     value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
     once with every token (experts), are left out.
 
-    With each batch every block runs once as it is in the dense model and once more, halting before each of these layers
-    until it is made. Meanwhile other batches take their way through it: between its layers a block must keep nothing
-    but local variables.
+    Each block runs twice per batch: once dense, and once pausing before each layer until its replacement exists. In
+    between other batches run: between its layers a block must keep nothing but local variables.
 
     Memory: one block, the hidden states of all batches some four times, the inputs of one block's layers, and for all
-    batches what the block holds where it halts: query, key and value, and the probabilities of attention if these are
+    batches what the block holds where it pauses: query, key and value, and the probabilities of attention if these are
     computed as such.
 
     Parameters
@@ -156,16 +143,18 @@ def in_order(
     RuntimeError
         If a block does not call its layers in the same order in every batch.
     """
-    blocks = decoder_layers(model)
+    walk = BlockWalk(model)
     masks = [padding_mask(model_inputs(model, batch)) for batch in given]
     passes = Precision.of(model, precision)
     with evaluating(model), passes.products():
-        theirs, calls = _entrances(model, [block for _, block in blocks], given)
+        entered = [walk.calls(batch) for batch in given]
+        theirs, calls = [hidden for hidden, _ in entered], [each for _, each in entered]
+        del entered
         ours, changed = theirs, False
-        for index, (prefix, block) in enumerate(blocks):
+        for index, (prefix, block) in enumerate(walk.blocks):
             inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
             at = [call[index] for call in calls]
-            groups = _groups(block, at[0], theirs[0], inside)
+            groups = layer_groups(block, at[0], theirs[0], inside)
             added = _added(block, at[0], theirs[0]) if groups else []
             streams = [_Stream(hidden) for hidden in theirs]
             after, seen = [], []
@@ -174,134 +163,48 @@ def in_order(
                     after.append(call(block, hidden))
                 seen.append(inputs)
             student = copy.deepcopy(block) if groups else block
-            with _halting(student, groups, added) as stands:
+            with _pausing(student, groups, added) as replacements:
                 courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
                 for group in groups:
                     first = group[0]
                     lacking = streams if group == [first] and first in added else None
                     if not all(first in inputs for inputs in seen):
-                        raise _out_of_turn(first)
-                    arriving = _moments(first, courses, [inputs.pop(first) for inputs in seen], masks, lacking, passes)
+                        raise out_of_turn(first)
+                    dense = [inputs.pop(first) for inputs in seen]
+                    propagated = _moments(first, courses, dense, masks, lacking, passes)
                     with passes.exact():
                         for name in group:
-                            stands[name] = make(f"{prefix}.{name}", arriving)
+                            replacements[name] = make(f"{prefix}.{name}", propagated)
                 changed = changed or bool(groups)
                 ours = [course.to_the_end() for course in courses] if changed else after
             theirs = after
 
 
-def _entrances(
-    model: nn.Module, blocks: Sequence[nn.Module], given: Sequence[Mapping[str, Any]]
-) -> tuple[list[Tensor], list[list[_Call]]]:
-    """Return the hidden states that enter the first block, and for each batch what every block is called with."""
-    hidden: list[Tensor] = []
-    calls: list[list[_Call]] = []
-    as_tuple = False
+class _Course(Course):
+    """The way of one batch through a block, with its residual stream."""
 
-    def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        options = dict(options)
-        state = args[0] if args else options.pop("hidden_states")
-        if not calls[-1]:
-            hidden.append(state)
-        calls[-1].append(_Call(args[1:], options))
-
-    def passed_on(*args: Any, **options: Any) -> Any:
-        state = args[0] if args else options["hidden_states"]
-        return (state,) if as_tuple else state
-
-    inner = body(model)
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    stubs: list[Any] = list(blocks)
-    before = [vars(stub).get("forward") for stub in stubs]
-    try:
-        for batch in given:
-            calls.append([])
-            if len(calls) == 1:
-                run(inner, model_inputs(inner, batch))
-                call = calls[0][0]
-                as_tuple = isinstance(stubs[0](hidden[0], *call.rest, **call.options), tuple)
-                calls[0].pop()
-                for stub in stubs:
-                    stub.forward = passed_on  # the blocks are called, and compute nothing
-            else:
-                run(inner, model_inputs(inner, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for stub, forward in zip(stubs, before, strict=True):
-            stub.__dict__.pop("forward", None)
-            if forward is not None:  # a hook of accelerate
-                stub.forward = forward
-    return hidden, calls
-
-
-def _groups(block: nn.Module, call: _Call, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
-    """Return the layers in the order of their calls, those called with one tensor together."""
-    tokens = hidden.numel() // hidden.shape[-1]
-    with inputs_of(block, names) as seen:
-        groups = call_groups(block, names, lambda: call(block, hidden))
-    calls = Counter(itertools.chain(*groups))
-    whole = [name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens]
-    return groups if len(whole) == len(names) else call_groups(block, whole, lambda: call(block, hidden))
-
-
-class _Course(greenlet):
-    """The way of one batch through a block."""
-
-    def __init__(self, call: _Call, block: nn.Module, hidden: Tensor) -> None:
-        super().__init__(functools.partial(call, block, hidden))
+    def __init__(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__(call, block, hidden)
         self.stream = hidden
         """What has been added up so far of the input of the block and of what its layers add to it."""
 
-    def to_layer(self, name: str) -> Tensor:
-        """Go on to a layer; returns its input."""
-        found = self.switch()
-        if self.dead or found[0] != name:
-            raise _out_of_turn(name)
-        x: Tensor = found[1]
-        return x
-
-    def to_the_end(self) -> Tensor:
-        """Go on to the end; returns the output of the block."""
-        state: Any = self.switch()
-        if not self.dead:
-            raise RuntimeError(f"{state[0]} is called more often in one of the batches than in the first; exclude it")
-        return cast(Tensor, state)
-
-
-def _out_of_turn(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{name} is not called in its turn in one of the batches, as in the first; exclude the layers of this block "
-        "that are called in another order, or not at all, from case to case"
-    )
-
 
 @contextmanager
-def _halting(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
-    """Let courses through a block halt before the first layer of each group, and call what is put in for layers."""
-    firsts, stands = [group[0] for group in groups], dict[str, Layer]()
+def _pausing(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
+    """Let courses through a block pause before the first layer of each group, and call what is put in for layers."""
+    replacements: dict[str, Layer] = {}
 
-    def instead(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def called(*args: Any, **options: Any) -> Tensor:
-            course: Any = getcurrent()
-            if name in firsts:
-                course.parent.switch((name, args[0]))
-            output = stands[name](*args) if name in stands else forward(*args, **options)
-            if name in added:
-                course.stream = course.stream + output.reshape(course.stream.shape)  # some blocks flatten tokens
-            return output
+    def instead(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+        return lambda _: lambda *args, **__: replacements[name](*args)
 
-        return called
+    def add(_: nn.Module, __: Any, output: Tensor) -> None:
+        course: Any = getcurrent()
+        course.stream = course.stream + output.reshape(course.stream.shape)  # some blocks flatten tokens
 
-    layers: list[Any] = []
-    for name in dict.fromkeys([*itertools.chain(*groups), *added]):
-        layers.append(block.get_submodule(name))
-        layers[-1].forward = instead(name, layers[-1].forward)
-    try:
-        yield stands
-    finally:
-        for layer in layers:  # which would otherwise go on referring to themselves
-            del layer.forward
+    summing: list[Hook] = [(block.get_submodule(name), "after", add) for name in added]
+    made = [(block.get_submodule(name), instead(name)) for name in itertools.chain(*groups)]
+    with hooked([*pauses(block, [group[0] for group in groups]), *summing]), forwards_replaced(made):
+        yield replacements
 
 
 def _moments(
@@ -311,7 +214,7 @@ def _moments(
     masks: Sequence[Tensor | None],
     streams: Sequence[_Stream] | None,
     passes: Precision,
-) -> Arriving:
+) -> InputMoments:
     """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
     And with what the residual stream misses there, if its states in the dense model are given.
@@ -332,7 +235,7 @@ def _moments(
             cross += x.T @ z
         tokens += len(z)
     mirror_(student)
-    return Arriving(student / tokens, cross / tokens, None if missing is None else missing / tokens)
+    return InputMoments(student / tokens, cross / tokens, None if missing is None else missing / tokens)
 
 
 class _Stream:
@@ -353,15 +256,11 @@ class _Stream:
 
             return after
 
-        handles = [block.get_submodule(name).register_forward_hook(add(name)) for name in names]
-        try:
+        with hooked([(block.get_submodule(name), "after", add(name)) for name in names]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _added(block: nn.Module, call: _Call, hidden: Tensor) -> list[str]:
+def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
     """Return the layers whose outputs are added to the input of the block, and make up its output so; none if unknown.
 
     Found by trying: which of those of the right shape sum up to it.
@@ -371,16 +270,9 @@ def _added(block: nn.Module, call: _Call, hidden: Tensor) -> list[str]:
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _, __, output: outputs.setdefault(name, []).append(output)
 
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    try:
+    layers = [(name, module) for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    with hooked([(module, "after", keep(name)) for name, module in layers]):
         after = call(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     fitting = {
         name: seen[0].reshape(hidden.shape)
         for name, seen in outputs.items()

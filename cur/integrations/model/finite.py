@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
+from cur.integrations.model.blocks import unpack
+from cur.integrations.model.hooks import hooked
 from cur.integrations.model.running import run
 from cur.integrations.nn import dense_weight
 
@@ -41,19 +43,15 @@ def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def watch(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
+            first, _pack = unpack(output)
             if not culprit and isinstance(first, torch.Tensor) and not bool(all_finite(first)):
                 culprit.append(name)
 
         return watch
 
     leaves = ((name, part) for name, part in model.named_modules() if next(part.children(), None) is None)
-    handles = [part.register_forward_hook(hook(name)) for name, part in leaves]
-    try:
+    with hooked([(part, "after", hook(name)) for name, part in leaves]):
         run(module, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     if culprit:
         return f"the output of {culprit[0]!r} is the first to overflow or lose its value"
     return "no single module is the source"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cur.integrations.model.experts import LinearExperts
+from cur.integrations.model.hooks import Hook
 from cur.integrations.model.running import is_encoder_decoder
 
 __all__ = ["Masks", "decoder_mask", "padding_mask", "token_rows"]
@@ -68,9 +69,9 @@ class Masks:
             self._inside = {id(part) for part in known.get_decoder().modules()}
             self._encoder = known.get_encoder()
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch what the encoder returns."""
-        return [] if self._encoder is None else [self._encoder.register_forward_hook(self._after)]
+    def hooks(self) -> list[Hook]:
+        """Return what has to be told of the encoder; before other hooks, which need to tell apart what it returns."""
+        return [] if self._encoder is None else [(self._encoder, "after", self._after)]
 
     def start(self, inputs: Mapping[str, Any], batch: Mapping[str, Any] | torch.Tensor) -> None:
         """Take the masks of one batch."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cur.integrations.model.hooks import Hook, hooked
 from cur.integrations.model.running import evaluating
 from cur.integrations.nn import dense_weight
 
@@ -121,24 +122,21 @@ def _called(
     """
     seen: list[Tensor] = []
 
-    def widened(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def widened(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
         seen.append(args[0])
-        return (args[0].new_zeros(*args[0].shape[:-1], width),)
+        return (args[0].new_zeros(*args[0].shape[:-1], width),), options
 
     def silenced(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return torch.zeros_like(output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    handles.append(model.get_submodule(consumer).register_forward_pre_hook(widened))
-    handles.append(model.get_submodule(consumer).register_forward_hook(silenced))
+    layer = model.get_submodule(consumer)
+    watched: list[Hook] = [(model.get_submodule(name), "after", hook) for name, hook in hooks.items()]
     try:
-        output = parent(hidden)
+        with hooked([*watched, (layer, "before", widened), (layer, "after", silenced)]):
+            output = parent(hidden)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # noqa: BLE001  (whatever a module says that is not called so)
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     once = len(seen) == 1 and seen[0].shape[:-1].numel() == _TOKENS
     return _Call(seen[0], output) if once and isinstance(output, Tensor) else None

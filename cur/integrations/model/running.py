@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.precision import Precision
 
 __all__ = ["Progress", "body", "checkpointing", "evaluating", "find_modules", "model_inputs", "run", "total_samples"]
@@ -59,14 +60,8 @@ def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator
 
         return again
 
-    wrappers: list[Any] = list(blocks)
-    for block in wrappers:
-        block.forward = wrapped(block.forward)
-    try:
+    with forwards_replaced((block, wrapped) for block in blocks):
         yield
-    finally:
-        for block in wrappers:
-            del block.forward
 
 
 def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class ModelFiles:
     ----------
     directory : Path
         Of a model, compressed or not.
-    skeleton : PreTrainedModel or None
+    hollow : PreTrainedModel or None
         The dense model without weights; None if it is not known, and names are taken as they are.
 
     Attributes
@@ -149,17 +149,17 @@ class ModelFiles:
         Stored tensors that the model has no place for.
     """
 
-    def __init__(self, directory: Path, skeleton: PreTrainedModel | None) -> None:
+    def __init__(self, directory: Path, hollow: PreTrainedModel | None) -> None:
         self.directory = directory
-        self.skeleton = skeleton
+        self.hollow = hollow
         self.weights = open_weights(directory)
         described = check_config(directory).get("quantization_config") or {}
         ours = described if described.get("quant_method") == "cur" else {}
         self.compressed = {*ours.get("modules", {}), *ours.get("experts", [])}
         names = list(self.weights.tensors)
-        named = {name: (name, False) for name in names} if skeleton is None else names_in_model(skeleton, names)
-        known = None if skeleton is None else skeleton.state_dict()
-        self._empty: dict[str, Any] = {} if skeleton is None else skeleton.state_dict(keep_vars=True)
+        named = {name: (name, False) for name in names} if hollow is None else names_in_model(hollow, names)
+        known = None if hollow is None else hollow.state_dict()
+        self._empty: dict[str, Any] = {} if hollow is None else hollow.state_dict(keep_vars=True)
         prefixes = tuple(f"{name}." for name in self.compressed)
         self.places: dict[str, list[str]] = {}
         self.unread: list[str] = []
@@ -181,7 +181,7 @@ class ModelFiles:
     def read(self, target: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield one tensor of the model by its name there, and others that are made from the same stored ones."""
         names = self.places[target]
-        if target not in self._converted or self.skeleton is None:
+        if target not in self._converted or self.hollow is None:
             yield target, self.weights.read(names[0])
             return
         read = {name: self.weights.read(name) for name in names}
@@ -189,15 +189,15 @@ class ModelFiles:
             device_map={"": torch.device("cpu")},
             dtype=next(iter(read.values())).dtype,
             dtype_plan={},
-            weight_mapping=conversions(self.skeleton),  # type: ignore[arg-type]
+            weight_mapping=conversions(self.hollow),  # type: ignore[arg-type]
         )
         convert_and_load_state_dict_in_model(
-            model=self.skeleton, state_dict=read, load_config=config, disk_offload_index=None
+            model=self.hollow, state_dict=read, load_config=config, disk_offload_index=None
         )
-        for name, tensor in self.skeleton.state_dict().items():
+        for name, tensor in self.hollow.state_dict().items():
             if not tensor.is_meta:
                 place, _, key = name.rpartition(".")
-                setattr(self.skeleton.get_submodule(place), key, self._empty[name])
+                setattr(self.hollow.get_submodule(place), key, self._empty[name])
                 yield name, tensor
 
 

@@ -15,6 +15,7 @@ from transformers import activations
 from cur._lib.array import unit_roundoff
 from cur.bounds import LIPSCHITZ, layer_output_bound
 from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
+from cur.integrations.model.hooks import Hook, hooked
 from cur.integrations.model.masks import Masks, token_rows
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import body, evaluating, model_inputs, run
@@ -119,14 +120,9 @@ def output_changes(
     masks = Masks(model)
     inputs = model_inputs(inner, batch)
     watch = _Watch(model, layers, masks)
-    handles = [*masks.attach(), *watch.attach()]
-    try:
-        with evaluating(model), Precision.widest(model).products():
-            masks.start(inputs, batch)
-            run(inner, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([*masks.hooks(), *watch.hooks()]), evaluating(model), Precision.widest(model).products():
+        masks.start(inputs, batch)
+        run(inner, inputs)
     return {name: sums.result() for name, sums in watch.sums.items() if sums.tokens}
 
 
@@ -166,28 +162,27 @@ class _Sums:
 
 
 class _Watch:
-    """Hooks on dense layers, and on activations: one that is called with the very output of a layer follows it."""
+    """Watches dense layers and activations: one that is called with the very output of a layer follows it."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, CompressedLinear], masks: Masks) -> None:
         self.model = model
         self.layers = layers
         self.masks = masks
-        self.sums: dict[str, _Sums] = {}
+        self.sums = {
+            name: _Sums(_error_bound(dense_weight(model.get_submodule(name), name)[0].detach(), layer.weight.detach()))
+            for name, layer in layers.items()
+        }
         # Of the layer that was called last: the output, and what is added up if no activation takes it.
         self.latest: tuple[weakref.ref[Tensor], str, Tensor, Tensor, Tensor] | None = None
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        handles = []
-        for name, layer in self.layers.items():
-            module = self.model.get_submodule(name)
-            self.sums[name] = _Sums(_error_bound(dense_weight(module, name)[0].detach(), layer.weight.detach()))
-            handles.append(module.register_forward_hook(self._layer(name, layer)))
+    def hooks(self) -> list[Hook]:
+        watched: list[Hook] = [
+            (self.model.get_submodule(name), "after", self._layer(name, layer)) for name, layer in self.layers.items()
+        ]
         for part in self.model.modules():
             if (kind := activation_of(part)) is not None:
-                handles.append(part.register_forward_pre_hook(self._activation(kind)))
-                handles.append(part.register_forward_hook(self._activated))
-        handles.append(body(self.model).register_forward_hook(lambda *_: self._settle()))
-        return handles
+                watched += [(part, "before", self._activation(kind)), (part, "after", self._activated)]
+        return [*watched, (body(self.model), "after", lambda *_: self._settle())]
 
     def _layer(self, name: str, layer: CompressedLinear) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -200,7 +195,7 @@ class _Watch:
         return after
 
     def _activation(self, kind: str) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
             if self.latest is not None and self.latest[0]() is args[0]:
                 self.sums[self.latest[1]].activation = kind
             else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from cur._lib.errors import NumericalError
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.finite import find_nonfinite
+from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import Progress, body, evaluating, model_inputs, run
@@ -173,22 +174,17 @@ def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bo
     return ours.shape == whole.shape and bool((ours - whole).abs().max() <= tolerance)
 
 
-@contextmanager
-def _unrounded(head: Any, passes: Precision) -> Iterator[None]:
+def _unrounded(head: nn.Linear, passes: Precision) -> AbstractContextManager[None]:
     """Let a head compute logits as its weights are: their third digit is one of the likelihood."""
-    forward, before = head.forward, vars(head).get("forward")
 
-    def exact(x: torch.Tensor) -> Any:
-        with passes.exact():
-            return forward(x.to(head.weight.dtype))
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def exact(x: torch.Tensor) -> Any:
+            with passes.exact():
+                return forward(x.to(head.weight.dtype))
 
-    head.forward = exact
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:  # a hook of accelerate
-            head.forward = before
+        return exact
+
+    return forwards_replaced([(head, wrapped)])
 
 
 def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any]) -> float:

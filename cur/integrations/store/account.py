@@ -108,11 +108,11 @@ def compare(
     here, there = Path(directory), Path(against)
     for place in (here, there):
         check_hashes(place)
-    skeleton = without_weights(there, kind)
-    ours, theirs = ModelFiles(here, skeleton), ModelFiles(there, skeleton)
+    hollow = without_weights(there, kind)
+    ours, theirs = ModelFiles(here, hollow), ModelFiles(there, hollow)
     compressed = ours.compressed | theirs.compressed
     inside = tuple(f"{name}." for name in compressed)
-    tied = {} if skeleton is None else {**skeleton.all_tied_weights_keys}
+    tied = {} if hollow is None else {**hollow.all_tied_weights_keys}
     found = _Compared(ours, tied)
     done: set[str] = set()
     for target in theirs.places:

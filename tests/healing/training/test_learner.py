@@ -31,7 +31,7 @@ def bowl(learner: Learner) -> float:
 def test_the_price_is_the_curvature_and_the_model_is_left_as_it_is(count: int) -> None:
     learner = learner_of(count)
     before = [c.core.factor.detach().clone() for c in learner.coordinates.values()]
-    learner.try_(lambda: bowl(learner))
+    learner.measure_price(lambda: bowl(learner))
     assert learner.price == pytest.approx(CURVATURE * count, rel=1e-5)
     assert all(torch.equal(c.core.factor, was) for c, was in zip(learner.coordinates.values(), before, strict=True))
 
@@ -39,7 +39,7 @@ def test_the_price_is_the_curvature_and_the_model_is_left_as_it_is(count: int) -
 def test_the_rate_follows_from_the_model() -> None:
     one, many = learner_of(1), learner_of(9)
     for learner in (one, many):
-        learner.try_(lambda learner=learner: bowl(learner))  # type: ignore[misc]
+        learner.measure_price(lambda learner=learner: bowl(learner))  # type: ignore[misc]
     loss = 1e-3
     numbers = SIDE**2
     expected = (TOKENS / (TOKENS + numbers) * loss / CURVATURE) ** 0.5

@@ -73,13 +73,13 @@ def test_text_that_is_short_or_comes_as_batches_is_seen_once(
     run: Run, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    learn = cur.healing.training.loop.Goal.learn
+    learn = cur.healing.training.loop.Comparison.learn
 
     def watch(self: Any, batch: Any, taught: Any) -> dict[str, float]:
         seen.append(len(batch["input_ids"]))
         return learn(self, batch, taught)
 
-    monkeypatch.setattr(cur.healing.training.loop.Goal, "learn", watch)
+    monkeypatch.setattr(cur.healing.training.loop.Comparison, "learn", watch)
     some = windows[:8]
     for given in (some, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in some.split(4)]):
         seen.clear()
@@ -101,7 +101,7 @@ def test_memory_can_be_saved_for_time(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_length_at_which_the_loss_is_not_finite_is_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    look, calls = cur.healing.training.loop.Goal.look, []
+    look, calls = cur.healing.training.loop.Comparison.look, []
 
     def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
         calls.append(1)
@@ -109,7 +109,7 @@ def test_a_length_at_which_the_loss_is_not_finite_is_too_long(run: Run, monkeypa
             raise NumericalError("the loss is not finite")
         return look(self, batch, taught)
 
-    monkeypatch.setattr(cur.healing.training.loop.Goal, "look", broken)
+    monkeypatch.setattr(cur.healing.training.loop.Comparison, "look", broken)
     report = run(closed_form=False)
     assert len(calls) > 4
     assert report.curve[0]["loss"] < report.before["loss"]
@@ -119,14 +119,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     run: Run, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: part.clone() for name, part in student.state_dict().items()}
-    learn = cur.healing.training.loop.Goal.learn
+    learn = cur.healing.training.loop.Comparison.learn
 
     def broken(self: Any, batch: Any, taught: Any) -> dict[str, float]:
         figures = learn(self, batch, taught)
         list(self.pair.cores.values())[-1].factor.grad.fill_(torch.nan)
         return figures
 
-    monkeypatch.setattr(cur.healing.training.loop.Goal, "learn", broken)
+    monkeypatch.setattr(cur.healing.training.loop.Comparison, "learn", broken)
     with pytest.raises(NumericalError, match=r"not finite, in a natural step; the cores are what they were"):
         run(student=student, closed_form=False)
     for name, part in student.state_dict().items():

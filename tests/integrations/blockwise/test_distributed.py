@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from cur.integrations import CompressConfig, compress, load_model, perplexity, save
-from cur.integrations.blockwise import compress_blockwise, load_skeleton, perplexity_blockwise
+from cur.integrations.blockwise import compress_blockwise, load_streamed, perplexity_blockwise
 from cur.integrations.model.precision import Precision
 
 RANK = """
 import os, signal, sys
 import torch
 from cur.integrations import CompressConfig
-from cur.integrations.blockwise import compress_blockwise, load_skeleton
+from cur.integrations.blockwise import compress_blockwise, load_streamed
 
 directory, out, victim, moment = sys.argv[1:]
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def watch(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = CompressConfig(layers=3, rank=4, batch_size=1)
-report = compress_blockwise(load_skeleton(directory), windows, out, config, precision="float32", max_shard_size="20kB",
+report = compress_blockwise(load_streamed(directory), windows, out, config, precision="float32", max_shard_size="20kB",
                             progress=watch)
 print("chosen", [layer.rows for layer in report.layers])
 """
@@ -53,7 +53,7 @@ def test_two_processes_do_what_one_does(checkpoint: Callable[[str], Path], windo
     directory = checkpoint("llama")
     one, two = directory.parent / "one", directory.parent / "two"
     config = CompressConfig(layers=3, rank=4, batch_size=1)
-    report = compress_blockwise(load_skeleton(directory), windows, one, config, max_shard_size="20kB")
+    report = compress_blockwise(load_streamed(directory), windows, one, config, max_shard_size="20kB")
 
     # The first start loses a process in the midst of calibration, the second goes on and finishes.
     lost = started(directory, two, victim=1, moment=18)
@@ -103,10 +103,10 @@ def test_sums_are_added_up_on_the_device(device: str, backend: str, monkeypatch:
     monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(module.dist, "all_reduce", lambda total: total.mul_(2))
     own = torch.arange(3.0, dtype=torch.float64)
-    with module.Team().joined(torch.device(device)) as team:
-        assert str(team.device) == device
-        team.device = torch.device("cpu")  # the sums themselves need a device that is there
-        assert torch.equal(team._sum(own), 2 * own)
+    with module.ProcessGroup().joined(torch.device(device)) as group:
+        assert str(group.device) == device
+        group.device = torch.device("cpu")  # the sums themselves need a device that is there
+        assert torch.equal(group._sum(own), 2 * own)
     assert torch.equal(own, torch.arange(3.0, dtype=torch.float64))
     assert said == [*([("device", device)] if device != "cpu" else []), ("backend", backend)]
 
@@ -115,18 +115,18 @@ def test_more_processes_than_batches(
     checkpoint: Callable[[str], Path], windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cur.integrations.blockwise.calibrate import Calibration
-    from cur.integrations.blockwise.distributed import Team
+    from cur.integrations.blockwise.distributed import ProcessGroup
     from cur.integrations.blockwise.journal import Journal
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     directory = checkpoint("llama")
     with pytest.raises(ValueError, match=r"3 processes share 2 batches.*lower `batch_size`"):
         Calibration(
-            load_skeleton(directory),
+            load_streamed(directory),
             [windows[:3], windows[3:]],
             [],
             journal=Journal(directory.parent / "out"),
-            team=Team(),
+            group=ProcessGroup(),
             full=False,
             precision=Precision.on(torch.device("cpu"), torch.float32, "float32"),
         )
@@ -137,7 +137,7 @@ import os, sys
 import torch
 from cur.integrations import CompressConfig
 from cur.integrations.model import precision
-from cur.integrations.blockwise import Team, compress_blockwise, load_skeleton
+from cur.integrations.blockwise import ProcessGroup, compress_blockwise, load_streamed
 
 directory, out = sys.argv[1:]
 torch.set_num_threads(1)
@@ -151,11 +151,11 @@ def tell(line):
 
 def run(name, **options):
     said = []
-    report = compress_blockwise(load_skeleton(directory), windows, f"{out}/{name}", config, announce=said.append,
+    report = compress_blockwise(load_streamed(directory), windows, f"{out}/{name}", config, announce=said.append,
                                 **options)
     tell(f"{name} {report.precision} {said}")
 
-with Team().joined():
+with ProcessGroup().joined():
     run("auto")
     run("named", precision="bfloat16")
     precision._is_able = lambda device: first
@@ -202,11 +202,11 @@ def test_a_run_goes_on_in_the_precision_in_which_it_was_begun(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_blockwise(load_skeleton(directory), windows, out, config, precision="bfloat16", progress=stop)
+        compress_blockwise(load_streamed(directory), windows, out, config, precision="bfloat16", progress=stop)
     with pytest.raises(ValueError, match=r"`precision` must be bfloat16 or auto, got 'float32'"):
-        compress_blockwise(load_skeleton(directory), windows, out, config, precision="float32")
+        compress_blockwise(load_streamed(directory), windows, out, config, precision="float32")
     # What is faster here would be float32.
-    assert compress_blockwise(load_skeleton(directory), windows, out, config).precision == "bfloat16"
+    assert compress_blockwise(load_streamed(directory), windows, out, config).precision == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,11 +219,11 @@ def test_block_by_block_as_in_memory_in_every_precision(
     loaded = load_model(directory, dtype=dtype)
     report = compress(loaded.model, windows, config, precision=name)
     save(loaded.model, loaded.tokenizer, whole, report=report)
-    skeleton = load_skeleton(directory, dtype=dtype)
-    compress_blockwise(skeleton, windows, parts, config, precision=name)
+    streamed = load_streamed(directory, dtype=dtype)
+    compress_blockwise(streamed, windows, parts, config, precision=name)
     assert filecmp.cmp(whole / "cur_model.safetensors", parts / "cur_model.safetensors", shallow=False)
     values = [
         perplexity(loaded.model, windows, precision=name).value,
-        perplexity_blockwise(load_skeleton(parts, dtype=dtype), windows, precision=name).value,
+        perplexity_blockwise(load_streamed(parts, dtype=dtype), windows, precision=name).value,
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)

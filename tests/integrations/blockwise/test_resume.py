@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cur.integrations import CompressConfig, batches
-from cur.integrations.blockwise import JournalError, Skeleton, compress_blockwise, load_skeleton
-from cur.integrations.blockwise.hidden_states import States
+from cur.integrations.blockwise import JournalError, StreamedModel, compress_blockwise, load_streamed
+from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
 
 CONFIG = CompressConfig(layers=2, rank=4, batch_size=2)
@@ -22,7 +22,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from cur.integrations import CompressConfig
-from cur.integrations.blockwise import compress_blockwise, load_skeleton
+from cur.integrations.blockwise import compress_blockwise, load_streamed
 
 directory, seed = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ windows = torch.randint(3, 101, (6, 24), generator=torch.Generator().manual_seed
 
 def run(name):
     config = CompressConfig(layers=2, rank=4, batch_size=2)
-    compress_blockwise(load_skeleton(directory), windows, directory.parent / name, config, max_shard_size="20kB")
+    compress_blockwise(load_streamed(directory), windows, directory.parent / name, config, max_shard_size="20kB")
 
 start = time.perf_counter()
 run("at-once")
@@ -66,7 +66,7 @@ def compressed(directory: Path, windows: torch.Tensor, name: str = "out", *, sto
         if stop is not None and (stage != "calibrate" or done >= 3 * stop + 1):
             raise KeyboardInterrupt
 
-    compress_blockwise(load_skeleton(directory), windows, directory.parent / name, CONFIG, progress=watch)
+    compress_blockwise(load_streamed(directory), windows, directory.parent / name, CONFIG, progress=watch)
     return directory.parent / name
 
 
@@ -93,8 +93,8 @@ def test_finished_blocks_are_not_measured_again(
     with pytest.raises(KeyboardInterrupt):
         compressed(directory, windows, stop=3)
     loaded: list[int] = []
-    original = Skeleton.load_block
-    monkeypatch.setattr(Skeleton, "load_block", lambda self, index: (loaded.append(index), original(self, index)))
+    original = StreamedModel.load_block
+    monkeypatch.setattr(StreamedModel, "load_block", lambda self, index: (loaded.append(index), original(self, index)))
     out = compressed(directory, windows)
     assert loaded[:2] == [3, 4]
     same_weights(expected, out)
@@ -127,11 +127,11 @@ def test_a_run_with_other_inputs_is_not_continued(directory: Path, windows: torc
     with pytest.raises(JournalError, match="unfinished run with another calibration text"):
         compressed(directory, windows.flip(0))
     with pytest.raises(JournalError, match="unfinished run with another configuration"):
-        compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", CompressConfig(layers=1))
+        compress_blockwise(load_streamed(directory), windows, directory.parent / "out", CompressConfig(layers=1))
     # The hidden states that lie there are those of passes of two windows.
     given = batches(windows, batch_size=3)
     with pytest.raises(JournalError, match="unfinished run with another number of windows in a pass"):
-        compress_blockwise(load_skeleton(directory), given, directory.parent / "out", CONFIG)
+        compress_blockwise(load_streamed(directory), given, directory.parent / "out", CONFIG)
     file = sorted(directory.glob("model-*.safetensors"))[2]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -142,9 +142,9 @@ def test_a_run_with_other_inputs_is_not_continued(directory: Path, windows: torc
 
 def test_a_full_disk_loses_nothing(directory: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = compressed(directory, windows, "at-once")
-    original, written = States.write, 0
+    original, written = HiddenStates.write, 0
 
-    def write(self: States, *args: object) -> None:
+    def write(self: HiddenStates, *args: object) -> None:
         nonlocal written
         written += 1
         if written > 7:
@@ -152,7 +152,7 @@ def test_a_full_disk_loses_nothing(directory: Path, windows: torch.Tensor, monke
         original(self, *args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(States, "write", write)
+        patch.setattr(HiddenStates, "write", write)
         with pytest.raises(OSError, match=r"no space left.*start the same command again: it goes on"):
             compressed(directory, windows)
     assert not (directory.parent / "out").exists()

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, compress, load_model, save
-from cur.integrations.blockwise import Skeleton, compress_blockwise, load_skeleton
+from cur.integrations.blockwise import StreamedModel, compress_blockwise, load_streamed
 from cur.integrations.compress import as_batches, carry_out_, measure
 from cur.integrations.files.shards import Shards
 from cur.integrations.measure.statistics import Statistics
@@ -41,8 +41,8 @@ def both(
     loaded = load_model(directory, **options)
     whole = compress(loaded.model, windows, config)
     save(loaded.model, loaded.tokenizer, directory.parent / "whole", report=whole, max_shard_size="20kB")
-    skeleton = load_skeleton(directory, **options)
-    return whole, compress_blockwise(skeleton, windows, directory.parent / "parts", config, max_shard_size="20kB")
+    streamed = load_streamed(directory, **options)
+    return whole, compress_blockwise(streamed, windows, directory.parent / "parts", config, max_shard_size="20kB")
 
 
 def same_files(directory: Path) -> None:
@@ -149,8 +149,8 @@ def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
     config = CompressConfig(layers="all", rank=4, targets=("q", "wo"))
     whole = compress(model, given, config)
     meta = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", device_map="meta", dtype=torch.float32)
-    skeleton = Skeleton(meta, None, Shards(tmp_path / "t5"), torch.device("cpu"))  # type: ignore[arg-type]
-    same_layers(whole, compress_blockwise(skeleton, given, tmp_path / "parts", config))
+    streamed = StreamedModel(meta, None, Shards(tmp_path / "t5"), torch.device("cpu"))  # type: ignore[arg-type]
+    same_layers(whole, compress_blockwise(streamed, given, tmp_path / "parts", config))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_read(
 ) -> None:
     directory = checkpoint("llama")
     with pytest.raises(ValueError, match=message):
-        compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", config)
+        compress_blockwise(load_streamed(directory), windows, directory.parent / "out", config)
     assert not list(directory.parent.glob("*out*"))
 
 
@@ -183,7 +183,7 @@ def test_a_weight_that_is_not_finite_is_named(
         file.unlink()
     model.save_pretrained(directory)
     with pytest.raises(ArithmeticError, match=r"the weight 'model\.layers\.3\.mlp\.down_proj\.weight' holds NaN"):
-        compress_blockwise(load_skeleton(directory), windows, directory.parent / "out", CompressConfig(layers=1))
+        compress_blockwise(load_streamed(directory), windows, directory.parent / "out", CompressConfig(layers=1))
 
 
 def _random(module: torch.nn.Module) -> None:
@@ -221,8 +221,8 @@ def test_peak_memory_does_not_grow_with_depth(checkpoint: Callable[[str], Path],
         Path("/proc/self/clear_refs").write_text("5")  # forget the largest so far
         before = memory("VmRSS")
         windows = torch.arange(2 * 16).reshape(2, 16)
-        skeleton = load_skeleton(directory, dtype=torch.bfloat16)
-        compress_blockwise(skeleton, windows, tmp_path / "out", config, overwrite=True, max_shard_size="5MB")
+        streamed = load_streamed(directory, dtype=torch.bfloat16)
+        compress_blockwise(streamed, windows, tmp_path / "out", config, overwrite=True, max_shard_size="5MB")
         peaks.append(memory("VmHWM") - before)
     assert sizes[2] - sizes[1] > 24e6
     assert peaks[2] - peaks[1] < 0.3 * (sizes[2] - sizes[1])
@@ -238,16 +238,16 @@ def test_a_plan_is_carried_out(checkpoint: Callable[[str], Path], windows: torch
     whole = carry_out_(loaded.model, edited, statistics, text=as_batches(windows, 1))
     save(loaded.model, loaded.tokenizer, directory.parent / "whole", report=whole, max_shard_size="20kB")
     parts = compress_blockwise(
-        load_skeleton(directory), windows, directory.parent / "parts", edited, max_shard_size="20kB"
+        load_streamed(directory), windows, directory.parent / "parts", edited, max_shard_size="20kB"
     )
     same_layers(whole, parts)
     same_files(directory)
     wrong = replace(edited, entries=tuple(replace(entry, gradients=True) for entry in edited.entries))
     with pytest.raises(ValueError, match="need the whole model in memory"):
-        compress_blockwise(load_skeleton(directory), windows, directory.parent / "wrong", wrong)
+        compress_blockwise(load_streamed(directory), windows, directory.parent / "wrong", wrong)
     other = replace(edited, fingerprint="another")
     with pytest.raises(PlanError):
-        compress_blockwise(load_skeleton(directory), windows, directory.parent / "wrong", other)
+        compress_blockwise(load_streamed(directory), windows, directory.parent / "wrong", other)
 
 
 @pytest.mark.parametrize("importance", ["wanda", "covariance"])
@@ -258,7 +258,7 @@ def test_statistics_are_kept_and_used_again(
     config = CompressConfig(layers=2, rank=4, importance=importance, batch_size=2)
     file = directory.parent / "statistics.safetensors"
     first = compress_blockwise(
-        load_skeleton(directory), windows, directory.parent / "first", config, statistics=file, held_out=windows[:2]
+        load_streamed(directory), windows, directory.parent / "first", config, statistics=file, held_out=windows[:2]
     )
     kept = Statistics.load(file)
     model = load_model(directory).model
@@ -273,7 +273,7 @@ def test_statistics_are_kept_and_used_again(
     # The file stands for the text: nothing is measured again, and what was measured in memory serves as well.
     whole.save(file)
     monkeypatch.setattr("cur.integrations.blockwise.calibrate.collect", None)
-    again = compress_blockwise(load_skeleton(directory), windows, directory.parent / "again", config, statistics=file)
+    again = compress_blockwise(load_streamed(directory), windows, directory.parent / "again", config, statistics=file)
     same_layers(first, again)
     for one in (directory.parent / "first").glob("*.safetensors"):
         assert filecmp.cmp(one, directory.parent / "again" / one.name, shallow=False)

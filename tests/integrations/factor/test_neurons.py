@@ -33,7 +33,7 @@ from cur.integrations.convert import convert_
 from cur.integrations.factor.neurons import FittedBefore, fit_before, keep_neurons
 from cur.integrations.files.reading import CheckpointError
 from cur.integrations.measure.moments import Moments
-from cur.integrations.measure.propagation import Arriving
+from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.neurons import neuron_groups
 from cur.integrations.nn import KeptInputs, KeptOutputs, compressed_modules
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
@@ -197,7 +197,7 @@ def test_kept_rows_are_fitted_to_what_arrives(llama: PreTrainedModel, windows: T
     for name, layer in producers.items():
         X, Z = (x.flatten(0, -2).double() for x in inputs[name])
         W = dense.get_submodule(name).weight.detach().double()[layer.kept]
-        moments = Arriving(Z.T @ Z / len(Z), X.T @ Z / len(Z))
+        moments = InputMoments(Z.T @ Z / len(Z), X.T @ Z / len(Z))
         M, B = moments.problem(W, correction=0.5, damping=report.plan.entries[0].damping)
         fitted = torch.linalg.solve(M, B, left=False)
         torch.testing.assert_close(
@@ -399,8 +399,8 @@ def test_layers_behind_see_rows_of_the_rank_that_they_get(llama: PreTrainedModel
     G = statistics.second_moment(name)
     fitted: dict[str, FittedBefore] = {}
     for each in (name, beside):
-        arriving = Arriving(G, G)
-        fitted[each] = fit_before(llama, each, entries, Moments(statistics), arriving, correction=0.5, fitted=fitted)
+        propagated = InputMoments(G, G)
+        fitted[each] = fit_before(llama, each, entries, Moments(statistics), propagated, correction=0.5, fitted=fitted)
     one, other = fitted[name], fitted[beside]
     assert one.inner is not None
     assert one.places is not None
@@ -426,7 +426,7 @@ def test_layers_before_neurons_count_the_seconds_of_their_fit(llama: PreTrainedM
     for entry in before:
         G = statistics.second_moment(entry.name)
         made = fit_before(
-            llama, entry.name, entries, Moments(statistics), Arriving(G, G), correction=0.5, fitted=fitted
+            llama, entry.name, entries, Moments(statistics), InputMoments(G, G), correction=0.5, fitted=fitted
         )
         assert made.seconds > 0
         fitted[entry.name] = replace(made, seconds=100.0)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cur.cli.app import app
 from cur.integrations import load_model
-from cur.integrations.blockwise import load_skeleton
+from cur.integrations.blockwise import load_streamed
 from cur.integrations.blockwise.journal import Journal
 from cur.integrations.files.configuration import check_config
 
@@ -153,7 +153,7 @@ def test_every_command_refuses_what_is_damaged(damage: str, small: Path, made: P
         assert "config.json" not in done.stderr or "Traceback" not in done.stderr, command
     assert time.monotonic() - began < 60, "a million layers took hours to build"
     assert sorted(tmp_path.iterdir()) == before
-    for load in (load_model, load_skeleton):
+    for load in (load_model, load_streamed):
         with pytest.raises(ValueError, match=name):
             load(small)
 

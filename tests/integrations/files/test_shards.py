@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cur.integrations.blockwise import ShardError, Shards, load_skeleton
+from cur.integrations.blockwise import ShardError, Shards, load_streamed
 
 
 @pytest.fixture
@@ -131,19 +131,19 @@ def test_a_tensor_that_the_checkpoint_lacks(llama_directory: Path) -> None:
     tensors = load_file(file)
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    skeleton = load_skeleton(llama_directory)
-    skeleton.load_block(1)
+    streamed = load_streamed(llama_directory)
+    streamed.load_block(1)
     with pytest.raises(ShardError, match=f"lacks {lost}"):
-        skeleton.load_block(2)
+        streamed.load_block(2)
 
 
 def test_a_tensor_of_another_shape(llama_directory: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
-    skeleton = load_skeleton(llama_directory)
+    streamed = load_streamed(llama_directory)
     file = llama_directory / index_of(llama_directory)[name]
     tensors = load_file(file)
     tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, file, metadata={"format": "pt"})
-    skeleton.shards = Shards(llama_directory)
+    streamed.shards = Shards(llama_directory)
     with pytest.raises(ShardError, match=r"stored with shape \(47, 32\).*asks for \(48, 32\)"):
-        skeleton.load_block(2)
+        streamed.load_block(2)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cur.integrations import BudgetConfig, batches, compress, decoder_layers, linear_modules
-from cur.integrations.measure.propagation import Arriving, in_order, spread
+from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.nn import InterpolativeLinear, compressed_modules, dense_weight, swap_
 
 
@@ -59,11 +59,11 @@ def test_moments_are_those_of_the_whole_models(
         given[0]["attention_mask"][1, 15:] = 0
     names = inside(causal_model)
     before = copy.deepcopy(causal_model.state_dict())
-    seen: dict[str, Arriving] = {}
+    seen: dict[str, InputMoments] = {}
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, arriving: Arriving) -> nn.Module:
-        seen[name], made[name] = arriving, halved(causal_model, name)
+    def make(name: str, propagated: InputMoments) -> nn.Module:
+        seen[name], made[name] = propagated, halved(causal_model, name)
         return made[name]
 
     in_order(causal_model, given, names, make)
@@ -119,11 +119,11 @@ def test_what_the_residual_stream_misses(
     model = make_model(kind)
     names = inside(model)
     given = list(batches(windows, batch_size=4))
-    seen: dict[str, Arriving] = {}
+    seen: dict[str, InputMoments] = {}
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, arriving: Arriving) -> nn.Module:
-        seen[name], made[name] = arriving, halved(model, name)
+    def make(name: str, propagated: InputMoments) -> nn.Module:
+        seen[name], made[name] = propagated, halved(model, name)
         return made[name]
 
     in_order(model, given, names, make)
@@ -148,22 +148,22 @@ def test_no_stream_where_outputs_are_not_just_added(
     model = make_model("llama")
     for _, block in decoder_layers(model):
         block.register_forward_hook(lambda _, __, output: 1.1 * output)
-    seen: list[Arriving] = []
+    seen: list[InputMoments] = []
 
-    def make(name: str, arriving: Arriving) -> nn.Module:
-        seen.append(arriving)
+    def make(name: str, propagated: InputMoments) -> nn.Module:
+        seen.append(propagated)
         return halved(model, name)
 
     in_order(model, batches(windows, batch_size=6), inside(model), make)
     assert seen
-    assert all(arriving.missing is None for arriving in seen)
+    assert all(propagated.missing is None for propagated in seen)
 
 
 def test_only_the_layers_asked_for_and_outside_blocks_none(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     asked = ["model.layers.3.mlp.down_proj", "model.layers.1.self_attn.v_proj", "lm_head"]
     seen: list[str] = []
 
-    def make(name: str, _: Arriving) -> nn.Module:
+    def make(name: str, _: InputMoments) -> nn.Module:
         seen.append(name)
         return halved(llama, name)
 
@@ -182,7 +182,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_without_correction_the_dense_layer_is_the_best(data: tuple[torch.Tensor, ...]) -> None:
     X, Z, W = data
-    M, B = Arriving(Z.T @ Z / 300, X.T @ Z / 300).problem(W, correction=0.0, damping=1e-2)
+    M, B = InputMoments(Z.T @ Z / 300, X.T @ Z / 300).problem(W, correction=0.0, damping=1e-2)
     torch.testing.assert_close(torch.linalg.solve(M, B, left=False), W, rtol=1e-10, atol=1e-12)
 
 
@@ -191,7 +191,7 @@ def test_the_solution_is_least_squares_drawn_to_the_dense_layer(
     data: tuple[torch.Tensor, ...], correction: float
 ) -> None:
     X, Z, W = data
-    M, B = Arriving(Z.T @ Z / 300, X.T @ Z / 300).problem(W, correction=correction, damping=1e-3)
+    M, B = InputMoments(Z.T @ Z / 300, X.T @ Z / 300).problem(W, correction=correction, damping=1e-3)
     ours = torch.linalg.solve(M, B, left=False)
     squares = Z.square().mean(0)
     ridge = 1e-3 * float(squares.mean()) + 1e-2 * float(squares.median())
@@ -204,7 +204,7 @@ def test_the_solution_is_least_squares_drawn_to_the_dense_layer(
 def test_the_solution_makes_up_for_what_the_stream_misses(data: tuple[torch.Tensor, ...]) -> None:
     X, Z, W = data
     e = torch.randn(300, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    M, B = Arriving(Z.T @ Z / 300, X.T @ Z / 300, e.T @ Z / 300).problem(W, correction=0.5, damping=1e-3)
+    M, B = InputMoments(Z.T @ Z / 300, X.T @ Z / 300, e.T @ Z / 300).problem(W, correction=0.5, damping=1e-3)
     squares = Z.square().mean(0)
     ridge = 1e-3 * float(squares.mean()) + 1e-2 * float(squares.median())
     root = (300 * ridge) ** 0.5 * torch.eye(7, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_layers_out_of_turn_are_named(llama: PreTrainedModel, windows: torch.Ten
     names = ["model.layers.1.mlp.a", "model.layers.1.mlp.b"]
     given = list(batches(windows.repeat(2, 1)[: 4 + last], batch_size=4))
 
-    def make(name: str, _: Arriving) -> nn.Module:
+    def make(name: str, _: InputMoments) -> nn.Module:
         return halved(llama, name)
 
     wrong = "called more often in" if last == 3 else "not called in its turn in"

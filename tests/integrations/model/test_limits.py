@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cur.cli.app import app
 from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, collect, compress, load_model, perplexity
-from cur.integrations.blockwise import compress_blockwise, load_skeleton, perplexity_blockwise
+from cur.integrations.blockwise import compress_blockwise, load_streamed, perplexity_blockwise
 from cur.integrations.model.limits import check_windows, positions
 from tests.integrations.checkpoints import TEXT, tokenizer, write
 
@@ -120,7 +120,7 @@ def test_python_entries_refuse_them_before_they_run(kind: str, tmp_path: Path, m
     source = write(kind, tmp_path / "source")
     bad = torch.randint(4, 100, (6, 80)) if kind == "learned positions" else torch.full((6, 16), 100)
     message = "table of positions ends at 64" if kind == "learned positions" else "holds token 100"
-    model, skeleton = load_model(source).model, load_skeleton(source)
+    model, streamed = load_model(source).model, load_streamed(source)
     target = "attn.c_attn" if kind == "learned positions" else "q_proj"
     config = CompressConfig(layers=1, targets=(target,), rank=4)
     name = f"{'transformer.h' if '.' in target else 'model.layers'}.1.{'' if '.' in target else 'self_attn.'}{target}"
@@ -132,8 +132,8 @@ def test_python_entries_refuse_them_before_they_run(kind: str, tmp_path: Path, m
         lambda: compress(model, bad, BudgetConfig(keep=0.7)),
         lambda: perplexity(model, bad),
         lambda: collect(model, [bad], modules=[name]),
-        lambda: compress_blockwise(skeleton, bad, tmp_path / "out", config),
-        lambda: perplexity_blockwise(skeleton, bad),
+        lambda: compress_blockwise(streamed, bad, tmp_path / "out", config),
+        lambda: perplexity_blockwise(streamed, bad),
         lambda: heal(student, model, bad, HealingConfig(steps=1, held_out=2, precision="float32")),
     ]
     for use in uses:

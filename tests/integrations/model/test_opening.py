@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cur.cli.app import app
 from cur.integrations import BudgetConfig, compress, load_model
-from cur.integrations.blockwise import load_skeleton
+from cur.integrations.blockwise import load_streamed
 from cur.integrations.model import opening
 from cur.integrations.model.origin import origin_of
 from cur.integrations.report.data import CompressionReport
@@ -182,7 +182,7 @@ def test_a_class_that_is_not_there_is_refused_by_name(tmp_path: Path, text: Path
         options = [] if command == "evaluate" else ["--out", tmp_path / "out"]
         refused(cur(command, source, "--text", text, *options), "names the class LlamaForNothing", "'llama'")
     with pytest.raises(ValueError, match="names the class LlamaForNothing"):
-        load_skeleton(source)
+        load_streamed(source)
     file.write_text(json.dumps({**config_of(source), "architectures": [3]}))
     with pytest.raises(ValueError, match=r"`architectures` in config\.json must be a list of names"):
         load_model(source)
@@ -236,13 +236,13 @@ def test_tensors_that_the_class_hides_are_named_too(tmp_path: Path, monkeypatch:
     rewrite(source, lambda tensors: {**tensors, "mtp.norm.weight": torch.ones(4)})
     monkeypatch.setattr(hf.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ["^mtp.*"])
     assert origin_of(load_model(source).model).unread == ("mtp.norm.weight",)
-    assert origin_of(load_skeleton(source).model).unread == ("mtp.norm.weight",)
+    assert origin_of(load_streamed(source).model).unread == ("mtp.norm.weight",)
 
 
 def test_where_a_model_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write("causal", tmp_path / "source")
     monkeypatch.chdir(tmp_path)
-    for model in (load_model("source").model, load_skeleton("source").model, hf.LlamaModel.from_pretrained("source")):
+    for model in (load_model("source").model, load_streamed("source").model, hf.LlamaModel.from_pretrained("source")):
         assert origin_of(model).source == str(source)
     assert origin_of(KINDS["causal"]()).source == ""
 
@@ -265,7 +265,7 @@ def test_what_is_stored_counts_not_what_is_said(tmp_path: Path) -> None:
     source = write("causal", tmp_path / "source")
     (source / "config.json").write_text(json.dumps({**config_of(source), "dtype": "bfloat16"}))
     assert load_model(source).model.dtype == torch.float32
-    assert load_skeleton(source).dtype == torch.float32
+    assert load_streamed(source).dtype == torch.float32
     assert opening.stored_dtype(source) == torch.float32
 
 
@@ -278,7 +278,7 @@ def test_an_adapter_is_refused_at_once(with_config: bool, tmp_path: Path, text: 
         options = [] if command == "evaluate" else ["--out", tmp_path / "out"]
         refused(cur(command, source, "--text", text, *options), "is an adapter", "merge it first")
     with pytest.raises(ValueError, match="merge it first"):
-        load_skeleton(source)
+        load_streamed(source)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it

@@ -363,7 +363,7 @@ def test_layers_are_made_in_full_precision_between_passes_in_half(
     names = linear_modules(llama, ("gate_proj", "down_proj"))
     seen: list[torch.dtype] = []
 
-    def make(name: str, arriving: Any) -> Any:
+    def make(name: str, propagated: Any) -> Any:
         layer: Any = llama.get_submodule(name)
         seen.append((layer.weight @ layer.weight.T).dtype)
         return lambda x: nn.functional.linear(x, layer.weight)
