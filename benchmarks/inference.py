@@ -27,7 +27,7 @@ from environment import environment
 from cur import ranks
 from cur.integrations import embedded_text, linear_modules, load_model, token_windows
 from cur.integrations.model.targets import decoder_layers
-from cur.integrations.nn import FACTORED, LAYOUTS, dense_weight, swap_
+from cur.integrations.nn import LAYOUTS, dense_weight, factored, swap_
 from cur.integrations.plan.layouts import choose_layout
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
@@ -87,7 +87,7 @@ def measure_layers(shape: tuple[int, int], *, dtype: torch.dtype, least: float) 
     dense = torch.nn.Linear(n, m, bias=False).to(dtype)
     rows = []
     for keep in KEEPS:
-        for layout, kind in ((layout, LAYOUTS[layout]) for layout in FACTORED):
+        for layout, kind in ((layout, LAYOUTS[layout]) for layout in factored()):
             rank = ranks.rank_for(m, n, keep * m * n, layout=layout)
             layer = kind(n, m, rank, bias=False).to(dtype)
             if layout == "interpolative":
@@ -140,7 +140,7 @@ def measure_model(dtype: torch.dtype) -> list[dict[str, Any]]:
     names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
     rows = []
     for keep in KEEPS:
-        for layout, kind in ((layout, LAYOUTS[layout]) for layout in FACTORED):
+        for layout, kind in ((layout, LAYOUTS[layout]) for layout in factored()):
             model = copy.deepcopy(dense)
             layers = {}
             for name in names:

@@ -58,7 +58,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.layers": ("cur.integrations.model.targets",),
     "cur.integrations.layouts": (
         "cur.integrations.plan.layouts",
-        "cur.integrations.nn.base",
+        "cur.integrations.nn.registry",
     ),
     "cur.integrations.limits": ("cur.integrations.model.limits",),
     "cur.integrations.models": ("cur.integrations.model.loading",),

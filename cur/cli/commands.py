@@ -23,7 +23,7 @@ from cur.integrations.measure.text import embedded_text, read_text, token_window
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
-from cur.integrations.nn import FACTORED
+from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.plan import Plan
@@ -276,7 +276,7 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
         f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
         + (" The layers above are rounded to int8." if any(layer.int8 for layer in summary.layers) else "")
     )
-    counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in FACTORED)
+    counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in factored())
     output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")
     for line in [] if against is None or found is None else found.lines():
         output.print(line, markup=False, soft_wrap=True)

@@ -46,13 +46,12 @@ def _alike(values: Sequence[str]) -> bool:
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
     """Return one line for each compressed layer."""
-    from cur.integrations.nn.base import ranks_of
+    from cur.integrations.nn import cells
 
     table, names = _of_layers("Compressed layers", [layer.name for layer in layers])
     bounds = [_bound(layer) for layer in layers]
     columns = {
-        "shape": [f"{layer.shape[0]} x {layer.shape[1]}" for layer in layers],
-        "rank": [ranks_of(layer) for layer in layers],
+        **{key: [cells(layer)[key] for layer in layers] for key in ("shape", "rank")},
         "kept": [f"{layer.parameters_after / layer.parameters_before:.1%}" for layer in layers],
         "error": [f"{layer.certificate['relative']:.3f}" for layer in layers],
         **({"bound": bounds} if any(bounds) else {}),
@@ -81,7 +80,7 @@ def _bound(layer: LayerReport) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """Return one line for each layer of a plan."""
-    from cur.integrations.nn.base import ranks_of
+    from cur.integrations.nn import cells
 
     table, names = _of_layers("Plan", [entry.name for entry in plan.entries], show_footer=True)
     table.add_column("layer", "all", overflow="fold", min_width=_LEAST)
@@ -96,9 +95,7 @@ def plan_table(plan: Plan) -> Table:
     for name, entry in zip(names, plan.entries, strict=True):
         table.add_row(
             name,
-            f"{entry.shape[0]} x {entry.shape[1]}",
-            ranks_of(entry),
-            entry.layout,
+            *(cells(entry)[key] for key in ("shape", "rank", "layout")),
             f"{entry.parameters / entry.dense_parameters:.1%}",
             "" if entry.predicted is None else f"{entry.predicted:.2e}",
         )
@@ -151,7 +148,7 @@ def perplexity_table(values: Mapping[str, float], title: str) -> Table:
 
 def checkpoint_table(summary: CheckpointSummary) -> Table:
     """Return one line for each compressed layer of a checkpoint, and the totals."""
-    from cur.integrations.nn.base import ranks_of
+    from cur.integrations.nn import cells
 
     title = f"Compressed layers of {summary.directory}"
     table, names = _of_layers(title, [layer.name for layer in summary.layers], show_footer=True)
@@ -166,9 +163,7 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
     for name, layer in zip(names, summary.layers, strict=True):
         table.add_row(
             name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            layer.layout,
-            ranks_of(layer),
+            *(cells(layer)[key] for key in ("shape", "layout", "rank")),
             f"{layer.parameters / layer.dense_parameters:.1%}",
             layer.dtype,
         )

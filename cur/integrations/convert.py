@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from cur.integrations.nn import FACTORED, compressed_modules, swap_
+from cur.integrations.nn import compressed_modules, factored, swap_
 from cur.integrations.plan.layouts import PURPOSES, choose_layout
 from cur.integrations.store.format import mark_
 
@@ -14,15 +14,15 @@ __all__ = ["convert_"]
 def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "inference") -> dict[str, str]:
     """Bring every factored layer of a model to a layout, in place; the function stays the same up to rounding.
 
-    Layers that keep some neurons have one layout only and stay as they are.
+    Layers of a type with one layout only, such as those that keep some neurons, stay as they are.
 
     Parameters
     ----------
     model : PreTrainedModel
         A model with compressed layers.
-    layout : {"auto", "cur", "folded", "interpolative"}, default "auto"
-        ``"auto"``: what serves the purpose best, layer by layer; a layer that no layout would make faster than dense
-        keeps its own.
+    layout : str, default "auto"
+        One of factored weights, or ``"auto"``: what serves the purpose best, layer by layer; a layer that no layout
+        would make faster than dense keeps its own.
     purpose : {"inference", "training"}, default "inference"
         For "auto".
 
@@ -36,15 +36,16 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     ValueError
         If the layout or the purpose is unknown, or the model has no factored layers or is rounded to int8.
     """
-    if layout not in ("auto", *FACTORED):
-        raise ValueError(f"`layout` must be one of auto, {', '.join(FACTORED)}, got {layout!r}")
+    if layout not in ("auto", *factored()):
+        raise ValueError(f"`layout` must be one of auto, {', '.join(factored())}, got {layout!r}")
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
-    layers = {name: layer for name, layer in compressed_modules(model).items() if layer.layout in FACTORED}
-    if any(layer.int8 for layer in compressed_modules(model).values()):
+    found = compressed_modules(model)
+    layers = {name: layer for name, layer in found.items() if not factored().keys().isdisjoint(layer.conversions())}
+    if any(layer.int8 for layer in found.values()):
         raise ValueError("`model` is rounded to int8; convert the checkpoint that it was made from, and round it then")
     if not layers:
-        why = "all its compressed layers keep neurons, which have one layout" if compressed_modules(model) else ""
+        why = "all its compressed layers are of a type that has one layout" if found else ""
         raise ValueError(f"`model` has no factored layers; {why or 'compress it first'}")
     wanted = {
         name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank) or layer.layout

@@ -84,7 +84,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if name in layers
+        if (name in layers and layers[name].factors())
         or (
             type(module) in (nn.Linear, Conv1D)
             and name.startswith(blocks)

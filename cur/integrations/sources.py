@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cur.integrations.factor.layer import factorize
-from cur.integrations.factor.neurons import FittedBefore, fit_before, keep_neurons
+from cur.integrations.factor import Task, make_layers
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.generated_text import own_text
 from cur.integrations.measure.moments import Moments, x_norm
@@ -29,7 +28,7 @@ from cur.integrations.model.origin import Origin, changed_modules, kept_digest, 
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import block_stacks, decoder_layers
-from cur.integrations.nn import CompressedLinear, KeptInputs, dense_weight, swap_
+from cur.integrations.nn import CompressedLinear, dense_weight, swap_
 from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers, candidates
 from cur.integrations.plan.plan import PRECISIONS, Plan
@@ -347,59 +346,39 @@ def decompose(
     With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
     """
     plan.check(model)
-    moments = Moments(statistics)
     layers: dict[str, CompressedLinear] = {}
     reports: dict[str, LayerReport] = {}
-    producers: dict[str, FittedBefore] = {}
     entries = {entry.name: entry for entry in plan.entries}
+    task = Task(
+        model=model,
+        entries=entries,
+        moments=Moments(statistics),
+        dtype=PRECISIONS[plan.precision],
+        seed=plan.seed,
+        correction=plan.correction,
+    )
 
     def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
         if progress is not None:
             progress("decompose", len(layers), len(entries))
-        entry = entries[name]
-        if entry.consumer is not None and propagated is not None:
-            # Of its full width for now: the other rows are needed to say what the layer behind should give.
-            producers[name] = fit_before(
-                model, name, entries, moments, propagated, correction=plan.correction, fitted=producers
-            )
-            return producers[name].full_width
-        if entry.method == "neurons":
-            before = [other for other in plan.entries if other.consumer == name]
-            fitted = {other.name: producers[other.name] for other in before if other.name in producers}
-            done = keep_neurons(
-                model, entry, before, moments, propagated=propagated, correction=plan.correction, fitted=fitted
-            )
-        else:
-            one = factorize(
-                model.get_submodule(name),
-                entry,
-                moments,
-                dtype=PRECISIONS[plan.precision],
-                seed=plan.seed,
-                propagated=propagated,
-                correction=plan.correction,
-            )
-            done = {name: one}
-        for each, (layer, report) in done.items():
+        made = make_layers(task, entries[name], propagated)
+        for each, (layer, report) in made.layers.items():
             layers[each] = layer
-            if entry.method != "neurons":  # whose number has nothing to do with singular values
+            if entries[each].of_weight:
                 weight = dense_weight(model.get_submodule(each), each)[0].detach()
                 report = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
             reports[each] = report
-        made = layers[name]
-        if isinstance(made, KeptInputs):  # while layers before it still give all neurons
-            return lambda x: made(x[..., made.kept])
-        return made
+        return made.replacement
 
     if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
-        fitted = {name: entry for name, entry in entries.items() if entry.method != "cur"}
+        fitted = {name: entry for name, entry in entries.items() if entry.fits_inputs}
         widest = max((entry.shape[1] for entry in fitted.values()), default=1)
         in_order(model, spread(text, widest), list(fitted), make, precision=precision)
         for name, layer in layers.items():  # made while the model was in evaluation mode
             layer.train(model.get_submodule(name).training)
     for name, entry in entries.items():
         if name not in layers:
-            make(entry.consumer or name)
+            make(entry.made_with)
     if progress is not None:
         progress("decompose", len(entries), len(entries))
     return {name: layers[name] for name in entries}, [reports[name] for name in entries]

@@ -11,11 +11,12 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from cur.cli.tables import checkpoint_table, layers_table, plan_table
-from cur.integrations.plan.plan import PlanEntry
+from cur.integrations.plan.methods import CUREntry, NeuronsEntry
 
 
 def layer(name: str, **others: Any) -> Any:
-    given = {"shape": (1536, 576), "rank": 1382, "inner_rank": None, "weighted_error": 0.1, "weighted_bound": 0.1}
+    given = {"layout": "inputs", "shape": (1536, 576), "ranks": (1382, None)}
+    given |= {"weighted_error": 0.1, "weighted_bound": 0.1}
     kept = {"parameters_after": 700, "parameters_before": 1000, "certificate": {"relative": 0.1, "scale": 2.0}}
     return SimpleNamespace(name=name, **{**given, **kept, **others})
 
@@ -28,7 +29,7 @@ def printed(table: Any, width: int) -> str:
 
 def test_a_layer_takes_one_line_of_80_columns() -> None:
     names = [f"model.layers.{block}.{part}" for block in (9, 17) for part in ("self_attn.q_proj", "mlp.down_proj")]
-    text = printed(layers_table([layer(name, inner_rank=410) for name in names]), 80)
+    text = printed(layers_table([layer(name, ranks=(1382, 410)) for name in names]), 80)
     assert "Compressed layers, all in model.layers" in text
     for name in names:
         (line,) = (line for line in text.splitlines() if f" {name.removeprefix('model.layers.')} " in line)
@@ -38,10 +39,9 @@ def test_a_layer_takes_one_line_of_80_columns() -> None:
 
 def test_so_does_a_layer_of_a_plan_and_of_a_checkpoint() -> None:
     common: dict[str, Any] = {"name": "model.layers.17.self_attn.q_proj", "shape": (1536, 576), "predicted": 1.5e-4}
-    wide = {"rank": 1382, "layout": "inputs", "method": "neurons", "inner_rank": 410}
     entries = (
-        PlanEntry(**{**common, **wide, "shape": (576, 1536)}),
-        PlanEntry(**{**common, "name": "model.layers.9.mlp.down_proj", "rank": 500, "layout": "interpolative"}),
+        NeuronsEntry(**{**common, "neurons": 1382, "inner_rank": 410, "shape": (576, 1536)}),
+        CUREntry(**{**common, "name": "model.layers.9.mlp.down_proj", "rank": 500, "layout": "interpolative"}),
     )
     plan: Any = SimpleNamespace(entries=entries, parameters=1_000, dense_parameters=2_000)
     text = printed(plan_table(plan), 80)
@@ -49,7 +49,7 @@ def test_so_does_a_layer_of_a_plan_and_of_a_checkpoint() -> None:
         (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)
         assert line.split()[-1] == "1.50e-04"
         assert entry.layout in line
-    shown = ("name", "shape", "layout", "rank", "inner_rank", "parameters", "dense_parameters")
+    shown = ("name", "shape", "layout", "ranks", "parameters", "dense_parameters")
     layers = [SimpleNamespace(dtype="bfloat16", **{key: getattr(entry, key) for key in shown}) for entry in entries]
     text = printed(checkpoint_table(SimpleNamespace(directory="small", layers=layers)), 80)
     for entry in entries:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import cur.healing.training.loop
 from cur._lib.errors import NumericalError
 from cur.healing import HealingConfig, Objectives, StateError, Status, heal
-from cur.integrations.nn import FACTORED, compressed_modules
+from cur.integrations.nn import compressed_modules, factored
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., PreTrainedModel]
@@ -35,7 +35,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_the_weight_moves_within_the_span_of_columns_and_rows(
     kind: str, layout: str, make_teacher: Make, make_student: Make, windows: torch.Tensor, settings: Settings
 ) -> None:
@@ -60,7 +60,7 @@ def test_the_weight_moves_within_the_span_of_columns_and_rows(
         assert torch.linalg.norm(rest) <= 1e6 * torch.finfo(torch.float64).eps * scale
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_only_the_factor_that_learns_changes(
     layout: str, teacher: PreTrainedModel, make_student: Make, windows: torch.Tensor, settings: Settings
 ) -> None:

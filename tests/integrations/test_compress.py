@@ -15,7 +15,7 @@ from cur import NumericalError, deim_cur, importance, ranks
 from cur.integrations import Statistics, batches, collect, decoder_layers
 from cur.integrations.compress import apply_plan_, compress
 from cur.integrations.model.size import model_size
-from cur.integrations.nn import FACTORED, CURLinear, compressed_modules
+from cur.integrations.nn import CURLinear, compressed_modules, factored
 from cur.integrations.plan import make as planning
 from cur.integrations.plan.config import CompressConfig
 from cur.integrations.plan.make import make_plan
@@ -114,7 +114,7 @@ def test_statistics_and_windows_give_the_same(
     assert reports[0].plan.calibration_tokens == windows.numel()
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_rank_is_the_smaller_of_asked_and_break_even(
     layout: str, llama: PreTrainedModel, windows: torch.Tensor
 ) -> None:
@@ -128,7 +128,7 @@ def test_rank_is_the_smaller_of_asked_and_break_even(
 
 def test_layouts_hold_the_same_weights(make_model: Callable[..., PreTrainedModel], windows: torch.Tensor) -> None:
     logits = []
-    for layout in FACTORED:
+    for layout in factored():
         model = make_model("llama")
         compress(model, windows, replace(SMALL, layout=layout))
         with torch.no_grad():

@@ -19,7 +19,7 @@ from cur.integrations import (
 )
 from cur.integrations.convert import convert_
 from cur.integrations.model.size import model_size
-from cur.integrations.nn import FACTORED, compressed_modules
+from cur.integrations.nn import compressed_modules, factored
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "inference.json"
@@ -31,8 +31,8 @@ def logits(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("last", FACTORED)
-@pytest.mark.parametrize("first", FACTORED)
+@pytest.mark.parametrize("last", factored())
+@pytest.mark.parametrize("first", factored())
 def test_the_function_stays_the_same(
     first: str, last: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cur.integrations import BudgetConfig, CompressConfig, compress, perplexity, save
-from cur.integrations.nn import FACTORED, compressed_modules
+from cur.integrations.nn import compressed_modules, factored
 from cur.integrations.quantize import quantize_
 from tests.integrations.architectures import batch, make
 
@@ -47,7 +47,7 @@ def compressed(llama: PreTrainedModel, windows: torch.Tensor) -> PreTrainedModel
 # ------------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_layers_compile_into_one_graph(
     layout: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
 ) -> None:

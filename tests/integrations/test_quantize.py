@@ -17,7 +17,7 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
 from cur.integrations.convert import convert_
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import FACTORED, CompressedLinear, Int8Linear, compressed_modules
+from cur.integrations.nn import CompressedLinear, Int8Linear, compressed_modules, factored
 from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.store.format import CURConfig
 from cur.integrations.store.inspect import summarize
@@ -67,7 +67,7 @@ def weights_of(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_rounded_layers_are_saved_and_loaded(
     kind: str, layout: str, make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:
@@ -123,7 +123,7 @@ def test_layers_that_keep_neurons(neurons: PreTrainedModel, windows: Tensor, tmp
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), windows), after)
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_without_statistics_every_entry_goes_to_the_nearest_multiple(
     layout: str, llama: PreTrainedModel, windows: Tensor
 ) -> None:

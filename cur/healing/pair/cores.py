@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
-from cur.integrations.nn import (
-    CompressedLinear,
-    CURLinear,
-    FoldedLinear,
-    InterpolativeLinear,
-    KeptInputs,
-    KeptOutputs,
-    compressed_modules,
-)
+from cur.integrations.nn import CompressedLinear, compressed_modules
 
 __all__ = ["Coordinates", "Core", "cores_of"]
 
@@ -26,20 +18,9 @@ class Core:
     r"""The square core ``U`` in the weight ``L U R`` of a compressed layer, whatever its layout.
 
     ``L`` (m x r) and ``R`` (r x n) are frozen, so the weight moves by ``L dU R`` only: it stays in the span of the
-    kept columns and rows (Theorem 4.3 of arXiv 2501.04211). What is stored of it differs:
-
-    ===============  ====================  =====================  ==========================
-    layout           ``L``                 ``U`` before healing   what learns
-    ===============  ====================  =====================  ==========================
-    cur              ``C``                 ``U``                  ``U``
-    folded           ``C U`` as it was     identity               ``CU``, as ``L U``
-    interpolative    ``(I, T)``, ordered   identity               ``R``, as ``U R``
-    inputs           identity, m x m       identity               ``C``, as ``U C``
-    inputs, inner    ``(I, T)``, ordered   identity               ``R``, as ``U R``
-    ===============  ====================  =====================  ==========================
-
-    So an interpolative layer keeps its coefficients, and its rows become combinations of the kept rows. The layer
-    behind neurons that were given up has its columns in the place of ``R``, and ``r = m``; the layers before them stay.
+    kept columns and rows (Theorem 4.3 of arXiv 2501.04211). What is stored of it, and what ``L`` and ``R`` are, says
+    the type of the layer by :meth:`~cur.integrations.nn.CompressedLinear.trainable`: ``U`` itself in the layout
+    ``"cur"``, and otherwise a factor that becomes ``L U`` or ``U R``, of which ``U`` is the identity before healing.
 
     Parameters
     ----------
@@ -59,29 +40,12 @@ class Core:
     def __init__(self, name: str, layer: CompressedLinear) -> None:
         self.name = name
         self.layer = layer
-        self.left: Tensor
-        self.right: Tensor
-        if isinstance(layer, CURLinear):
-            self.factor = layer.U.weight
-            self.left, self.right = layer.C.weight.detach(), layer.R.weight.detach()
-            self.start = self.value = _wide(layer.U.weight)
-            return
-        part = layer.part if isinstance(layer, KeptInputs) and layer.inner_rank is not None else layer
-        left, right = (factor.detach() for factor in part.two_factors())
-        self.start = self.value = torch.eye(part.rank, dtype=torch.float64, device=right.device)
-        if isinstance(part, FoldedLinear):
-            self.factor = part.CU.weight
-            self.left, self.right = left.clone(), right
-        elif isinstance(part, InterpolativeLinear):
-            self.factor = part.R.weight
-            self.left, self.right = left, right.clone()
-        elif isinstance(part, KeptInputs):
-            self.factor = part.part.weight
-            self.right = left.clone()
-            self.left = torch.eye(len(left), dtype=left.dtype, device=left.device)
-            self.start = self.value = self.left.double()
-        else:
-            raise TypeError(f"{name} is a {type(layer).__name__}, a layout that healing does not know")
+        what = layer.trainable()
+        if what is None:
+            raise TypeError(f"{name} is a {type(layer).__name__}, of which healing trains nothing")
+        self.what = what
+        self.factor, self.left, self.right = what.factor, what.left, what.right
+        self.start = self.value = what.start()
 
     @property
     def rank(self) -> int:
@@ -100,13 +64,7 @@ class Core:
         if not bool(torch.isfinite(U).all()):
             raise NumericalError(f"the core of {self.name} is not finite")
         U = U.double()
-        if self.layer.layout == "cur":
-            stored = U
-        elif self.layer.layout == "folded":
-            stored = _wide(self.left) @ U
-        else:
-            stored = U @ _wide(self.right)
-        self.factor.copy_(stored)
+        self.factor.copy_(self.what.stored(U))
         self.value = U
 
     def take_gradient(self) -> Tensor:
@@ -117,12 +75,7 @@ class Core:
         gradient, self.factor.grad = self.factor.grad, None
         if gradient is None:
             return torch.zeros(self.rank, self.rank, device=self.factor.device)
-        gradient = gradient.float()
-        if self.layer.layout == "cur":
-            return gradient
-        if self.layer.layout == "folded":
-            return self.left.float().T @ gradient
-        return gradient @ self.right.float().T
+        return self.what.gradient(gradient)
 
 
 class Coordinates:
@@ -189,7 +142,7 @@ class Coordinates:
 
 
 def cores_of(model: nn.Module) -> dict[str, Core]:
-    """Return the core of every compressed layer by name; layers before neurons that were given up have none.
+    """Return the core of every compressed layer by name; layers of which nothing may be trained have none.
 
     Raises
     ------
@@ -204,7 +157,7 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")
-    return {name: Core(name, layer) for name, layer in layers.items() if not isinstance(layer, KeptOutputs)}
+    return {name: Core(name, layer) for name, layer in layers.items() if layer.trainable() is not None}
 
 
 def _wide(tensor: Tensor) -> Tensor:

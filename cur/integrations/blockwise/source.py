@@ -26,7 +26,7 @@ from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.source import source_of
-from cur.integrations.nn import CompressedLinear, dense_weight, layer_class, swap_
+from cur.integrations.nn import CompressedLinear, stand_in, swap_
 from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers
 from cur.integrations.plan.plan import Plan
@@ -316,16 +316,5 @@ class _Blocks(Layers):
 
 def _empty(report: LayerReport, dense: nn.Module) -> CompressedLinear:
     """Return the compressed layer of a report without its factors, on the meta device."""
-    weight, bias, transposed = dense_weight(dense, report.name)
-    m, n = weight.shape
-    made: CompressedLinear = layer_class(report.layout)(
-        n,
-        m,
-        report.rank,
-        inner_rank=report.inner_rank,
-        bias=bias is not None,
-        transposed=transposed,
-        device="meta",
-        dtype=weight.dtype,
-    )
+    made = stand_in(dense, report.name, report.spec(), device="meta")
     return made.train(dense.training).requires_grad_(next(dense.parameters()).requires_grad)

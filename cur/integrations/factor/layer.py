@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,27 +16,62 @@ from cur._lib.array import unit_roundoff
 from cur._lib.errors import collected
 from cur.bounds import Certificate
 from cur.decompose import deim_cur
-from cur.factors import CUR, Interpolative
+from cur.factors import CUR, Folded, Interpolative
+from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.nn import LAYOUTS, CompressedLinear, CURLinear, InterpolativeLinear, dense_weight
+from cur.integrations.nn import CompressedLinear, CURLinear, InterpolativeLinear, dense_weight, factored
+from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.importance import guide, link_weights
-from cur.integrations.plan.plan import PlanEntry
+from cur.integrations.plan.methods import CUREntry, RowsEntry, WeightedEntry
 from cur.integrations.report.data import LayerReport
 from cur.weighted.rows import own_rows
 from cur.weighted.truncation import weighted_svd
 
-__all__ = ["as_json", "factorize", "interpolative_layer", "plain_certificate", "report_on"]
+__all__ = [
+    "Factored",
+    "as_json",
+    "factorize",
+    "factorize_as",
+    "interpolative_layer",
+    "plain_certificate",
+    "report_on",
+]
 
 # Entries of a weight that are compared at once, few enough to stay in a processor's cache.
 _IN_CACHE = 1 << 19
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds."""
+
+    factors: CUR | Folded | Interpolative
+    certificate: Certificate | None
+    rows: Any = ()
+    columns: Any = ()
+
+    def layer(self, layout: str, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool) -> CompressedLinear:
+        """Return the layer of these factors in a dtype."""
+        factors = self.factors
+        if isinstance(factors, CUR) and layout == CURLinear.layout:
+            three = (factor.to(dtype) for factor in factors)
+            return CURLinear.from_factors(*three, bias=bias, transposed=transposed)
+        if isinstance(factors, Interpolative) and layout == InterpolativeLinear.layout:
+            return interpolative_layer(factors, dtype=dtype, bias=bias, transposed=transposed)
+        left, right = (factor.to(dtype) for factor in _folded(factors))
+        return factored()[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
+
+
+def _folded(factors: CUR | Folded | Interpolative) -> tuple[Tensor, Tensor]:
+    left, right = (factors if isinstance(factors, Folded) else factors.folded()).factors
+    return left, right
+
+
 def factorize(
     module: nn.Module,
-    entry: PlanEntry,
+    entry: CUREntry | WeightedEntry | RowsEntry,
     moments: Moments,
     *,
     dtype: torch.dtype,
@@ -50,7 +85,7 @@ def factorize(
     ----------
     module : nn.Module
         The dense layer; it is not changed.
-    entry : PlanEntry
+    entry : CUREntry, WeightedEntry or RowsEntry
         What to do.
     moments : Moments
         Statistics of the layer.
@@ -77,19 +112,43 @@ def factorize(
     ValueError
         If the statistics do not cover the layer.
     """
+    if isinstance(entry, CUREntry):
+        return factorize_as(lambda W: _columns_and_rows(W, entry, moments, seed), module, entry, moments, dtype=dtype)
+    return factorize_as(
+        lambda W: _under_moments(W, entry, moments, propagated, correction), module, entry, moments, dtype=torch.float64
+    )
+
+
+@torch.no_grad()
+def factorize_as(
+    factor: Callable[[Tensor], Factored], module: nn.Module, entry: PlanEntry, moments: Moments, *, dtype: torch.dtype
+) -> tuple[CompressedLinear, LayerReport]:
+    """Put the factors that a function finds of a weight into the layer of an entry, and say what was lost.
+
+    Parameters
+    ----------
+    factor : callable
+        Called with the weight in `dtype`.
+    module, entry, moments
+        As for :func:`factorize`, for an entry of any method.
+    dtype : torch.dtype
+        Of the factorization.
+
+    Returns
+    -------
+    CompressedLinear, LayerReport
+        As for :func:`factorize`.
+    """
     start = time.perf_counter()
     weight = finite_weight(module, entry.name)
     _, bias, transposed = dense_weight(module, entry.name)
-    W = weight.to(dtype if entry.method == "cur" else torch.float64)
+    W = weight.to(dtype)
     norm = x_norm(moments.statistics, entry.name).to(W)
-    if entry.method == "cur":
-        done = _columns_and_rows(W, entry, moments, seed)
-    else:
-        done = _under_moments(W, entry, moments, propagated, correction)
+    done = factor(W)
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
-    left, right = done.factors.folded().factors
+    left, right = _folded(done.factors)
     parts = list(done.factors) if isinstance(done.factors, CUR) else [left, right]
     return layer, report_on(
         _errors(W, left, right),
@@ -102,6 +161,20 @@ def factorize(
         columns=_indices(done.columns),
         seconds=time.perf_counter() - start,
     )
+
+
+@maker(CUREntry, WeightedEntry, RowsEntry)
+def _factorize(task: Task, entry: CUREntry | WeightedEntry | RowsEntry, propagated: InputMoments | None) -> Made:
+    layer, report = factorize(
+        task.model.get_submodule(entry.name),
+        entry,
+        task.moments,
+        dtype=task.dtype,
+        seed=task.seed,
+        propagated=propagated,
+        correction=task.correction,
+    )
+    return Made({entry.name: (layer, report)}, layer)
 
 
 def _errors(W: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,27 +218,6 @@ def report_on(
     )
 
 
-@dataclass(frozen=True)
-class _Done:
-    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds."""
-
-    factors: CUR | Interpolative
-    certificate: Certificate | None
-    rows: Any = ()
-    columns: Any = ()
-
-    def layer(self, layout: str, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool) -> CompressedLinear:
-        factors = self.factors
-        if isinstance(factors, CUR) and layout == "cur":
-            three = (factor.to(dtype) for factor in factors)
-            return CURLinear.from_factors(*three, bias=bias, transposed=transposed)
-        if isinstance(factors, Interpolative) and layout == "interpolative":
-            return interpolative_layer(factors, dtype=dtype, bias=bias, transposed=transposed)
-        left, right = (factor.to(dtype) for factor in factors.folded().factors)
-        layer: CompressedLinear = LAYOUTS[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
-        return layer
-
-
 def interpolative_layer(
     factors: Interpolative, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool = False
 ) -> InterpolativeLinear:
@@ -175,7 +227,7 @@ def interpolative_layer(
     return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
 
 
-def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) -> _Done:
+def _columns_and_rows(W: Tensor, entry: CUREntry, moments: Moments, seed: int) -> Factored:
     with collected():  # a weight of lower rank than planned is represented exactly; the report says at which rank
         factors = deim_cur(
             W,
@@ -186,19 +238,23 @@ def _columns_and_rows(W: Tensor, entry: PlanEntry, moments: Moments, seed: int) 
             bounds=entry.subspace == "exact",  # in large layers products are what takes time
             rng=seed,
         )
-    return _Done(factors, factors.certificate, factors.rows, factors.columns)
+    return Factored(factors, factors.certificate, factors.rows, factors.columns)
 
 
 def _under_moments(
-    W: Tensor, entry: PlanEntry, moments: Moments, propagated: InputMoments | None, correction: float
-) -> _Done:
+    W: Tensor,
+    entry: WeightedEntry | RowsEntry,
+    moments: Moments,
+    propagated: InputMoments | None,
+    correction: float,
+) -> Factored:
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
     wanted = target = W
     if propagated is not None:
         G, wanted = propagated.problem(W, correction=correction, damping=entry.damping)
         # The best weight of full rank: the nearest one of lower rank in the norm of H and M has the least error.
         target = torch.linalg.solve(G, wanted, left=False)
-    if entry.method == "weighted":
+    if isinstance(entry, WeightedEntry):
         factors = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
     else:
         factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
@@ -209,7 +265,7 @@ def _under_moments(
     left, right = factors.factors
     rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
     certificate = plain_certificate(W, left @ right, rounding)
-    return _Done(factors, certificate, factors.chosen if entry.method == "rows" else ())
+    return Factored(factors, certificate, factors.chosen if isinstance(entry, RowsEntry) else ())
 
 
 def plain_certificate(W: Tensor, near: Tensor, rounding: float) -> Certificate:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from cur._driver.certify import evaluation_rounding
 from cur._lib.array import unit_roundoff
 from cur.integrations.factor.layer import as_json, interpolative_layer, plain_certificate, report_on
+from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.neurons import neuron_groups
 from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInputs, KeptOutputs, dense_weight
+from cur.integrations.plan.entry import PlanEntry, PlanError
+from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
 from cur.integrations.plan.neuron_curves import double_weight, neuron_order
-from cur.integrations.plan.plan import PlanEntry, PlanError
 from cur.integrations.report.data import LayerReport
 from cur.weighted.inputs import fit, own_inputs
 from cur.weighted.truncation import weighted_svd
@@ -78,21 +80,22 @@ def fit_before(
     """
     start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)
+    assert isinstance(entry, NeuronsBeforeEntry)
     W = double_weight(model, name)
     M, wanted = propagated.problem(W, correction=correction, damping=entry.damping)
     solved = torch.linalg.solve(M, wanted, left=False)
     full_width = copy.deepcopy(module)
     weight, bias, _ = dense_weight(full_width, name)
     weight.copy_(solved)
-    beside = [other.name for other in entries.values() if other.consumer == entry.consumer]
-    if all(entries[other].inner_rank is None for other in beside):
+    sides = {other.name: other for other in _all_before(entry.consumer, entries)}
+    if all(other.inner_rank is None for other in sides.values()):
         return FittedBefore(full_width, None, None, time.perf_counter() - start)
-    places = next((fitted[other].places for other in beside if other in fitted), None)
+    places = next((fitted[other].places for other in sides if other in fitted), None)
     if places is None:
-        assert entry.consumer is not None
         behind = entries[entry.consumer]
+        assert isinstance(behind, NeuronsEntry)
         found = neuron_order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
-        places = found.kept(behind.rank)
+        places = found.kept(behind.neurons)
     if entry.inner_rank is None:
         return FittedBefore(full_width, None, places, time.perf_counter() - start)
     here = places.to(W.device)
@@ -117,8 +120,8 @@ def _product(layer: InterpolativeLinear) -> Tensor:
 @torch.no_grad()
 def keep_neurons(
     model: nn.Module,
-    entry: PlanEntry,
-    before: Sequence[PlanEntry],
+    entry: NeuronsEntry,
+    before: Sequence[NeuronsBeforeEntry],
     moments: Moments,
     *,
     propagated: InputMoments | None = None,
@@ -133,9 +136,9 @@ def keep_neurons(
     ----------
     model : nn.Module
         The dense model; it is not changed.
-    entry : PlanEntry
+    entry : NeuronsEntry
         Of the layer behind.
-    before : sequence of PlanEntry
+    before : sequence of NeuronsBeforeEntry
         Of the layers before.
     moments, propagated, correction
         As for :func:`~cur.integrations.factor.layer.factorize`, of the layer behind.
@@ -168,13 +171,14 @@ def keep_neurons(
     kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=places.device)
     kept[places] = True
     done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
-    for part in (entry, *before):
+    parts: list[NeuronsEntry | NeuronsBeforeEntry] = [entry, *before]
+    for part in parts:
         module = model.get_submodule(part.name)
         weight = finite_weight(module, part.name)
         _, bias, transposed = dense_weight(module, part.name)
         here, mask = places.to(weight.device), kept.to(weight.device)
         layer: KeptInputs | KeptOutputs
-        if part is entry:
+        if isinstance(part, NeuronsEntry):
             layer = KeptInputs.from_part(columns, mask, bias=bias, transposed=transposed)
         else:
             some = None if bias is None else bias[here]
@@ -209,7 +213,7 @@ def keep_neurons(
 
 def _behind(
     model: nn.Module,
-    entry: PlanEntry,
+    entry: NeuronsEntry,
     moments: Moments,
     propagated: InputMoments | None,
     correction: float,
@@ -220,7 +224,7 @@ def _behind(
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
     if propagated is None:
         found = own_inputs(W, row_weights=H, column_weights=G)
-        places, columns, M = found.kept(entry.rank), found.truncate(entry.rank), found.moment
+        places, columns, M = found.kept(entry.neurons), found.truncate(entry.neurons), found.moment
     else:
         M, cross = propagated.problem(W, correction=correction, damping=entry.damping)
         known = [early.places for early in fitted.values() if early.places is not None]
@@ -229,7 +233,7 @@ def _behind(
         else:
             # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
             best = torch.linalg.solve(M, cross, left=False)
-            places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.rank)
+            places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.neurons)
         columns = fit(cross, M, places)
     weight, bias, _ = dense_weight(model.get_submodule(entry.name), entry.name)
     if entry.inner_rank is None:
@@ -239,7 +243,7 @@ def _behind(
 
 
 def _before(
-    model: nn.Module, entry: PlanEntry, places: Tensor, moments: Moments, fitted: FittedBefore | None
+    model: nn.Module, entry: NeuronsBeforeEntry, places: Tensor, moments: Moments, fitted: FittedBefore | None
 ) -> Tensor | InterpolativeLinear:
     """Return the rows of a layer before neurons that belong to those kept."""
     if fitted is not None and fitted.inner is not None:
@@ -254,3 +258,36 @@ def _before(
         H = moments.outputs(entry.name, W, damping=entry.damping)[places][:, places]
     some = None if bias is None else bias[places]
     return _factored(W[places], entry.inner_rank, H, G, dtype=weight.dtype, bias=some)
+
+
+@maker(NeuronsEntry)
+def _keep(task: Task, entry: NeuronsEntry, propagated: InputMoments | None) -> Made:
+    before = _all_before(entry.name, task.entries)
+    fitted = {part.name: task.begun[part.name] for part in before if part.name in task.begun}
+    done = keep_neurons(
+        task.model, entry, before, task.moments, propagated=propagated, correction=task.correction, fitted=fitted
+    )
+    return Made(done, done[entry.name][0].for_all_inputs)  # while layers before it still give all neurons
+
+
+@maker(NeuronsBeforeEntry)
+def _begin(task: Task, entry: NeuronsBeforeEntry, propagated: InputMoments | None) -> Made:
+    if propagated is None:
+        raise PlanError(f"{entry.name} is made together with {entry.consumer}; make that one")
+    # Of its full width for now: the other rows are needed to say what the layer behind should give.
+    begun = fit_before(
+        task.model,
+        entry.name,
+        task.entries,
+        task.moments,
+        propagated,
+        correction=task.correction,
+        fitted=task.begun,
+    )
+    task.begun[entry.name] = begun
+    return Made({}, begun.full_width)
+
+
+def _all_before(consumer: str, entries: Mapping[str, PlanEntry]) -> list[NeuronsBeforeEntry]:
+    """Return the entries of all layers before the neurons of one."""
+    return [entry for entry in entries.values() if isinstance(entry, NeuronsBeforeEntry) and entry.consumer == consumer]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.nn import CompressedLinear, Int8Linear, InterpolativeLinear, KeptNeurons, dense_weight
+from cur.integrations.nn import CompressedLinear, Int8Linear, dense_weight
 
 __all__ = ["round_layer"]
 
@@ -46,10 +46,8 @@ def round_layer(
     factors: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows_are_outputs = False
     if isinstance(layer, CompressedLinear):
-        for key, child in layer.named_modules():  # in the order in which they are applied
-            if isinstance(child, nn.Linear):
-                factors[key] = child.weight, child.bias
-        rows_are_outputs = isinstance(layer.part if isinstance(layer, KeptNeurons) else layer, InterpolativeLinear)
+        factors = {key: (child.weight, child.bias) for key, child in layer.factors().items()}
+        rows_are_outputs = layer.rows_are_outputs
     else:
         weight, bias, _ = dense_weight(layer, name)
         factors["W"] = weight, bias

@@ -26,19 +26,27 @@ are :class:`WholeLinear`, with one child ``W`` (m x n).
 
 Every other factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
 them.
+
+Each type is a class in a file of its own or beside those it belongs to, which describes itself to all others: what is
+asked of a layer is a method of :class:`CompressedLinear`. :func:`register` makes one known. Imports nothing of
+`integrations`.
 """
 
+from typing import Any
+
+from cur._lib.errors import warn
 from cur.integrations.nn.base import CompressedLinear
-from cur.integrations.nn.factored import FACTORED, CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear
+from cur.integrations.nn.factored import CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear, factored
 from cur.integrations.nn.int8 import Int8Linear
-from cur.integrations.nn.kept import NEURONS, KeptInputs, KeptNeurons, KeptOutputs
-from cur.integrations.nn.modules import LAYOUTS, compressed_modules, dense_weight, layer_class, swap_
+from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
+from cur.integrations.nn.modules import compressed_modules, dense_weight, stand_in, swap_
+from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
+from cur.integrations.nn.tensors import StoredTensor, Stores
+from cur.integrations.nn.trainable import Trainable
 from cur.integrations.nn.whole import WholeLinear
 
 __all__ = [
-    "FACTORED",
     "LAYOUTS",
-    "NEURONS",
     "CURLinear",
     "CompressedLinear",
     "FactoredLinear",
@@ -48,9 +56,27 @@ __all__ = [
     "KeptInputs",
     "KeptNeurons",
     "KeptOutputs",
+    "StoredTensor",
+    "Stores",
+    "Trainable",
     "WholeLinear",
+    "cells",
     "compressed_modules",
     "dense_weight",
+    "factored",
     "layer_class",
+    "register",
+    "stand_in",
     "swap_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what had a name of its own until it could be asked of the types."""
+    if name == "FACTORED":
+        warn("cur.integrations.nn.FACTORED is gone; ask cur.integrations.nn.factored()", DeprecationWarning)
+        return tuple(factored())
+    if name == "NEURONS":
+        warn("cur.integrations.nn.NEURONS is gone; ask `by_itself` of the layer types", DeprecationWarning)
+        return tuple(layout for layout, kind in LAYOUTS.items() if not kind.by_itself)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

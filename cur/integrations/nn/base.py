@@ -1,25 +1,34 @@
-"""What every layer with fewer numbers has: sizes, a dense weight to compare with, and the way back."""
+"""What every layer type says of itself, and what all of them have: a dense weight to compare with, and the way back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.nn.int8 import Int8Linear
+from cur.integrations.nn.tensors import Stores, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CompressedLinear", "Ranked", "check_bias", "fill_", "ranks_of", "wide"]
+    from typing_extensions import Self
+
+    from cur.integrations.nn.trainable import Trainable
+
+__all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
 
 
 class CompressedLinear(nn.Module):
     """Stand in for a linear layer with a weight that takes fewer numbers.
 
-    The base of the layouts; it is not a layer by itself.
+    The base of the layer types; it is not a layer by itself. A type is one class in one file, made known by
+    :func:`~cur.integrations.nn.register`. It has a layout, the tensors that it stores, a largest rank, factors, a
+    weight or two factors of one, and ``forward``; whatever else is asked of layers has an answer here that most types
+    can keep.
 
     Parameters
     ----------
@@ -45,8 +54,25 @@ class CompressedLinear(nn.Module):
 
     layout: ClassVar[str]
     """Name of the layout in plans and checkpoints."""
-    _limit: ClassVar[str]
+    bias_names: ClassVar[tuple[str, ...]] = ("bias",)
+    """What the bias may be called among the stored tensors."""
+    smaller: ClassVar[bool] = True
+    """Whether it has a weight of lower rank, or of fewer neurons."""
+    by_itself: ClassVar[bool] = True
+    """Whether it takes and gives all features of the dense layer, and so can be compared with it alone."""
+    rows_are_outputs: bool = False
+    """Whether the outputs of every factor are outputs of the layer, not only those of the last."""
+    faster: ClassVar[tuple[int, float] | None] = None
+    """How many numbers, and which share of the dense ones besides, it has to save to be faster than the dense layer:
+    measured. None for a type that is not chosen for its speed."""
+    stores: ClassVar[Stores]
+    """What is stored, but for the bias."""
+    factored_stores: ClassVar[Stores] = {}
+    """What is stored where there is an inner rank."""
+    _limit: ClassVar[str] = "the largest"
     """What the largest rank is, in words."""
+    _called: ClassVar[str] = "such a layer"
+    """What messages call it."""
 
     def __init__(
         self,
@@ -116,14 +142,134 @@ class CompressedLinear(nn.Module):
         return 0
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
-        """Count the numbers of an m x n layer of a rank, but for the bias."""
-        raise NotImplementedError
+    def sizes(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> dict[str, Any]:
+        """Return the sizes of an m x n layer by the names that :meth:`tensors` has for them; ranks may be arrays."""
+        return {"outputs": m, "inputs": n, "rank": rank, "inner_rank": inner_rank, "one": 1}
+
+    @classmethod
+    def tensors(cls, *, factored: bool = False, int8: bool = False) -> Stores:
+        """Return what layers of this type store, but for the bias, by the names in their state.
+
+        Parameters
+        ----------
+        factored : bool, default False
+            Whether there is an inner rank.
+        int8 : bool, default False
+            Whether factors are rounded to eight bits.
+        """
+        found = cls.factored_stores if factored else cls.stores
+        return rounded(found) if int8 else found
+
+    @classmethod
+    def numbers(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
+        """Count the numbers of an m x n layer of a rank, or of an array of ranks, but for the bias."""
+        sizes = cls.sizes(m, n, rank, inner_rank)
+        found = cls.tensors(factored=inner_rank is not None).values()
+        return sum(tensor.count(sizes) for tensor in found if tensor.dtype is None)
+
+    @classmethod
+    def nbytes(
+        cls, m: int, n: int, rank: Any, inner_rank: Any = None, *, dtype: torch.dtype, int8: bool = False
+    ) -> Any:
+        """Count the bytes of the same in a dtype, or rounded to eight bits with steps in that dtype; with indices."""
+        sizes = cls.sizes(m, n, rank, inner_rank)
+        found = cls.tensors(factored=inner_rank is not None, int8=int8).values()
+        return sum(tensor.count(sizes) * (tensor.dtype or dtype).itemsize for tensor in found)
+
+    @classmethod
+    def rank_within(cls, m: int, n: int, numbers: float) -> int:
+        """Return the largest rank at which an m x n layer takes at most so many numbers; 0 if none does."""
+        return bisect_right(range(1, cls.largest_rank(m, n) + 1), numbers, key=lambda rank: cls.numbers(m, n, rank))
+
+    @classmethod
+    def sized(cls, stored: Mapping[str, tuple[int, ...]], spec: Mapping[str, Any]) -> dict[str, int]:
+        """Return the sizes of a layer from the shapes of its stored tensors, by name; what no tensor tells is left out.
+
+        Raises
+        ------
+        KeyError
+            With the name of a tensor that is missing.
+        """
+        found: dict[str, int] = {}
+        for key, tensor in cls.tensors(factored="inner_rank" in spec, int8="int8" in spec).items():
+            for axis, name in enumerate(tensor.axes):
+                if name in ("outputs", "inputs", "rank", "inner_rank") and name not in found:
+                    found[name] = stored[key][axis]
+        return found
+
+    @classmethod
+    def cells(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> dict[str, str]:
+        """Return what tables, cards and pages say of an m x n layer."""
+        ranks = str(rank) if inner_rank is None else f"{rank}, {inner_rank}"
+        return {"shape": f"{m} x {n}", "layout": cls.layout, "rank": ranks}
+
+    def spec(self) -> dict[str, Any]:
+        """Return what ``config.json`` says of the layer, as JSON types."""
+        found: dict[str, Any] = {"layout": self.layout, "rank": self.rank}
+        if self.inner_rank is not None:
+            found["inner_rank"] = self.inner_rank
+        if self.int8:
+            found["int8"] = True
+        return found
+
+    @classmethod
+    def is_spec(cls, spec: Mapping[str, Any]) -> bool:
+        """Tell whether such a description has the fields of this type, of the right kinds."""
+        fields = {"layout", "rank", "int8"} | ({"inner_rank"} if cls.factored_stores else set())
+        sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
+        known = spec.keys() <= fields and spec.get("int8", True) is True
+        return known and all(type(size) is int and size > 0 for size in sizes)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], in_features: int, out_features: int, **options: Any) -> Self:
+        """Make the layer of such a description, with factors yet to be loaded.
+
+        Parameters
+        ----------
+        spec : mapping
+            What :meth:`spec` returned.
+        in_features, out_features : int
+            Sizes of the dense layer.
+        **options
+            ``bias``, ``transposed``, ``device`` and ``dtype`` of the constructor.
+        """
+        known = {"inner_rank": spec.get("inner_rank"), "int8": spec.get("int8", False)}
+        return cls(in_features, out_features, spec["rank"], **known, **options)
+
+    def fault(self) -> str | None:
+        """Say what is wrong with values that were loaded, the name of their tensor first; None if nothing is."""
+        return None
+
+    def trainable(self) -> Trainable | None:
+        """Return what healing may train; None if nothing of the layer."""
+        return None
+
+    def factors(self) -> dict[str, nn.Linear]:
+        """Return the linear layers whose product is the weight, by name, in the order in which they are applied.
+
+        A type whose weight is no product of such layers returns none, and is left as it is where others are rounded.
+        """
+        return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+
+    def for_all_inputs(self, x: Tensor) -> Tensor:
+        """Apply the layer while those before it are still dense."""
+        y: Tensor = self(x)
+        return y
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the dense layer."""
+        return self.out_features, self.in_features
+
+    @property
+    def ranks(self) -> tuple[int, int | None]:
+        """Rank and inner rank."""
+        return self.rank, self.inner_rank
 
     @property
     def stored(self) -> int:
         """The numbers held, but for the bias."""
-        return self.numbers(self.out_features, self.in_features, self.rank, self.inner_rank)
+        return int(self.numbers(*self.shape, *self.ranks))
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left`` (m x r) and ``right`` (r x n) with ``weight == left @ right``."""
@@ -139,6 +285,11 @@ class CompressedLinear(nn.Module):
         left, right = self.two_factors()
         return (wide(left) @ wide(right)).to(right.dtype)
 
+    @classmethod
+    def conversions(cls) -> tuple[str, ...]:
+        """Name the layouts that its layers can be brought to, its own among them."""
+        return (cls.layout,)
+
     def to_layout(self, layout: str) -> CompressedLinear:
         """Return the same function in another layout; a layer that has the layout already is returned itself.
 
@@ -147,6 +298,19 @@ class CompressedLinear(nn.Module):
         ValueError
             If the layer cannot be brought to the layout.
         """
+        if layout == self.layout:
+            return self
+        if layout in self.conversions():
+            return self._converted(layout)
+        others = len(self.conversions()) > 1
+        raise ValueError(
+            f"`layout` must be one of {', '.join(self.conversions())}, got {layout!r}"
+            if others
+            else f"`layout` of {self._called} must stay {self.layout!r}, got {layout!r}"
+        )
+
+    def _converted(self, layout: str) -> CompressedLinear:
+        """Return the same function in another of :meth:`conversions`."""
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
@@ -189,29 +353,3 @@ def check_bias(bias: Tensor | None, m: int) -> None:
     """Raise a ValueError if a bias does not have m entries."""
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"`bias` must have shape {(m,)}, one entry for each output, got {tuple(bias.shape)}")
-
-
-class Ranked(Protocol):
-    """What has a rank, or a number of kept neurons and perhaps an inner rank."""
-
-    @property
-    def rank(self) -> int:
-        """Rank, or number of neurons."""
-
-    @property
-    def inner_rank(self) -> int | None:
-        """Rank of what belongs to these neurons, if that is factored as well."""
-
-
-def ranks_of(layer: Ranked) -> str:
-    """Return the rank of a layer as tables have it.
-
-    Examples
-    --------
-    >>> from cur.integrations import PlanEntry
-    >>> ranks_of(PlanEntry(name="q", shape=(8, 6), rank=2))
-    '2'
-    >>> ranks_of(PlanEntry(name="down", shape=(6, 24), rank=20, layout="inputs", method="neurons", inner_rank=4))
-    '20, 4'
-    """
-    return str(layer.rank) if layer.inner_rank is None else f"{layer.rank}, {layer.inner_rank}"

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cur import ranks
 from cur.factors import Folded
 from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, wide
+from cur.integrations.nn.registry import LAYOUTS, register
+from cur.integrations.nn.tensors import StoredTensor, Stores
+from cur.integrations.nn.trainable import Trainable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FACTORED", "CURLinear", "FactoredLinear", "FoldedLinear", "InterpolativeLinear"]
-
-FACTORED = ranks.LAYOUTS
-"""Layouts of factored weights, of which any can be had from any other."""
+__all__ = ["CURLinear", "FactoredLinear", "FoldedLinear", "InterpolativeLinear", "factored"]
 
 
 class FactoredLinear(CompressedLinear):
     """Stand in for a linear layer with a weight of rank r, a product of factors.
 
-    The base of three layouts; it is not a layer by itself.
+    The base of all types of which any can be had from any other; it is not a layer by itself.
     """
 
     _limit = "the smaller side"
@@ -34,38 +33,33 @@ class FactoredLinear(CompressedLinear):
         return min(m, n)
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
-        """Count the numbers of an m x n layer of a rank, but for the bias."""
-        return ranks.parameters(m, n, rank, layout=cls.layout)
-
-    @classmethod
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
         """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
         raise NotImplementedError
 
-    def to_layout(self, layout: str) -> CompressedLinear:
-        """Return the same function in another layout, exact up to rounding.
+    @classmethod
+    def conversions(cls) -> tuple[str, ...]:
+        """Name all layouts of factored weights.
 
-        A layer that has the layout already is returned itself. One brought *to* the layout ``"cur"`` gets ``U = I``:
-        what its core was is no longer known.
-
-        Raises
-        ------
-        ValueError
-            If the layout is unknown.
+        The conversions are exact up to rounding. A layer brought *to* the layout ``"cur"`` gets ``U = I``: what its
+        core was is no longer known.
         """
-        if layout == self.layout:
-            return self
-        if layout not in FACTORED:
-            raise ValueError(f"`layout` must be one of {', '.join(FACTORED)}, got {layout!r}")
-        kind = next(cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear) if cls.layout == layout)
+        return tuple(factored())
+
+    def _converted(self, layout: str) -> CompressedLinear:
         left, right = (factor.detach() for factor in self.two_factors())
-        layer = kind.from_two_factors(left, right, bias=self.bias_tensor(), transposed=self.transposed)
+        layer = factored()[layout].from_two_factors(left, right, bias=self.bias_tensor(), transposed=self.transposed)
         return layer.train(self.training)
 
 
+def factored() -> dict[str, type[FactoredLinear]]:
+    """Return the types of factored weights by layout, of which any can be had from any other."""
+    return {layout: kind for layout, kind in LAYOUTS.items() if issubclass(kind, FactoredLinear)}
+
+
+@register
 class CURLinear(FactoredLinear):
     """Apply ``x -> C (U (R x)) + bias``: the layout to train, with the small core ``U`` apart.
 
@@ -82,6 +76,12 @@ class CURLinear(FactoredLinear):
     """
 
     layout = "cur"
+    bias_names = ("C.bias",)
+    stores: ClassVar[Stores] = {
+        "R.weight": StoredTensor(("rank", "inputs")),
+        "U.weight": StoredTensor(("rank", "rank")),
+        "C.weight": StoredTensor(("outputs", "rank")),
+    }
 
     def _make_(self, **place: Any) -> None:
         self.R = self._linear(self.in_features, self.rank, **place)
@@ -133,6 +133,10 @@ class CURLinear(FactoredLinear):
         product = wide(self.C.weight) @ (wide(self.U.weight) @ wide(self.R.weight))
         return product.to(self.R.weight.dtype)
 
+    def trainable(self) -> Trainable:
+        """Return ``U`` between ``C`` and ``R``."""
+        return Trainable(self.U.weight, self.C.weight.detach(), self.R.weight.detach(), holds="core")
+
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.C.bias if self.has_bias else None
@@ -143,10 +147,17 @@ class CURLinear(FactoredLinear):
         return y
 
 
+@register
 class FoldedLinear(FactoredLinear):
     """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer numbers than :class:`CURLinear`."""
 
     layout = "folded"
+    bias_names = ("CU.bias",)
+    faster = (200_000, 0.02)
+    stores: ClassVar[Stores] = {
+        "R.weight": StoredTensor(("rank", "inputs")),
+        "CU.weight": StoredTensor(("outputs", "rank")),
+    }
 
     def _make_(self, **place: Any) -> None:
         self.R = self._linear(self.in_features, self.rank, **place)
@@ -168,6 +179,10 @@ class FoldedLinear(FactoredLinear):
         """Return ``C U`` and ``R``."""
         return self.CU.weight, self.R.weight
 
+    def trainable(self) -> Trainable:
+        """Return a core between ``C U`` as it is and ``R``."""
+        return Trainable(self.CU.weight, self.CU.weight.detach().clone(), self.R.weight.detach(), holds="left")
+
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.CU.bias if self.has_bias else None
@@ -178,6 +193,7 @@ class FoldedLinear(FactoredLinear):
         return y
 
 
+@register
 class InterpolativeLinear(FactoredLinear):
     """Keep r rows of the weight and write the other m - r as combinations of them.
 
@@ -187,7 +203,19 @@ class InterpolativeLinear(FactoredLinear):
     """
 
     layout = "interpolative"
+    rows_are_outputs = True
+    faster = (200_000, 0.17)
     order: Tensor
+    stores: ClassVar[Stores] = {
+        "R.weight": StoredTensor(("rank", "inputs")),
+        "T.weight": StoredTensor(("others", "rank")),
+        "order": StoredTensor(("outputs",), torch.int64),
+    }
+
+    @classmethod
+    def sizes(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> dict[str, Any]:
+        """Return the sizes of an m x n layer by name, the rows that are not kept among them."""
+        return {**super().sizes(m, n, rank, inner_rank), "others": m - rank}
 
     def _make_(self, **place: Any) -> None:
         self.R = self._linear(self.in_features, self.rank, **place)
@@ -242,6 +270,18 @@ class InterpolativeLinear(FactoredLinear):
         if self.T is not None:
             left = torch.cat([left, self.T.weight])
         return left[self.order], self.R.weight
+
+    def trainable(self) -> Trainable:
+        """Return a core between the coefficients, which stay, and the rows, which become combinations of themselves."""
+        left, right = (factor.detach() for factor in self.two_factors())
+        return Trainable(self.R.weight, left, right.clone(), holds="right")
+
+    def fault(self) -> str | None:
+        """Say so if the order is no permutation."""
+        places = torch.arange(self.out_features, device=self.order.device)
+        if self.order.is_meta or torch.equal(self.order.sort().values, places):
+            return None
+        return "order is not a permutation of the outputs"
 
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from cur import ranks
 from cur.integrations.nn.base import CompressedLinear, check_bias, fill_
 from cur.integrations.nn.factored import InterpolativeLinear
+from cur.integrations.nn.registry import register
+from cur.integrations.nn.tensors import StoredTensor, Stores
+from cur.integrations.nn.trainable import Trainable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["NEURONS", "KeptInputs", "KeptNeurons", "KeptOutputs"]
+__all__ = ["KeptInputs", "KeptNeurons", "KeptOutputs"]
 
 
 class KeptNeurons(CompressedLinear):
@@ -29,6 +31,8 @@ class KeptNeurons(CompressedLinear):
     """
 
     kept: Tensor
+    by_itself = False
+    _called = "a layer that keeps some neurons"
     _child: ClassVar[str]
     """Name of the part among the children; a factored one is called ``inner``."""
 
@@ -62,12 +66,10 @@ class KeptNeurons(CompressedLinear):
         return min(cls.shape_inside(m, n, rank))
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
-        """Count the numbers of what is kept."""
-        sides = cls.shape_inside(m, n, rank)
-        if inner_rank is None:
-            return sides[0] * sides[1]
-        return ranks.parameters(*sides, inner_rank, layout=InterpolativeLinear.layout)
+    def sizes(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> dict[str, Any]:
+        """Return the sizes of an m x n layer by name, those inside of its factored part among them."""
+        sizes = super().sizes(m, n, rank, inner_rank)
+        return sizes if inner_rank is None else {**sizes, "others": cls.shape_inside(m, n, rank)[0] - inner_rank}
 
     @classmethod
     def from_part(
@@ -119,17 +121,17 @@ class KeptNeurons(CompressedLinear):
         eye[places, torch.arange(self.rank, device=weight.device)] = 1
         return eye
 
-    def to_layout(self, layout: str) -> CompressedLinear:
-        """Return the layer itself, the only layout it has.
+    @property
+    def rows_are_outputs(self) -> bool:  # type: ignore[override]
+        """Whether the part has such rows."""
+        return self.inner_rank is not None and self.part.rows_are_outputs
 
-        Raises
-        ------
-        ValueError
-            If another is asked for: the layers at the other side of the neurons would no longer fit.
-        """
-        if layout != self.layout:
-            raise ValueError(f"`layout` of a layer that keeps some neurons must stay {self.layout!r}, got {layout!r}")
-        return self
+    def fault(self) -> str | None:
+        """Say so if other neurons are marked than are stored."""
+        if not self.kept.is_meta and int(self.kept.sum()) != self.rank:
+            return f"kept marks {int(self.kept.sum())} neurons, where {self.rank} are stored"
+        inside = None if self.inner_rank is None else self.part.fault()
+        return None if inside is None else f"inner.{inside}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them."""
@@ -137,6 +139,7 @@ class KeptNeurons(CompressedLinear):
         return y
 
 
+@register
 class KeptOutputs(KeptNeurons):
     """Apply the rows of a layer that belong to kept neurons; the output has r entries.
 
@@ -144,8 +147,19 @@ class KeptOutputs(KeptNeurons):
     """
 
     layout = "outputs"
+    bias_names = ("R.bias", "inner.bias")
     _limit = "the outputs"
     _child = "R"
+    stores: ClassVar[Stores] = {
+        "R.weight": StoredTensor(("rank", "inputs")),
+        "kept": StoredTensor(("outputs",), torch.bool),
+    }
+    factored_stores: ClassVar[Stores] = {
+        "inner.R.weight": StoredTensor(("inner_rank", "inputs")),
+        "inner.T.weight": StoredTensor(("others", "inner_rank")),
+        "inner.order": StoredTensor(("rank",), torch.int64),
+        "kept": StoredTensor(("outputs",), torch.bool),
+    }
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -182,12 +196,24 @@ class KeptOutputs(KeptNeurons):
         return full
 
 
+@register
 class KeptInputs(KeptNeurons):
     """Apply a layer to kept neurons alone, the entries of its input that a :class:`KeptOutputs` gives."""
 
     layout = "inputs"
+    bias_names = ("C.bias", "inner.bias")
     _limit = "the inputs"
     _child = "C"
+    stores: ClassVar[Stores] = {
+        "C.weight": StoredTensor(("outputs", "rank")),
+        "kept": StoredTensor(("inputs",), torch.bool),
+    }
+    factored_stores: ClassVar[Stores] = {
+        "inner.R.weight": StoredTensor(("inner_rank", "rank")),
+        "inner.T.weight": StoredTensor(("others", "inner_rank")),
+        "inner.order": StoredTensor(("outputs",), torch.int64),
+        "kept": StoredTensor(("inputs",), torch.bool),
+    }
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -218,6 +244,15 @@ class KeptInputs(KeptNeurons):
         """Return the bias (m entries), or None."""
         return self.part.bias if self.has_bias else None
 
+    def trainable(self) -> Trainable:
+        """Return a core before the columns, or that of the factored part."""
+        if self.inner_rank is not None:
+            inside: Trainable = self.part.trainable()
+            return inside
+        right = self.part.weight.detach().clone()
+        eye = torch.eye(self.out_features, dtype=right.dtype, device=right.device)
+        return Trainable(self.part.weight, eye, right, holds="right")
 
-NEURONS = (KeptOutputs.layout, KeptInputs.layout)
-"""Layouts of layers around neurons that were given up."""
+    def for_all_inputs(self, x: Tensor) -> Tensor:
+        """Apply what is kept to those of all inputs that it is for."""
+        return self.forward(x[..., self.kept])

@@ -1,32 +1,18 @@
-"""Compressed layers in a model: which class a layout has, which layers can be compressed, and putting them in place."""
+"""Compressed layers in a model: which layers can be compressed, finding them, and putting them in place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.nn.base import CompressedLinear
-from cur.integrations.nn.factored import CURLinear, FoldedLinear, InterpolativeLinear
-from cur.integrations.nn.kept import KeptInputs, KeptOutputs
-from cur.integrations.nn.whole import WholeLinear
+from cur.integrations.nn.registry import layer_class
 
-__all__ = ["LAYOUTS", "compressed_modules", "dense_weight", "layer_class", "swap_"]
-
-LAYOUTS: dict[str, type[Any]] = {
-    cls.layout: cls for cls in (CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs, WholeLinear)
-}
-"""Layer class of each layout name."""
-
-
-def layer_class(layout: str) -> type[Any]:
-    """Return the layer class of a layout name; a ValueError names the known ones."""
-    try:
-        return LAYOUTS[layout]
-    except KeyError:
-        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}") from None
+__all__ = ["compressed_modules", "dense_weight", "stand_in", "swap_"]
 
 
 def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
@@ -45,6 +31,40 @@ def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, b
     raise TypeError(
         f"{name} is a {type(module).__name__}; only plain nn.Linear and Conv1D layers can be compressed, "
         "so exclude it from the targets"
+    )
+
+
+def stand_in(
+    dense: nn.Module, name: str, spec: Mapping[str, Any], *, device: torch.device | str | None = None
+) -> CompressedLinear:
+    """Return the layer that a description asks for in the place of a dense one, with factors yet to be loaded.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The layer it stands for, perhaps without its weight.
+    name : str
+        Of that layer, for messages.
+    spec : mapping
+        As :meth:`CompressedLinear.spec` gives it.
+    device : optional
+        Default: that of the dense layer.
+
+    Raises
+    ------
+    ValueError
+        If no layer of these sizes can be made.
+    """
+    weight, bias, transposed = dense_weight(dense, name)
+    m, n = weight.shape
+    return layer_class(spec["layout"]).from_spec(
+        spec,
+        n,
+        m,
+        bias=bias is not None,
+        transposed=transposed,
+        device=weight.device if device is None else device,
+        dtype=weight.dtype,
     )
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.int8 import Int8Linear
+from cur.integrations.nn.registry import register
+from cur.integrations.nn.tensors import StoredTensor, Stores
 
 __all__ = ["WholeLinear"]
 
 
+@register
 class WholeLinear(CompressedLinear):
     """Apply a whole weight, whose rank is the smaller side; what is saved are its bits."""
 
     layout = "whole"
+    bias_names = ("W.bias",)
+    smaller = False
+    stores: ClassVar[Stores] = {"W.weight": StoredTensor(("outputs", "inputs"))}
     _limit = "the smaller side"
+    _called = "a whole layer"
 
     def _make_(self, **place: Any) -> None:
         self.W = self._linear(self.in_features, self.out_features, bias=self.has_bias, **place)
@@ -35,11 +42,6 @@ class WholeLinear(CompressedLinear):
         """Return the smaller side."""
         return min(m, n)
 
-    @classmethod
-    def numbers(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> int:
-        """Count the numbers of an m x n layer, but for the bias."""
-        return m * n
-
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return the weight and the identity of side n, or of side m and the weight where ``m < n``."""
         W = self.weight
@@ -54,12 +56,6 @@ class WholeLinear(CompressedLinear):
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.W.bias if self.has_bias else None
-
-    def to_layout(self, layout: str) -> CompressedLinear:
-        """Return the layer itself, the only layout it has; a ValueError says so if another is asked for."""
-        if layout != self.layout:
-            raise ValueError(f"`layout` of a whole layer must stay {self.layout!r}, got {layout!r}")
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""

@@ -21,12 +21,12 @@ from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.size import model_size
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.effective_rank import by_effective_rank
+from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.file_size import ByteCosts
+from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
 from cur.integrations.plan.neuron_curves import neuron_curves
-from cur.integrations.plan.plan import Plan, PlanEntry, fingerprint
-from cur.integrations.plan.rate_distortion import Cut, LayerCurve, NeuronCurve, unit
-from cur.weighted.rows import own_rows
-from cur.weighted.truncation import square_errors
+from cur.integrations.plan.plan import Plan, fingerprint
+from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve, unit
 
 __all__ = ["error_curves", "joint_curves", "plan_budget"]
 
@@ -68,7 +68,7 @@ def error_curves(
         W = finite_weight(model.get_submodule(name), name).to(torch.float64)
         H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
         weights: dict[str, Any] = {"row_weights": H, "column_weights": G}
-        squares = own_rows(W, **weights).square_errors if config.method == "rows" else square_errors(W, **weights)
+        squares = METHODS[config.method].square_errors(W, **weights)
         m, n = W.shape
         curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients)))
         if progress is not None:
@@ -226,17 +226,13 @@ class _Options:
                 "gradients": config.gradients,
                 "damping": config.damping,
             }
-            if count:
-                yield PlanEntry(
-                    rank=count,
-                    layout="outputs" if place else "inputs",
-                    method="neurons",
-                    consumer=self.names[0] if place else None,
-                    inner_rank=rank or None,
-                    **common,
-                )
+            kept: dict[str, Any] = {"neurons": count, "inner_rank": rank or None}
+            if count and place:
+                yield NeuronsBeforeEntry(consumer=self.names[0], **kept, **common)
+            elif count:
+                yield NeuronsEntry(**kept, **common)
             elif rank:
-                yield PlanEntry(rank=rank, layout="interpolative", method=METHODS[config.method], **common)
+                yield METHODS[config.method](rank=rank, layout=SMALLEST.layout, **common)
 
 
 def _shares(options: Sequence[_Options], budget: int) -> tuple[int, ...]:

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from cur.integrations.model.targets import ALL_LINEAR
-from cur.integrations.nn import FACTORED
+from cur.integrations.nn import factored
 from cur.integrations.plan.blocks import CHOICES
 from cur.integrations.plan.layouts import PURPOSES
-from cur.integrations.plan.plan import (
-    IMPORTANCES,
-    LINKS,
-    PRECISIONS,
-    SUBSPACES,
-    Plan,
-    is_multiple,
-)
+from cur.integrations.plan.methods import IMPORTANCES, LINKS, SUBSPACES, RowsEntry, WeightedEntry
+from cur.integrations.plan.plan import PRECISIONS, Plan, is_multiple
 
 __all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
 
@@ -117,7 +111,7 @@ class CompressConfig:
                 raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {share!r}")
         choices = {
             "choose": CHOICES,
-            "layout": ("auto", *FACTORED),
+            "layout": ("auto", *factored()),
             "purpose": PURPOSES,
             "importance": IMPORTANCES,
             "link": LINKS,
@@ -156,7 +150,7 @@ class CompressConfig:
     correction = 0.0
 
 
-METHODS = {"best": "weighted", "rows": "rows"}
+METHODS: dict[str, type[WeightedEntry | RowsEntry]] = {"best": WeightedEntry, "rows": RowsEntry}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
 ALLOCATIONS = ("loss", "d-rank")
 """How layers share a budget: so that the sum of what they are predicted to cost is least; by their effective ranks."""

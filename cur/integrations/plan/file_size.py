@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from cur.integrations.plan.rate_distortion import Cut, LayerCurve, NeuronCurve
+from cur.integrations.nn import CompressedLinear, KeptInputs, KeptOutputs
+from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve
 
 __all__ = ["ByteCosts"]
 
@@ -19,7 +20,6 @@ _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')
 _FILE = 8 + len('{"__metadata__":{"format":"pt"}}') + 8
 _GUARD = 150
 _SHARD = 5 * 10**9
-_ORDER_ITEM = 8
 
 
 class ByteCosts:
@@ -50,41 +50,34 @@ class ByteCosts:
         return self.fixed + sum(self._dense(name) for name in self._weights)
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
-        """Return the bytes of one layer at each rank of its curve, in the layout "interpolative", and dense."""
-        bytes_ = self._factored(curve.name, curve) + self._entry(f"{curve.name}.weight", (0,))
-        bytes_[-1] = self._dense(curve.name)
-        return bytes_
+        """Return the bytes of one layer at each rank of its curve, and dense."""
+        some = self._layer(SMALLEST, curve.name, curve.shape, np.arange(1, len(curve.costs)))
+        return np.append(some, self._dense(curve.name))
 
     def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
         """Return the bytes of layers for each number of neurons kept between them."""
-        sides = zip(curve.names, _children(curve), curve.shapes, strict=True)
-        headers = sum(
-            self._kept(name, curve) + self._entry(f"{name}.{child}.weight", shape) for name, child, shape in sides
-        )
-        size = max(self._weights[name].element_size() for name in curve.names)
-        return curve.costs * size + headers
+        count = np.arange(1, len(curve.costs) + 1)
+        return np.asarray(sum(self._layer(kind, name, shape, count) for kind, name, shape in _around(curve)))
 
     def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
         """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole."""
         found = []
-        for name, child, layer in zip(curve.names, _children(curve), cut.layers, strict=True):
-            bytes_ = self._factored(f"{name}.inner", layer)
-            bytes_[-1] = layer.costs[-1] * self._weights[name].element_size()
-            bytes_[-1] += self._entry(f"{name}.{child}.weight", layer.shape)
-            found.append(bytes_ + self._kept(name, curve))
+        for (kind, name, shape), layer in zip(_around(curve), cut.layers, strict=True):
+            some = self._layer(kind, name, shape, cut.count, np.arange(1, len(layer.costs)))
+            found.append(np.append(some, self._layer(kind, name, shape, cut.count)))
         return found
 
-    def _factored(self, key: str, curve: LayerCurve) -> np.ndarray[Any, Any]:
-        m, n = curve.shape
-        parts = {"R.weight": (m, n), "T.weight": (m, m), "order": (m,)}
-        headers = sum(self._entry(f"{key}.{part}", sizes) for part, sizes in parts.items())
-        return curve.costs * self._weights[curve.name].element_size() + _ORDER_ITEM * m + headers
-
-    def _kept(self, name: str, curve: NeuronCurve) -> int:
-        """Return the bytes that say which neurons a layer keeps, and of the longer name of its bias."""
-        width = curve.shapes[0][1]
-        headers = self._entry(f"{name}.kept", (width,)) + self._entry(f"{name}.weight", (0,)) + len("inner.")
-        return width + headers
+    def _layer(
+        self, kind: type[CompressedLinear], name: str, shape: tuple[int, int], rank: Any, inner_rank: Any = None
+    ) -> Any:
+        """Return the bytes of a layer, at each of some ranks, with its headers and that of the guard."""
+        numbers = kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype)
+        # Whatever follows from a rank is no longer than the longer side.
+        longest = {**dict.fromkeys(kind.sizes(*shape, 1, 1), max(shape)), "outputs": shape[0], "inputs": shape[1]}
+        headers = self._entry(f"{name}.weight", (0,)) + max(map(len, kind.bias_names)) - len("bias")
+        for key, tensor in kind.tensors(factored=inner_rank is not None).items():
+            headers += self._entry(f"{name}.{key}", [longest[axis] for axis in tensor.axes])
+        return numbers + headers
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]
@@ -94,9 +87,10 @@ class ByteCosts:
         return _ENTRY + len(json.dumps(key)) - 2 + len(",".join(map(str, shape))) + self._digits
 
 
-def _children(curve: NeuronCurve) -> str:
-    """Return what holds the numbers of each of the layers."""
-    return "C" + "R" * len(curve.producers)
+def _around(curve: NeuronCurve) -> Iterator[tuple[type[CompressedLinear], str, tuple[int, int]]]:
+    """Yield type, name and shape of the layers around neurons, the one behind first."""
+    for place, (name, shape) in enumerate(zip(curve.names, curve.shapes, strict=True)):
+        yield KeptOutputs if place else KeptInputs, name, shape
 
 
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from cur import importance as scores
 from cur.integrations.measure.moments import Moments, x_norm
-from cur.integrations.plan.plan import PlanEntry
+from cur.integrations.plan.methods import CUREntry
 
 __all__ = ["guide", "link_weights"]
 
 
-def guide(W: Tensor, entry: PlanEntry, moments: Moments) -> Tensor | None:
+def guide(W: Tensor, entry: CUREntry, moments: Moments) -> Tensor | None:
     """Return the matrix whose singular subspaces choose rows and columns; None for the weighted weight itself."""
     if entry.importance == "weights" and entry.link == "optimal":
         return None
@@ -31,7 +31,7 @@ def guide(W: Tensor, entry: PlanEntry, moments: Moments) -> Tensor | None:
     return score
 
 
-def link_weights(W: Tensor, entry: PlanEntry, moments: Moments) -> Any:
+def link_weights(W: Tensor, entry: CUREntry, moments: Moments) -> Any:
     """Return the weights of the columns under which the core is the best one."""
     if entry.link == "activation":
         return x_norm(moments.statistics, entry.name).to(W) ** 2

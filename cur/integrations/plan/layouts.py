@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from cur import ranks
+from cur.integrations.nn import CURLinear, FactoredLinear, factored
 
 __all__ = ["PURPOSES", "choose_layout", "fastest_rank"]
 
 PURPOSES = ("inference", "training")
 """To be run, or to have its cores trained."""
 
-# A layout is faster than the dense layer, for 1, 64 and 512 tokens at once, if it saves this many numbers and this
-# share of the dense ones besides: two products cost more than one, and putting outputs into their places takes time
-# that grows with the layer. From trials of benchmarks/inference.py on one core, 192 x 576 to 14336 x 4096.
-_PAYS = {"interpolative": (200_000, 0.17), "folded": (200_000, 0.02)}
+_TRAINED = CURLinear
+"""The type whose core is apart."""
 
 
-def _budget(shape: tuple[int, int], layout: str) -> float:
-    """Return the most numbers that a layer of this shape may keep in a layout to be faster than dense."""
-    number, share = _PAYS[layout]
+def _within(shape: tuple[int, int], kind: type[FactoredLinear]) -> float:
+    """Return the most numbers that a layer of this shape may keep in a layout to be faster than dense.
+
+    Two products cost more than one, and putting outputs into their places takes time that grows with the layer: for 1,
+    64 and 512 tokens at once a layer is faster if it saves a number of numbers and a share of the dense ones besides.
+    From trials of benchmarks/inference.py on one core, 192 x 576 to 14336 x 4096.
+    """
+    if kind.faster is None:
+        return 0.0
+    number, share = kind.faster
     dense = shape[0] * shape[1]
     return dense - number - share * dense
 
@@ -30,14 +35,14 @@ def choose_layout(shape: tuple[int, int], purpose: str = "inference", /, *, rank
     shape : tuple of int
         Outputs m and inputs n.
     purpose : {"inference", "training"}, default "inference"
-        Training keeps the core ``U`` apart, in the layout "cur".
+        Training keeps the core ``U`` apart.
     rank : int
         Of its weight.
 
     Returns
     -------
     str or None
-        ``"cur"``, ``"folded"`` or ``"interpolative"``; None if no layout is faster, as in small layers at high ranks.
+        One of factored weights; None if no layout is faster, as in small layers at high ranks.
 
     Examples
     --------
@@ -45,11 +50,10 @@ def choose_layout(shape: tuple[int, int], purpose: str = "inference", /, *, rank
     ('interpolative', 'folded', None)
     """
     if purpose == "training":
-        return "cur"
-    for layout in _PAYS:
-        if ranks.parameters(*shape, rank, layout=layout) <= _budget(shape, layout):
-            return layout
-    return None
+        return _TRAINED.layout
+    numbers = {layout: kind.numbers(*shape, rank) for layout, kind in factored().items()}
+    faster = [layout for layout, kind in factored().items() if numbers[layout] <= _within(shape, kind)]
+    return min(faster, key=lambda layout: numbers[layout], default=None)
 
 
 def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
@@ -62,5 +66,5 @@ def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
     """
     m, n = shape
     if purpose == "training":
-        return ranks.break_even(m, n)
-    return max(ranks.rank_for(m, n, _budget(shape, layout), layout=layout) for layout in _PAYS)
+        return _TRAINED.rank_within(m, n, m * n - 1)
+    return max(kind.rank_within(m, n, _within(shape, kind)) for kind in factored().values())

@@ -22,13 +22,15 @@ from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, linear_modules
-from cur.integrations.nn import compressed_modules, dense_weight
+from cur.integrations.nn import compressed_modules, dense_weight, layer_class
 from cur.integrations.plan.blocks import choose_layers, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.importance import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
-from cur.integrations.plan.plan import PRECISIONS, Plan, PlanEntry, fingerprint
+from cur.integrations.plan.methods import CUREntry
+from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
 
 __all__ = ["Layers", "candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
 
@@ -158,7 +160,7 @@ def layer_entries(
     One that would not get smaller within a tolerance, or faster if the layout is "auto", has no entry.
     """
     moments = Moments(statistics)
-    entries = []
+    entries: list[PlanEntry] = []
     for name in names:
         weight = finite_weight(model.get_submodule(name), name)
         m, n = weight.shape
@@ -170,13 +172,13 @@ def layer_entries(
             if limit < 1:
                 continue
         else:
-            limit = ranks.break_even(m, n, layout=config.layout)
+            limit = layer_class(config.layout).rank_within(m, n, m * n - 1)
         limit = min(limit, live)
         if limit < 1:
             raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
         if config.largest_rank is not None:
             limit = min(limit, config.largest_rank)
-        entry = PlanEntry(
+        entry = CUREntry(
             name=name,
             shape=(m, n),
             rank=limit,
@@ -231,7 +233,7 @@ def plan_of(
     )
 
 
-def _rank(W: Tensor, entry: PlanEntry, moments: Moments, config: CompressConfig) -> int | None:
+def _rank(W: Tensor, entry: CUREntry, moments: Moments, config: CompressConfig) -> int | None:
     """Return the rank of a layer by the rule of the configuration; None if the layer would not get smaller."""
     if config.tolerance is not None:
         try:

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from cur import ranks
+from cur.integrations.nn import InterpolativeLinear
 
-__all__ = ["Cut", "LayerCurve", "NeuronCurve", "unit"]
+__all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "unit"]
+
+SMALLEST = InterpolativeLinear
+"""The type of factored layers with the fewest numbers: what they are stored as under a budget."""
 
 
 def unit(whole: float, *, gradients: bool) -> float:
@@ -50,8 +54,8 @@ class LayerCurve:
         """
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.
-        rank = np.arange(1, min(ranks.break_even(m, n, layout="interpolative"), len(squares) - 1) + 1)
-        costs = np.append(rank * (m + n - rank), m * n)
+        rank = np.arange(1, min(SMALLEST.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
+        costs = np.append(SMALLEST.numbers(m, n, rank), m * n)
         return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
 
     def effective_rank(self) -> float:

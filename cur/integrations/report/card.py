@@ -6,8 +6,7 @@ from transformers import PreTrainedModel
 
 from cur.integrations.model.classes import auto_class
 from cur.integrations.model.size import Size, model_size
-from cur.integrations.nn import WholeLinear, compressed_modules
-from cur.integrations.nn.base import ranks_of
+from cur.integrations.nn import cells, compressed_modules
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
 
@@ -31,7 +30,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     """
     base = report.plan.model if report is not None else ""
     layers = compressed_modules(model)
-    smaller = sum(not isinstance(layer, WholeLinear) for layer in layers.values())
+    smaller = sum(layer.smaller for layer in layers.values())
     rounded = any(layer.int8 for layer in layers.values())
     auto = auto_class(model)
     lines = [
@@ -69,9 +68,10 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         "|---|---|---|---|---|---|",
     ]
     for name, layer in layers.items():
-        shape = f"{layer.out_features} x {layer.in_features}"
-        dense = layer.out_features * layer.in_features
-        lines.append(f"| `{name}` | {shape} | {layer.layout} | {ranks_of(layer)} | {dense:,} | {layer.stored:,} |")
+        said, dense = cells(layer), layer.out_features * layer.in_features
+        lines.append(
+            f"| `{name}` | {said['shape']} | {said['layout']} | {said['rank']} | {dense:,} | {layer.stored:,} |"
+        )
     if report is None:
         lines += ["", f"The model has {_size(model_size(model))}."]
     return "\n".join(lines) + "\n"
@@ -115,17 +115,7 @@ def _how(plan: Plan) -> list[str]:
         )
     for method in sorted({entry.method for entry in plan.entries}):
         entries = [entry for entry in plan.entries if entry.method == method]
-        moments = "second moments of inputs" + (" and output gradients" if entries[0].gradients else "")
-        importance = ", ".join(sorted({entry.importance for entry in entries}))
-        lines.append(
-            {
-                "cur": f"Rows and columns were chosen by DEIM on the importance `{importance}`.",
-                "weighted": f"Weights are the nearest of their rank under {moments}.",
-                "rows": f"The rows kept are the original weights' own, chosen by DEIM under {moments}.",
-                "neurons": "Between some layers neurons are gone, and the layers around them were fitted to those left "
-                f"under {moments}; a second rank is that of what is left.",
-            }[method]
-        )
+        lines.append(entries[0].said(entries))
     return lines
 
 

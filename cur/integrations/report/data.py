@@ -75,6 +75,16 @@ class LayerReport:
     output: OutputChange | None = None
     inner_rank: int | None = None
 
+    @property
+    def ranks(self) -> tuple[int, int | None]:
+        """Rank and inner rank."""
+        return self.rank, self.inner_rank
+
+    def spec(self) -> dict[str, Any]:
+        """Return what ``config.json`` says of the layer."""
+        inner = {} if self.inner_rank is None else {"inner_rank": self.inner_rank}
+        return {"layout": self.layout, "rank": self.rank, **inner}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read a report from JSON types."""

@@ -19,7 +19,7 @@ from cur.integrations.model.hooks import Hook, hooked
 from cur.integrations.model.masks import Masks, token_rows
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import body, evaluating, model_inputs, run
-from cur.integrations.nn import FACTORED, CompressedLinear, dense_weight
+from cur.integrations.nn import CompressedLinear, dense_weight
 
 __all__ = ["OutputChange", "activation_of", "output_changes", "spectral_norm_bound"]
 
@@ -115,7 +115,7 @@ def output_changes(
     dict
         By name; a layer that the batch did not reach has no entry.
     """
-    layers = {name: layer for name, layer in layers.items() if layer.layout in FACTORED}
+    layers = {name: layer for name, layer in layers.items() if layer.by_itself}
     inner = body(model)
     masks = Masks(model)
     inputs = model_inputs(inner, batch)

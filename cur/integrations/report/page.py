@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from cur.integrations.nn.base import ranks_of
+from cur.integrations.nn import cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,11 +160,10 @@ def _table(layers: Iterable[LayerReport]) -> str:
         if layer.output is not None and layer.output.size > 0:
             change = f"{layer.output.change / layer.output.size:.3f}"
             bound = f"{layer.output.bound / layer.output.size:.3f}"
-        cells = (
+        said = cells(layer)
+        line = (
             html.escape(layer.name),
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            layer.layout,
-            ranks_of(layer),
+            *(html.escape(said[key]) for key in ("shape", "layout", "rank")),
             f"{layer.parameters_after / layer.parameters_before:.1%}",
             f"{layer.relative_error:.4f}",
             f"{layer.weighted_error:.4f}",
@@ -172,7 +171,7 @@ def _table(layers: Iterable[LayerReport]) -> str:
             change,
             bound,
         )
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>")
     head = "<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
     return f'<h2>Layers</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
@@ -251,7 +250,7 @@ def _ranks(ax: Axes, layers: Sequence[LayerReport]) -> None:
 
 
 def _errors(ax: Axes, report: CompressionReport) -> None:
-    predicted = {entry.name: entry.predicted for entry in report.plan.entries if not entry.gradients}
+    predicted = {entry.name: entry.predicted for entry in report.plan.entries if not entry.needs_gradients}
     values = [(layer, layer.weighted_error, layer.weighted_bound) for layer in report.layers]
     _pairs(ax, values)
     for place, layer in enumerate(report.layers):

@@ -8,7 +8,7 @@ weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.experts import LinearExperts, is_experts, rolled
-from cur.integrations.nn import (
-    LAYOUTS,
-    NEURONS,
-    CompressedLinear,
-    InterpolativeLinear,
-    KeptNeurons,
-    compressed_modules,
-    dense_weight,
-    swap_,
-)
-from cur.integrations.nn.base import ranks_of
+from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, stand_in, swap_
+from cur.integrations.nn.registry import ranks_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -50,9 +41,6 @@ METHOD = "cur"
 FORMAT_VERSION = 3
 """Version of the checkpoints written; newer ones are refused."""
 
-# What of a layer is in any checkpoint of our own names.
-_TELLING = tuple(f"{factor}.{kind}" for factor in ("R", "C", "W", "inner.R") for kind in ("weight", "integers"))
-
 
 @register_quantization_config(METHOD)
 class CURConfig(QuantizationConfigMixin):
@@ -61,9 +49,8 @@ class CURConfig(QuantizationConfigMixin):
     Parameters
     ----------
     modules : mapping
-        By module name: ``{"layout": str, "rank": int}``, where neurons are given up perhaps with an ``"inner_rank"``,
-        and ``"int8": true`` where factors are rounded to eight bits; or ``{"shared_with": name}`` for a second name of
-        a layer.
+        By module name what :meth:`CompressedLinear.spec` says of the layer, its ``"layout"`` and what that takes; or
+        ``{"shared_with": name}`` for a second name of a layer.
     format_version : int
         See :data:`FORMAT_VERSION`.
     experts : sequence of str
@@ -160,7 +147,7 @@ class CURQuantizer(HfQuantizer):
         specs = self.quantization_config.modules
         # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
         # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.{key}" in shapes for name in specs for key in _TELLING)
+        comparable = any(f"{name}.{key}" in shapes for name, spec in specs.items() for key in _stored_keys(spec))
         for name, spec in specs.items():
             place = _place(model, modules, name)
             if "shared_with" in spec:
@@ -170,7 +157,7 @@ class CURQuantizer(HfQuantizer):
                     )
                 layers[name] = layers[spec["shared_with"]]
             else:
-                layers[name] = _skeleton(modules[place], name, spec)
+                layers[name] = _layer(modules[place], name, spec)
                 if comparable:
                     _compare(name, layers[name], shapes)
             places[place] = layers[name]
@@ -194,12 +181,8 @@ class CURQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in compressed_modules(model).items():
-            if isinstance(layer, InterpolativeLinear):
-                _check_order(name, layer.order)
-            elif isinstance(layer, KeptNeurons):
-                _check_kept(name, layer.kept, layer.rank)
-                if layer.inner_rank is not None:
-                    _check_order(name, layer.part.order)
+            if fault := layer.fault():
+                raise CheckpointError(f"{name}.{fault}: the checkpoint is corrupt")
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
         state: Any = model
@@ -254,11 +237,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             modules[name] = {"shared_with": first[id(module)]}
         else:
             first[id(module)] = name
-            modules[name] = {"layout": module.layout, "rank": module.rank}
-            if module.inner_rank is not None:
-                modules[name]["inner_rank"] = module.inner_rank
-            if module.int8:
-                modules[name]["int8"] = True
+            modules[name] = module.spec()
     return modules
 
 
@@ -305,16 +284,13 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     if isinstance(spec, Mapping):
         if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
             return
-        sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
-        named = set(spec) - {"inner_rank", "int8"} == {"layout", "rank"} and spec["layout"] in LAYOUTS
-        named = named and spec.get("int8", True) is True
-        named = named and ("inner_rank" not in spec or spec["layout"] in NEURONS)
-        if named and all(type(size) is int and size > 0 for size in sizes):
+        layout = spec.get("layout")
+        if isinstance(layout, str) and layout in LAYOUTS and LAYOUTS[layout].is_spec(spec):
             return
     raise CheckpointError(
-        f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) "
-        "and a "
-        "positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps `int8`: true"
+        f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) and what "
+        "that takes: a positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps "
+        "`int8`: true"
     )
 
 
@@ -330,24 +306,11 @@ def _place(model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) 
     )
 
 
-def _skeleton(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedLinear:
-    weight, bias, transposed = dense_weight(module, name)
-    out_features, in_features = weight.shape
+def _layer(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedLinear:
     try:
-        layer: CompressedLinear = LAYOUTS[spec["layout"]](
-            in_features,
-            out_features,
-            spec["rank"],
-            inner_rank=spec.get("inner_rank"),
-            int8=spec.get("int8", False),
-            bias=bias is not None,
-            transposed=transposed,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        return stand_in(module, name, spec)
     except ValueError as error:
         raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
-    return layer
 
 
 def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -364,6 +327,13 @@ def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _stored_keys(spec: Mapping[str, Any]) -> Iterable[str]:
+    """Return the names in a layer's state, but for the bias."""
+    if "shared_with" in spec:
+        return ()
+    return LAYOUTS[spec["layout"]].tensors(factored="inner_rank" in spec, int8="int8" in spec)
+
+
 def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {f"{name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
     for key, shape in expected.items():
@@ -371,23 +341,9 @@ def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int,
             raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")
         if shapes[key] != shape:
             raise CheckpointError(
-                f"`config.json` says {name} has rank {ranks_of(layer)} in layout {layer.layout!r}, so {key} would be "
-                f"{shape}, but the stored weights are {shapes[key]}"
+                f"`config.json` says {name} has rank {ranks_of(layer)} in layout {layer.layout!r}, so {key} would "
+                f"be {shape}, but the stored weights are {shapes[key]}"
             )
-
-
-def _check_order(name: str, order: torch.Tensor) -> None:
-    if order.is_meta:
-        return
-    if not torch.equal(order.sort().values, torch.arange(order.shape[0], device=order.device)):
-        raise CheckpointError(f"{name}.order is not a permutation of the outputs: the checkpoint is corrupt")
-
-
-def _check_kept(name: str, kept: torch.Tensor, rank: int) -> None:
-    if not kept.is_meta and int(kept.sum()) != rank:
-        raise CheckpointError(
-            f"{name}.kept marks {int(kept.sum())} neurons, where {rank} are stored: the checkpoint is corrupt"
-        )
 
 
 def _retie_(model: PreTrainedModel) -> None:

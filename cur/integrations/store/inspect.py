@@ -10,16 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cur import ranks
 from cur.integrations.files.hashes import check_hashes
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import FACTORED, LAYOUTS
+from cur.integrations.nn import factored, layer_class
 from cur.integrations.store.checkpoint import read_config
 
 __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
-
-# What may hold the rows that belong to kept neurons, and their bias.
-_PARTS = ("R", "inner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +38,14 @@ class LayerSummary:
         return self.dtype == "I8"
 
     @property
+    def ranks(self) -> tuple[int, int | None]:
+        """Rank and inner rank."""
+        return self.rank, self.inner_rank
+
+    @property
     def parameters(self) -> int:
         """Numbers in the factors."""
-        return int(LAYOUTS[self.layout].numbers(*self.shape, self.rank, self.inner_rank))
+        return int(layer_class(self.layout).numbers(*self.shape, *self.ranks))
 
     @property
     def dense_parameters(self) -> int:
@@ -81,15 +82,19 @@ class CheckpointSummary:
 
     def in_layout(self, layout: str) -> int:
         """Return the numbers that the factors of all factored layers would take in one layout at their ranks."""
-        factored = [layer for layer in self.layers if layer.layout in FACTORED]
-        return sum(ranks.parameters(*layer.shape, layer.rank, layout=layout) for layer in factored)
+        kind = layer_class(layout)
+        return sum(
+            int(kind.numbers(*layer.shape, *layer.ranks))
+            for layer in self.layers
+            if layout in layer_class(layer.layout).conversions()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON types."""
         layers = [
             {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters} for layer in self.layers
         ]
-        return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in FACTORED}}
+        return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in factored()}}
 
 
 def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
@@ -117,11 +122,10 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     check_hashes(directory)
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
     # Of neurons that were given up the entries of the bias are gone, too.
-    biases = sum(
-        layer.shape[0] - layer.rank
-        for layer in layers
-        if layer.layout == "outputs" and not tensors.keys().isdisjoint(f"{layer.name}.{part}.bias" for part in _PARTS)
-    )
+    biases = 0
+    for layer in layers:
+        stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)
+        biases += sum(layer.shape[0] - math.prod(bias[0]) for bias in stored if bias is not None)
     steps = {f"{name.removesuffix('integers')}scale" for name in tensors if name.endswith(".integers")}
     parameters = sum(
         math.prod(shape)
@@ -139,28 +143,27 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
 
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
-    layout, rank, inner = spec["layout"], spec["rank"], spec.get("inner_rank")
-    weight = "integers" if spec.get("int8") else "weight"
-    # What tells the rank, the outputs, the inputs and the inner rank: a tensor and its axis.
-    places = {
-        "cur": (("R.weight", 0), ("C.weight", 0), ("R.weight", 1)),
-        "folded": (("R.weight", 0), ("CU.weight", 0), ("R.weight", 1)),
-        "interpolative": (("R.weight", 0), ("order", 0), ("R.weight", 1)),
-        "outputs": (("R.weight", 0), ("kept", 0), ("R.weight", 1)),
-        "inputs": (("C.weight", 1), ("C.weight", 0), ("kept", 0)),
-        "whole": (("W.weight", 0), ("W.weight", 0), ("W.weight", 1)),
-        "outputs, factored": (("inner.order", 0), ("kept", 0), ("inner.R.weight", 1), ("inner.R.weight", 0)),
-        "inputs, factored": (("inner.R.weight", 1), ("inner.order", 0), ("kept", 0), ("inner.R.weight", 0)),
-    }[layout if inner is None else f"{layout}, factored"]
-    keys = [(f"{name}.{key.replace('weight', weight)}", axis) for key, axis in places]
+    kind = layer_class(spec["layout"])
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    stored = kind.tensors(factored="inner_rank" in spec, int8="int8" in spec)
     try:
-        stored, m, n, *factored = (tensors[key][0][axis] for key, axis in keys)
-        dtype = next(tensors[key][1] for key, _ in keys if key.endswith(f".{weight}"))
+        sizes = kind.sized({key: shape for key, (shape, _) in own.items()}, spec)
+        dtype = next(own[key][1] for key in stored if key.endswith((".weight", ".integers")))
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint lacks {error.args[0]}, a factor of {name}") from None
-    if layout == "whole":
-        stored = min(m, n)
-    for what, said, found in zip(("rank", "inner rank"), (rank, inner), (stored, *factored), strict=False):
-        if found != said:
-            raise CheckpointError(f"`config.json` says {name} has {what} {said}, the stored weights have {found}")
-    return LayerSummary(name=name, shape=(m, n), layout=layout, rank=rank, inner_rank=inner, dtype=dtype)
+        raise CheckpointError(f"the checkpoint lacks {name}.{error.args[0]}, a factor of {name}") from None
+    m, n = sizes["outputs"], sizes["inputs"]
+    found = {"rank": kind.largest_rank(m, n), **sizes}
+    for key in ("rank", "inner_rank"):
+        if key in spec and found[key] != spec[key]:
+            what = key.replace("_", " ")
+            raise CheckpointError(
+                f"`config.json` says {name} has {what} {spec[key]}, the stored weights have {found[key]}"
+            )
+    return LayerSummary(
+        name=name,
+        shape=(m, n),
+        layout=kind.layout,
+        rank=spec["rank"],
+        inner_rank=spec.get("inner_rank"),
+        dtype=dtype,
+    )

@@ -5,7 +5,7 @@ import torch
 
 from cur._lib.errors import NumericalError
 from cur.healing.pair.cores import Coordinates, Core
-from cur.integrations.nn import FACTORED, CompressedLinear, CURLinear, KeptInputs
+from cur.integrations.nn import CompressedLinear, CURLinear, KeptInputs, factored
 
 M, N, RANK = 9, 14, 4
 
@@ -20,7 +20,7 @@ def layer_of(layout: str, *, graded: float = 1.0) -> CompressedLinear:
     return CURLinear.from_factors(C * scale, U, R * scale[:, None], bias=bias).to_layout(layout)
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_a_core_is_what_lies_between_left_and_right(layout: str) -> None:
     layer = layer_of(layout)
     core = Core("layer", layer)
@@ -32,7 +32,7 @@ def test_a_core_is_what_lies_between_left_and_right(layout: str) -> None:
     assert torch.equal(core.value, U)
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_gradients_are_those_of_the_core(layout: str) -> None:
     layer = layer_of(layout)
     core = Core("layer", layer)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cur.healing import load_student, share_
 from cur.integrations import CompressConfig, compress, save
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import FACTORED, compressed_modules
+from cur.integrations.nn import compressed_modules, factored
 
 Make = Callable[..., PreTrainedModel]
 
@@ -32,7 +32,7 @@ def test_equal_tensors_are_shared(student: PreTrainedModel, teacher: PreTrainedM
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_a_student_is_loaded_around_its_teacher(
     kind: str, layout: str, make_teacher: Make, make_student: Make, windows: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.neurons import neuron_groups
 from cur.integrations.nn import KeptInputs, KeptOutputs, compressed_modules
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
-from cur.integrations.plan.plan import PlanError
+from cur.integrations.plan.entry import PlanEntry, PlanError, read_entry
 from cur.integrations.plan.rate_distortion import NeuronCurve
 from cur.integrations.store.inspect import summarize
 from tests.integrations.architectures import make
@@ -52,6 +52,10 @@ def statistics(llama: PreTrainedModel, windows: Tensor) -> Statistics:
     return collect_gradients(llama, given, collect(llama, given, modules=names, moments="full"), modules=names)
 
 
+def _not_factored(entry: PlanEntry) -> PlanEntry:
+    return replace(entry, inner_rank=None) if entry.method == "neurons" else entry
+
+
 def in_feed_forward(keep: float) -> BudgetConfig:
     return BudgetConfig(keep=keep, targets=MLP)
 
@@ -64,7 +68,7 @@ def kept(model: PreTrainedModel) -> dict[str, KeptInputs | KeptOutputs]:
 
 def whole(plan: Plan) -> Plan:
     """Leave what belongs to kept neurons whole."""
-    return replace(plan, entries=tuple(replace(entry, inner_rank=None) for entry in plan.entries))
+    return replace(plan, entries=tuple(map(_not_factored, plan.entries)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3"])
@@ -152,7 +156,7 @@ def test_rows_are_the_models_own_and_columns_fit(llama: PreTrainedModel, statist
         W = dense.get_submodule(name).weight.detach()
         if isinstance(layer, KeptOutputs):
             torch.testing.assert_close(layer.R.weight.detach(), W[layer.kept], rtol=0, atol=0)
-            behind = layers[next(entry.consumer for entry in plan.entries if entry.name == name)]
+            behind = layers[next(entry.made_with for entry in plan.entries if entry.name == name)]
             assert torch.equal(behind.kept, layer.kept)
         else:
             G = statistics.second_moment(name)
@@ -218,7 +222,10 @@ def test_saved_reloaded_exported(name: str, tmp_path: Path) -> None:
     around = [entry.name for entry in plan.entries if entry.method == "neurons"]
     half = around[: len(around) // 2]
     assert {entry.layout for entry in plan.entries if entry.name in half} == {"inputs", "outputs"}
-    entries = [replace(entry, inner_rank=5 if entry.name in half else None) for entry in plan.entries]
+    entries = [
+        replace(entry, inner_rank=5 if entry.name in half else None) if entry.name in around else entry
+        for entry in plan.entries
+    ]
     report = carry_out_(model, replace(plan, entries=tuple(entries)), statistics, text=given)
     assert {name for name, layer in kept(model).items() if layer.inner_rank == 5} == set(half)
     save(model, None, tmp_path / "small", report=report)
@@ -251,10 +258,10 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
     group[0]["rank"] = 7
     with pytest.raises(PlanError, match="same neurons, so change both"):
         Plan.from_dict(data)
-    without = [entry for entry in plan.entries if entry.consumer != consumer]
+    without = [entry for entry in plan.entries if entry.made_with != consumer or entry.name == consumer]
     with pytest.raises(PlanError, match=r"must hold, beside .*down_proj, the layers before"):
         replace(plan, entries=tuple(without))
-    gate = next(entry for entry in plan.entries if entry.consumer == consumer)
+    gate = next(entry for entry in plan.entries if entry.made_with == consumer != entry.name)
     fewer = replace(plan, entries=tuple(entry for entry in plan.entries if entry is not gate))
     with pytest.raises(PlanError, match="cut all of the layers that give them, or none"):
         apply_plan_(llama, fewer, statistics)
@@ -278,17 +285,15 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
         ),
         (
             {"layout": "folded", "consumer": None, "rank": 20},
-            "'inputs' or 'outputs' for the method 'neurons' and for no other",
+            "`layout` of gate must be one of inputs, outputs for the method 'neurons', got 'folded'",
         ),
     ],
 )
 def test_entries_that_no_plan_has(changes: dict[str, object], message: str) -> None:
-    from cur.integrations.plan.plan import PlanEntry
-
     good = {"name": "gate", "shape": (96, 32), "rank": 40, "layout": "outputs", "method": "neurons", "consumer": "down"}
-    PlanEntry(**good)
+    read_entry(good)
     with pytest.raises(PlanError, match=message):
-        PlanEntry(**{**good, **changes})
+        read_entry({**good, **changes})
 
 
 def test_a_checkpoint_that_marks_other_neurons(llama: PreTrainedModel, statistics: Statistics, tmp_path: Path) -> None:
@@ -366,7 +371,7 @@ def test_a_little_of_both_loses_what_the_plan_says(
     assert total < 0.98 * other
     apply_plan_(llama, plan, statistics)
     layers = kept(llama)
-    both = [entry for entry in plan.entries if entry.inner_rank]
+    both = [entry for entry in plan.entries if entry.ranks[1]]
     assert {entry.layout for entry in both} == {"inputs", "outputs"}
 
     def square(name: str, error: Tensor, rows: Tensor | slice = slice(None)) -> float:
@@ -393,8 +398,10 @@ def test_layers_behind_see_rows_of_the_rank_that_they_get(llama: PreTrainedModel
     plan = make_plan(llama, statistics, in_feed_forward(0.6))
     entries = {entry.name: entry for entry in plan.entries}
     name = next(entry.name for entry in plan.entries if entry.layout == "outputs" and entry.inner_rank)
-    behind = entries[entries[name].consumer or ""]
-    beside = next(other for other in entries if entries[other].consumer == behind.name and other != name)
+    behind = entries[entries[name].made_with]
+    beside = next(
+        other for other in entries if entries[other].made_with == behind.name and other not in (name, behind.name)
+    )
     entries[beside] = replace(entries[beside], inner_rank=None)
     G = statistics.second_moment(name)
     fitted: dict[str, FittedBefore] = {}
@@ -406,7 +413,7 @@ def test_layers_behind_see_rows_of_the_rank_that_they_get(llama: PreTrainedModel
     assert one.places is not None
     assert other.inner is None
     assert torch.equal(one.places, other.places)
-    assert len(one.places) == behind.rank
+    assert len(one.places) == behind.neurons
     stays = torch.ones(entries[name].shape[0], dtype=torch.bool)
     stays[one.places] = False
     W, seen = (module.weight.detach() for module in (llama.get_submodule(name), one.full_width))
@@ -421,7 +428,7 @@ def test_layers_before_neurons_count_the_seconds_of_their_fit(llama: PreTrainedM
     plan = make_plan(llama, statistics, in_feed_forward(0.6))
     entries = {entry.name: entry for entry in plan.entries}
     behind = next(entry for entry in plan.entries if entry.layout == "inputs")
-    before = [entry for entry in plan.entries if entry.consumer == behind.name]
+    before = [entry for entry in plan.entries if entry.made_with == behind.name and entry is not behind]
     fitted: dict[str, FittedBefore] = {}
     for entry in before:
         G = statistics.second_moment(entry.name)

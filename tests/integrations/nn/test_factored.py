@@ -6,12 +6,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.nn import (
-    FACTORED,
     LAYOUTS,
     CompressedLinear,
     CURLinear,
     InterpolativeLinear,
     dense_weight,
+    factored,
 )
 
 M, N, RANK = 7, 11, 3
@@ -29,7 +29,7 @@ def layer_of(layout: str, dtype: torch.dtype = torch.float64, *, bias: bool = Tr
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_every_layout_computes_the_same_function(layout: str, bias: bool) -> None:
     C, U, R, b = factors()
     x = torch.randn(2, 5, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -53,8 +53,8 @@ def test_layouts_keep_the_numbers_they_promise(layout: str, count: int) -> None:
     assert sum(p.numel() for p in layer_of(layout, bias=False).parameters()) == count
 
 
-@pytest.mark.parametrize("target", FACTORED)
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("target", factored())
+@pytest.mark.parametrize("layout", factored())
 def test_conversions_lose_nothing(layout: str, target: str) -> None:
     layer = layer_of(layout)
     other = layer.to_layout(target)
@@ -78,7 +78,7 @@ def test_full_rank_layers_of_any_shape(m: int, n: int) -> None:
     rank = min(m, n)
     left = torch.randn(m, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     right = torch.randn(rank, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for cls in (LAYOUTS[layout] for layout in FACTORED):
+    for cls in (LAYOUTS[layout] for layout in factored()):
         layer = cls.from_two_factors(left, right)
         assert layer.rank == rank
         assert torch.allclose(layer.weight, left @ right, rtol=0, atol=1e-10)
@@ -107,7 +107,7 @@ def test_weight_of_half_precision_is_rounded_once() -> None:
     assert torch.all((weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5)
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_state_round_trip_through_the_meta_device(layout: str) -> None:
     layer = layer_of(layout)
     empty = LAYOUTS[layout](N, M, RANK, device="meta", dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_state_round_trip_through_the_meta_device(layout: str) -> None:
     assert torch.equal(empty(x), layer(x))
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_gradients_reach_every_factor(layout: str) -> None:
     layer = layer_of(layout)
     layer(torch.ones(2, N, dtype=torch.float64)).square().sum().backward()
@@ -126,7 +126,7 @@ def test_gradients_reach_every_factor(layout: str) -> None:
         assert torch.any(parameter.grad != 0), name
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_compiles_without_graph_breaks(layout: str) -> None:
     layer = layer_of(layout)
     x = torch.ones(2, N, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_the_repr_shows_the_rank() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, min(M, N) + 1])
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_rank_out_of_range(layout: str, rank: int) -> None:
     with pytest.raises(ValueError, match=f"`rank` must be between 1 and {min(M, N)}.*got {rank}"):
         LAYOUTS[layout](N, M, rank)

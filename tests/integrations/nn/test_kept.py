@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cur.integrations.nn import FACTORED, LAYOUTS, InterpolativeLinear, KeptInputs, KeptOutputs, compressed_modules
+from cur.integrations.nn import LAYOUTS, InterpolativeLinear, KeptInputs, KeptOutputs, compressed_modules, factored
 
 NEURONS, N, M = 6, 5, 4
 KEPT = torch.tensor([True, False, False, True, True, False])
@@ -52,7 +52,7 @@ def test_state_round_trip_through_the_meta_device(side: int) -> None:
 def test_there_is_no_other_layout(side: int) -> None:
     layer = sides()[side]
     assert layer.to_layout(layer.layout) is layer
-    for layout in FACTORED:
+    for layout in factored():
         with pytest.raises(ValueError, match=f"must stay '{layer.layout}', got '{layout}'"):
             layer.to_layout(layout)
 

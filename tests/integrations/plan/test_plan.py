@@ -9,13 +9,15 @@ import pytest
 from transformers import PreTrainedModel
 
 from cur import ranks
-from cur.integrations.plan.plan import FORMAT_VERSION, Plan, PlanEntry, PlanError, fingerprint
+from cur.integrations.plan.entry import METHODS, PlanEntry, read_entry
+from cur.integrations.plan.methods import CUREntry, NeuronsBeforeEntry, NeuronsEntry, RowsEntry, WeightedEntry
+from cur.integrations.plan.plan import FORMAT_VERSION, Plan, PlanError, fingerprint
 
 NAME = "model.layers.1.self_attn.q_proj"
 
 
 def entry(**changes: Any) -> PlanEntry:
-    return PlanEntry(**{"name": NAME, "shape": (32, 32), "rank": 5, **changes})
+    return read_entry({"name": NAME, "shape": (32, 32), "rank": 5, **changes})
 
 
 @pytest.fixture
@@ -82,7 +84,19 @@ def test_fingerprint_sees_shapes_only(make_model: Any) -> None:
         ({"rank": 2.0}, "`rank`"),
         ({"shape": (32,)}, "`shape`"),
         ({"shape": (32, -1)}, "`shape`"),
-        ({"layout": "lu"}, "`layout` of .* must be one of cur, folded, interpolative, outputs, inputs, got 'lu'"),
+        ({"layout": "lu"}, "`layout` of .* must be one of cur, folded, interpolative for the method 'cur', got 'lu'"),
+        ({"layout": "inputs"}, "`layout` of .* for the method 'cur', got 'inputs'"),
+        ({"layout": ["cur"]}, "`layout`"),
+        ({"method": "luck"}, "`method` of .* must be one of cur, weighted, rows, neurons, got 'luck'"),
+        ({"method": 3}, "`method`"),
+        ({"method": "rows", "layout": "cur"}, "`layout` of .* must be one of interpolative for the method 'rows'"),
+        ({"gradients": True}, "`gradients` of .* is for the method 'weighted' or 'rows' or 'neurons' alone, got True"),
+        ({"method": "weighted", "link": "covariance"}, "`link` of .* is for the method 'cur' alone, got 'covariance'"),
+        ({"method": "weighted", "gradients": 1}, "`gradients` of .* must be true or false, got 1"),
+        ({"method": "weighted", "damping": -1}, "`damping` of .* at least 0, got -1"),
+        ({"consumer": "down"}, "`consumer` of .* is for the method 'neurons' alone"),
+        ({"method": "neurons", "layout": "outputs"}, "lacks consumer"),
+        ({"method": "neurons", "layout": "inputs", "consumer": "down"}, "in the layout 'inputs' .* it must be null"),
         ({"importance": "luck"}, "`importance`"),
         ({"link": "luck"}, "`link`"),
         ({"subspace": "luck"}, "`subspace`"),
@@ -134,3 +148,54 @@ def test_files_that_hold_no_plan(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(PlanError, match="must be a JSON object, got list"):
         Plan.load(path)
+
+
+COMMON = {"name": NAME, "shape": [32, 32], "predicted": 0.25}
+DEFAULTS = {"importance": "wanda", "link": "optimal", "subspace": "exact", "gradients": False, "damping": 0.0}
+# As they were written while entries of all methods were of one class.
+WRITTEN: list[tuple[type[PlanEntry], dict[str, Any]]] = [
+    (CUREntry, {"rank": 5, "layout": "cur", "importance": "magnitude", "subspace": "randomised", "parameters": 345}),
+    (WeightedEntry, {"rank": 5, "layout": "interpolative", "gradients": True, "damping": 0.1, "parameters": 295}),
+    (RowsEntry, {"rank": 5, "layout": "interpolative", "parameters": 295}),
+    (NeuronsEntry, {"rank": 20, "layout": "inputs", "inner_rank": 4, "damping": 0.1, "parameters": 192}),
+    (NeuronsBeforeEntry, {"rank": 20, "layout": "outputs", "consumer": "down", "parameters": 640}),
+]
+
+
+@pytest.mark.parametrize(("kind", "own"), WRITTEN)
+def test_entries_are_written_as_ever(kind: type[PlanEntry], own: dict[str, Any]) -> None:
+    order = [
+        "name",
+        "shape",
+        "rank",
+        "layout",
+        "method",
+        *DEFAULTS,
+        "consumer",
+        "inner_rank",
+        "predicted",
+        "parameters",
+    ]
+    filled = {**COMMON, **DEFAULTS, "consumer": None, "inner_rank": None, "method": kind.method, **own}
+    read = read_entry(filled)
+    assert type(read) is kind
+    assert json.dumps(read.to_dict()) == json.dumps({key: filled[key] for key in order})
+
+
+def test_the_former_class_of_all_entries_still_makes_them() -> None:
+    with pytest.warns(DeprecationWarning, match="one of cur.integrations.plan.methods"):
+        made = PlanEntry(**{**COMMON, "rank": 20, "layout": "inputs", "method": "neurons"})
+    assert made == NeuronsEntry(name=NAME, shape=(32, 32), neurons=20, predicted=0.25)
+    assert isinstance(made, PlanEntry)
+    with pytest.warns(DeprecationWarning, match="no field `rank` any more"):
+        assert made.rank == 20
+    with pytest.warns(DeprecationWarning, match="no field `importance` any more"):
+        assert made.importance == "wanda"
+    with pytest.raises(AttributeError, match="colour"):
+        made.colour  # noqa: B018
+
+
+def test_every_method_is_registered_with_its_layouts() -> None:
+    kinds = {kind for kinds in METHODS.values() for kind in kinds}
+    assert kinds == {kind for kind, _ in WRITTEN}
+    assert all(kind.layouts() for kind in kinds)

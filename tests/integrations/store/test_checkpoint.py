@@ -33,7 +33,7 @@ from transformers import (
 import cur.integrations.store.checkpoint as checkpoint
 from cur.integrations.compress import compress
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import FACTORED, LAYOUTS, CompressedLinear, compressed_modules
+from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, factored
 from cur.integrations.plan.config import CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantize_
@@ -91,7 +91,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 @pytest.mark.parametrize("kind", TARGETS)
 def test_reload_is_bit_identical(
     kind: str, layout: str, make_model: MakeModel, windows: torch.Tensor, tmp_path: Path
@@ -312,7 +312,7 @@ class SharedLayer(LlamaForCausalLM):
         self.model.layers[2].mlp.gate_proj = self.model.layers[1].mlp.gate_proj
 
 
-@pytest.mark.parametrize("layout", FACTORED)
+@pytest.mark.parametrize("layout", factored())
 def test_a_shared_layer_is_stored_once_and_stays_shared(
     layout: str, llama: PreTrainedModel, windows: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -1,0 +1,101 @@
+"""How each method of a plan makes its layers: the function for each kind of entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cur.integrations.measure.moments import Moments
+    from cur.integrations.measure.propagation import InputMoments
+    from cur.integrations.nn import CompressedLinear
+    from cur.integrations.plan.entry import PlanEntry
+    from cur.integrations.report.data import LayerReport
+
+__all__ = ["MAKERS", "Made", "Maker", "Task", "make_layers", "maker"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What a method may use to make layers.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The dense model; it is not changed.
+    entries : mapping of str to PlanEntry
+        All those of the plan, by name.
+    moments : Moments
+        Statistics of its layers.
+    dtype : torch.dtype
+        Precision that the plan asks for.
+    seed : int
+        Of every random choice.
+    correction : float
+        See :meth:`InputMoments.problem`.
+    begun : dict
+        By name, what a method has to keep of a layer until another, made later, completes it.
+    """
+
+    model: nn.Module
+    entries: Mapping[str, PlanEntry]
+    moments: Moments
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    correction: float = 0.0
+    begun: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What became of an entry.
+
+    Attributes
+    ----------
+    layers : mapping of str to (CompressedLinear, LayerReport)
+        By name, the layers that are complete now, and what was lost of their weights; perhaps none, or several.
+    replacement : callable
+        What is called in the place of the entry's dense layer while later layers are made.
+    """
+
+    layers: Mapping[str, tuple[CompressedLinear, LayerReport]]
+    replacement: Callable[[Tensor], Tensor]
+
+
+Maker: TypeAlias = "Callable[[Task, Any, InputMoments | None], Made]"
+"""Called with the task, an entry, and, where the layer may be fitted to them, the moments of the inputs that it gets."""
+
+MAKERS: dict[type[PlanEntry], Maker] = {}
+"""Maker of each kind of entry; one of your own is added by :func:`maker`."""
+
+_Function = TypeVar("_Function", bound=Maker)
+
+
+def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
+    """Make a function known as the maker of some kinds of entries; a decorator."""
+
+    def register(function: _Function) -> _Function:
+        MAKERS.update(dict.fromkeys(entry_types, function))
+        return function
+
+    return register
+
+
+def make_layers(task: Task, entry: PlanEntry, propagated: InputMoments | None = None) -> Made:
+    """Make the layers of an entry as its method does.
+
+    Raises
+    ------
+    NotImplementedError
+        If no function is known for its kind.
+    """
+    if type(entry) not in MAKERS:
+        raise NotImplementedError(
+            f"no function makes the layers of {type(entry).__name__} ({entry.name}); add one by "
+            "cur.integrations.factor.maker"
+        )
+    return MAKERS[type(entry)](task, entry, propagated)

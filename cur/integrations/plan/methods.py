@@ -1,0 +1,321 @@
+"""The methods of a plan: what each can be told, and what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cur.integrations.nn import InterpolativeLinear, KeptInputs, KeptOutputs, factored
+from cur.integrations.plan.entry import PlanEntry, PlanError, register_method
+from cur.weighted.rows import own_rows
+from cur.weighted.truncation import square_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+__all__ = [
+    "IMPORTANCES",
+    "LINKS",
+    "SUBSPACES",
+    "CUREntry",
+    "NeuronsBeforeEntry",
+    "NeuronsEntry",
+    "RankEntry",
+    "RowsEntry",
+    "WeightedEntry",
+]
+
+IMPORTANCES = ("wanda", "magnitude", "weights", "activation", "covariance")
+"""Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself,
+``W diag(||x||)``, ``W E[x x^T]^(1/2)``."""
+
+LINKS = ("optimal", "activation", "covariance")
+"""What the core U minimises: ``||W - C U R||_F``, the same times ``diag(||x||)``, or times ``E[x x^T]^(1/2)``."""
+
+SUBSPACES = ("exact", "randomised")
+"""Where the singular subspaces come from: an SVD, or a seeded random sketch, for layers too large for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEntry(PlanEntry):
+    """Give a layer a weight of a lower rank; the base of the methods that do.
+
+    Parameters
+    ----------
+    rank : int
+        Of the weight, at most the largest that the layout has for the shape.
+    """
+
+    rank: int
+
+    def check(self) -> None:
+        """Refuse a rank that the layout does not have."""
+        _check_count(self, "rank", self.rank)
+
+    @property
+    def ranks(self) -> tuple[int, int | None]:
+        """The rank, and no other."""
+        return self.rank, None
+
+    def found(self, rank: int) -> Self:
+        """Return the entry with the rank that was found."""
+        return replace(self, rank=rank)
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class CUREntry(RankEntry):
+    """Keep chosen columns and rows of the weight, with a core between them.
+
+    Parameters
+    ----------
+    importance : str
+        One of :data:`IMPORTANCES`.
+    link : str
+        One of :data:`LINKS`.
+    subspace : str
+        One of :data:`SUBSPACES`.
+    """
+
+    method = "cur"
+
+    layout: str = "cur"
+    importance: str = "wanda"
+    link: str = "optimal"
+    subspace: str = "exact"
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name all layouts of factored weights."""
+        return tuple(factored())
+
+    def check(self) -> None:
+        """Refuse unknown choices."""
+        super().check()
+        for key, known in (("importance", IMPORTANCES), ("link", LINKS), ("subspace", SUBSPACES)):
+            if getattr(self, key) not in known:
+                raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether covariances of inputs enter."""
+        return "covariance" in (self.importance, self.link)
+
+    @classmethod
+    def said(cls, entries: Sequence[Any]) -> str:
+        """Return what chose rows and columns."""
+        importance = ", ".join(sorted({entry.importance for entry in entries}))
+        return f"Rows and columns were chosen by DEIM on the importance `{importance}`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnderMoments(PlanEntry):
+    """What the methods have that minimise an error under second moments.
+
+    Parameters
+    ----------
+    gradients : bool
+        Whether outputs are weighted by the second moments of their gradients.
+    damping : float
+        Multiple of the mean eigenvalue that is added to second moments.
+    """
+
+    fits_inputs = True
+
+    gradients: bool = False
+    damping: float = 0.0
+
+    def check(self) -> None:
+        """Refuse what is no damping and no truth value."""
+        super().check()
+        damping: Any = self.damping
+        if not isinstance(damping, (int, float)) or not 0.0 <= damping < math.inf:
+            raise PlanError(f"`damping` of {self.name} must be a number that is at least 0, got {damping!r}")
+        if not isinstance(self.gradients, bool):
+            raise PlanError(f"`gradients` of {self.name} must be true or false, got {self.gradients!r}")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether outputs are weighted by them."""
+        return self.gradients
+
+
+def _moments(entries: Sequence[Any]) -> str:
+    return "second moments of inputs" + (" and output gradients" if entries[0].gradients else "")
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class WeightedEntry(_UnderMoments, RankEntry):
+    """Put the nearest matrix of its rank under second moments in the place of the weight."""
+
+    method = "weighted"
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name all layouts of factored weights."""
+        return tuple(factored())
+
+    @staticmethod
+    def square_errors(W: Tensor, **weights: Any) -> Any:
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        return square_errors(W, **weights)
+
+    @classmethod
+    def said(cls, entries: Sequence[Any]) -> str:
+        """Return under what it is the nearest."""
+        return f"Weights are the nearest of their rank under {_moments(entries)}."
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class RowsEntry(_UnderMoments, RankEntry):
+    """Keep chosen rows of the weight, and the best coefficients of the others under second moments."""
+
+    method = "rows"
+
+    layout: str = InterpolativeLinear.layout
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name the one that keeps rows."""
+        return (InterpolativeLinear.layout,)
+
+    @staticmethod
+    def square_errors(W: Tensor, **weights: Any) -> Any:
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        return own_rows(W, **weights).square_errors
+
+    @classmethod
+    def said(cls, entries: Sequence[Any]) -> str:
+        """Return what chose the rows."""
+        return f"The rows kept are the original weights' own, chosen by DEIM under {_moments(entries)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AroundNeurons(_UnderMoments):
+    """What the layers at both sides of neurons have that are given up.
+
+    Parameters
+    ----------
+    neurons : int
+        How many of them are kept; ``rank`` in the JSON.
+    inner_rank : int or None
+        The rank of what belongs to the kept neurons, if that is factored as well.
+    """
+
+    method = "neurons"
+    of_weight = False
+    keys: ClassVar[Mapping[str, str]] = {"neurons": "rank"}
+
+    neurons: int
+    inner_rank: int | None = None
+
+    def check(self) -> None:
+        """Refuse more neurons or a higher rank than there are."""
+        super().check()
+        _check_count(self, "rank", self.neurons)
+        inner = self.layer_type.largest_inner_rank(*self.shape, self.neurons)
+        if self.inner_rank is not None and not (type(self.inner_rank) is int and 1 <= self.inner_rank <= inner):
+            raise PlanError(
+                f"`inner_rank` of {self.name} must be null or an integer between 1 and {inner}, the largest of what "
+                f"belongs to {self.neurons} neurons, got {self.inner_rank!r}"
+            )
+
+    @property
+    def ranks(self) -> tuple[int, int | None]:
+        """How many neurons are kept, and the rank of what belongs to them."""
+        return self.neurons, self.inner_rank
+
+    @classmethod
+    def said(cls, entries: Sequence[Any]) -> str:
+        """Return what became of the neurons."""
+        return (
+            "Between some layers neurons are gone, and the layers around them were fitted to those left "
+            f"under {_moments(entries)}; a second rank is that of what is left."
+        )
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class NeuronsEntry(_AroundNeurons):
+    """Give up neurons before a layer, which chooses them and is fitted to those that are kept."""
+
+    layout: str = KeptInputs.layout
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name that of the layer behind."""
+        return (KeptInputs.layout,)
+
+    def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
+        """Refuse to be without layers before."""
+        if not any(entry.made_with == self.name for entry in entries.values() if entry is not self):
+            raise PlanError(
+                f"`entries` must hold, beside {self.name}, the layers before, whose `consumer` it is; make the plan "
+                "again, or take it out"
+            )
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class NeuronsBeforeEntry(_AroundNeurons):
+    """Give up neurons behind a layer, those that the layer behind them does without.
+
+    Parameters
+    ----------
+    consumer : str
+        The layer behind, whose entry keeps as many neurons.
+    """
+
+    layout: str = KeptOutputs.layout
+    consumer: str
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name that of the layers before."""
+        return (KeptOutputs.layout,)
+
+    @property
+    def made_with(self) -> str:
+        """The layer behind."""
+        return self.consumer
+
+    def check(self) -> None:
+        """Refuse to have no layer behind."""
+        super().check()
+        if not isinstance(self.consumer, str):
+            raise PlanError(
+                f"`consumer` of {self.name} must name the layer behind in the layout {self.layout!r}, got "
+                f"{self.consumer!r}"
+            )
+
+    def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
+        """Refuse to keep other neurons than the layer behind."""
+        behind = entries.get(self.consumer)
+        kept = (behind.neurons, behind.shape[1]) if isinstance(behind, NeuronsEntry) else None
+        if kept != (self.neurons, self.shape[0]):
+            got = "none" if kept is None else "{} of {}".format(*kept)
+            raise PlanError(
+                f"`rank` of {self.name} must be that of {self.consumer}, an entry of the layout "
+                f"{KeptInputs.layout!r}, got {self.neurons} of {self.shape[0]} and {got}: they have the same neurons, "
+                "so change both"
+            )
+
+
+def _check_count(entry: PlanEntry, key: str, count: Any) -> None:
+    m, n = entry.shape
+    limit = entry.layer_type.largest_rank(m, n)
+    if type(count) is not int or not 1 <= count <= limit:
+        raise PlanError(
+            f"`{key}` of {entry.name} must be an integer between 1 and {limit}, the largest of {m} x {n} in the "
+            f"layout {entry.layout!r}, got {count!r}"
+        )
