@@ -416,6 +416,7 @@ def inspect(
 def export(
     directory: o.Checkpoint,
     out: o.Out,
+    to: Annotated[str, typer.Option("--to", help="What it becomes.")] = "dense",
     trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
 ) -> None:
@@ -425,7 +426,7 @@ def export(
     """
     from cur.cli.commands import run_export
 
-    run_export(directory, out, trust_remote_code=trust_remote_code, overwrite=overwrite)
+    run_export(directory, out, to=to, trust_remote_code=trust_remote_code, overwrite=overwrite)
 
 
 @app.command()

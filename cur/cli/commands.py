@@ -14,6 +14,7 @@ from cur.cli._run import bars, note, output, print_json
 from cur.cli.source import HeldOut, Source, read_for, show_unread, tell
 from cur.integrations.blockwise import ProcessGroup
 from cur.integrations.convert import convert_
+from cur.integrations.export import check_export, export
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
 from cur.integrations.files.directory import check_parent, check_target
@@ -30,7 +31,7 @@ from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.account import compare, read_account
-from cur.integrations.store.checkpoint import dense_export, save
+from cur.integrations.store.checkpoint import save
 from cur.integrations.store.inspect import summarize
 
 __all__ = [
@@ -290,8 +291,9 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
         )
 
 
-def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite: bool) -> None:
+def run_export(directory: Path, out: Path, *, to: str, trust_remote_code: bool, overwrite: bool) -> None:
     """Run `cur export`."""
+    check_export(to)
     check_target(out, overwrite=overwrite)
     summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
     with bars() as bar:
@@ -299,7 +301,7 @@ def run_export(directory: Path, out: Path, *, trust_remote_code: bool, overwrite
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
         show_unread(loaded.model)
         with bar.busy("Saving"):
-            dense_export(loaded.model, loaded.tokenizer, out, overwrite=overwrite, source=directory)
+            export(loaded.model, loaded.tokenizer, out, to=to, overwrite=overwrite, source=directory)
     show_account(out)
     note.print(f"Saved to {out}.")
 

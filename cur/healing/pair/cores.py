@@ -147,7 +147,8 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     Raises
     ------
     ValueError
-        If the model has no compressed layer, or one that is on the meta device or rounded to int8.
+        If the model has no compressed layer, none of which anything may be trained, or one that is on the meta device
+        or rounded to int8.
     """
     layers: Mapping[str, CompressedLinear] = compressed_modules(model)
     if not layers:
@@ -157,7 +158,11 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")
-    return {name: Core(name, layer) for name, layer in layers.items() if layer.trainable() is not None}
+    cores = {name: Core(name, layer) for name, layer in layers.items() if layer.trainable() is not None}
+    if not cores:
+        kinds = sorted({layer.layout for layer in layers.values()})
+        raise ValueError(f"`student` has compressed layers of the layouts {', '.join(kinds)} alone, which do not learn")
+    return cores
 
 
 def _wide(tensor: Tensor) -> Tensor:

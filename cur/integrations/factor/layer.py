@@ -21,7 +21,7 @@ from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.nn import CompressedLinear, CURLinear, InterpolativeLinear, dense_weight, factored
+from cur.integrations.nn import CompressedLinear, CURLinear, InterpolativeLinear, dense_weight, layer_class
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.importance import guide, link_weights
 from cur.integrations.plan.methods import CUREntry, RowsEntry, WeightedEntry
@@ -61,7 +61,7 @@ class Factored:
         if isinstance(factors, Interpolative) and layout == InterpolativeLinear.layout:
             return interpolative_layer(factors, dtype=dtype, bias=bias, transposed=transposed)
         left, right = (factor.to(dtype) for factor in _folded(factors))
-        return factored()[layout].from_two_factors(left, right, bias=bias, transposed=transposed)
+        return layer_class(layout).from_two_factors(left, right, bias=bias, transposed=transposed)
 
 
 def _folded(factors: CUR | Folded | Interpolative) -> tuple[Tensor, Tensor]:

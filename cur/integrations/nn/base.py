@@ -313,6 +313,13 @@ class CompressedLinear(nn.Module):
         """Return the same function in another of :meth:`conversions`."""
         raise NotImplementedError
 
+    @classmethod
+    def from_two_factors(
+        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
+    ) -> Self:
+        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
+        raise NotImplementedError
+
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` of the same function."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.has_bias, device="meta")

@@ -33,13 +33,6 @@ class FactoredLinear(CompressedLinear):
         return min(m, n)
 
     @classmethod
-    def from_two_factors(
-        cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
-    ) -> Self:
-        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
-        raise NotImplementedError
-
-    @classmethod
     def conversions(cls) -> tuple[str, ...]:
         """Name all layouts of factored weights.
 

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cur import ranks
+from cur.integrations.factor.rounding import round_layer
+from cur.integrations.nn import LAYOUTS, CompressedLinear, cells, factored, layer_class
+
+SIZES = [(7, 11), (11, 7), (8, 8)]
+EVERY = [
+    (layout, inner) for layout, kind in LAYOUTS.items() for inner in (False, True)[: 1 + bool(kind.factored_stores)]
+]
+
+
+def layer_of(layout: str, m: int, n: int, *, factored: bool, **options: Any) -> CompressedLinear:
+    kind = layer_class(layout)
+    rank = kind.largest_rank(m, n) if layout == "whole" else 5
+    return kind(n, m, rank, inner_rank=3 if factored else None, **options)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize(("layout", "inner"), EVERY)
+def test_a_type_says_what_its_layers_store(layout: str, inner: bool, m: int, n: int, int8: bool) -> None:
+    layer = layer_of(layout, m, n, factored=inner, bias=False, int8=int8)
+    kind, state = type(layer), layer.state_dict()
+    stored = {key: tuple(value.shape) for key, value in state.items()}
+    sizes = kind.sizes(m, n, *layer.ranks)
+    said = kind.tensors(factored=inner, int8=int8)
+    shapes = {key: (tuple(sizes[axis] for axis in tensor.axes), tensor.dtype) for key, tensor in said.items()}
+    assert {key: shape for key, (shape, _) in shapes.items()} == {
+        key: tuple(value.shape) for key, value in state.items()
+    }
+    assert all(state[key].dtype == (dtype or torch.float32) for key, (_, dtype) in shapes.items())
+    assert kind.nbytes(m, n, *layer.ranks, dtype=torch.float32, int8=int8) == sum(
+        part.nbytes for part in state.values()
+    )
+    assert layer.stored == sum(part.numel() for part in layer.parameters())
+    found = kind.sized(stored, layer.spec())
+    known = {"outputs": m, "inputs": n, "rank": layer.rank, "inner_rank": layer.inner_rank}
+    assert found == {key: known[key] for key in found}
+    assert {"outputs", "inputs"} <= found.keys()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("layout", "inner"), EVERY)
+def test_a_layer_is_made_again_from_its_spec(layout: str, inner: bool, int8: bool) -> None:
+    layer = layer_of(layout, 7, 11, factored=inner, int8=int8)
+    spec = layer.spec()
+    assert type(layer).is_spec(spec)
+    again = layer_class(spec["layout"]).from_spec(spec, 11, 7)
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        key: value.shape for key, value in layer.state_dict().items()
+    }
+    names = {key for key in layer.state_dict() if key.rpartition(".")[2] == "bias"}
+    assert names <= set(layer.bias_names)
+    assert names
+    for change in ({"rank": 0}, {"rank": True}, {"rank": "5"}, {"colour": "blue"}, {"int8": 1}, {"inner_rank": -1}):
+        assert not type(layer).is_spec({**spec, **change})
+    assert not type(layer).is_spec({"layout": layout})
+
+
+@pytest.mark.parametrize("layout", factored())
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_ranks_within_numbers_are_those_of_the_core(layout: str, m: int, n: int) -> None:
+    kind = layer_class(layout)
+    for numbers in (0, 0.5, *range(1, m * n + 20, 3)):
+        assert kind.rank_within(m, n, numbers) == ranks.rank_for(m, n, numbers, layout=layout)
+    for rank in range(1, min(m, n) + 1):
+        assert kind.numbers(m, n, rank) == ranks.parameters(m, n, rank, layout=layout)
+
+
+@pytest.mark.parametrize(("layout", "inner"), EVERY)
+def test_what_is_trained_moves_the_weight_between_left_and_right(layout: str, inner: bool) -> None:
+    layer = layer_of(layout, 7, 11, factored=inner, dtype=torch.float64)
+    what = layer.trainable()
+    if what is None:
+        assert layout in ("outputs", "whole")
+        return
+    part = layer.part.weight if layout == "inputs" else layer.weight
+    torch.testing.assert_close(what.left @ what.start() @ what.right, part.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("layout", "inner"), EVERY)
+def test_its_factors_are_rounded_to_what_it_says(layout: str, inner: bool) -> None:
+    layer = layer_of(layout, 7, 11, factored=inner)
+    with torch.no_grad():
+        made, _ = round_layer("layer", layer, None, 0.1)
+    assert made.keys() == layer.factors().keys()
+    layer.round_(made)
+    assert layer.state_dict().keys() - set(layer.bias_names) == type(layer).tensors(factored=inner, int8=True).keys()
+
+
+def test_all_say_the_same_of_a_layer() -> None:
+    assert cells(layer_of("inputs", 7, 11, factored=True)) == {"shape": "7 x 11", "layout": "inputs", "rank": "5, 3"}
+    with pytest.raises(ValueError, match="`layout` must be one of cur, folded, interpolative, outputs, inputs, whole"):
+        layer_class("lu")
