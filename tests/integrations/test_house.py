@@ -190,6 +190,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toys")
 def test_a_layer_type_and_a_method_from_outside(tmp_path: Path) -> None:
     home = written(tmp_path)
@@ -247,18 +248,8 @@ def test_a_layer_type_and_a_method_from_outside(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(exported), expected, rtol=1e-4, atol=1e-4)
 
     # healing
-    command(
-        "heal",
-        small,
-        *text[:2],
-        *("--windows", "20", "--window-length", "16", "--precision", "float32"),
-        "--steps",
-        "2",
-        "--scope",
-        "block",
-        "--out",
-        home / "healed",
-    )
+    more = [*text[:2], "--windows", "20", *text[4:], "--scope", "block", "--steps", "2"]
+    command("heal", small, *more, "--out", home / "healed")
     healed = compressed_modules(AutoModelForCausalLM.from_pretrained(home / "healed"))
     before, after = (found[f"{BLOCK}.self_attn.q_proj"] for found in (layers, healed))
     assert isinstance(before, ScaledPair)
