@@ -14,7 +14,6 @@ from cur.cli._run import bars, note, output, print_json
 from cur.cli.source import HeldOut, Source, read_for, show_unread, tell
 from cur.integrations.blockwise import ProcessGroup
 from cur.integrations.convert import convert_
-from cur.integrations.export import check_export, export
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
 from cur.integrations.files.directory import check_parent, check_target
@@ -32,6 +31,7 @@ from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import save
+from cur.integrations.store.export import check_export, export
 from cur.integrations.store.inspect import summarize
 
 __all__ = [

@@ -41,14 +41,15 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
     found = compressed_modules(model)
-    layers = {name: layer for name, layer in found.items() if not factored().keys().isdisjoint(layer.conversions())}
+    possible = set(factored()) if layout == "auto" else {layout}
+    layers = {name: layer for name, layer in found.items() if not possible.isdisjoint(layer.conversions())}
     if any(layer.int8 for layer in found.values()):
         raise ValueError("`model` is rounded to int8; convert the checkpoint that it was made from, and round it then")
     if not layers:
-        why = "all its compressed layers are of a type that has one layout" if found else ""
+        why = "none of its compressed layers has another layout" if found else ""
         raise ValueError(f"`model` has no factored layers; {why or 'compress it first'}")
     wanted = {
-        name: choose_layout((layer.out_features, layer.in_features), purpose, rank=layer.rank) or layer.layout
+        name: choose_layout(layer.shape, purpose, rank=layer.rank, among=layer.conversions()) or layer.layout
         if layout == "auto"
         else layout
         for name, layer in layers.items()

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from cur.cli.app import app
 from cur.factors import Folded
-from cur.integrations import Plan
-from cur.integrations.export import TARGETS, Target, register_target
+from cur.healing.pair.cores import cores_of
+from cur.integrations import Plan, dense_export, save
+from cur.integrations.convert import convert_
 from cur.integrations.factor import MAKERS, Made, Task, maker
 from cur.integrations.factor.layer import Factored, factorize_as, plain_certificate
 from cur.integrations.nn import (
@@ -31,10 +32,15 @@ from cur.integrations.nn import (
     compressed_modules,
     factored,
     register,
+    swap_,
 )
 from cur.integrations.plan.entry import METHODS, register_method
-from cur.integrations.plan.methods import RankEntry
+from cur.integrations.plan.layouts import choose_layout
+from cur.integrations.plan.methods import RankEntry, WeightedEntry
 from cur.integrations.plan.plan import PlanError, fingerprint
+from cur.integrations.quantize import quantizable
+from cur.integrations.store.export import TARGETS, Target, register_target
+from cur.integrations.store.inspect import summarize
 from tests.integrations import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -258,6 +264,59 @@ def test_a_layer_type_and_a_method_from_outside(tmp_path: Path) -> None:
     assert not torch.equal(before.B.weight, after.B.weight)
 
 
+class Unlike(CompressedLinear):
+    """A toy layer type that keeps a diagonal, has no rank to speak of, converts to nothing and learns nothing."""
+
+    layout = "diagonal"
+    stores: ClassVar[Stores] = {"d": StoredTensor(("outputs",)), "places": StoredTensor(("inputs",), torch.int64)}
+
+    def _make_(self, **place: Any) -> None:
+        self.d = nn.Parameter(torch.ones(self.out_features, **place))
+        self.register_buffer("places", torch.arange(self.in_features, device=place["device"]))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **place)) if self.has_bias else None
+
+    @classmethod
+    def largest_rank(cls, m: int, n: int) -> int:
+        return 1
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.diag(self.d)
+
+    def bias_tensor(self) -> Tensor | None:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.d * x
+        return y if self.bias is None else y + self.bias
+
+
+def test_a_type_that_can_do_little_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYOUTS, Unlike.layout, Unlike)
+    name = f"{BLOCK}.self_attn.q_proj"
+    dense = AutoModelForCausalLM.from_pretrained(checkpoints.write("causal", tmp_path / "dense"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    swap_(model, {name: Unlike(32, 32, 1, bias=False)})
+    save(model, None, tmp_path / "small")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits(model))
+    (layer,) = summarize(tmp_path / "small").layers
+    assert (layer.layout, layer.rank, layer.parameters, layer.dtype) == ("diagonal", 1, 32, "F32")
+    with pytest.raises(ValueError, match="none of its compressed layers has another layout"):
+        convert_(model)
+    assert choose_layout((4096, 4096), rank=1024) == "interpolative"
+    assert choose_layout((4096, 4096), rank=1024, among=("diagonal", "folded")) == "folded"
+    assert choose_layout((4096, 4096), "training", rank=1024, among=("diagonal", "folded")) is None
+    with pytest.raises(ValueError, match="`layout` of such a layer must stay 'diagonal', got 'cur'"):
+        model.get_submodule(name).to_layout("cur")
+    with pytest.raises(ValueError, match="layouts diagonal alone, which do not learn"):
+        cores_of(model)
+    assert name not in quantizable(model)
+    dense_export(model, None, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert torch.equal(exported.get_submodule(name).weight, torch.eye(32))
+    assert not torch.equal(logits(exported), logits(dense))
+
+
 def test_what_is_not_registered_is_refused_when_it_is_read(tmp_path: Path) -> None:
     home = written(tmp_path)
     with pytest.raises(
@@ -266,12 +325,19 @@ def test_what_is_not_registered_is_refused_when_it_is_read(tmp_path: Path) -> No
         Plan.load(home / "plan.json")
 
 
-def test_names_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_taken() -> None:
     class Other(ScaledPair):
         layout = "cur"
 
+    class Entry(ScaledEntry):
+        method = "weighted"
+
     with pytest.raises(ValueError, match="`layout` 'cur' of Other is that of CURLinear"):
         register(Other)
+    with pytest.raises(ValueError, match="`method` 'weighted' of Entry is that of WeightedEntry in the layout 'cur'"):
+        register_method(Entry)
+    with pytest.raises(ValueError, match="WeightedEntry has a maker already"):
+        maker(WeightedEntry)(make_scaled)
     with pytest.raises(ValueError, match="`name` 'dense' of the target is taken"):
         register_target(Target(name="dense", summary="", write=lambda *_: Path()))
 

@@ -67,7 +67,7 @@ class Made:
 
 
 Maker: TypeAlias = "Callable[[Task, Any, InputMoments | None], Made]"
-"""Called with the task, an entry, and, where the layer may be fitted to them, the moments of the inputs that it gets."""
+"""Called with the task, an entry, and the moments of the inputs that the layer gets where it may be fitted to them."""
 
 MAKERS: dict[type[PlanEntry], Maker] = {}
 """Maker of each kind of entry; one of your own is added by :func:`maker`."""
@@ -76,10 +76,18 @@ _Function = TypeVar("_Function", bound=Maker)
 
 
 def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
-    """Make a function known as the maker of some kinds of entries; a decorator."""
+    """Make a function known as the maker of some kinds of entries; a decorator.
+
+    Raises
+    ------
+    ValueError
+        If one of them has another maker.
+    """
 
     def register(function: _Function) -> _Function:
-        MAKERS.update(dict.fromkeys(entry_types, function))
+        for entry_type in entry_types:
+            if MAKERS.setdefault(entry_type, function) is not function:
+                raise ValueError(f"{entry_type.__name__} has a maker already, {MAKERS[entry_type].__name__}")
         return function
 
     return register

@@ -190,8 +190,20 @@ class PlanEntry(metaclass=_Former):
 
 
 def register_method(entry_type: _Entry) -> _Entry:
-    """Make a kind of entry known under its method, beside others of that method; a class decorator."""
-    known = METHODS.get(entry_type.method, ())
+    """Make a kind of entry known under its method, beside those of other layouts; a class decorator.
+
+    Raises
+    ------
+    ValueError
+        If another kind has the method and one of the layouts.
+    """
+    known = [kind for kind in METHODS.get(entry_type.method, ()) if kind is not entry_type]
+    for kind in known:
+        if taken := set(kind.layouts()) & set(entry_type.layouts()):
+            raise ValueError(
+                f"`method` {entry_type.method!r} of {entry_type.__name__} is that of {kind.__name__} in the layout "
+                f"{min(taken)!r}; choose another name"
+            )
     METHODS[entry_type.method] = (*known, entry_type)
     return entry_type
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cur.integrations.nn import CURLinear, FactoredLinear, factored
 
 __all__ = ["PURPOSES", "choose_layout", "fastest_rank"]
@@ -27,7 +29,9 @@ def _within(shape: tuple[int, int], kind: type[FactoredLinear]) -> float:
     return dense - number - share * dense
 
 
-def choose_layout(shape: tuple[int, int], purpose: str = "inference", /, *, rank: int) -> str | None:
+def choose_layout(
+    shape: tuple[int, int], purpose: str = "inference", /, *, rank: int, among: Collection[str] | None = None
+) -> str | None:
     """Choose the layout of a layer: the smallest that is faster than the dense layer.
 
     Parameters
@@ -38,6 +42,8 @@ def choose_layout(shape: tuple[int, int], purpose: str = "inference", /, *, rank
         Training keeps the core ``U`` apart.
     rank : int
         Of its weight.
+    among : collection of str, optional
+        The layouts that it can have. Default: all of factored weights.
 
     Returns
     -------
@@ -50,9 +56,10 @@ def choose_layout(shape: tuple[int, int], purpose: str = "inference", /, *, rank
     ('interpolative', 'folded', None)
     """
     if purpose == "training":
-        return _TRAINED.layout
-    numbers = {layout: kind.numbers(*shape, rank) for layout, kind in factored().items()}
-    faster = [layout for layout, kind in factored().items() if numbers[layout] <= _within(shape, kind)]
+        return _TRAINED.layout if among is None or _TRAINED.layout in among else None
+    kinds = {layout: kind for layout, kind in factored().items() if among is None or layout in among}
+    numbers = {layout: kind.numbers(*shape, rank) for layout, kind in kinds.items()}
+    faster = [layout for layout, kind in kinds.items() if numbers[layout] <= _within(shape, kind)]
     return min(faster, key=lambda layout: numbers[layout], default=None)
 
 

@@ -290,7 +290,7 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) and what "
         "that takes: a positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps "
-        "`int8`: true"
+        "`int8`: true; a type of your own has to be registered first"
     )
 
 

@@ -144,11 +144,11 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
     kind = layer_class(spec["layout"])
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     stored = kind.tensors(factored="inner_rank" in spec, int8="int8" in spec)
+    own = {key: tensors[f"{name}.{key}"] for key in stored if f"{name}.{key}" in tensors}
     try:
         sizes = kind.sized({key: shape for key, (shape, _) in own.items()}, spec)
-        dtype = next(own[key][1] for key in stored if key.endswith((".weight", ".integers")))
+        dtype = own[next(iter(stored))][1]
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {name}.{error.args[0]}, a factor of {name}") from None
     m, n = sizes["outputs"], sizes["inputs"]
