@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cur.integrations import BudgetConfig, batches, collect, decoder_layers, load_model, read_text, token_windows
-from cur.integrations.compress import carry_out_, decompose
+from cur.integrations.compress import carry_out_
+from cur.integrations.factor.making import decompose
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.running import body, evaluating, model_inputs, run
 from cur.integrations.model.size import model_size

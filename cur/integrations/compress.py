@@ -27,7 +27,13 @@ from cur.integrations.store.checkpoint import describe
 __all__ = ["apply_plan_", "carry_out", "carry_out_", "compress", "compress_source", "compress_to", "measure", "planned"]
 
 __getattr__ = former_names(
-    __name__, ("cur.integrations.sources", "cur.integrations.plan.config", "cur.integrations.plan.make")
+    __name__,
+    (
+        "cur.integrations.sources",
+        "cur.integrations.plan.config",
+        "cur.integrations.plan.make",
+        "cur.integrations.factor.making",
+    ),
 )
 
 

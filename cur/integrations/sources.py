@@ -14,12 +14,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cur.integrations.factor import Task, make_layers
+from cur.integrations.factor.making import decompose
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.generated_text import own_text
-from cur.integrations.measure.moments import Moments, x_norm
-from cur.integrations.measure.propagation import InputMoments, in_order, spread
-from cur.integrations.measure.spectra import spectrum
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import release_, unrolled
@@ -27,18 +24,18 @@ from cur.integrations.model.limits import check_windows
 from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
-from cur.integrations.model.targets import block_stacks, decoder_layers
-from cur.integrations.nn import CompressedLinear, dense_weight, swap_
+from cur.integrations.model.targets import decoder_layers
+from cur.integrations.nn import CompressedLinear, swap_
 from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers, candidates
-from cur.integrations.plan.plan import PRECISIONS, Plan
+from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.outputs import output_changes
 from cur.integrations.report.perplexity import perplexity
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
-__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "decompose", "silent"]
+__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "silent"]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
 """Called as ``progress(stage, done, total)``: ``sample`` and ``calibrate`` in samples, ``plan`` and
@@ -330,55 +327,3 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
     if not given:
         raise ValueError("`calibration` is empty: it must hold at least one batch")
     return given
-
-
-def decompose(
-    model: PreTrainedModel,
-    plan: Plan,
-    statistics: Statistics,
-    progress: StageProgress | None = None,
-    *,
-    text: Sequence[Mapping[str, Any]] | None = None,
-    precision: str = "auto",
-) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
-    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
-
-    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
-    """
-    plan.check(model)
-    layers: dict[str, CompressedLinear] = {}
-    reports: dict[str, LayerReport] = {}
-    entries = {entry.name: entry for entry in plan.entries}
-    task = Task(
-        model=model,
-        entries=entries,
-        moments=Moments(statistics),
-        dtype=PRECISIONS[plan.precision],
-        seed=plan.seed,
-        correction=plan.correction,
-    )
-
-    def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
-        if progress is not None:
-            progress("decompose", len(layers), len(entries))
-        made = make_layers(task, entries[name], propagated)
-        for each, (layer, report) in made.layers.items():
-            layers[each] = layer
-            if entries[each].of_weight:
-                weight = dense_weight(model.get_submodule(each), each)[0].detach()
-                report = replace(report, spectrum=spectrum(weight, x_norm(statistics, each)))
-            reports[each] = report
-        return made.replacement
-
-    if text is not None and plan.correction > 0 and len(block_stacks(model)) == 1:
-        fitted = {name: entry for name, entry in entries.items() if entry.fits_inputs}
-        widest = max((entry.shape[1] for entry in fitted.values()), default=1)
-        in_order(model, spread(text, widest), list(fitted), make, precision=precision)
-        for name, layer in layers.items():  # made while the model was in evaluation mode
-            layer.train(model.get_submodule(name).training)
-    for name, entry in entries.items():
-        if name not in layers:
-            make(entry.made_with)
-    if progress is not None:
-        progress("decompose", len(entries), len(entries))
-    return {name: layers[name] for name in entries}, [reports[name] for name in entries]

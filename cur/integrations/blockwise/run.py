@@ -32,10 +32,9 @@ __all__ = ["compress_blockwise"]
 _WHOLE = {
     "gradients": ("gradients=False", "--no-gradients"),
     "own_text": ("own_text=0", "--own-text 0"),
-    "correction": ("correction=0.0", "--correction 0"),
 }
 """What a budget can ask for that no single block gives, and how to do without: gradients flow back through all blocks,
-text is written word by word, and corrected layers are fitted to what the compressed ones before them return."""
+and text is written word by word."""
 
 
 def compress_blockwise(
@@ -148,11 +147,10 @@ def compress_blockwise(
 
 def _refuse(config: Asked) -> None:
     if isinstance(config, Plan):
-        if config.own_text or config.correction or config.needs_gradients:
+        if config.own_text or config.needs_gradients:
             raise ValueError(
-                "the plan was made with text of the model's own, gradients or a correction, which need the whole model "
-                "in memory; block by block carry out one that was made without (--own-text 0 --no-gradients "
-                "--correction 0)"
+                "the plan was made with text of the model's own or gradients, which need the whole model in memory; "
+                "block by block carry out one that was made without (--own-text 0 --no-gradients)"
             )
     elif isinstance(config, BudgetConfig):
         asked = [name for name in _WHOLE if getattr(config, name)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from cur.integrations.blockwise.journal import Journal
 from cur.integrations.blockwise.score import perplexity_blockwise
 from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.blockwise.writer import fill
+from cur.integrations.factor.making import Making, corrected, text_for
+from cur.integrations.measure.propagation import in_order
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.model.precision import Precision
@@ -32,7 +35,7 @@ from cur.integrations.plan.make import Layers
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.outputs import output_changes
-from cur.integrations.sources import Clock, Source, StageProgress, decompose, silent
+from cur.integrations.sources import Clock, Source, StageProgress, silent
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
@@ -134,42 +137,115 @@ class Streamed(Source):
         return _Blocks(self, statistics)
 
     def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
-        """Factor block after block, each process a share of them; factors go to disk."""
+        """Factor block after block; factors go to disk.
+
+        Each process takes a share of the blocks. Where layers are fitted to what compressed ones before them give, one
+        process goes through all blocks and the others wait for it.
+        """
         with self.clock.stage("outputs"):
             self.streamed.load_outside()
-            self.streamed.free_embeddings()
         named = {entry.name: entry for entry in plan.entries}
         blocks = self.by_block(list(named))
-        comparing = 0.0
+        names = corrected(self.model, plan)
         with self.clock.stage("decompose"):
-            for index, names in self.each(blocks, "decompose", step="factors"):
-                begin = time.perf_counter()
-                part = replace(plan, entries=tuple(named[name] for name in names))
-                layers, reports = decompose(self.model, part, self.statistics_of(index))
-                middle = time.perf_counter()
-                self._measuring.bypass.active = index
-                with self._measuring.bypass.open():
-                    changes = output_changes(self.model, layers, self.text[0])
-                outputs = time.perf_counter() - middle
-                comparing += outputs
-                file = self._factors(index)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_file(
-                    {f"{name}.{key}": value for name, it in layers.items() for key, value in it.state_dict().items()},
-                    file,
-                )
-                done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
-                spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
-                self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
-        self.clock.add("decompose", -comparing)
-        self.clock.add("outputs", comparing)
+            if names:
+                if self.leads and any(self._factored(index) is None for index in blocks):
+                    self._factor_in_order(plan, names, blocks)
+                self.group.gather(None)
+            else:
+                self.streamed.free_embeddings()
+                for index, inside in self.each(blocks, "decompose", step="factors"):
+                    with self._making(plan, index, inside):
+                        pass
         self.streamed.free_outside()
         found: dict[str, LayerReport] = {}
         for index in blocks:
-            facts = self.journal.facts(f"factors-{index:04}") or {}
+            facts = self._factored(index) or {}
             found |= {data["name"]: LayerReport.from_dict(data) for data in facts["reports"]}
         self._reports = [found[entry.name] for entry in plan.entries]
         return self._reports
+
+    def _factor_in_order(self, plan: Plan, names: list[str], blocks: dict[int, list[str]]) -> None:
+        """Make the layers block after block, each fitted to the inputs that those before it give.
+
+        In memory are one block and the hidden states of the text that layers are fitted on. Blocks that an earlier run
+        finished are walked through with the factors that it stored.
+        """
+        makes: list[Callable[..., Callable[[torch.Tensor], torch.Tensor]]] = []
+        done = 0
+
+        @contextmanager
+        def loaded(index: int | None) -> Iterator[None]:
+            nonlocal done
+            self.streamed.load_block(index or 0)
+            with unrolled(self.model):
+                if index is None or index not in blocks:
+                    yield
+                elif (facts := self._factored(index)) is not None:
+                    for stage, seconds in facts["seconds"].items():
+                        self.clock.add(stage, seconds)
+                    stored = self._stored_layers(index, facts)
+                    makes[:] = [lambda name, _: stored[name]]
+                    yield
+                else:
+                    with self._making(plan, index, blocks[index]) as making:
+                        makes[:] = [making.make]
+                        yield
+            self.streamed.free_block(index or 0)
+            if index is None:
+                self.streamed.free_embeddings()
+            elif self.progress is not None:
+                done += len(blocks.get(index, ()))
+                self.progress("decompose", done, len(plan.entries))
+
+        in_order(
+            self.model,
+            text_for(plan, names, self.text),
+            names,
+            lambda name, propagated: makes[0](name, propagated),
+            precision=self.precision.name,
+            loaded=loaded,
+        )
+
+    @contextmanager
+    def _making(self, plan: Plan, index: int, names: Sequence[str]) -> Iterator[Making]:
+        """Make the layers of a block that is in memory, some while this lasts and the others at its end; store them."""
+        begin = time.perf_counter()
+        part = replace(plan, entries=tuple(entry for entry in plan.entries if entry.name in set(names)))
+        part.check(self.model)
+        making = Making(self.model, part, self.statistics_of(index))
+        yield making
+        layers, reports = making.rest()
+        middle = time.perf_counter()
+        self._measuring.bypass.active = index
+        with self._measuring.bypass.open():
+            changes = output_changes(self.model, layers, self.text[0])
+        outputs = time.perf_counter() - middle
+        self.clock.add("decompose", -outputs)
+        self.clock.add("outputs", outputs)
+        file = self._factors(index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {f"{name}.{key}": value for name, it in layers.items() for key, value in it.state_dict().items()}, file
+        )
+        done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
+        spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
+        self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
+
+    def _factored(self, index: int) -> dict[str, Any] | None:
+        """Return what the journal says of a block that is factored, None if it is not."""
+        return self.journal.facts(f"factors-{index:04}")
+
+    def _stored_layers(self, index: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return by name what stands for the layers of a block that was finished earlier, among dense ones."""
+        tensors, found = self.factors(index), {}
+        for data in facts["reports"]:
+            report = LayerReport.from_dict(data)
+            layer = _empty(report, self.model.get_submodule(report.name))
+            own = {key.removeprefix(f"{report.name}."): value for key, value in tensors.items()}
+            layer.load_state_dict({key: own[key] for key in layer.state_dict()}, assign=True)
+            found[report.name] = layer.to(self.streamed.device).among_dense()
+        return found
 
     def replace_layers(self) -> Size:
         """Make the compressed model, without its weights; the dense one stays as it is."""

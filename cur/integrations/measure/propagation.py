@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -110,6 +110,7 @@ def in_order(
     make: Make,
     *,
     precision: str = "auto",
+    loaded: Callable[[int | None], AbstractContextManager[object]] | None = None,
 ) -> None:
     """Go through the blocks of a model and make a replacement of each layer from its inputs; nothing is changed.
 
@@ -137,6 +138,9 @@ def in_order(
     precision : str, default "auto"
         Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
         :class:`~cur.integrations.model.precision.Precision`.
+    loaded : callable, optional
+        Called with the number of a block, returns a context in which its weights are in memory; with None, those of the
+        embeddings and of the first block. Default: all are there.
 
     Raises
     ------
@@ -146,38 +150,41 @@ def in_order(
     walk = BlockWalk(model)
     masks = [padding_mask(model_inputs(model, batch)) for batch in given]
     passes = Precision.of(model, precision)
-    with evaluating(model), passes.products():
-        entered = [walk.calls(batch) for batch in given]
+    loaded = loaded or nullcontext
+    with evaluating(model):
+        with loaded(None), passes.products():
+            entered = [walk.calls(batch) for batch in given]
         theirs, calls = [hidden for hidden, _ in entered], [each for _, each in entered]
         del entered
         ours, changed = theirs, False
         for index, (prefix, block) in enumerate(walk.blocks):
             inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
-            at = [call[index] for call in calls]
-            groups = layer_groups(block, at[0], theirs[0], inside)
-            added = _added(block, at[0], theirs[0]) if groups else []
-            streams = [_Stream(hidden) for hidden in theirs]
-            after, seen = [], []
-            for call, hidden, stream in zip(at, theirs, streams, strict=True):
-                with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
-                    after.append(call(block, hidden))
-                seen.append(inputs)
-            student = copy.deepcopy(block) if groups else block
-            with _pausing(student, groups, added) as replacements:
-                courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
-                for group in groups:
-                    first = group[0]
-                    lacking = streams if group == [first] and first in added else None
-                    if not all(first in inputs for inputs in seen):
-                        raise out_of_turn(first)
-                    dense = [inputs.pop(first) for inputs in seen]
-                    propagated = _moments(first, courses, dense, masks, lacking, passes)
-                    with passes.exact():
-                        for name in group:
-                            replacements[name] = make(f"{prefix}.{name}", propagated)
-                changed = changed or bool(groups)
-                ours = [course.to_the_end() for course in courses] if changed else after
-            theirs = after
+            with loaded(index), passes.products():
+                at = [call[index] for call in calls]
+                groups = layer_groups(block, at[0], theirs[0], inside)
+                added = _added(block, at[0], theirs[0]) if groups else []
+                streams = [_Stream(hidden) for hidden in theirs]
+                after, seen = [], []
+                for call, hidden, stream in zip(at, theirs, streams, strict=True):
+                    with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
+                        after.append(call(block, hidden))
+                    seen.append(inputs)
+                student = copy.deepcopy(block) if groups else block
+                with _pausing(student, groups, added) as replacements:
+                    courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
+                    for group in groups:
+                        first = group[0]
+                        lacking = streams if group == [first] and first in added else None
+                        if not all(first in inputs for inputs in seen):
+                            raise out_of_turn(first)
+                        dense = [inputs.pop(first) for inputs in seen]
+                        propagated = _moments(first, courses, dense, masks, lacking, passes)
+                        with passes.exact():
+                            for name in group:
+                                replacements[name] = make(f"{prefix}.{name}", propagated)
+                    changed = changed or bool(groups)
+                    ours = [course.to_the_end() for course in courses] if changed else after
+                theirs = after
 
 
 class _Course(Course):

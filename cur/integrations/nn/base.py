@@ -13,7 +13,7 @@ from cur.integrations.nn.int8 import Int8Linear
 from cur.integrations.nn.tensors import Stores, rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from typing_extensions import Self
 
@@ -250,6 +250,10 @@ class CompressedLinear(nn.Module):
         A type whose weight is no product of such layers returns none, and is left as it is where others are rounded.
         """
         return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+
+    def among_dense(self) -> Callable[[Tensor], Tensor]:
+        """Return what stands for the layer while those around it are still dense: it takes and gives all features."""
+        return self.for_all_inputs
 
     def for_all_inputs(self, x: Tensor) -> Tensor:
         """Apply the layer while those before it are still dense."""

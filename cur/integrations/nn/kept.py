@@ -14,6 +14,8 @@ from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Self
 
 __all__ = ["KeptInputs", "KeptNeurons", "KeptOutputs"]
@@ -193,6 +195,14 @@ class KeptOutputs(KeptNeurons):
         bias: Tensor = self.part.bias
         full = bias.new_zeros(self.out_features)
         full[self.kept] = bias
+        return full
+
+    def among_dense(self) -> Callable[[Tensor], Tensor]:
+        """Return a layer of all outputs, of which those of neurons that are gone are zero."""
+        full = self.to_linear()
+        if self.inner_rank is not None:  # multiplied out in float64, as when the neurons were chosen
+            left, right = self.part.two_factors()
+            full.weight.data.copy_(self.spread(left.double() @ right.double()))
         return full
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cur.integrations import CompressConfig, batches
+from cur.integrations import BudgetConfig, CompressConfig, batches
 from cur.integrations.blockwise import JournalError, StreamedModel, compress_blockwise, load_streamed
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
@@ -98,6 +98,39 @@ def test_finished_blocks_are_not_measured_again(
     out = compressed(directory, windows)
     assert loaded[:2] == [3, 4]
     same_weights(expected, out)
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.4])
+def test_corrected_layers_go_on_from_those_that_were_stored(
+    directory: Path, windows: torch.Tensor, keep: float
+) -> None:
+    config = BudgetConfig(keep=keep, gradients=False, own_text=0, batch_size=2)
+
+    def run(name: str, progress: Callable[[str, int, int | None], object] | None = None) -> Path:
+        compress_blockwise(load_streamed(directory), windows, directory.parent / name, config, progress=progress)
+        return directory.parent / name
+
+    expected = run("at-once")
+    stages: list[tuple[str, int]] = []
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        stages.append((stage, done))
+        if stage == "decompose" and total is not None and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("out", stop)
+    files = sorted((directory.parent / ".out.run" / "factors").iterdir())
+    assert 0 < len(files) < 5
+    written = [file.stat().st_mtime_ns for file in files]
+    seen: list[list[int]] = []
+
+    def watch(stage: str, done: int, total: int | None) -> None:
+        if stage == "write" and done == 0:
+            seen.append([file.stat().st_mtime_ns for file in files])
+
+    same_weights(expected, run("out", watch))
+    assert seen == [written]
 
 
 @pytest.mark.parametrize("what", ["statistics", "states"])

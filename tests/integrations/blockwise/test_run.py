@@ -116,9 +116,27 @@ def test_a_budget_is_shared_in_two_passes(
     directory = checkpoint("llama")
     config = BudgetConfig(keep=0.8, method=method, gradients=False, own_text=0, correction=0.0)
     whole, parts = both(directory, windows, config)
-    assert len({entry.rank for entry in parts.plan.entries}) > 1
+    assert len({entry.ranks for entry in parts.plan.entries}) > 1
     same_layers(whole, parts)
     same_files(directory)
+
+
+@pytest.mark.parametrize(
+    ("keep", "options"), [(0.8, {"neurons": False}), (0.4, {}), (0.7, {"method": "rows", "correction": 1.0})]
+)
+def test_layers_are_corrected_for_those_before(
+    checkpoint: Callable[[str], Path], windows: torch.Tensor, keep: float, options: dict[str, Any]
+) -> None:
+    directory = checkpoint("llama")
+    config = BudgetConfig(keep=keep, gradients=False, own_text=0, **options)
+    assert config.correction > 0
+    whole, parts = both(directory, windows, config)
+    same_layers(whole, parts)
+    same_files(directory)
+    if keep == 0.4:
+        assert any(layer.layout == "outputs" for layer in parts.layers)
+    without = compress(load_model(directory).model, windows, replace(config, correction=0.0))
+    assert [one.relative_error for one in without.layers] != [one.relative_error for one in parts.layers]
 
 
 def test_mixtures_of_experts(tmp_path: Path, checkpoint: Callable[[str], Path], windows: torch.Tensor) -> None:

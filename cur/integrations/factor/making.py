@@ -1,0 +1,126 @@
+"""The layers of a plan, made one after the other: on their own, or fitted to what those before them give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cur.integrations.factor.methods import Task, make_layers
+from cur.integrations.measure.moments import Moments, x_norm
+from cur.integrations.measure.propagation import InputMoments, in_order, spread
+from cur.integrations.measure.spectra import spectrum
+from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.targets import block_stacks
+from cur.integrations.nn import CompressedLinear, dense_weight
+from cur.integrations.plan.plan import PRECISIONS, Plan
+from cur.integrations.report.data import LayerReport
+
+__all__ = ["Making", "corrected", "decompose", "text_for"]
+
+
+class Making:
+    """Some layers of a plan while they are made.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense; it is not changed.
+    plan : Plan
+        Of these layers.
+    statistics : Statistics
+        They must cover them.
+    progress : callable, optional
+        Called as ``progress(done)`` before each layer is made.
+
+    Attributes
+    ----------
+    layers : dict of str to CompressedLinear
+        Those that are made.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        statistics: Statistics,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        self.model = model
+        self.statistics = statistics
+        self.progress = progress
+        self.layers: dict[str, CompressedLinear] = {}
+        self._reports: dict[str, LayerReport] = {}
+        self._entries = {entry.name: entry for entry in plan.entries}
+        self._task = Task(
+            model=model,
+            entries=self._entries,
+            moments=Moments(statistics),
+            dtype=PRECISIONS[plan.precision],
+            seed=plan.seed,
+            correction=plan.correction,
+        )
+
+    def make(self, name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
+        """Make a layer, fitted to the inputs that it gets if they are known; returns what is called in its place."""
+        if self.progress is not None:
+            self.progress(len(self.layers))
+        made = make_layers(self._task, self._entries[name], propagated)
+        for each, (layer, report) in made.layers.items():
+            self.layers[each] = layer
+            if self._entries[each].of_weight:
+                weight = dense_weight(self.model.get_submodule(each), each)[0].detach()
+                report = replace(report, spectrum=spectrum(weight, x_norm(self.statistics, each)))
+            self._reports[each] = report
+        return made.replacement
+
+    def rest(self) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
+        """Make those that are not made yet; returns all layers by name and a report on each, as the plan has them."""
+        for name, layer in self.layers.items():  # perhaps made while the model was in evaluation mode
+            layer.train(self.model.get_submodule(name).training)
+        for name, entry in self._entries.items():
+            if name not in self.layers:
+                self.make(entry.made_with)
+        names = list(self._entries)
+        return {name: self.layers[name] for name in names}, [self._reports[name] for name in names]
+
+
+def corrected(model: PreTrainedModel, plan: Plan) -> list[str]:
+    """Name the layers that are fitted to what compressed ones before them give."""
+    if plan.correction <= 0 or len(block_stacks(model)) != 1:
+        return []
+    return [entry.name for entry in plan.entries if entry.fits_inputs]
+
+
+def text_for(plan: Plan, names: Sequence[str], text: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the batches, from all over a text, that layers are fitted on."""
+    return spread(text, max((entry.shape[1] for entry in plan.entries if entry.name in set(names)), default=1))
+
+
+def decompose(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics,
+    progress: Callable[[str, int, int | None], object] | None = None,
+    *,
+    text: Sequence[Mapping[str, Any]] | None = None,
+    precision: str = "auto",
+) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
+    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
+
+    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
+    """
+    plan.check(model)
+    total = len(plan.entries)
+    making = Making(
+        model, plan, statistics, None if progress is None else lambda done: progress("decompose", done, total)
+    )
+    if text is not None and (names := corrected(model, plan)):
+        in_order(model, text_for(plan, names, text), names, making.make, precision=precision)
+    layers, reports = making.rest()
+    if progress is not None:
+        progress("decompose", total, total)
+    return layers, reports
