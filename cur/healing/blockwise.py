@@ -114,10 +114,11 @@ def heal_blockwise(
     _check(config)
     check_pair(student.model, teacher.model)
     check_windows(teacher.model, [batches] if isinstance(batches, Tensor) else batches, name="batches")
-    check_teacher(student.shards.directory, student.model, teacher.kept_digest)
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     journal = Journal(target)
+    if journal.begun_with("teacher") != teacher.shards.digest():  # a run that goes on was begun with the right one
+        check_teacher(student.shards.directory, student.model, teacher.kept_digest)
     passes = precision_blockwise(teacher, target, config)
     config = replace(config, precision=passes.name)
     journal.begin(

@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -94,6 +95,24 @@ def _make_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
 def make_model() -> Callable[..., PreTrainedModel]:
     """The function that makes a small random model: ``make_model("gpt2", seed=1)``."""
     return _make_model
+
+
+@pytest.fixture
+def checkpoint(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Callable[[str], Path]:
+    """The function that writes a checkpoint in several shards: ``checkpoint("llama")``."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    def write(kind: str) -> Path:
+        words = Tokenizer(WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0"))
+        words.pre_tokenizer = Whitespace()
+        directory = tmp_path / kind
+        make_model(kind).save_pretrained(directory, max_shard_size="20kB")
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(directory)
+        return directory
+
+    return write
 
 
 @pytest.fixture(params=list(CONFIGS))

@@ -133,7 +133,7 @@ class ScaledEntry(RankEntry):
         return f"A toy made {len(entries)} layers."
 
 
-def make_scaled(task: Task, entry: ScaledEntry, arriving: Any) -> Made:
+def make_scaled(task: Task, entry: ScaledEntry, propagated: Any) -> Made:
     """Make the layer of an entry of the toy method."""
 
     def factor(W: Tensor) -> Factored:

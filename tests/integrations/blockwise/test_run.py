@@ -29,7 +29,11 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import PlanError
 from cur.integrations.report.perplexity import perplexity
-from tests.integrations.blockwise.conftest import TARGETS
+
+TARGETS = {
+    "llama": ("q_proj", "k_proj", "gate_proj"),
+    "gpt2": ("attn.c_attn", "mlp.c_fc"),
+}
 
 LIBC = None if sys.platform == "win32" else ctypes.CDLL(None)
 

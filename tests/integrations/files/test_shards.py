@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cur.integrations.blockwise import ShardError, Shards, load_streamed
+from cur.integrations.blockwise import ShardError, Shards, StreamedModel, load_streamed
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_the_digest_changes_with_the_input(llama_directory: Path) -> None:
 
 def test_a_tensor_that_the_checkpoint_lacks(llama_directory: Path) -> None:
     lost = "model.layers.2.mlp.up_proj.weight"
+    streamed = load_streamed(llama_directory)
     index = llama_directory / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     file = llama_directory / data["weight_map"].pop(lost)
@@ -131,7 +132,9 @@ def test_a_tensor_that_the_checkpoint_lacks(llama_directory: Path) -> None:
     tensors = load_file(file)
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    streamed = load_streamed(llama_directory)
+    with pytest.raises(ValueError, match=f"lacks weights .*{lost}"):
+        load_streamed(llama_directory)
+    streamed = StreamedModel(streamed.model, streamed.tokenizer, Shards(llama_directory), streamed.device)
     streamed.load_block(1)
     with pytest.raises(ShardError, match=f"lacks {lost}"):
         streamed.load_block(2)

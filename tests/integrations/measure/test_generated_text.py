@@ -11,8 +11,9 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from cur.integrations import BudgetConfig, Statistics, batches, make_plan
-from cur.integrations.compress import measure, with_own_text
+from cur.integrations.compress import measure
 from cur.integrations.measure.generated_text import own_text, sample_windows
+from cur.integrations.sources import InMemory
 
 
 def test_every_token_is_drawn_from_what_the_model_predicts(llama: PreTrainedModel) -> None:
@@ -77,13 +78,14 @@ def test_batches_without_tokens_are_left_alone(llama: PreTrainedModel) -> None:
 def test_plans_say_what_was_measured_not_what_was_asked(llama: PreTrainedModel, tmp_path: Path) -> None:
     windows = torch.randint(3, 101, (6, 12), generator=torch.Generator().manual_seed(0))
     given, config = list(batches(windows, batch_size=3)), BudgetConfig(keep=0.7, own_text=0.5)
-    text, own = with_own_text(llama, given, config.own_text)
+    source = InMemory(llama, given)
+    own = source.write_text(config.own_text, seed=0)
     assert own == 0.5
-    measure(llama, text, config, own_text=own).save(tmp_path / "statistics")
+    measure(llama, source.text, config, own_text=own).save(tmp_path / "statistics")
     statistics = Statistics.load(tmp_path / "statistics")
     assert make_plan(llama, statistics, BudgetConfig(keep=0.7)).own_text == 0.5
     assert make_plan(llama, measure(llama, given, config), config).own_text == 0.0
-    assert with_own_text(llama, given, 0.0)[1] == 0.0
+    assert InMemory(llama, given).write_text(0.0, seed=0) == 0.0
 
 
 @pytest.mark.parametrize("value", [True, -1.0, float("inf"), "0.5", None])
