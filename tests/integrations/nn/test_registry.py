@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cur import ranks
+from cur.integrations import nn
 from cur.integrations.factor.rounding import round_layer
 from cur.integrations.nn import LAYOUTS, CompressedLinear, cells, factored, layer_class
 
@@ -98,3 +99,13 @@ def test_all_say_the_same_of_a_layer() -> None:
     assert cells(layer_of("inputs", 7, 11, factored=True)) == {"shape": "7 x 11", "layout": "inputs", "rank": "5, 3"}
     with pytest.raises(ValueError, match="`layout` must be one of cur, folded, interpolative, outputs, inputs, whole"):
         layer_class("lu")
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"), [("FACTORED", ("cur", "folded", "interpolative")), ("NEURONS", ("outputs", "inputs"))]
+)
+def test_former_lists_of_layouts_are_asked_of_the_types(name: str, layouts: tuple[str, ...]) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{name} is gone"):
+        assert getattr(nn, name) == layouts
+    with pytest.raises(AttributeError, match="COLOURS"):
+        nn.COLOURS  # noqa: B018
