@@ -178,7 +178,7 @@ def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BudgetConfig(keep=0.8), "`gradients` and `own_text` and `correction` of a budget need the whole model"),
+        (BudgetConfig(keep=0.8), "`gradients` and `own_text` of a budget need the whole model"),
         (BudgetConfig(keep=0.8, gradients=False, correction=0.0), r"pass own_text=0 \(--own-text 0\)"),
         (CompressConfig(layers=2, span=2), "`span` must be 1"),
         (CompressConfig(layers=9), "`layers` must be between 1 and 3"),
