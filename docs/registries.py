@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from cur.scores import IMPORTANCES, LINKS
 from cur.selection import SELECTORS
@@ -21,29 +21,29 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def _selectors() -> Iterator[str]:
-    yield from _row("`select=`", "What it does", "Looks at", "Nested", "By chance")
-    yield from _row(*["---"] * 5)
+    yield _row("`select=`", "What it does", "Looks at", "Nested", "By chance")
+    yield _row(*["---"] * 5)
     for name, known in SELECTORS.items():
         reads = ", ".join(("dense " if known.dense and what == "entries" else "") + what for what in known.reads)
-        yield from _row(f"`{name}`", known.summary, reads or "nothing", _yes(known.nested), _yes(known.draws))
+        yield _row(f"`{name}`", known.summary, reads or "nothing", _yes(known.nested), _yes(known.draws))
 
 
 def _importances() -> Iterator[str]:
-    yield from _row("`importance`", "Matrix that chooses", "Has to be measured")
-    yield from _row(*["---"] * 3)
+    yield _row("`importance`", "Matrix that chooses", "Has to be measured")
+    yield _row(*["---"] * 3)
     for name, known in IMPORTANCES.items():
-        yield from _row(f"`{name}`", f"`{known.formula}`", ", ".join(known.needs) or "nothing")
+        yield _row(f"`{name}`", f"`{known.formula}`", ", ".join(known.needs) or "nothing")
 
 
 def _links() -> Iterator[str]:
-    yield from _row("`link`", "The core minimises", "Has to be measured")
-    yield from _row(*["---"] * 3)
+    yield _row("`link`", "The core minimises", "Has to be measured")
+    yield _row(*["---"] * 3)
     for name, known in LINKS.items():
-        yield from _row(f"`{name}`", f"`{known.formula}`", ", ".join(known.needs) or "nothing")
+        yield _row(f"`{name}`", f"`{known.formula}`", ", ".join(known.needs) or "nothing")
 
 
-def _row(*cells: str) -> Iterable[str]:
-    yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _yes(fact: bool) -> str:
