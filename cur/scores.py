@@ -222,7 +222,7 @@ def listed(entries: Mapping[str, Importance] | Mapping[str, Link]) -> str:
     Parameters
     ----------
     entries : mapping
-        `IMPORTANCES` or `LINKS`.
+        The registry, `IMPORTANCES` or `LINKS`.
 
     Returns
     -------

@@ -173,16 +173,23 @@ def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns, the most important first.
+        One row per candidate; its columns span the space to be represented, the most important first.
     count : int, optional
-        Number of indices, at most p; p by default.
-    matrix, rng
-        Not used; here so that all selectors can be called alike.
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
 
     Returns
     -------
     array of int, shape (count,)
         Distinct positions in the order of choice. The first j of them are the choice for the first j columns.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
 
     References
     ----------
@@ -208,10 +215,40 @@ def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     QR and no SVD is paid. In `cur.cur` the columns are then pivots of LU on the chosen rows, and the matrix is read
     once.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; a sketch of the matrix.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Dong and Martinsson, "Simpler is better: a comparative study of randomized algorithms for computing the CUR
     decomposition", Adv. Comput. Math. 49 (2023).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> sketch = A @ np.random.default_rng(0).standard_normal((8, 2))
+    >>> selection.lupp(sketch).tolist()
+    [2, 0]
     """
     return deim(basis, count)
 
@@ -223,9 +260,39 @@ def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = N
     The next row is the one farthest from the span of the rows so far. Unlike `deim`, the choice does not depend on
     which orthonormal basis of the space is given.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Drmac and Gugercin, SIAM J. Sci. Comput. 38 (2016).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> V = np.linalg.svd(A)[0][:, :2]
+    >>> selection.qdeim(V).tolist()
+    [0, 2]
     """
     basis, count = _checked(basis, count)
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
@@ -238,10 +305,39 @@ def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     The steps of `qdeim`, with the next row drawn with probability proportional to its squared distance from the span of
     the rows so far. In expectation the squared error of interpolation is at most ``count + 1`` times that of the basis.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Cortinovis and Kressner, "Adaptive randomized pivoting for column subset selection, DEIM, and low-rank
     approximation" (2024), Theorem 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 6), 3))[0]
+    >>> len(set(selection.arp(V, rng=1).tolist()))
+    3
     """
     basis, count = _checked(basis, count)
     generator = as_generator(rng)
@@ -257,9 +353,40 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     squared distance from the span of the rows so far, which is never worse than the expectation. Dense matrices only;
     ``m n count`` operations and one copy of `matrix`.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, shape (m, n)
+        The matrix itself, dense, of which `basis` holds the leading left singular vectors.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or not dense.
+
     References
     ----------
     Osinsky, "Close to optimal column approximation using a single SVD", Linear Algebra Appl. 725 (2025).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> V = np.linalg.svd(A)[0][:, :2]
+    >>> selection.osinsky(V, matrix=A).tolist()
+    [3, 0]
     """
     basis, count = _checked(basis, count)
     matrix, _, _ = brought_near_one(_required(matrix, "osinsky"))
@@ -312,14 +439,26 @@ def ldeim(
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns, the most important first.
+        One row per candidate; its columns span the space to be represented, the most important first.
     count : int, optional
-        Number of indices, also more than p; p by default.
-    matrix, rng
-        Not used; here so that all selectors can be called alike.
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
     vectors : int, optional
-        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do, or p
-        where that is less. With `count` the method is `deim`.
+        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do,
+        or p where that is less. With `count` the method is `deim`.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` or `vectors` is out of range.
 
     References
     ----------
@@ -377,9 +516,38 @@ def _interpolation(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows, without duplicates, with probability proportional to their leverage ``||basis[i, :]||**2``.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Mahoney and Drineas, "CUR matrix decompositions for improved data analysis", PNAS 106 (2009).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.eye(6)[:, :2]  # only two rows have any
+    >>> sorted(selection.leverage(V).tolist())
+    [0, 1]
     """
     basis, count = _checked(basis, count, beyond=True)
     return convert(draw(row_norms(basis) ** 2, count, as_generator(rng)), basis)
@@ -387,7 +555,38 @@ def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None 
 
 @selector("norm", reads="entries", nested=True, beyond_basis=True, skips_zeros=True)
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
+    """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : matrix, shape (m, n)
+        The matrix itself, whose rows are looked at.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or shows no entries.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = np.diag([1.0, 5.0, 3.0, 0.0])
+    >>> selection.norm(np.ones((4, 1)), 2, matrix=A).tolist()
+    [1, 2]
+    """
     basis, count = _checked(basis, count, beyond=True)
     norms = row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
@@ -400,9 +599,39 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
     The compact matrix decomposition for large sparse matrices: one pass for the norms, no basis. Rows drawn again would
     be copies, which the optimal core does not need; drawing goes on until `count` different ones are there.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : matrix, shape (m, n)
+        The matrix itself, whose rows are looked at.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or shows no entries.
+
     References
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = np.diag([1.0, 5.0, 3.0, 0.0])
+    >>> sorted(selection.cmd(np.ones((4, 1)), 3, matrix=A).tolist())
+    [0, 1, 2]
     """
     basis, count = _checked(basis, count, beyond=True)
     return convert(draw(row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
@@ -410,7 +639,36 @@ def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = Non
 
 @selector("uniform", reads=(), nested=True, beyond_basis=True, draws=True)
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
+    """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> sorted(selection.uniform(np.ones((3, 1)), 3).tolist())
+    [0, 1, 2]
+    """
     basis, count = _checked(basis, count, beyond=True)
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
@@ -426,16 +684,34 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns.
+        The basis, of orthonormal columns.
     indices : array of int, shape (k,), k >= p
-        Rows chosen so far.
+        The rows chosen so far.
     count : int
-        Rows to add, at most ``m - k``.
+        The number of rows to add, at most ``m - k``.
+
+    Returns
+    -------
+    array of int, shape (k + count,)
+        The rows chosen so far, and then those added.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
 
     References
     ----------
     Park and Nakatsukasa, "Accuracy and stability of CUR decompositions with oversampling", SIAM J. Matrix Anal. Appl.
     46 (2025).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 6), 2))[0]
+    >>> selection.oversample(V, np.array([0, 1]), 1).tolist()
+    [0, 1, 5]
     """
     basis = _prepared(basis)
     m, p = basis.shape
