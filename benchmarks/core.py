@@ -65,7 +65,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
         ("deim_cur, certified", lambda: cur.deim_cur(A, rank=100), 5),
         ('cur(select="lupp"), certified', lambda: cur.cur(A, rank=100, select="lupp"), None),
         ("interpolative, certified", lambda: cur.interpolative(A, rank=100), None),
-        ('select(method="lupp"), indices alone', lambda: cur.select(A, rank=100), 25),
+        ('select(select="lupp"), indices alone', lambda: cur.select(A, rank=100), 25),
     ):
         seconds = median_time(f, 15)
         rows.append(
@@ -222,8 +222,8 @@ def selectors(options: argparse.Namespace) -> list[dict[str, Any]]:
         top = np.linalg.svd(A, compute_uv=False)[:k] if isinstance(A, np.ndarray) else scipy.sparse.linalg.svds(A, k)[1]
         norm = np.linalg.norm if isinstance(A, np.ndarray) else scipy.sparse.linalg.norm
         best = math.sqrt(1 - float(np.sum(top**2)) / float(norm(A)) ** 2)
-        for select in ("deim", "qdeim", "lupp", "arp", "osinsky", "leverage", "norm", "cmd", "uniform"):
-            if select == "osinsky" and not isinstance(A, np.ndarray):
+        for select, known in cur.selection.SELECTORS.items():
+            if known.dense and not isinstance(A, np.ndarray):
                 continue
             errors, times = [], []
             for seed in range(5):

@@ -8,7 +8,7 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, importance, linking, ranks, selection, subspace
+from cur import bounds, importance, linking, ranks, scores, selection, subspace
 from cur._lib import moved as _moved
 from cur._lib.errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
@@ -41,6 +41,7 @@ __all__ = [
     "own_inputs",
     "own_rows",
     "ranks",
+    "scores",
     "select",
     "selection",
     "stream_cur",

@@ -138,6 +138,30 @@ def eta(chosen: Array, /) -> float:
     """Return ``1 / smin(chosen)`` for the chosen rows of an orthonormal basis, shape (r, k) with r >= k.
 
     The norm of the oblique projector that interpolates at these rows; infinite if they do not determine the basis.
+
+    Parameters
+    ----------
+    chosen : array, shape (r, k)
+        The chosen rows of an orthonormal basis.
+
+    Returns
+    -------
+    float
+        The norm, at least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the rows are no finite array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import bounds
+    >>> bounds.eta(np.eye(4)[:2, :2])
+    1.0
+    >>> bounds.eta(np.zeros((2, 2)))
+    inf
     """
     check_dense(chosen, "chosen")
     if chosen.shape[0] < chosen.shape[1]:
@@ -157,6 +181,24 @@ def sorensen_embree(eta_rows: float, eta_columns: float, sigma_next: float, /) -
 
     Holds for DEIM or any other choice of rows and columns with finite eta from exact leading singular vectors, and the
     optimal core.
+
+    Parameters
+    ----------
+    eta_rows, eta_columns : float
+        The `eta` of the chosen rows and columns.
+    sigma_next : float
+        The singular value after the last one that is kept, or an upper bound on it.
+
+    Returns
+    -------
+    float
+        The bound, in the 2-norm.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> bounds.sorensen_embree(2.0, 3.0, 0.1)
+    0.5
     """
     return (eta_rows + eta_columns) * sigma_next if sigma_next > 0 else 0.0
 
@@ -174,6 +216,17 @@ def projection_bound(eta_rows: float, eta_columns: float, row_residual: float, c
         ``||A - A W W^H||``, or an upper bound on it: what the basis of the row space leaves.
     column_residual : float
         ``||A - V V^H A||``, or an upper bound on it: what the basis of the column space leaves.
+
+    Returns
+    -------
+    float
+        The bound, in the norm of the residuals.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> bounds.projection_bound(1.0, 1.0, 3.0, 4.0)
+    5.0
     """
     first = eta_columns * row_residual if row_residual > 0 else 0.0
     second = eta_rows * column_residual if column_residual > 0 else 0.0
@@ -181,12 +234,50 @@ def projection_bound(eta_rows: float, eta_columns: float, row_residual: float, c
 
 
 def cross_bound(gamma: float, column_error: float, /) -> float:
-    """Return (B2), ``||A - C U R|| <= gamma ||(I - C C^+) A||``, for the cross core and rows >= columns."""
+    """Return (B2), ``||A - C U R|| <= gamma ||(I - C C^+) A||``, for the cross core and rows >= columns.
+
+    Parameters
+    ----------
+    gamma : float
+        ``1 / smin(Q[rows, :])`` for an orthonormal basis `Q` of the chosen columns.
+    column_error : float
+        The norm ``||(I - C C^+) A||``, or an upper bound on it.
+
+    Returns
+    -------
+    float
+        The bound, in the norm of the error.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> bounds.cross_bound(2.0, 0.25)
+    0.5
+    """
     return gamma * column_error if column_error > 0 else 0.0
 
 
 def sketch_size(failure_probability: float, inflation: float = 1.25, /) -> int:
-    """Return how many Gaussian rows make `sketch_factor` at most `inflation`."""
+    """Return how many Gaussian rows make `sketch_factor` at most `inflation`.
+
+    Parameters
+    ----------
+    failure_probability : float
+        The chance that the bound fails, between 0 and 1.
+    inflation : float, default 1.25
+        How much larger than the norm the bound may be, above 1.
+
+    Returns
+    -------
+    int
+        The number of rows.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> bounds.sketch_size(1e-6)
+    427
+    """
     slack = 1.0 - 1.0 / inflation**2
     return math.ceil(4.0 * -math.log(failure_probability) / slack**2)
 
@@ -194,10 +285,28 @@ def sketch_size(failure_probability: float, inflation: float = 1.25, /) -> int:
 def sketch_factor(count: int, failure_probability: float, /) -> float:
     """Return the f of (B4): ``||X||_F <= f ||G X||_F`` for `count` rows of iid N(0, 1/count) entries in G.
 
+    Parameters
+    ----------
+    count : int
+        The number of rows of the sketch.
+    failure_probability : float
+        The chance that the bound fails, between 0 and 1.
+
+    Returns
+    -------
+    float
+        The factor, above 1.
+
     Raises
     ------
     ValueError
         If there are too few rows for the probability, ``count <= -4 ln(failure_probability)``.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> round(bounds.sketch_factor(500, 1e-6), 4)
+    1.2239
     """
     t = 2.0 * math.sqrt(-math.log(failure_probability) / count)
     if t >= 1.0:
@@ -234,11 +343,17 @@ def layer_output_bound(error: float, size: float = 1.0, /, *, activation: str | 
     Parameters
     ----------
     error : float
-        ``||W - B||_2`` or an upper bound on it, such as a certificate in either norm; or the weighted error.
+        The norm ``||W - B||_2`` or an upper bound on it, such as a certificate in either norm; or the weighted
+        error.
     size : float, default 1
-        ``||x||``, or a root mean square of it for one of the change.
+        The norm ``||x||``, or a root mean square of it for one of the change.
     activation : str or float, default "identity"
-        A key of `LIPSCHITZ`, or a Lipschitz constant.
+        The activation, as a key of `LIPSCHITZ`, or its Lipschitz constant.
+
+    Returns
+    -------
+    float
+        The bound, in the 2-norm.
 
     Raises
     ------

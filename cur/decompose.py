@@ -11,8 +11,6 @@ from cur import selection
 from cur._driver.certify import certify, evaluation_rounding, leftover, measure, reduce
 from cur._driver.entry import economical
 from cur._driver.problem import (
-    NESTED,
-    SELECTORS,
     SUBSPACES,
     Choice,
     Problem,
@@ -41,30 +39,64 @@ from cur._lib.validate import (
 from cur.factors import CUR
 from cur.linking import Orthogonal, core
 from cur.linking import cross as cross_core
+from cur.selection import SELECTORS
 
 __all__ = ["cur", "deim_cur"]
 
 LINKS = ("optimal", "weighted", "cross")
 
 
-def deim_cur(A: Array, /, *, rank: Any = None, tol: float | None = None, **options: Any) -> CUR:
+def deim_cur(
+    A: Array,
+    /,
+    *,
+    rank: int | tuple[int, int] | None = None,
+    tol: float | None = None,
+    select: Literal["deim"] = "deim",
+    link: str | None = None,
+    subspace: str = "auto",
+    importance: Array | None = None,
+    row_weights: Any = None,
+    column_weights: Any = None,
+    oversample: int = 0,
+    norm: Literal["fro", 2] = "fro",
+    power_iterations: int | None = None,
+    failure_probability: float = 1e-6,
+    bounds: bool = True,
+    rng: np.random.Generator | int | None = 0,
+) -> CUR:
     """Factor a matrix into its own columns and rows chosen by DEIM, with the optimal core and a certificate.
 
-    ``cur(A, select="deim", ...)``; every other option of `cur` may be given.
+    `cur.cur` with the selector of the paper, the discrete empirical interpolation method.
 
     Parameters
     ----------
     A : matrix, shape (m, n)
-        NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a `LinearOperator`.
+        The matrix: a NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a
+        `LinearOperator`.
     rank : int or (int, int), optional
-        Number of rows and columns.
+        The number of rows and columns to keep, or (rows, columns). Either this or `tol` is given.
     tol : float, optional
-        Relative error to reach instead.
+        The relative error to reach instead, with the smallest rank that is certified to.
+    select : "deim"
+        The selector, which is always this one here; `cur.cur` takes others.
+    link, subspace, importance, row_weights, column_weights, oversample, norm
+        How the core is made, where singular vectors come from, what counts as large, and in which norm, as for
+        `cur.cur`.
+    power_iterations, failure_probability, bounds, rng
+        What the randomised parts do, as for `cur.cur`.
 
     Returns
     -------
     CUR
-        Unpacks as ``C, U, R``; ``result.certificate`` bounds the error.
+        The factors, which unpack as ``C, U, R``; ``result.certificate`` bounds the error.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it must be; the text says what, the rule, the value and the remedy.
+    NumericalError
+        If `tol` cannot be certified in the working precision.
 
     Examples
     --------
@@ -80,9 +112,24 @@ def deim_cur(A: Array, /, *, rank: Any = None, tol: float | None = None, **optio
     >>> bool(error <= result.certificate.value)
     True
     """
-    if "select" in options:
+    if select != "deim":
         raise TypeError("`select` is fixed to 'deim' in deim_cur; use cur.cur to choose another selector")
-    return cur(A, rank=rank, tol=tol, select="deim", **options)
+    return cur(
+        A,
+        rank=rank,
+        tol=tol,
+        link=link,
+        subspace=subspace,
+        importance=importance,
+        row_weights=row_weights,
+        column_weights=column_weights,
+        oversample=oversample,
+        norm=norm,
+        power_iterations=power_iterations,
+        failure_probability=failure_probability,
+        bounds=bounds,
+        rng=rng,
+    )
 
 
 @economical
@@ -110,17 +157,17 @@ def cur(
     Parameters
     ----------
     A : matrix, shape (m, n)
-        NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a `LinearOperator`. Half
-        precisions are computed in single, integers in double precision. Inputs that require gradients are detached.
-    rank : int or (int, int)
-        Number of rows and columns, or (rows, columns). A rank above the numerical rank of the matrix is truncated to it
-        with a `RankWarning` (selectors that use singular vectors).
-    tol : float
+        The matrix: a NumPy, torch, CuPy, JAX, Dask or another array API array, a `scipy.sparse` matrix or a
+        `LinearOperator`. Half precisions are computed in single, integers in double precision. Inputs that require
+        gradients are detached.
+    rank : int or (int, int), optional
+        The number of rows and columns to keep, or (rows, columns). A rank above the numerical rank of the matrix is
+        truncated to it with a `RankWarning` (selectors that use singular vectors). Either this or `tol` is given.
+    tol : float, optional
         In place of `rank`: the smallest rank of this selector with ``||A - CUR|| <= tol ||A||`` in `norm`, certified
         before it is returned. With weights, both sides are weighted.
     select : str, default "deim"
-        One of ``deim, qdeim, lupp, leverage, norm, uniform, arp, osinsky, ldeim, cmd``; see `cur.selection`. `lupp`
-        is the fastest.
+        What chooses rows and columns, by its name in `cur.selection.SELECTORS`. ``"lupp"`` is the fastest.
     link : {"optimal", "weighted", "cross"}, optional
         How U is made: see `cur.linking`. By default ``"weighted"`` where weights are given, else ``"optimal"``.
         ``"cross"`` chooses the rows from C, so that the core cannot blow up.
@@ -133,33 +180,35 @@ def cur(
         Positive semidefinite ``H`` and ``G``, as vectors (diagonals), matrices or `cur.importance.factor`: selection,
         core and certificate are those of ``||H^(1/2) (A - CUR) G^(1/2)||``.
     oversample : int, default 0
-        Rows beyond the number of columns, added where the cross core is weakest (Park and Nakatsukasa).
+        How many rows to add beyond the number of columns, where the cross core is weakest (Park and Nakatsukasa).
     norm : {"fro", 2}, default "fro"
-        Norm of the certificate and of `tol`. With ``norm=2`` the residual of a small dense matrix, and with `tol` of
-        any, is checked by its singular values, which costs an SVD per check; of all others by Lanczos from random
+        The norm of the certificate and of `tol`. With ``norm=2`` the residual of a small dense matrix, and with `tol`
+        of any, is checked by its singular values, which costs an SVD per check; of all others by Lanczos from random
         vectors (B6), some twenty products with 8 vectors: at most a few percent above the norm, except with
         `failure_probability`.
     power_iterations : int, optional
-        Of the randomised subspace. By default none, since the optimal core makes up for what a rough basis loses:
-        without any, errors were within 3 percent of those from exact singular vectors (``benchmarks/core.py``). But
-        four for a sparse matrix or an operator whose sketch shows a flat spectrum, in which no direction leads.
+        How many power iterations the randomised subspace takes. By default none, since the optimal core makes up for
+        what a rough basis loses: without any, errors were within 3 percent of those from exact singular vectors
+        (``benchmarks/core.py``). But four for a sparse matrix or an operator whose sketch shows a flat spectrum, in
+        which no direction leads.
     failure_probability : float, default 1e-6
-        Of certificates by sketches, which only operators, very large sparse matrices and ``norm=2`` get; with `tol`, of
-        the whole search.
+        The chance that a certificate by sketches is wrong, which only operators, very large sparse matrices and
+        ``norm=2`` get; with `tol`, that of the whole search.
     bounds : bool, default True
         Whether the certificate has (B1) also where that takes two products of its own, with `importance`. The error
         itself is certified in any case.
     rng : Generator, int or None, default 0
-        Seed; the same seed chooses the same indices in every library, up to rounding. None draws fresh entropy.
+        The seed; the same seed chooses the same indices in every library, up to rounding. None draws fresh entropy.
 
     Returns
     -------
     CUR
+        The factors, which unpack as ``C, U, R``; ``result.certificate`` bounds the error.
 
     Raises
     ------
     TypeError, ValueError
-        Bad arguments; the text says what, the rule, the value and the remedy.
+        If an argument is not as it must be; the text says what, the rule, the value and the remedy.
     NumericalError
         If `tol` cannot be certified in the working precision.
 
@@ -167,6 +216,15 @@ def cur(
     -----
     For a dense matrix at rank k the cost is that of a few products of `A` with k vectors: the sketch, its power
     iteration and projection (``2 + 2 power_iterations``), and one for the core and the exact error together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import cur
+    >>> A = 1.0 / (np.arange(1, 51)[:, None] + np.arange(50))
+    >>> result = cur(A, tol=1e-6, select="osinsky")
+    >>> bool(np.linalg.norm(A - result.toarray()) <= 1e-6 * np.linalg.norm(A))
+    True
     """
     check_rank_or_tol(rank, tol)
     check_choice(select, SELECTORS, "select")
@@ -204,7 +262,7 @@ def cur(
         lambda choice: _error_curve(problem, choice),
         check_tol(tol),
         min(problem.shape),
-        nested=select in NESTED,
+        nested=SELECTORS[select].nested,
         norm=norm,
         failure=failure_probability,
         certain=problem.total is not None,

@@ -85,12 +85,26 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     Parameters
     ----------
     weights : array, shape (n,)
-        Non-negative and finite. WANDA's weight is the squared norm of each input feature.
+        The diagonal, non-negative and finite. WANDA's weight is the squared norm of each input feature.
+    name : str, default "weights"
+        What errors call the argument.
+
+    Returns
+    -------
+    Weight
+        The weight, as `cur.cur` takes it for `row_weights` and `column_weights`.
 
     Raises
     ------
-    ValueError
-        If an entry is negative or not finite, or the array is not one-dimensional.
+    TypeError, ValueError
+        If an entry is complex, negative or not finite, or the array is not one-dimensional.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import importance
+    >>> importance.diagonal(np.array([4.0, 9.0])).root.tolist()
+    [2.0, 3.0]
     """
     weights, xp = floating(weights, name)
     if weights.ndim != 1:
@@ -115,16 +129,31 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     Parameters
     ----------
     weights : array, shape (n, n)
-        Real symmetric or complex Hermitian.
+        The weight, real symmetric or complex Hermitian.
     damping : float, default 0
-        Multiple of the mean eigenvalue that is added to all eigenvalues. At least the rounding level ``n u`` of the
-        largest eigenvalue is always added, which makes the weight invertible; the weighted norm only grows by that, and
-        with it the certificate.
+        The multiple of the mean eigenvalue that is added to all eigenvalues. At least the rounding level ``n
+        u`` of the largest eigenvalue is always added, which makes the weight invertible; the weighted norm only
+        grows by that, and with it the certificate.
+    name : str, default "weights"
+        What errors call the argument.
+
+    Returns
+    -------
+    Weight
+        The weight, as `cur.cur` takes it for `row_weights` and `column_weights`.
 
     Raises
     ------
     ValueError
         If the matrix is not square, not finite, not Hermitian, or has an eigenvalue that is negative beyond rounding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import importance
+    >>> weight = importance.matrix(np.diag([4.0, 9.0]))
+    >>> weight.roots.round(6).tolist()
+    [2.0, 3.0]
     """
     weights, xp = floating(weights, name)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
@@ -160,7 +189,27 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     weights : array, shape (n, p)
         The factor `F`; for second moments, the inputs as columns divided by the square root of their number.
     damping : float, default 0
-        As for `matrix`.
+        The multiple of the mean eigenvalue that is added to all eigenvalues, as for `matrix`.
+    name : str, default "weights"
+        What errors call the argument.
+
+    Returns
+    -------
+    Weight
+        The weight, as `cur.cur` takes it for `row_weights` and `column_weights`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the factor is no finite matrix, or `damping` is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import importance
+    >>> weight = importance.factor(np.diag([2.0, 3.0]))
+    >>> sorted(weight.roots.round(6).tolist())
+    [2.0, 3.0]
     """
     weights, xp = floating(weights, name)
     if weights.ndim != 2:
@@ -300,6 +349,11 @@ def wanda(W: Array, x_norm: Array, /) -> Array:
     array, shape (m, n)
         ``|W| * x_norm``, to be passed as `importance` to `cur.deim_cur`: it guides the choice of rows and columns,
         which are taken from `W` itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes or libraries do not match, or a norm is negative or not finite.
 
     References
     ----------

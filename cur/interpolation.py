@@ -8,11 +8,12 @@ import numpy as np
 
 from cur._driver.certify import evaluation_rounding, leftover, measure
 from cur._driver.entry import economical
-from cur._driver.problem import NESTED, SELECTORS, SUBSPACES, Choice, Problem, choose, etas, prepare
+from cur._driver.problem import SUBSPACES, Choice, Problem, choose, etas, prepare
 from cur._driver.tolerance import relative_curve, smallest_rank
 from cur._lib import array as _array
 from cur._lib import promotion
 from cur._lib.array import Array, adjoint, convert, namespace, take, to_numpy
+from cur._lib.moved import renamed
 from cur._lib.products import adjoint_product, columns_of, frobenius, thin
 from cur._lib.scale import times_power
 from cur._lib.validate import (
@@ -29,6 +30,7 @@ from cur._lib.wide import Weights
 from cur.bounds import Certificate
 from cur.factors import Interpolative
 from cur.linking import Orthogonal
+from cur.selection import SELECTORS
 
 __all__ = ["interpolative", "select"]
 
@@ -58,21 +60,23 @@ def interpolative(
     Parameters
     ----------
     A, tol, select, subspace, importance, row_weights, column_weights, power_iterations, failure_probability, rng
-        As for `cur.cur`.
-    rank : int
-        Number of columns (or rows).
+        The matrix and how it is factored, as for `cur.cur`.
+    rank : int, optional
+        The number of columns (or rows) to keep. Either this or `tol` is given.
     side : {"columns", "rows"}, default "columns"
-        What is kept.
+        Whether columns are kept, or rows.
 
     Returns
     -------
     Interpolative
-        With a certificate in the Frobenius norm.
+        The kept columns (or rows) and coefficients, with a certificate in the Frobenius norm.
 
     Raises
     ------
-    TypeError, ValueError, NumericalError
-        As for `cur.cur`.
+    TypeError, ValueError
+        If an argument is not as it must be; the text says what, the rule, the value and the remedy.
+    NumericalError
+        If `tol` cannot be certified in the working precision.
 
     Examples
     --------
@@ -115,7 +119,7 @@ def interpolative(
             lambda choice: _error_curve(problem, choice),
             check_tol(tol),
             most,
-            nested=select in NESTED,
+            nested=SELECTORS[select].nested,
             norm="fro",
             failure=failure_probability,
             certain=problem.total is not None,
@@ -198,13 +202,14 @@ def _error_curve(problem: Problem, choice: Choice) -> np.ndarray[Any, Any]:
     return relative_curve(shells, leftover(problem, frobenius(Zw), lambda: (Q.Q, Zw)))
 
 
+@renamed(method="select")
 @economical
 def select(
     A: Array,
     /,
     *,
     rank: int | tuple[int, int],
-    method: str = "lupp",
+    select: str = "lupp",
     subspace: str = "auto",
     importance: Array | None = None,
     row_weights: Any = None,
@@ -217,14 +222,19 @@ def select(
     Parameters
     ----------
     A, rank, subspace, importance, row_weights, column_weights, power_iterations, rng
-        As for `cur.cur`.
-    method : str, default "lupp"
-        Its `select`. The default reads the matrix once.
+        The matrix and what counts as large in it, as for `cur.cur`.
+    select : str, default "lupp"
+        What chooses rows and columns, by its name in `cur.selection.SELECTORS`. The default reads the matrix once.
 
     Returns
     -------
     rows, columns : array of int
-        In the order of choice.
+        The chosen positions in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it must be; the text says what, the rule, the value and the remedy.
 
     Examples
     --------
@@ -234,12 +244,12 @@ def select(
     >>> sorted(rows.tolist()), sorted(columns.tolist())
     ([1, 2], [1, 2])
     """
-    check_choice(method, SELECTORS, "method")
+    check_choice(select, SELECTORS, "select")
     check_choice(subspace, SUBSPACES, "subspace")
     check_power_iterations(power_iterations)
     problem = prepare(A, importance, row_weights, column_weights)
     if problem.total is not None:
         check_finite_norm(problem.total, problem.A)
     counts = check_rank(rank, problem.shape)
-    choice = choose(problem, counts, method, subspace, as_generator(rng), power_iterations)
+    choice = choose(problem, counts, select, subspace, as_generator(rng), power_iterations)
     return choice.rows, choice.columns

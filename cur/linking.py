@@ -149,16 +149,35 @@ def optimal(A: Array, C: Array, R: Array, /) -> Array:
     Parameters
     ----------
     A : matrix, shape (m, n)
+        The matrix, dense or sparse, or an operator.
     C : matrix, shape (m, c)
+        The columns that are kept of it.
     R : matrix, shape (r, n)
+        The rows that are kept of it.
 
     Returns
     -------
     array, shape (c, r)
+        The core, in the library of `A`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no finite matrix, or shapes and libraries do not match.
 
     References
     ----------
     Stewart, Numer. Math. 83 (1999); Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import linking
+    >>> A = 1.0 / (np.arange(1, 7)[:, None] + np.arange(5))
+    >>> C, R = A[:, :2], A[:3]
+    >>> U = linking.optimal(A, C, R)
+    >>> bool(np.allclose(U, np.linalg.pinv(C) @ A @ np.linalg.pinv(R)))
+    True
     """
     A = check_promoted(A)
     (near, e), (C, c), (R, r) = _near(A, "A"), _near(_thin(C, "C", A), "C"), _near(_thin(R, "R", A), "R")
@@ -173,6 +192,37 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
 
     The weights are given as for `cur.cur`; the optimal core of the transformed matrices, ``F_H^H A F_G`` with
     ``H = F_H F_H^H``, is ``(C^H H C)^+ C^H H A G R^H (R G R^H)^+``.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense or sparse, or an operator.
+    C : matrix, shape (m, c)
+        The columns that are kept of it.
+    R : matrix, shape (r, n)
+        The rows that are kept of it.
+    row_weights, column_weights : array, Weight or None
+        Positive semidefinite ``H`` and ``G``, as for `cur.cur`; None for the identity.
+
+    Returns
+    -------
+    array, shape (c, r)
+        The core, in the library of `A`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no finite matrix, or shapes and libraries do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import linking
+    >>> A = 1.0 / (np.arange(1, 7)[:, None] + np.arange(5))
+    >>> C, R = A[:, :2], A[:3]
+    >>> same = linking.weighted(A, C, R, None, np.ones(5))
+    >>> bool(np.allclose(same, linking.optimal(A, C, R)))
+    True
     """
     from cur.importance import unit_weight
 
@@ -202,6 +252,21 @@ def cross(block: Array, /) -> Array:
     Returns
     -------
     array, shape (c, r)
+        The core, in the library of `block`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the block is no finite matrix, or an operator, which shows no entries.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import linking
+    >>> A = 1.0 / (np.arange(1, 7)[:, None] + np.arange(5))
+    >>> U = linking.cross(A[:2, :2])
+    >>> bool(np.allclose(U, np.linalg.inv(A[:2, :2])))
+    True
     """
     if is_operator(block):
         raise TypeError("`block` must be the entries where rows and columns meet; got a LinearOperator; pass an array")

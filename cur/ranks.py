@@ -24,6 +24,25 @@ LAYOUTS = ("cur", "folded", "interpolative")
 def parameters(m: int, n: int, rank: int, *, layout: str = "cur") -> int:
     """Count the numbers that an m x n matrix of the given rank takes.
 
+    Parameters
+    ----------
+    m, n : int
+        The numbers of rows and columns of the matrix.
+    rank : int
+        The rank of the factorization.
+    layout : {"cur", "folded", "interpolative"}, default "cur"
+        How the factors are stored.
+
+    Returns
+    -------
+    int
+        The count.
+
+    Raises
+    ------
+    ValueError
+        If the layout is unknown.
+
     Examples
     --------
     >>> parameters(4096, 4096, 256), parameters(4096, 4096, 256, layout="interpolative")
@@ -37,6 +56,25 @@ def parameters(m: int, n: int, rank: int, *, layout: str = "cur") -> int:
 
 def rank_for(m: int, n: int, budget: float, *, layout: str = "cur") -> int:
     """Return the largest rank whose parameters do not exceed `budget` numbers; 0 if even rank 1 does.
+
+    Parameters
+    ----------
+    m, n : int
+        The numbers of rows and columns of the matrix.
+    budget : float
+        The largest count of numbers that may be stored.
+    layout : {"cur", "folded", "interpolative"}, default "cur"
+        How the factors are stored.
+
+    Returns
+    -------
+    int
+        The rank, at most the smaller side.
+
+    Raises
+    ------
+    ValueError
+        If the layout is unknown.
 
     Examples
     --------
@@ -61,6 +99,23 @@ def rank_for(m: int, n: int, budget: float, *, layout: str = "cur") -> int:
 def break_even(m: int, n: int, *, layout: str = "cur") -> int:
     """Return the largest rank that takes fewer numbers than the m x n matrix itself.
 
+    Parameters
+    ----------
+    m, n : int
+        The numbers of rows and columns of the matrix.
+    layout : {"cur", "folded", "interpolative"}, default "cur"
+        How the factors are stored.
+
+    Returns
+    -------
+    int
+        The rank; 0 if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the layout is unknown.
+
     Examples
     --------
     >>> break_even(4096, 4096), break_even(576, 576)
@@ -75,9 +130,26 @@ def energy(singular_values: np.ndarray[Any, Any], fraction: float, /) -> int:
     Parameters
     ----------
     singular_values : array, shape (k,)
-        Non-increasing.
+        The singular values, non-increasing.
     fraction : float
-        In (0, 1].
+        The share of the sum of squares to hold, above 0 and at most 1.
+
+    Returns
+    -------
+    int
+        The rank, at least 1.
+
+    Raises
+    ------
+    ValueError
+        If `fraction` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import ranks
+    >>> ranks.energy(np.array([2.0, 1.0, 0.1]), 0.9)
+    2
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"`fraction` must be in (0, 1]; got {fraction!r}")
@@ -93,9 +165,26 @@ def energy(singular_values: np.ndarray[Any, Any], fraction: float, /) -> int:
 def effective_rank(singular_values: np.ndarray[Any, Any], /) -> float:
     """Return the exponential of the entropy of the normalised singular values.
 
+    Parameters
+    ----------
+    singular_values : array, shape (k,)
+        The singular values, in any order.
+
+    Returns
+    -------
+    float
+        The effective rank, between 1 and k; 0 for the zero matrix.
+
     References
     ----------
     Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import ranks
+    >>> round(ranks.effective_rank(np.ones(3)), 6)
+    3.0
     """
     s = np.asarray(singular_values, dtype=np.float64)
     s = s[s > 0]
@@ -118,12 +207,12 @@ def allocate(
     Parameters
     ----------
     errors : sequence of arrays
-        For each matrix the error of each of its options, in one unit for all matrices, one that may be added up
+        The errors of the options of each matrix, in one unit for all matrices, one that may be added up
         (squares of norms, not norms).
     costs : sequence of arrays
         The costs of the same options.
     budget : float
-        Largest sum of costs.
+        The largest sum of costs.
 
     Returns
     -------
@@ -193,12 +282,17 @@ def combinations(
     Parameters
     ----------
     errors, costs : sequence of arrays
-        Of the options of each matrix.
+        For each matrix the errors and the costs of its options, as for `allocate`.
 
     Returns
     -------
     array of int, shape (k, matrices)
         Options, from the cheapest combination on.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many costs as errors.
 
     Examples
     --------

@@ -4,26 +4,31 @@ Every selector has the signature ``select(basis, count=None, /, *, matrix=None, 
 positions of rows, an integer array on the backend of `basis`. `basis` (m x p) has one row per candidate; its columns
 span the space to be represented: leading singular vectors, or a sketch. `matrix` (m x n) is the matrix itself, which
 only some selectors look at. To choose columns, hand over the basis of the row space and the adjoint of the matrix.
+
+A selector is a function with the decorator `selector`, which gives it a name and says what it reads. Drivers, models
+and commands take every name in `SELECTORS`, also those of selectors that are defined elsewhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse.linalg
 
 from cur._lib.array import Array, adjoint, convert, is_dense, is_operator, is_sparse, namespace, take, to_numpy
 from cur._lib.host import through_numpy
 from cur._lib.linalg import lu_pivots, svd
 from cur._lib.promotion import check_promoted, promote
+from cur._lib.rows import draw, fill, row_norms
 from cur._lib.scale import brought_near_one
 from cur._lib.validate import as_generator, check_basis, check_count
 
 __all__ = [
+    "SELECTORS",
+    "Selector",
     "arp",
     "cmd",
     "deim",
@@ -34,16 +39,130 @@ __all__ = [
     "osinsky",
     "oversample",
     "qdeim",
+    "selector",
     "uniform",
 ]
 
 Generator = np.random.Generator | int | None
+Choose = TypeVar("Choose", bound=Callable[..., Array])
+
+READS = ("basis", "sketch", "entries")
 
 _quiet = np.errstate(invalid="ignore")
 """OpenBLAS's AVX-512 kernel of float32 matrix times vector now and then raises the flag at lanes it does not use."""
 
 
-@through_numpy
+@dataclass(frozen=True, kw_only=True)
+class Selector:
+    """A way of choosing rows, with what a driver has to know of it.
+
+    Attributes
+    ----------
+    name : str
+        What `select=` calls it.
+    choose : callable
+        The function, with the signature of all selectors.
+    reads : tuple of str
+        What it looks at. ``"basis"``: leading singular vectors, which the driver then computes. ``"sketch"``: a product
+        of the matrix with random vectors instead; columns are then chosen from the rows chosen. ``"entries"``: the
+        entries of the matrix, which an operator does not show. Nothing, if it looks at the number of rows alone.
+    nested : bool
+        Whether the first k indices are the choice for rank k, so that one choice serves a search for a rank.
+    beyond_basis : bool
+        Whether it can choose more rows than the basis has columns.
+    draws : bool
+        Whether chance has a part, so that another seed gives another choice.
+    dense : bool
+        Whether the entries have to be those of a dense array.
+    skips_zeros : bool
+        Whether rows of zeros come last, so that a sparse matrix can be handed over without its empty lines.
+    """
+
+    name: str
+    choose: Callable[..., Array]
+    reads: tuple[str, ...]
+    nested: bool
+    beyond_basis: bool
+    draws: bool
+    dense: bool
+    skips_zeros: bool
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its documentation."""
+        return " ".join((self.choose.__doc__ or "").strip().partition("\n\n")[0].split())
+
+
+SELECTORS: dict[str, Selector] = {}
+"""All selectors by name."""
+
+
+def selector(
+    name: str,
+    /,
+    *,
+    reads: str | tuple[str, ...],
+    nested: bool = False,
+    beyond_basis: bool = False,
+    draws: bool = False,
+    dense: bool = False,
+    skips_zeros: bool = False,
+) -> Callable[[Choose], Choose]:
+    """Register a function as a selector; a decorator.
+
+    Parameters
+    ----------
+    name : str
+        What `select=` of the drivers, of configurations and of commands calls it.
+    reads, nested, beyond_basis, draws, dense, skips_zeros
+        The facts, as for `Selector`. The defaults are right for any selector, if not the most economical.
+
+    Returns
+    -------
+    callable
+        The decorator. The function is called with arrays of NumPy for those of JAX in the memory of the host.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken, or `reads` names something else.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import cur, selection
+    >>> @selection.selector("first", reads=(), nested=True, beyond_basis=True)
+    ... def first(basis, count=None, /, *, matrix=None, rng=0):
+    ...     "Take the first rows."
+    ...     return np.arange(count)
+    >>> cur(np.eye(5) + 1, rank=2, select="first").rows.tolist()
+    [0, 1]
+    >>> del selection.SELECTORS["first"]
+    """
+    reads = (reads,) if isinstance(reads, str) else reads
+    if name in SELECTORS:
+        raise ValueError(f"`name` must be one that no selector has yet, got {name!r}; choose another")
+    if unknown := [what for what in reads if what not in READS]:
+        raise ValueError(f"`reads` must name some of {', '.join(READS)}, got {unknown[0]!r}")
+
+    def register(choose: Choose) -> Choose:
+        choose = through_numpy(choose)
+        SELECTORS[name] = Selector(
+            name=name,
+            choose=choose,
+            reads=reads,
+            nested=nested,
+            beyond_basis=beyond_basis,
+            draws=draws,
+            dense=dense,
+            skips_zeros=skips_zeros,
+        )
+        return choose
+
+    return register
+
+
+@selector("deim", reads="basis", nested=True, skips_zeros=True)
 def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by the discrete empirical interpolation method.
 
@@ -54,16 +173,23 @@ def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns, the most important first.
+        One row per candidate; its columns span the space to be represented, the most important first.
     count : int, optional
-        Number of indices, at most p; p by default.
-    matrix, rng
-        Not used; here so that all selectors can be called alike.
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
 
     Returns
     -------
     array of int, shape (count,)
         Distinct positions in the order of choice. The first j of them are the choice for the first j columns.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
 
     References
     ----------
@@ -77,11 +203,11 @@ def deim(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     >>> deim(V).tolist()
     [5, 2, 0]
     """
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    basis, count = _checked(basis, count)
     return lu_pivots(basis[:, :count])
 
 
+@selector("lupp", reads="sketch", nested=True, skips_zeros=True)
 def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by LU with partial pivoting on a sketch of the matrix: the fastest choice.
 
@@ -89,49 +215,136 @@ def lupp(basis: Array, count: int | None = None, /, *, matrix: Array | None = No
     QR and no SVD is paid. In `cur.cur` the columns are then pivots of LU on the chosen rows, and the matrix is read
     once.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; a sketch of the matrix.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Dong and Martinsson, "Simpler is better: a comparative study of randomized algorithms for computing the CUR
     decomposition", Adv. Comput. Math. 49 (2023).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> sketch = A @ np.random.default_rng(0).standard_normal((8, 2))
+    >>> selection.lupp(sketch).tolist()
+    [2, 0]
     """
     return deim(basis, count)
 
 
-@through_numpy
+@selector("qdeim", reads="basis", skips_zeros=True)
 def qdeim(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by QR with column pivoting on the adjoint of the basis; ``m count**2`` operations.
 
     The next row is the one farthest from the span of the rows so far. Unlike `deim`, the choice does not depend on
     which orthonormal basis of the space is given.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Drmac and Gugercin, SIAM J. Sci. Comput. 38 (2016).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> V = np.linalg.svd(A)[0][:, :2]
+    >>> selection.qdeim(V).tolist()
+    [0, 2]
     """
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    basis, count = _checked(basis, count)
     return _pivot_rows(basis[:, :count], count, lambda weights: int(np.argmax(weights)))
 
 
-@through_numpy
+@selector("arp", reads="basis", draws=True, skips_zeros=True)
 def arp(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows by adaptive randomised pivoting.
 
     The steps of `qdeim`, with the next row drawn with probability proportional to its squared distance from the span of
     the rows so far. In expectation the squared error of interpolation is at most ``count + 1`` times that of the basis.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
     References
     ----------
     Cortinovis and Kressner, "Adaptive randomized pivoting for column subset selection, DEIM, and low-rank
     approximation" (2024), Theorem 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 6), 3))[0]
+    >>> len(set(selection.arp(V, rng=1).tolist()))
+    3
     """
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
+    basis, count = _checked(basis, count)
     generator = as_generator(rng)
-    return _pivot_rows(basis[:, :count], count, lambda weights: _draw(weights, 1, generator)[0])
+    return _pivot_rows(basis[:, :count], count, lambda weights: draw(weights, 1, generator)[0])
 
 
-@through_numpy
+@selector("osinsky", reads=("basis", "entries"), dense=True, skips_zeros=True)
 @_quiet
 def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Choose rows so that the squared error is certainly at most ``count + 1`` times the best.
@@ -140,22 +353,54 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     squared distance from the span of the rows so far, which is never worse than the expectation. Dense matrices only;
     ``m n count`` operations and one copy of `matrix`.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, at most p; p by default.
+    matrix : array, shape (m, n)
+        The matrix itself, dense, of which `basis` holds the leading left singular vectors.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or not dense.
+
     References
     ----------
     Osinsky, "Close to optimal column approximation using a single SVD", Linear Algebra Appl. 725 (2025).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = 1.0 / (np.arange(1, 9)[:, None] + np.arange(8))
+    >>> V = np.linalg.svd(A)[0][:, :2]
+    >>> selection.osinsky(V, matrix=A).tolist()
+    [3, 0]
     """
-    basis = _prepared(basis)
+    basis, count = _checked(basis, count)
     matrix, _, _ = brought_near_one(_required(matrix, "osinsky"))
     if is_sparse(matrix):
         raise TypeError(
             "`matrix` must be a dense array for `osinsky`, which updates all of it; use `arp` for sparse ones"
         )
-    count = check_count(count, default=basis.shape[1], most=min(basis.shape), what="the basis vectors and rows")
     xp = namespace(basis)
     V = basis[:, :count]
     E = matrix - V @ (adjoint(V) @ matrix)
-    # of each row by itself: among very many rows all but a few are small
-    floor = np.finfo(to_numpy(V[:1, :1]).dtype).eps * to_numpy(xp.sum(xp.abs(V) ** 2, axis=1))
+    info = np.finfo(to_numpy(V[:1, :1]).dtype)
+    # Of each row by itself: among very many rows all but a few are small. But squares that are rounded below the normal
+    # numbers would give a row with the ratio zero, or none of the others; no rows so small are needed for the bound.
+    floor = np.maximum(info.eps * to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)), info.smallest_normal / info.eps)
     chosen: list[int] = []
     for _ in range(count):
         distance = np.array(to_numpy(xp.sum(xp.abs(V) ** 2, axis=1)))
@@ -164,10 +409,9 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
         # a row within the span of the chosen ones, up to rounding, cannot serve as a pivot
         usable = distance > floor
         if not usable.any():
-            return convert(_fill(chosen, count, basis.shape[0]), basis)
+            return convert(fill(chosen, count, basis.shape[0]), basis)
         ratio = np.full(distance.shape, np.inf)
-        with np.errstate(over="ignore"):  # rows of all sizes: such a one is not the least
-            np.divide(residual, distance, out=ratio, where=usable)
+        np.divide(residual, distance, out=ratio, where=usable)
         i = int(np.argmin(ratio))
         chosen.append(i)
         v = V[i : i + 1, :]
@@ -177,7 +421,7 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
     return convert(np.asarray(chosen), basis)
 
 
-@through_numpy
+@selector("ldeim", reads="basis", beyond_basis=True, skips_zeros=True)
 def ldeim(
     basis: Array,
     count: int | None = None,
@@ -195,14 +439,26 @@ def ldeim(
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns, the most important first.
+        One row per candidate; its columns span the space to be represented, the most important first.
     count : int, optional
-        Number of indices, also more than p; p by default.
-    matrix, rng
-        Not used; here so that all selectors can be called alike.
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
     vectors : int, optional
-        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do, or p
-        where that is less. With `count` the method is `deim`.
+        How many basis vectors are used, at most p and `count`. By default half of `count`, as the authors do,
+        or p where that is less. With `count` the method is `deim`.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` or `vectors` is out of range.
 
     References
     ----------
@@ -216,9 +472,8 @@ def ldeim(
     >>> deim(V).tolist(), ldeim(V).tolist(), ldeim(V, vectors=4).tolist()
     ([7, 5, 2, 0], [7, 5, 6, 4], [7, 5, 2, 0])
     """
-    basis = _prepared(basis)
-    m, p = basis.shape
-    count = check_count(count, default=p, most=m, what="the rows")
+    basis, count = _checked(basis, count, beyond=True)
+    p = basis.shape[1]
     usable = min(p, count)
     vectors = check_count(
         vectors,
@@ -257,49 +512,164 @@ def _interpolation(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(scipy.linalg.solve_triangular(U, np.eye(len(U), dtype=U.dtype), unit_diagonal=True))
 
 
-@through_numpy
+@selector("leverage", reads="basis", beyond_basis=True, draws=True, skips_zeros=True)
 def leverage(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows, without duplicates, with probability proportional to their leverage ``||basis[i, :]||**2``.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        One row per candidate; its columns span the space to be represented, the most important first.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
 
     References
     ----------
     Mahoney and Drineas, "CUR matrix decompositions for improved data analysis", PNAS 106 (2009).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.eye(6)[:, :2]  # only two rows have any
+    >>> sorted(selection.leverage(V).tolist())
+    [0, 1]
     """
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
-    return convert(_draw(_row_norms(basis) ** 2, count, as_generator(rng)), basis)
+    basis, count = _checked(basis, count, beyond=True)
+    return convert(draw(row_norms(basis) ** 2, count, as_generator(rng)), basis)
 
 
-@through_numpy
+@selector("norm", reads="entries", nested=True, beyond_basis=True, skips_zeros=True)
 def norm(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix."""
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
-    norms = _row_norms(_required(matrix, "norm"))
+    """Take the rows of `matrix` with the largest Euclidean norms; one pass over the matrix.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : matrix, shape (m, n)
+        The matrix itself, whose rows are looked at.
+    rng : Generator, int or None, optional
+        The source of chance, which has no part in this selector: all are called alike.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or shows no entries.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = np.diag([1.0, 5.0, 3.0, 0.0])
+    >>> selection.norm(np.ones((4, 1)), 2, matrix=A).tolist()
+    [1, 2]
+    """
+    basis, count = _checked(basis, count, beyond=True)
+    norms = row_norms(_required(matrix, "norm"))
     return convert(np.argsort(-norms, kind="stable")[:count], basis)
 
 
-@through_numpy
+@selector("cmd", reads="entries", nested=True, beyond_basis=True, draws=True, skips_zeros=True)
 def cmd(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
     """Draw rows with probability proportional to their squared norms in `matrix`, keeping each drawn row once.
 
     The compact matrix decomposition for large sparse matrices: one pass for the norms, no basis. Rows drawn again would
     be copies, which the optimal core does not need; drawing goes on until `count` different ones are there.
 
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : matrix, shape (m, n)
+        The matrix itself, whose rows are looked at.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, `count` is out of range, or `matrix` is
+        missing or shows no entries.
+
     References
     ----------
     Sun, Xie, Zhang and Faloutsos, "Less is more: compact matrix decomposition for large sparse graphs", SDM 2007.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> A = np.diag([1.0, 5.0, 3.0, 0.0])
+    >>> sorted(selection.cmd(np.ones((4, 1)), 3, matrix=A).tolist())
+    [0, 1, 2]
     """
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
-    return convert(_draw(_row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
+    basis, count = _checked(basis, count, beyond=True)
+    return convert(draw(row_norms(_required(matrix, "cmd")) ** 2, count, as_generator(rng)), basis)
 
 
-@through_numpy
+@selector("uniform", reads=(), nested=True, beyond_basis=True, draws=True)
 def uniform(basis: Array, count: int | None = None, /, *, matrix: Array | None = None, rng: Generator = 0) -> Array:
-    """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat."""
-    basis = _prepared(basis)
-    count = check_count(count, default=basis.shape[1], most=basis.shape[0], what="the rows")
+    """Draw rows uniformly at random, without duplicates: the baseline that any other choice should beat.
+
+    Parameters
+    ----------
+    basis : array, shape (m, p)
+        Any array of one row per candidate: only its number of rows and its library matter.
+    count : int, optional
+        The number of rows to choose, also more than p; p by default.
+    matrix : array, optional
+        The matrix, which this selector does not look at: all are called alike.
+    rng : Generator, int or None, default 0
+        The seed of what is drawn; None draws fresh entropy.
+
+    Returns
+    -------
+    array of int, shape (count,)
+        Distinct positions of rows, in the order of choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> sorted(selection.uniform(np.ones((3, 1)), 3).tolist())
+    [0, 1, 2]
+    """
+    basis, count = _checked(basis, count, beyond=True)
     return convert(as_generator(rng).permutation(basis.shape[0])[:count], basis)
 
 
@@ -314,16 +684,34 @@ def oversample(basis: Array, indices: Array, count: int, /) -> Array:
     Parameters
     ----------
     basis : array, shape (m, p)
-        Orthonormal columns.
+        The basis, of orthonormal columns.
     indices : array of int, shape (k,), k >= p
-        Rows chosen so far.
+        The rows chosen so far.
     count : int
-        Rows to add, at most ``m - k``.
+        The number of rows to add, at most ``m - k``.
+
+    Returns
+    -------
+    array of int, shape (k + count,)
+        The rows chosen so far, and then those added.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the basis is no finite matrix of floating-point numbers, or `count` is out of range.
 
     References
     ----------
     Park and Nakatsukasa, "Accuracy and stability of CUR decompositions with oversampling", SIAM J. Matrix Anal. Appl.
     46 (2025).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import selection
+    >>> V = np.linalg.qr(np.vander(np.linspace(0, 1, 6), 2))[0]
+    >>> selection.oversample(V, np.array([0, 1]), 1).tolist()
+    [0, 1, 5]
     """
     basis = _prepared(basis)
     m, p = basis.shape
@@ -356,7 +744,7 @@ def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], i
         distance[chosen] = 0.0
         distance[distance <= floor] = 0.0
         if not distance.any():
-            return convert(_fill(chosen, count, V.shape[0]), V)
+            return convert(fill(chosen, count, V.shape[0]), V)
         i = choose(distance)
         chosen.append(i)
         q = V[i : i + 1, :]
@@ -368,43 +756,11 @@ def _pivot_rows(V: Array, count: int, choose: Callable[[np.ndarray[Any, Any]], i
     return convert(np.asarray(chosen), V)
 
 
-def _draw(weights: np.ndarray[Any, Any], count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Draw distinct positions in proportion to `weights`; those of weight zero only when nothing else is left."""
-    total = weights.sum()
-    if not total > 0:
-        return _fill([], count, len(weights))
-    p = weights / total  # may underflow to zero where the weight does not
-    drawn = rng.choice(len(weights), min(count, int(np.count_nonzero(p))), replace=False, p=p)
-    return _fill(drawn.tolist(), count, len(weights))
-
-
-def _fill(chosen: list[int], count: int, m: int) -> np.ndarray[Any, Any]:
-    """Complete a choice by the lowest free positions: what is left of the basis is zero, and any row serves."""
-    free = np.setdiff1d(np.arange(m), chosen)
-    return np.concatenate([np.asarray(chosen, dtype=np.int64), free[: count - len(chosen)]])
-
-
-def _row_norms(matrix: Array) -> np.ndarray[Any, Any]:
-    """Return the norms of the rows, relative to each other, at any scale."""
-    norms = _plain_norms(matrix)
-    info = namespace(matrix).finfo(matrix.dtype)
-    low, high = math.sqrt(float(info.smallest_normal)) / float(info.eps), math.sqrt(float(info.max))
-    if low < float(norms.max()) < high:
-        return norms
-    xp = namespace(matrix)
-    # squares leave the range
-    largest = float(abs(matrix).max() if is_sparse(matrix) else xp.max(xp.abs(matrix)))
-    if not 0.0 < largest < math.inf:
-        return norms
-    return _plain_norms(matrix * (1 / max(largest, float(info.smallest_normal))))
-
-
-def _plain_norms(matrix: Array) -> np.ndarray[Any, Any]:
-    with np.errstate(over="ignore"):
-        if is_sparse(matrix):
-            return np.asarray(scipy.sparse.linalg.norm(matrix, axis=1), dtype=np.float64)
-        xp = namespace(matrix)
-        return to_numpy(xp.sqrt(xp.sum(xp.abs(matrix) ** 2, axis=1))).astype(np.float64)
+def _checked(basis: Array, count: int | None, *, beyond: bool = False) -> tuple[Array, int]:
+    """Return a checked basis and count, at most its width unless rows `beyond` that can be chosen."""
+    basis = _prepared(basis)
+    most, what = (basis.shape[0], "the rows") if beyond else (min(basis.shape), "the basis vectors and rows")
+    return basis, check_count(count, default=basis.shape[1], most=most, what=what)
 
 
 def _prepared(basis: Array) -> Array:

@@ -58,7 +58,7 @@ def stream_cur(
     norm : {"fro", 2}, default "fro"
         Norm of the certificate. The 2-norm takes one more pass for every step of Lanczos, some twenty.
     failure_probability : float, default 1e-6
-        Of a certificate in the 2-norm.
+        The chance that a certificate in the 2-norm is wrong.
     rng : Generator, int or None, default 0
         Source of the random vectors that Lanczos begins with; nothing else is random.
 

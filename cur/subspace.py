@@ -153,7 +153,33 @@ def rounding_level(length: int) -> float:
 
 @through_numpy
 def exact(A: Array, rank: int, /) -> Subspace:
-    """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations."""
+    """Return singular vectors by a full SVD of a dense matrix; ``O(m n min(m, n))`` operations.
+
+    Parameters
+    ----------
+    A : array, shape (m, n)
+        The matrix, dense and in memory.
+    rank : int
+        The number of vectors wanted.
+
+    Returns
+    -------
+    Subspace
+        The vectors of both sides, with what is known of the singular values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the matrix is not dense or not finite, or `rank` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import subspace
+    >>> A = np.diag([3.0, 2.0, 1.0, 0.5])
+    >>> subspace.exact(A, 2).V.shape
+    (4, 2)
+    """
     A = check_promoted(A)
     if is_sparse(A) or is_operator(A) or is_dask(A):
         raise TypeError("`subspace='exact'` needs a dense matrix in memory; use 'lanczos' or 'randomised' for this one")
@@ -166,7 +192,35 @@ def exact(A: Array, rank: int, /) -> Subspace:
 
 @through_numpy
 def sketch(A: Array, count: int, /, *, rng: np.random.Generator | int | None = 0) -> Array:
-    """Return ``A @ Gaussian`` with `count` columns: one product."""
+    """Return ``A @ Gaussian`` with `count` columns: one product.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense, sparse, lazy or an operator.
+    count : int
+        The number of random vectors.
+    rng : Generator, int or None, default 0
+        The seed of the vectors; None draws fresh entropy.
+
+    Returns
+    -------
+    array, shape (m, count)
+        The product.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the matrix is not finite, or `count` is not a positive integer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import subspace
+    >>> A = np.diag([3.0, 2.0, 1.0, 0.5])
+    >>> subspace.sketch(A, 2).shape
+    (4, 2)
+    """
     A = check_promoted(A)
     count = check_count(count, default=1, most=sys.maxsize, what="vectors that can be")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -194,19 +248,39 @@ def randomised(
     Parameters
     ----------
     A : matrix, shape (m, n)
+        The matrix, dense, sparse, lazy or an operator.
     rank : int
-        Number of vectors wanted.
+        The number of vectors wanted.
     power_iterations : int, default 0
-        Each one costs two products and damps what lies beyond the wanted vectors by the square of the ratio of the
-        singular values.
-    rng : Generator, int or None
-        Source of the sketch.
+        How many power iterations to take. Each one costs two products and damps what lies beyond the wanted
+        vectors by the square of the ratio of the singular values.
+    rng : Generator, int or None, default 0
+        The seed of the sketch; None draws fresh entropy.
     total : float, optional
-        ``||A||_F`` if known.
+        The norm ``||A||_F``, if it is known.
+
+    Returns
+    -------
+    Subspace
+        The vectors of both sides, with what is known of the singular values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the matrix is not finite, or `rank` is out of range.
 
     References
     ----------
     Halko, Martinsson and Tropp, SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import subspace
+    >>> A = np.diag([3.0, 2.0, 1.0, 0.5])
+    >>> found = subspace.randomised(A, 2)
+    >>> found.V.shape, found.W.shape
+    ((4, 2), (4, 2))
     """
     A = check_promoted(A)
     rank = _checked_rank(rank, A)
@@ -225,6 +299,38 @@ def lanczos(
     """Return leading singular vectors of a sparse matrix or operator by implicitly restarted Lanczos (ARPACK).
 
     As accurate as `exact` for the vectors wanted; the number of products depends on the gaps between singular values.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, sparse or an operator.
+    rank : int
+        The number of vectors wanted.
+    rng : Generator, int or None, default 0
+        The seed of the first vector; None draws fresh entropy.
+    total : float, optional
+        The norm ``||A||_F``, if it is known.
+
+    Returns
+    -------
+    Subspace
+        The vectors of both sides, with what is known of the singular values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the matrix is neither sparse nor an operator, or `rank` is out of range.
+    NumericalError
+        If Lanczos does not converge.
+
+    Examples
+    --------
+    >>> import scipy.sparse
+    >>> from cur import subspace
+    >>> A = scipy.sparse.diags_array([3.0, 2.0, 1.0, 0.5]).tocsr()
+    >>> found = subspace.lanczos(A, 2)
+    >>> found.V.shape, found.W.shape
+    ((4, 2), (4, 2))
     """
     A = check_promoted(A)
     if not (is_sparse(A) or is_operator(A)):
@@ -339,12 +445,18 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
     Parameters
     ----------
     blocks : array, callable or iterable
-        Blocks of rows in order, dense or sparse; a callable that returns an iterator over them; or a whole matrix that
-        need not fit into memory, which is cut into blocks.
+        Blocks of rows in order, dense or sparse; a callable that returns an iterator over them; or a whole
+        matrix that need not fit into memory, which is cut into blocks.
     rank : int
-        Number of rows to keep, and of vectors but for the oversampling.
+        The number of rows to keep, and of vectors but for the oversampling.
     oversampling : int, default 10
-        Vectors carried along beyond `rank`, so that what counts at the end is not dropped on the way.
+        How many vectors are carried along beyond `rank`, so that what counts at the end is not dropped on the
+        way.
+
+    Returns
+    -------
+    RowSpace
+        The vectors, the rows, and what was dropped on the way.
 
     Raises
     ------
@@ -355,6 +467,15 @@ def stream(blocks: Any, rank: int, /, *, oversampling: int = OVERSAMPLING) -> Ro
     ----------
     Baker, Gallivan and Van Dooren, Linear Algebra Appl. 436 (2012), for the incremental SVD; Grigori, Demmel and Xiang,
     SIAM J. Matrix Anal. Appl. 32 (2011), for tournament pivoting.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cur import subspace
+    >>> A = np.diag([3.0, 2.0, 1.0, 0.5])
+    >>> found = subspace.stream([A[:2], A[2:]], 2)
+    >>> found.rows.tolist()
+    [0, 1]
     """
     rank = check_count(rank, default=1, most=sys.maxsize, what="rows that can be", name="rank")
     W = R = np.zeros((0, 0))

@@ -7,14 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import scipy.sparse
+import scipy.sparse.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur import bounds, cur, deim, selection
+from cur import bounds, cur, deim, interpolative, selection
+from cur import select as indices
 from tests.backends import to_numpy
 from tests.families import FAMILIES, orthonormal, random
 
-SELECTORS = [getattr(selection, name) for name in selection.__all__ if name != "oversample"]
+SELECTORS = list(selection.SELECTORS.values())
 
 
 def textbook_deim(V: np.ndarray) -> list[int]:
@@ -61,13 +63,13 @@ def test_deim_is_the_same_in_every_library(dense, rng):
         assert to_numpy(chosen).tolist() == textbook_deim(V)
 
 
-@pytest.mark.parametrize("select", SELECTORS, ids=lambda f: f.__name__)
-def test_indices_are_distinct_in_range_and_of_the_library(select, dense, rng):
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_indices_are_distinct_in_range_and_of_the_library(known, dense, rng):
     V = orthonormal(25, 6, rng)
     A = random(25, 9, rng)
     basis = dense.asarray(V)
     for count in (1, 4, 6):
-        chosen = select(basis, count, matrix=dense.asarray(A), rng=3)
+        chosen = known.choose(basis, count, matrix=dense.asarray(A), rng=3)
         assert type(chosen) is type(basis)
         positions = to_numpy(chosen)
         assert positions.dtype.kind == "i"
@@ -76,17 +78,113 @@ def test_indices_are_distinct_in_range_and_of_the_library(select, dense, rng):
         assert 0 <= positions.min() <= positions.max() < 25
 
 
-@pytest.mark.parametrize("select", SELECTORS, ids=lambda f: f.__name__)
-def test_same_seed_same_indices(select, rng):
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_same_seed_same_indices(known, rng):
     V, A = orthonormal(40, 5, rng), random(40, 12, rng)
-    first, second = (select(V, 5, matrix=A, rng=11).tolist() for _ in range(2))
+    first, second = (known.choose(V, 5, matrix=A, rng=11).tolist() for _ in range(2))
     assert first == second
 
 
-@pytest.mark.parametrize("select", [selection.arp, selection.leverage, selection.cmd, selection.uniform])
-def test_another_seed_other_indices(select, rng):
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_another_seed_other_indices_where_chance_has_a_part(known, rng):
     V, A = orthonormal(40, 5, rng), random(40, 12, rng)
-    assert len({tuple(select(V, 5, matrix=A, rng=seed).tolist()) for seed in range(10)}) > 5
+    found = {tuple(known.choose(V, 5, matrix=A, rng=seed).tolist()) for seed in range(10)}
+    assert len(found) > 5 if known.draws else len(found) == 1
+
+
+@pytest.mark.parametrize("known", [known for known in SELECTORS if not known.draws], ids=lambda known: known.name)
+def test_nested_choices_begin_with_those_of_smaller_ranks(known, rng):
+    """The fact that a search for a rank relies on: one choice serves all ranks."""
+    V, A = orthonormal(40, 10, rng), random(40, 12, rng)
+    most = known.choose(V, matrix=A).tolist()
+    same = [known.choose(V[:, :k], k, matrix=A).tolist() == most[:k] for k in range(1, 11)]
+    assert all(same) == known.nested
+
+
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_selectors_read_what_they_say(known, rng):
+    V, A = orthonormal(20, 4, rng), random(20, 6, rng)
+    if "entries" in known.reads:
+        with pytest.raises(TypeError, match="`matrix` must be given"):
+            known.choose(V, 4)
+        with pytest.raises(TypeError, match="`matrix` must have entries"):
+            known.choose(V, 4, matrix=scipy.sparse.linalg.aslinearoperator(A))
+    others = [{"matrix": A[::-1]} if "entries" not in known.reads else {"matrix": A}]
+    if not {"basis", "sketch"} & set(known.reads):
+        V, W = np.zeros((20, 4)), np.ones((20, 4))
+        assert known.choose(V, 4, **others[0]).tolist() == known.choose(W, 4, **others[0]).tolist()
+    else:
+        assert known.choose(V, 4, **others[0]).tolist() == known.choose(V, 4, matrix=A).tolist()
+        assert known.choose(V, 4, matrix=A).tolist() != known.choose(V[::-1], 4, matrix=A).tolist()
+    if known.dense:
+        with pytest.raises(TypeError, match="must be a dense array"):
+            known.choose(V, 4, matrix=scipy.sparse.csr_array(A))
+
+
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_how_many_rows_a_selector_can_choose(known, rng):
+    V, A = orthonormal(20, 4, rng), random(20, 6, rng)
+    if known.beyond_basis:
+        assert len(set(known.choose(V, 9, matrix=A).tolist())) == 9
+        return
+    with pytest.raises(ValueError, match="`count` must be between 1 and 4, the number of the basis vectors and rows"):
+        known.choose(V, 5, matrix=A)
+
+
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
+def test_rows_of_zeros_are_chosen_last_where_it_is_said(known, rng):
+    V, A = np.zeros((60, 3)), np.zeros((60, 5))
+    V[10:16], A[10:16] = orthonormal(6, 3, rng), random(6, 5, rng)
+    chosen = [known.choose(V, 3, matrix=A, rng=seed).tolist() for seed in range(5)]
+    assert all(set(some) <= set(range(10, 16)) for some in chosen) == known.skips_zeros
+
+
+def test_every_selector_says_in_a_sentence_what_it_does():
+    assert SELECTORS
+    for known in SELECTORS:
+        assert known.summary.endswith(".")
+        assert getattr(selection, known.name) is known.choose
+        assert known.name in selection.__all__
+
+
+def test_names_and_facts_of_selectors_are_checked():
+    with pytest.raises(ValueError, match="`name` must be one that no selector has yet, got 'deim'; choose another"):
+        selection.selector("deim", reads="basis")
+    with pytest.raises(ValueError, match="`reads` must name some of basis, sketch, entries, got 'matrix'"):
+        selection.selector("new", reads="matrix")
+
+
+@pytest.mark.parametrize("reads", ["basis", "sketch", "entries", ()])
+def test_a_selector_from_outside_serves_every_driver(reads, rng):
+    seen = []
+
+    @selection.selector("longest", reads=reads)
+    def longest(basis, count=None, /, *, matrix=None, rng=0):
+        """Take the longest rows of the basis."""
+        seen.append((basis.shape, count))
+        return np.argsort(-np.linalg.norm(basis, axis=1), kind="stable")[:count]
+
+    try:
+        A = random(14, 9, rng)
+        result = cur(A, rank=(4, 3), select="longest")
+        assert (result.rows.shape, result.columns.shape) == ((4,), (3,))
+        assert np.linalg.norm(A - result.toarray()) <= result.certificate.value
+        found = interpolative(A, tol=0.5, select="longest")
+        assert np.linalg.norm(A - found.toarray()) <= 0.5 * np.linalg.norm(A)
+        rows, columns = indices(A, rank=(4, 3), select="longest")
+        assert (rows.tolist(), columns.tolist()) == (result.rows.tolist(), result.columns.tolist())
+        S = np.zeros((30, 30))
+        S[20:24, 20:24] = random(4, 4, rng)
+        empty = cur(
+            scipy.sparse.csr_array(S), rank=2, select="longest", bounds=False
+        )  # whose empty rows are not left out
+        assert empty.R.shape == (2, 30)
+        assert (30, 1) in {shape for shape, _ in seen} or reads in ("basis", "sketch")
+        assert longest(np.eye(3), 2).tolist() == [0, 1]
+    finally:
+        del selection.SELECTORS["longest"]
+    with pytest.raises(ValueError, match=r"`select` must be one of 'deim', .*; got 'longest'"):
+        cur(A, rank=2, select="longest")
 
 
 @pytest.mark.parametrize("select", [selection.deim, selection.qdeim, selection.osinsky, selection.norm])
@@ -125,6 +223,24 @@ def test_osinsky_keeps_its_bound(rng):
         R = A[rows]
         left = A - A @ np.linalg.pinv(R) @ R
         assert np.linalg.norm(left) ** 2 <= (k + 1) * np.sum(s[k:] ** 2) * (1 + 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "small", "left"), [("float32", 4e-23, 2e-23), ("float64", 3e-162, 1e-162)])
+def test_osinsky_keeps_its_bound_beside_rows_whose_squares_vanish(dtype, small, left):
+    """The square of what is left of the last row rounds to zero and that of its distance does not."""
+    V = np.array([[0.5**0.5], [0.5**0.5], [small]], dtype)
+    E = np.array([[0.0, 1e-3, 0.0], [0.0, -1e-3, 0.0], [0.0, 0.0, left]])
+    A = (V.astype(np.float64) @ [[1.0, 0.0, 0.0]] + E).astype(dtype)
+    assert selection.osinsky(V, matrix=A).tolist() == [0]
+
+
+def test_osinsky_takes_rows_of_all_sizes(rng):
+    for _ in range(300):
+        m = int(rng.integers(3, 12))
+        V = orthonormal(m, int(rng.integers(1, m + 1)), rng) * 10.0 ** rng.integers(-30, 1, m)[:, None]
+        A = random(m, 6, rng) * 10.0 ** rng.integers(-30, 1, m)[:, None]
+        chosen = selection.osinsky(V.astype("float32"), matrix=A.astype("float32")).tolist()
+        assert len(set(chosen)) == V.shape[1]
 
 
 def test_arp_keeps_its_bound_in_the_mean(rng):
@@ -239,11 +355,11 @@ def test_drawing_survives_weights_that_underflow():
     assert sorted(selection.cmd(np.zeros((3, 1)), 3, matrix=np.zeros((3, 2))).tolist()) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("select", SELECTORS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("known", SELECTORS, ids=lambda known: known.name)
 @pytest.mark.parametrize("count", [0, -1, 26])
-def test_count_must_be_possible(select, count, rng):
+def test_count_must_be_possible(known, count, rng):
     with pytest.raises(ValueError, match=rf"`count` must be between 1 and \d+, the number of .*; got {count}"):
-        select(orthonormal(25, 6, rng), count, matrix=random(25, 6, rng))
+        known.choose(orthonormal(25, 6, rng), count, matrix=random(25, 6, rng))
 
 
 @pytest.mark.parametrize("select", [selection.osinsky, selection.norm, selection.cmd])

@@ -16,6 +16,7 @@ from cur._lib.products import columns_of, largest, rows_of
 from cur._lib.validate import check_companion, check_matrix
 from cur.factors import CUR, Interpolative
 from cur.importance import Weight
+from cur.selection import SELECTORS
 
 __all__ = ["economical"]
 
@@ -63,8 +64,9 @@ def _by_numpy(driver: Callable[..., Any], A: Array, options: dict[str, Any]) -> 
 
 def _occupied(A: Any, options: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
     """Return the rows and columns with entries, where leaving out the others halves the matrix and changes nothing."""
-    uniform = "uniform" in (options.get("select"), options.get("method"))  # which empty rows may be drawn for, too
-    if A.ndim != 2 or 0 in A.shape or uniform or options.get("importance") is not None:
+    selector = SELECTORS.get(str(options.get("select")))
+    empty = selector is not None and not selector.skips_zeros  # empty rows may be chosen, too
+    if A.ndim != 2 or 0 in A.shape or empty or options.get("importance") is not None:
         return None
     for axis, name in enumerate(("row_weights", "column_weights")):
         if options.get(name) is not None and _weight_of(options[name], A.shape[axis], np.arange(1)) is None:

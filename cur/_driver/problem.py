@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from cur import selection
 from cur import subspace as subspaces
 from cur._driver.spectral import spectral_norm
 from cur._lib import array as _array
@@ -24,23 +22,7 @@ from cur._lib.validate import check_choice, check_companion, check_finite_norm, 
 from cur._lib.wide import Weights
 from cur.bounds import eta
 from cur.importance import Weight, unit_weight
-
-BASIS_SELECTORS: dict[str, Callable[..., Array]] = {
-    "deim": selection.deim,
-    "qdeim": selection.qdeim,
-    "arp": selection.arp,
-    "osinsky": selection.osinsky,
-    "ldeim": selection.ldeim,
-    "leverage": selection.leverage,
-}
-PLAIN_SELECTORS: dict[str, Callable[..., Array]] = {
-    "norm": selection.norm,
-    "cmd": selection.cmd,
-    "uniform": selection.uniform,
-}
-SELECTORS = (*BASIS_SELECTORS, "lupp", *PLAIN_SELECTORS)
-NESTED = ("deim", "lupp", *PLAIN_SELECTORS)
-"""Selectors whose first k indices are a choice for rank k."""
+from cur.selection import SELECTORS, Selector
 
 FLAT_ITERATIONS = 4
 """Power iterations by default for sparse matrices and operators of flat spectrum.
@@ -231,19 +213,19 @@ def _check_nothing_vanished(A: Array, B: Array, weights: Weights, total: float |
 
 
 def find_subspace(
-    problem: Problem, rank: int, method: str, rng: np.random.Generator, power_iterations: int | None
+    problem: Problem, rank: int, kind: str, rng: np.random.Generator, power_iterations: int | None
 ) -> subspaces.Subspace:
-    """Return the leading singular subspaces of the target by the method asked for, or the one that suits it."""
-    check_choice(method, SUBSPACES, "subspace")
+    """Return the leading singular subspaces of the target of the kind asked for, or the one that suits it."""
+    check_choice(kind, SUBSPACES, "subspace")
     S = problem.target
-    if method == "auto":
+    if kind == "auto":
         in_memory = not (is_sparse(S) or is_operator(S) or is_dask(S))
         # a full SVD costs as much as some 5 min(m, n) products with single vectors: no sketch pays near full rank
-        method = "exact" if in_memory and 3 * rank >= min(S.shape) else "randomised"
-    if method == "exact":
+        kind = "exact" if in_memory and 3 * rank >= min(S.shape) else "randomised"
+    if kind == "exact":
         return subspaces.exact(S, rank)
     total = problem.total if S is problem.B else None
-    if method == "lanczos":
+    if kind == "lanczos":
         return subspaces.lanczos(S, rank, rng=rng, total=total)
     found = subspaces.randomised(S, rank, power_iterations=power_iterations or 0, rng=rng, total=total)
     if power_iterations is None and (is_sparse(S) or is_operator(S)) and found.is_flat():
@@ -255,7 +237,7 @@ def choose(
     problem: Problem,
     counts: tuple[int, int],
     select: str,
-    method: str,
+    subspace: str,
     rng: np.random.Generator,
     power_iterations: int | None,
     *,
@@ -266,35 +248,30 @@ def choose(
     `truncate` stops at the numerical rank, with a warning. A search for a tolerance goes on: on Kahan's matrix the
     rank is one short of full, and only all rows and columns reach a small tolerance.
     """
-    k_rows, k_columns = counts
-    if is_operator(problem.target) and select in ("norm", "cmd", "osinsky"):
+    selector = SELECTORS[select]
+    _check_readable(problem.target, selector)
+    if "sketch" in selector.reads:
+        return _choose_from_sketch(problem, counts, selector, rng)
+    if "basis" in selector.reads:
+        return _choose_from_bases(problem, counts, selector, subspace, rng, power_iterations, truncate=truncate)
+    sides = zip((problem.target, adjoint(problem.target)), counts, strict=True)
+    rows, columns = (selector.choose(_placeholder(X), k, matrix=X, rng=rng) for X, k in sides)
+    return Choice(rows, columns)
+
+
+def _check_readable(S: Array, selector: Selector) -> None:
+    """Refuse a selector that looks at what a matrix does not show."""
+    if "entries" not in selector.reads:
+        return
+    others = [f"{other.name!r}" for other in SELECTORS.values() if other.reads and "entries" not in other.reads]
+    use = f"use {', '.join(others[:-1])} or {others[-1]}"
+    if is_operator(S):
         raise TypeError(
-            f"`select={select!r}` looks at the entries of the matrix, and a LinearOperator (or a sparse matrix with a "
-            "matrix weight) gives products only; use 'deim', 'lupp' or 'arp'"
+            f"`select={selector.name!r}` looks at the entries of the matrix, and a LinearOperator (or a sparse matrix "
+            f"with a matrix weight) gives products only; {use}"
         )
-    if select in PLAIN_SELECTORS:
-        pick = PLAIN_SELECTORS[select]
-        S = problem.target
-        sides = ((S, k_rows), (adjoint(S), k_columns))
-        rows, columns = (pick(_placeholder(X), k, matrix=X, rng=rng) for X, k in sides)
-        return Choice(rows, columns)
-    if select == "lupp":
-        return _choose_from_sketch(problem, counts, rng)
-    found = find_subspace(problem, max(counts), method, rng, power_iterations)
-    numerical = found.numerical_rank(problem.target) if truncate else max(counts)
-    if max(counts) > numerical:
-        warn(
-            f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
-            f"the factorization has rank {numerical}"
-        )
-        k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
-    pick = BASIS_SELECTORS[select]
-    V, W = found.V[:, :k_rows], found.W[:, :k_columns]
-    left = V if problem.row_weight is None else problem.row_weight.candidates(V)
-    right = W if problem.column_weight is None else problem.column_weight.candidates(W)
-    rows = pick(left, k_rows, matrix=problem.target, rng=rng)
-    columns = pick(right, k_columns, matrix=adjoint(problem.target), rng=rng)
-    return Choice(rows, columns, V, W, found)
+    if selector.dense and is_sparse(S):
+        raise TypeError(f"`select={selector.name!r}` takes dense arrays, got a sparse matrix; {use}")
 
 
 def _placeholder(S: Array) -> Array:
@@ -303,15 +280,45 @@ def _placeholder(S: Array) -> Array:
     return namespace(like).zeros((S.shape[0], 1), dtype=like.dtype, device=_array.take_device(like))
 
 
-def _choose_from_sketch(problem: Problem, counts: tuple[int, int], rng: np.random.Generator) -> Choice:
-    """Choose rows by LU of a sketch, then columns by LU of these rows: one product with the target."""
-    S = problem.target
-    Y = subspaces.sketch(S, max(counts), rng=rng)
+def _choose_from_sketch(
+    problem: Problem, counts: tuple[int, int], selector: Selector, rng: np.random.Generator
+) -> Choice:
+    """Choose rows from a sketch, then columns from these rows: one product with the target."""
+    S, k = problem.target, max(counts)
+    Y = subspaces.sketch(S, k, rng=rng)
     left = Y if problem.row_weight is None else problem.row_weight.candidates(Y)
-    rows = selection.lupp(left)
+    rows = selector.choose(left, k, matrix=S, rng=rng)
     Z = thin(adjoint(rows_of(S, rows)))
     right = Z if problem.column_weight is None else problem.column_weight.candidates(Z)
-    return Choice(rows[: counts[0]], selection.lupp(right, counts[1]))
+    return Choice(rows[: counts[0]], selector.choose(right, counts[1], matrix=adjoint(S), rng=rng))
+
+
+def _choose_from_bases(
+    problem: Problem,
+    counts: tuple[int, int],
+    selector: Selector,
+    subspace: str,
+    rng: np.random.Generator,
+    power_iterations: int | None,
+    *,
+    truncate: bool,
+) -> Choice:
+    """Choose rows and columns for the leading singular subspaces."""
+    k_rows, k_columns = counts
+    found = find_subspace(problem, max(counts), subspace, rng, power_iterations)
+    numerical = found.numerical_rank(problem.target) if truncate else max(counts)
+    if max(counts) > numerical:
+        warn(
+            f"rank {max(counts)} was asked for, but the numerical rank is {numerical}; "
+            f"the factorization has rank {numerical}"
+        )
+        k_rows, k_columns = min(k_rows, numerical), min(k_columns, numerical)
+    V, W = found.V[:, :k_rows], found.W[:, :k_columns]
+    left = V if problem.row_weight is None else problem.row_weight.candidates(V)
+    right = W if problem.column_weight is None else problem.column_weight.candidates(W)
+    rows = selector.choose(left, k_rows, matrix=problem.target, rng=rng)
+    columns = selector.choose(right, k_columns, matrix=adjoint(problem.target), rng=rng)
+    return Choice(rows, columns, V, W, found)
 
 
 def etas(problem: Problem, choice: Choice) -> tuple[float | None, float | None]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from cur._lib.errors import warn
 
-__all__ = ["MOVED", "former_names", "install"]
+__all__ = ["MOVED", "former_names", "install", "renamed"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.account": (
@@ -193,6 +196,25 @@ def former_names(package: str, places: Sequence[str]) -> Callable[[str], Any]:
         return found
 
     return find
+
+
+def renamed(**options: str) -> Callable[[Function], Function]:
+    """Return a decorator that lets a function be called with the former names of options: ``former="new"``."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def entry(*args: Any, **given: Any) -> Any:
+            for former in options.keys() & given.keys():
+                now = options[former]
+                if now in given:
+                    raise TypeError(f"`{former}` is the former name of `{now}`; give one of them")
+                warn(f"`{former}` of {function.__name__} is `{now}` now", DeprecationWarning)
+                given[now] = given.pop(former)
+            return function(*args, **given)
+
+        return cast(Function, entry)
+
+    return decorate
 
 
 def install() -> None:

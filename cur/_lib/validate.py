@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -203,7 +204,7 @@ def check_tol(tol: Any) -> float:
     return value
 
 
-def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> None:
+def check_choice(value: Any, choices: Collection[Any], name: str) -> None:
     """Require one of the listed values."""
     plain = value is None or isinstance(value, (str, int, float, np.number))  # arrays are compared entry by entry
     if not plain or value not in choices:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cur.scores import IMPORTANCES, LINKS, listed
+from cur.selection import SELECTORS
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -222,19 +225,24 @@ Purpose = Annotated[
     str | None,
     typer.Option("--for", help="What auto is to serve: training or inference. For paper.", show_default="inference"),
 ]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What chooses rows and columns: {', '.join(SELECTORS)}. For paper.",
+        show_default="deim",
+    ),
+]
 Importance = Annotated[
     str | None,
     typer.Option(
-        help="What rows and columns are chosen by: wanda (|W| times activation), magnitude, weights, activation or "
-        "covariance. For paper.",
+        help=f"Whose singular subspaces they are chosen for ({listed(IMPORTANCES)}). For paper.",
         show_default="wanda",
     ),
 ]
 Link = Annotated[
     str | None,
     typer.Option(
-        help="What U minimises: the error of the weight (optimal), or of it weighted (activation, covariance). For "
-        "paper.",
+        help=f"What U minimises ({listed(LINKS)}). For paper.",
         show_default="optimal",
     ),
 ]

@@ -121,7 +121,7 @@ def own_inputs(A: Array, /, *, row_weights: Any = None, column_weights: Any = No
     Raises
     ------
     TypeError, ValueError
-        As for `cur.weighted.truncation.weighted_svd`.
+        If the matrix or its weights are not as `cur.weighted.truncation.weighted_svd` takes them.
     NumericalError
         If `G` has a negative eigenvalue beyond rounding.
 

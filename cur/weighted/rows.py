@@ -97,7 +97,7 @@ def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None
     Raises
     ------
     TypeError, ValueError
-        As for `cur.weighted.truncation.weighted_svd`.
+        If the matrix or its weights are not as `cur.weighted.truncation.weighted_svd` takes them.
 
     Examples
     --------

@@ -95,7 +95,7 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     Raises
     ------
     TypeError, ValueError
-        As for `cur.cur`; sparse matrices and operators are not taken.
+        If the matrix is sparse or an operator, or the arguments are not as `cur.cur` takes them.
 
     References
     ----------
@@ -122,7 +122,7 @@ def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any =
     Parameters
     ----------
     A, row_weights, column_weights
-        As for :func:`weighted_svd`.
+        The matrix and its weights, as for :func:`weighted_svd`.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any =
     Raises
     ------
     TypeError, ValueError
-        As for :func:`weighted_svd`.
+        If the matrix or its weights are not as :func:`weighted_svd` takes them.
 
     Examples
     --------

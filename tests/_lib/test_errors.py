@@ -23,8 +23,8 @@ WARNS = {
     "scaled": lambda: cur.deim_cur(ONES * 1e-200, rank=3),
     "interpolative": lambda: cur.interpolative(ONES, rank=3),
     "interpolative rows": lambda: cur.interpolative(ONES, rank=3, side="rows"),
-    "select": lambda: cur.select(ONES, rank=3, method="deim"),
-    "select qdeim": lambda: cur.select(ONES, rank=3, method="qdeim"),
+    "select": lambda: cur.select(ONES, rank=3, select="deim"),
+    "select qdeim": lambda: cur.select(ONES, rank=3, select="qdeim"),
 }
 
 

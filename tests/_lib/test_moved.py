@@ -436,3 +436,12 @@ def test_a_function_can_be_called_whatever_was_imported_before():
         assert cur.own_rows(np.eye(3)[:, :2]).shape == function(np.eye(3)[:, :2]).shape
     finally:
         cur.own_rows = function
+
+
+def test_former_options_are_taken():
+    A = np.diag([1.0, 5.0, 3.0, 0.0])
+    with pytest.warns(DeprecationWarning, match="`method` of select is `select` now"):
+        rows, columns = cur.select(A, rank=2, method="norm")
+    assert (rows.tolist(), columns.tolist()) == ([1, 2], [1, 2])
+    with pytest.raises(TypeError, match="`method` is the former name of `select`; give one of them"):
+        cur.select(A, rank=2, method="norm", select="norm")

@@ -23,7 +23,7 @@ DRIVERS = {
     "weighted": lambda op: cur.cur(op, rank=3, column_weights=np.linspace(0.1, 1, op.shape[1])),
     "interpolative": lambda op: cur.interpolative(op, rank=3),
     "interpolative rows": lambda op: cur.interpolative(op, rank=3, side="rows"),
-    "select": lambda op: cur.select(op, rank=3, method="deim"),
+    "select": lambda op: cur.select(op, rank=3, select="deim"),
     "subspace": lambda op: subspace.randomised(op, 3),
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 
 from cur import cur, deim_cur, interpolative, select
+from cur.selection import SELECTORS
 from tests.backends import use
 from tests.families import random
 
@@ -181,13 +184,22 @@ def test_cross_cores_need_at_least_as_many_rows_as_columns():
         cur(A, rank=(2, 3), link="cross")
 
 
-@pytest.mark.parametrize("name", ["norm", "cmd", "osinsky"])
+@pytest.mark.parametrize("name", [name for name, known in SELECTORS.items() if "entries" in known.reads])
 def test_selectors_that_an_operator_cannot_serve(name):
-    with pytest.raises(TypeError, match=f"`select='{name}'` looks at the entries.*use 'deim', 'lupp' or 'arp'"):
+    with pytest.raises(
+        TypeError, match=f"`select='{name}'` looks at the entries.*use 'deim', 'lupp', .* or 'leverage'"
+    ):
         cur(scipy.sparse.linalg.aslinearoperator(A), rank=2, select=name)
 
 
+def test_selectors_of_dense_matrices_refuse_sparse_ones():
+    with pytest.raises(TypeError, match="`select='osinsky'` takes dense arrays, got a sparse matrix; use 'deim', "):
+        cur(scipy.sparse.csr_array(A), rank=2, select="osinsky")
+
+
 def test_deim_cur_has_one_selector():
+    assert list(inspect.signature(deim_cur).parameters) == list(inspect.signature(cur).parameters)
+    assert deim_cur(A, rank=2, select="deim").rows.tolist() == deim_cur(A, rank=2).rows.tolist()
     with pytest.raises(TypeError, match=r"`select` is fixed to 'deim' in deim_cur; use cur\.cur"):
         deim_cur(A, rank=2, select="lupp")
 

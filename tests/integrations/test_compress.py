@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cur import NumericalError, deim_cur, importance, ranks
+from cur import NumericalError, cur, deim_cur, importance, ranks
 from cur.integrations import Statistics, batches, collect, decoder_layers
 from cur.integrations.compress import apply_plan_, compress
 from cur.integrations.model.size import model_size
@@ -20,6 +20,9 @@ from cur.integrations.plan import make as planning
 from cur.integrations.plan.config import CompressConfig
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import PlanError
+from cur.integrations.sources import InMemory
+from cur.scores import IMPORTANCES, LINKS, needs
+from cur.selection import SELECTORS
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "gate_proj"),
@@ -149,6 +152,43 @@ def test_importances_choose_differently(kind: str, llama: PreTrainedModel, windo
         "weights": None,
     }[kind]
     assert layer.rows == tuple(int(i) for i in deim_cur(weight, rank=6, importance=score, subspace="exact").rows)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_serves_models(
+    name: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
+) -> None:
+    dense, config = make_model("llama"), replace(SMALL, select=name, targets=("gate_proj",))
+    report = compress(copy.deepcopy(dense), windows, config)
+    statistics = measure(dense, windows)
+    for layer in report.layers:
+        weight = dense.get_parameter(f"{layer.name}.weight").detach()
+        score = importance.wanda(weight, statistics.x_norm(layer.name).float())
+        expected = cur(weight, rank=6, select=name, importance=score, subspace="exact")
+        assert (layer.rows, layer.columns) == (tuple(expected.rows.tolist()), tuple(expected.columns.tolist()))
+        assert layer.relative_error <= layer.certificate["relative"] * (1 + 1e-4)
+    within = make_plan(dense, statistics, replace(config, rank=None, tolerance=0.9, layout="interpolative"))
+    for entry in within.entries:
+        weight = dense.get_parameter(f"{entry.name}.weight").detach()
+        score = importance.wanda(weight, statistics.x_norm(entry.name).float())
+        assert entry.rank == cur(weight, tol=0.9, select=name, importance=score, subspace="exact", bounds=False).rank
+    assert within.entries
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("link", LINKS)
+def test_what_is_measured_is_what_is_needed(
+    importance: str, link: str, llama: PreTrainedModel, windows: torch.Tensor
+) -> None:
+    config = replace(SMALL, importance=importance, link=link, targets=("gate_proj",))
+    assert config.needs_moments == ("moments" in needs(importance, link))
+    assert config.needs_gradients == ("gradients" in needs(importance, link))
+    source = InMemory(llama, list(batches(windows, batch_size=3)))
+    statistics = source.measure(source.check(config), config)
+    assert bool(statistics.products) == config.needs_moments
+    plan = make_plan(llama, statistics, config)
+    assert (plan.needs_moments, plan.needs_gradients) == (config.needs_moments, config.needs_gradients)
+    assert len(apply_plan_(llama, plan, statistics)) == 2
 
 
 def test_activation_link_lowers_the_weighted_error(
@@ -327,7 +367,8 @@ def test_statistics_that_do_not_serve(llama: PreTrainedModel, windows: torch.Ten
             {"importance": "luck"},
             "`importance` must be one of wanda, magnitude, weights, activation, covariance, got 'luck'",
         ),
-        ({"link": "luck"}, "`link`"),
+        ({"link": "luck"}, "`link` must be one of optimal, activation, covariance, got 'luck'"),
+        ({"select": "luck"}, "`select` must be one of deim, lupp, .*, got 'luck'"),
         ({"precision": "float16"}, "`precision`"),
     ],
 )

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from cur import scores, selection
 from cur.cli.app import app
 from cur.factors import Folded
 from cur.healing.pair.cores import cores_of
-from cur.integrations import Plan, dense_export, save
+from cur.integrations import CompressConfig, Plan, dense_export, save
+from cur.integrations.compress import compress
 from cur.integrations.convert import convert_
 from cur.integrations.factor import MAKERS, Made, Task, maker
 from cur.integrations.factor.layer import Factored, factorize_as, plain_certificate
@@ -39,6 +41,7 @@ from cur.integrations.plan.layouts import choose_layout
 from cur.integrations.plan.methods import RankEntry, WeightedEntry
 from cur.integrations.plan.plan import PlanError, fingerprint
 from cur.integrations.quantize import quantizable
+from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.export import TARGETS, Target, register_target
 from cur.integrations.store.inspect import summarize
 from tests.integrations import checkpoints
@@ -361,3 +364,124 @@ def test_a_target_of_export_from_outside(tmp_path: Path, monkeypatch: pytest.Mon
         done = CliRunner().invoke(app, ["export", str(home / "small"), "--to", to, "--out", str(home / to)])
         assert done.exit_code == 2
         assert said in " ".join(done.stderr.split())
+
+
+def longest(basis: Tensor, count: int | None = None, /, *, matrix: Tensor | None = None, rng: Any = 0) -> Tensor:
+    """A toy selector: take the longest rows of the basis."""
+    return torch.argsort(-basis.norm(dim=1), stable=True)[:count]
+
+
+def felt(W: Tensor, known: scores.Known) -> Tensor:
+    """A toy importance: what the loss feels of each entry, and how the inputs go together."""
+    gradients: Tensor = known.gradients
+    together: Tensor = known.moments.apply(W, 1)
+    return gradients.diagonal().sqrt()[:, None] * (W.abs() * known.norms + together.norm(dim=1)[:, None])
+
+
+def squared(W: Tensor, known: scores.Known) -> Any:
+    """A toy link: input features count by the fourth power of their norms."""
+    return known.norms**4
+
+
+def register_choices() -> None:
+    selection.selector("longest", reads="basis", nested=True, beyond_basis=True)(longest)
+    scores.importance("felt", "what the loss feels", needs=("norms", "moments", "gradients"))(felt)
+    scores.importance("near", "||x||^2 W", needs="norms")(lambda W, known: W * known.norms**2)
+    scores.link("squared", "by ||x||^4", needs="norms")(squared)
+
+
+def remove_choices() -> None:
+    del selection.SELECTORS["longest"], scores.IMPORTANCES["felt"], scores.IMPORTANCES["near"], scores.LINKS["squared"]
+
+
+@pytest.fixture
+def choices() -> Iterator[None]:
+    register_choices()
+    yield
+    remove_choices()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("choices")
+def test_a_selector_an_importance_and_a_link_from_outside(tmp_path: Path) -> None:
+    home = written(tmp_path)
+    text = ("--text", home / "text.txt", "--windows", "6", "--window-length", "16", "--precision", "float32")
+    asked = ("--select", "longest", "--importance", "felt", "--link", "squared", "--layers", "1,", "--rank", "6")
+    command("plan", home / "dense", *asked, *text, "--out", home / "plan.json")
+    plan = Plan.load(home / "plan.json")
+    assert {(entry.select, entry.importance, entry.link) for entry in plan.entries} == {("longest", "felt", "squared")}
+    assert plan.needs_moments
+    assert plan.needs_gradients
+
+    small = home / "small"
+    command("compress", home / "dense", "--plan", home / "plan.json", *text, "--out", small)
+    command("compress", home / "dense", *asked, *text, "--out", home / "same")
+    model = AutoModelForCausalLM.from_pretrained(small)
+    expected = logits(model)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(home / "same")), expected)
+    dense = AutoModelForCausalLM.from_pretrained(home / "dense")
+    assert not torch.allclose(logits(dense), expected)
+
+    # report, card, inspect
+    report = CompressionReport.load(small / "report.json")
+    assert [layer.rank for layer in report.layers] == [6, 6, 6]
+    other = AutoModelForCausalLM.from_pretrained(home / "dense")
+    wanda = compress(other, torch.arange(4, 84).reshape(5, 16), CompressConfig(layers=(1,), rank=6))
+    assert any(ours.rows != theirs.rows for ours, theirs in zip(report.layers, wanda.layers, strict=True))
+    said = "Rows and columns were chosen by `longest` on the importance `felt`."
+    assert said in (small / "README.md").read_text()
+    assert "q_proj" in command("inspect", small)
+
+    # a new process
+    code = (
+        "import sys, torch; from tests.integrations.test_house import logits, register_choices; register_choices(); "
+        "from cur.integrations import Plan; Plan.load(sys.argv[1] + '/plan.json'); "
+        "from transformers import AutoModelForCausalLM; "
+        "torch.save(logits(AutoModelForCausalLM.from_pretrained(sys.argv[1])), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(small), str(home / "logits")], cwd=ROOT, check=True, timeout=300)
+    assert torch.equal(torch.load(home / "logits"), expected)
+
+    # convert, export, healing
+    command("convert", small, "--layout", "folded", "--out", home / "folded")
+    converted = logits(AutoModelForCausalLM.from_pretrained(home / "folded"))
+    torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-4)
+    command("export", small, "--out", home / "exported")
+    exported = logits(AutoModelForCausalLM.from_pretrained(home / "exported"))
+    torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-4)
+    more = [*text[:2], "--windows", "20", *text[4:], "--scope", "block", "--steps", "2"]
+    command("heal", small, *more, "--out", home / "healed")
+    assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(home / "healed")), expected)
+
+    # block by block, without what needs the whole model
+    asked = (*asked[:2], "--importance", "near", *asked[4:])
+    command("compress", home / "dense", *asked, *text, "--out", home / "whole")
+    command("compress", home / "dense", *asked, *text, "--out", home / "blocks", "--low-memory")
+    first, second = (logits(AutoModelForCausalLM.from_pretrained(home / name)) for name in ("whole", "blocks"))
+    torch.testing.assert_close(first, second)
+    refused = ["compress", home / "dense", "--importance", "felt", "--layers", "1", *text, "--out", home / "no"]
+    done = CliRunner().invoke(app, [*map(str, refused), "--low-memory"])
+    assert done.exit_code == 2
+    assert "needs gradients, which need the whole model in memory" in " ".join(done.stderr.split())
+
+
+def test_choices_that_are_not_registered_are_refused(tmp_path: Path) -> None:
+    home = written(tmp_path)
+    data = json.loads((home / "plan.json").read_text())
+    for key, value in {"select": "longest", "importance": "felt", "link": "squared"}.items():
+        with pytest.raises(ValueError, match=f"`{key}` must be one of .*, got '{value}'"):
+            CompressConfig(**{key: value})
+        entries = [{**data["entries"][1], key: value}]
+        (home / "plan.json").write_text(json.dumps({**data, "entries": entries}))
+        with pytest.raises(PlanError, match=f"`{key}` of .*gate_proj must be one of .*, got '{value}'"):
+            Plan.load(home / "plan.json")
+
+
+def test_plans_name_the_selector_where_it_is_not_the_default(tmp_path: Path) -> None:
+    home = written(tmp_path)
+    data = json.loads((home / "plan.json").read_text())
+    for select in ("deim", "osinsky"):
+        plan = Plan.from_dict({**data, "entries": [{**data["entries"][1], "select": select}]})
+        written_entry = plan.to_dict()["entries"][0]
+        assert written_entry.get("select") == (None if select == "deim" else select)
+        assert Plan.from_dict(plan.to_dict()) == plan

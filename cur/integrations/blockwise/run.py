@@ -161,6 +161,11 @@ def _refuse(config: Asked) -> None:
             raise ValueError(
                 f"{names} of a budget need the whole model in memory; block by block pass {without} ({options})"
             )
+    elif config.needs_gradients:
+        raise ValueError(
+            f"`importance` {config.importance!r} with `link` {config.link!r} needs gradients, which need the whole "
+            "model in memory; block by block choose others"
+        )
     elif config.span > 1:
         raise ValueError("`span` must be 1 block by block: angles are measured between neighbours alone")
 

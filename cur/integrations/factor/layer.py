@@ -15,7 +15,7 @@ from cur._driver.certify import evaluation_rounding
 from cur._lib.array import unit_roundoff
 from cur._lib.errors import collected
 from cur.bounds import Certificate
-from cur.decompose import deim_cur
+from cur.decompose import cur
 from cur.factors import CUR, Folded, Interpolative
 from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.measure.moments import Moments, x_norm
@@ -229,9 +229,10 @@ def interpolative_layer(
 
 def _columns_and_rows(W: Tensor, entry: CUREntry, moments: Moments, seed: int) -> Factored:
     with collected():  # a weight of lower rank than planned is represented exactly; the report says at which rank
-        factors = deim_cur(
+        factors = cur(
             W,
             rank=entry.rank,
+            select=entry.select,
             importance=guide(W, entry, moments),
             column_weights=link_weights(W, entry, moments),
             subspace=entry.subspace,

@@ -10,7 +10,7 @@ from torch import Tensor
 from cur import importance
 from cur.integrations.measure.statistics import Statistics
 
-__all__ = ["Moments", "x_norm"]
+__all__ = ["Measured", "Moments", "x_norm"]
 
 
 def x_norm(statistics: Statistics, name: str) -> Tensor:
@@ -103,6 +103,38 @@ class Moments:
         if self._latest is None or self._latest[0] != key:
             self._latest = key, importance.matrix(moment.to(W), damping=damping)
         return self._latest[1]
+
+
+class Measured:
+    """What was measured of a layer, in the dtype and on the device of its weight, as `cur.scores.Known`.
+
+    Parameters
+    ----------
+    moments : Moments
+        The statistics of the model.
+    name : str
+        The name of the layer.
+    W : Tensor
+        Its weight.
+    """
+
+    def __init__(self, moments: Moments, name: str, W: Tensor) -> None:
+        self._of, self._name, self._W = moments, name, W
+
+    @property
+    def norms(self) -> Tensor:
+        """The norm of each input feature."""
+        return x_norm(self._of.statistics, self._name).to(self._W)
+
+    @property
+    def moments(self) -> importance.Weight:
+        """The second moments of the inputs, as a factored weight of the columns."""
+        return self._of.input_weight(self._name, self._W)
+
+    @property
+    def gradients(self) -> Tensor:
+        """The second moments of the gradients at the outputs."""
+        return self._of.outputs(self._name, self._W, damping=0.0)
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:

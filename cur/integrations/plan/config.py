@@ -9,8 +9,10 @@ from cur.integrations.model.targets import ALL_LINEAR
 from cur.integrations.nn import factored
 from cur.integrations.plan.blocks import CHOICES
 from cur.integrations.plan.layouts import PURPOSES
-from cur.integrations.plan.methods import IMPORTANCES, LINKS, SUBSPACES, RowsEntry, WeightedEntry
+from cur.integrations.plan.methods import SUBSPACES, RowsEntry, WeightedEntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, is_multiple
+from cur.scores import IMPORTANCES, LINKS, needs
+from cur.selection import SELECTORS
 
 __all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
 
@@ -53,13 +55,15 @@ class CompressConfig:
         the layer is faster than dense, at ranks up to where there is one; layers for which no rank is stay dense.
     purpose : {"inference", "training"}, default "inference"
         For the layout "auto": training keeps U apart.
-    importance : {"wanda", "magnitude", "weights", "activation", "covariance"}, default "wanda"
-        Whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W``, ``W diag(||x||)``, or
-        ``W E[x x^T]^(1/2)``.
-    link : {"optimal", "activation", "covariance"}, default "optimal"
-        Whether the core U minimises ``||W - C U R||_F``, or the same with each input feature weighted by its
-        norm ``||x||``, or with the inputs' second moments, the change of the layer's output. Weighted, the certificate
-        is in the weighted norm too.
+    select : str, default "deim"
+        What chooses rows and columns, by its name in :data:`cur.selection.SELECTORS`.
+    importance : str, default "wanda"
+        Whose leading singular subspaces choose rows and columns, by its name in :data:`cur.scores.IMPORTANCES`:
+        ``|W| ||x||``, for instance, or ``W`` itself.
+    link : str, default "optimal"
+        What the core U minimises, by its name in :data:`cur.scores.LINKS`: ``||W - C U R||_F``, or the same with each
+        input feature weighted by its norm ``||x||``, or with the inputs' second moments, the change of the layer's
+        output. Weighted, the certificate is in the weighted norm too.
     subspace : {"auto", "exact", "randomised"}, default "auto"
         Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
         random sketch for larger ones, whose SVD takes minutes.
@@ -88,6 +92,7 @@ class CompressConfig:
     effective_rank: bool = False
     layout: str = "cur"
     purpose: str = "inference"
+    select: str = "deim"
     importance: str = "wanda"
     link: str = "optimal"
     subspace: str = "auto"
@@ -113,6 +118,7 @@ class CompressConfig:
             "choose": CHOICES,
             "layout": ("auto", *factored()),
             "purpose": PURPOSES,
+            "select": SELECTORS,
             "importance": IMPORTANCES,
             "link": LINKS,
             "subspace": ("auto", *SUBSPACES),
@@ -141,10 +147,14 @@ class CompressConfig:
     @property
     def needs_moments(self) -> bool:
         """Whether full second moments of the inputs are needed."""
-        return "covariance" in (self.importance, self.link)
+        return "moments" in needs(self.importance, self.link)
 
-    # A fixed rank needs nothing else of a model than its inputs on the given text.
-    needs_gradients = False
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether second moments of the gradients at the outputs are needed."""
+        return "gradients" in needs(self.importance, self.link)
+
+    # A fixed rank needs neither other text than what is given nor the layers before.
     gradient_checkpointing = False
     own_text = 0.0
     correction = 0.0

@@ -173,8 +173,12 @@ class PlanEntry(metaclass=_Former):
         return self.shape[0] * self.shape[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as JSON types, with ``parameters`` for the reader's information."""
-        own = {key: getattr(self, one.name) for key, one in _keys(type(self)).items()}
+        """Return the entry as JSON types, with ``parameters`` for the reader's information.
+
+        A field that not every entry is written with is left out where it has its default.
+        """
+        values = ((key, getattr(self, one.name), one.default) for key, one in _keys(type(self)).items())
+        own = {key: value for key, value, default in values if key in _WRITTEN or value != default}
         return {
             **_WRITTEN,
             **own,

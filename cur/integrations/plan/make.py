@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cur import ranks
 from cur._lib.errors import NumericalError
 from cur._lib.versions import versions
-from cur.decompose import deim_cur
+from cur.decompose import cur
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
 from cur.integrations.measure.statistics import Statistics
@@ -186,6 +186,7 @@ def layer_entries(
             importance=config.importance,
             link=config.link,
             subspace=_subspace(config.subspace, min(m, n)),
+            select=config.select,
         )
         W = weight.to(PRECISIONS[config.precision])
         rank = _rank(W, entry, moments, config)
@@ -237,9 +238,10 @@ def _rank(W: Tensor, entry: CUREntry, moments: Moments, config: CompressConfig) 
     """Return the rank of a layer by the rule of the configuration; None if the layer would not get smaller."""
     if config.tolerance is not None:
         try:
-            rank = deim_cur(
+            rank = cur(
                 W,
                 tol=config.tolerance,
+                select=entry.select,
                 importance=guide(W, entry, moments),
                 column_weights=link_weights(W, entry, moments),
                 subspace=entry.subspace,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cur.integrations.nn import InterpolativeLinear, KeptInputs, KeptOutputs, factored
 from cur.integrations.plan.entry import PlanEntry, PlanError, register_method
+from cur.scores import IMPORTANCES, LINKS, needs
+from cur.selection import SELECTORS
 from cur.weighted.rows import own_rows
 from cur.weighted.truncation import square_errors
 
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "IMPORTANCES",
-    "LINKS",
     "SUBSPACES",
     "CUREntry",
     "NeuronsBeforeEntry",
@@ -27,13 +27,6 @@ __all__ = [
     "RowsEntry",
     "WeightedEntry",
 ]
-
-IMPORTANCES = ("wanda", "magnitude", "weights", "activation", "covariance")
-"""Scores whose leading singular subspaces choose rows and columns: ``|W| ||x||``, ``|W|``, ``W`` itself,
-``W diag(||x||)``, ``W E[x x^T]^(1/2)``."""
-
-LINKS = ("optimal", "activation", "covariance")
-"""What the core U minimises: ``||W - C U R||_F``, the same times ``diag(||x||)``, or times ``E[x x^T]^(1/2)``."""
 
 SUBSPACES = ("exact", "randomised")
 """Where the singular subspaces come from: an SVD, or a seeded random sketch, for layers too large for one."""
@@ -73,11 +66,13 @@ class CUREntry(RankEntry):
     Parameters
     ----------
     importance : str
-        One of :data:`IMPORTANCES`.
+        What rows and columns are chosen by, by its name in :data:`cur.scores.IMPORTANCES`.
     link : str
-        One of :data:`LINKS`.
+        What the core minimises, by its name in :data:`cur.scores.LINKS`.
     subspace : str
-        One of :data:`SUBSPACES`.
+        Where singular subspaces come from, one of :data:`SUBSPACES`.
+    select : str
+        What chooses rows and columns, by its name in :data:`cur.selection.SELECTORS`.
     """
 
     method = "cur"
@@ -86,6 +81,7 @@ class CUREntry(RankEntry):
     importance: str = "wanda"
     link: str = "optimal"
     subspace: str = "exact"
+    select: str = "deim"
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
@@ -95,20 +91,32 @@ class CUREntry(RankEntry):
     def check(self) -> None:
         """Refuse unknown choices."""
         super().check()
-        for key, known in (("importance", IMPORTANCES), ("link", LINKS), ("subspace", SUBSPACES)):
+        choices: dict[str, Collection[str]] = {
+            "importance": IMPORTANCES,
+            "link": LINKS,
+            "subspace": SUBSPACES,
+            "select": SELECTORS,
+        }
+        for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise PlanError(f"`{key}` of {self.name} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
 
     @property
     def needs_moments(self) -> bool:
-        """Whether covariances of inputs enter."""
-        return "covariance" in (self.importance, self.link)
+        """Whether the importance or the link asks for them."""
+        return "moments" in needs(self.importance, self.link)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the importance or the link asks for them."""
+        return "gradients" in needs(self.importance, self.link)
 
     @classmethod
     def said(cls, entries: Sequence[Any]) -> str:
         """Return what chose rows and columns."""
-        importance = ", ".join(sorted({entry.importance for entry in entries}))
-        return f"Rows and columns were chosen by DEIM on the importance `{importance}`."
+        importance, select = (", ".join(sorted({getattr(e, key) for e in entries})) for key in ("importance", "select"))
+        by = "DEIM" if select == "deim" else f"`{select}`"
+        return f"Rows and columns were chosen by {by} on the importance `{importance}`."
 
 
 @dataclass(frozen=True, kw_only=True)

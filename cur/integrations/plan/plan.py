@@ -22,7 +22,8 @@ from cur.integrations.files.reading import read_object
 from cur.integrations.model.experts import unrolled
 from cur.integrations.nn import dense_weight
 from cur.integrations.plan.entry import METHODS, PlanEntry, PlanError, read_entry, refuse_unknown, require
-from cur.integrations.plan.methods import IMPORTANCES, LINKS, SUBSPACES
+from cur.integrations.plan.methods import SUBSPACES
+from cur.scores import IMPORTANCES, LINKS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
