@@ -36,6 +36,7 @@ from cur.healing import HealingConfig, Objectives, heal, load_student
 from cur.healing.pair.cache import TeacherCache
 from cur.healing.pair.data import Text
 from cur.healing.pair.pair import TeacherStudentPair
+from cur.healing.training.learner import LARGEST_GRADIENT
 from cur.integrations import collect, compress, decoder_layers, load_model, perplexity, read_text, save, token_windows
 from cur.integrations.measure.text import batches
 from cur.integrations.model.precision import Precision
@@ -243,7 +244,7 @@ def adapt(
         batch = text.batch(step)
         loss = pair.loss(batch, pair.teach(batch))
         loss.total.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
         optimizer.zero_grad()
         _show("adapter")(step, steps, loss.parts)
@@ -282,7 +283,7 @@ def adapt_to_domain(bench: Bench, name: str) -> dict[str, Any]:
         with passes.products():
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
         optimizer.zero_grad()
         _show(name)(step, config.steps, {"loss": float(loss.detach())})

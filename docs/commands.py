@@ -25,11 +25,21 @@ def _section(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
     usage = " ".join(["cur", name, *map(_metavar, arguments), "[OPTIONS]"])
-    rows = [f"| `{_metavar(p)}` | {_cell(p.help)} | |" for p in arguments]
-    rows += [f"| {_flags(p)} | {_cell(p.help)} | {_default(p)} |" for p in options]
-    table = ["| Argument or option | Meaning | Default |", "|---|---|---|", *rows]
-    parts = [f"## cur {name}", command.help or "", f"```console\n$ {usage}\n```", "\n".join(table)]
+    headings = dict.fromkeys(p.rich_help_panel for p in options if p.rich_help_panel)
+    plain = [f"| `{_metavar(p)}` | {_cell(p.help)} | |" for p in arguments]
+    parts = [f"## cur {name}", command.help or "", f"```console\n$ {usage}\n```"]
+    parts.append(_table([*plain, *_rows(options, None)], "Argument or option" if arguments else "Option"))
+    for heading in headings:
+        parts += [f"**{heading}**, in a file `[{heading.lower()}]`:", _table(_rows(options, heading), "Option")]
     return "\n\n".join([*parts, command.epilog or ""])
+
+
+def _rows(options: list[Any], heading: str | None) -> list[str]:
+    return [f"| {_flags(p)} | {_cell(p.help)} | {_default(p)} |" for p in options if p.rich_help_panel == heading]
+
+
+def _table(rows: list[str], first: str) -> str:
+    return "\n".join([f"| {first} | Meaning | Default |", "|---|---|---|", *rows])
 
 
 def _metavar(argument: Any) -> str:
@@ -38,7 +48,8 @@ def _metavar(argument: Any) -> str:
 
 
 def _flags(option: Any) -> str:
-    return ", ".join(f"`{flag}`" for flag in sorted(option.opts, key=len, reverse=True))
+    flags = sorted(option.opts, key=len, reverse=True) + option.secondary_opts
+    return ", ".join(f"`{flag}`" for flag in flags)
 
 
 def _default(option: Any) -> str:

@@ -45,7 +45,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.config": ("cur.integrations.plan.config",),
     "cur.integrations.curves": ("cur.integrations.plan.rate_distortion",),
     "cur.integrations.disk": ("cur.integrations.plan.file_size",),
-    "cur.integrations.dynamic": ("cur.integrations.plan.effective_rank",),
     "cur.integrations.evaluate": ("cur.integrations.report.perplexity",),
     "cur.integrations.experts": ("cur.integrations.model.experts",),
     "cur.integrations.factorize": (

@@ -16,7 +16,7 @@ def main() -> None:
     try:
         from cur.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("typer", "rich", "tomli", "tomli_w"):
             raise
         print(
             f"The command line needs {error.name}, not installed here; type: "

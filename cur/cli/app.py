@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from cur.cli import groups as g
 from cur.cli import options as o
 from cur.cli._run import guarded
-from cur.cli.heal import heal
+from cur.cli.command import command
+from cur.cli.given import Given
+from cur.settings.compress import BudgetSettings, PaperSettings
+from cur.settings.healing import HealingSettings, ObjectiveSettings
 
 __all__ = ["app"]
 
@@ -21,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make transformer models smaller with CUR matrix factorizations: weights become a few of their own "
     "columns and rows.\n\nStart with `cur demo`, which needs no files and no network.",
-    epilog="Every command takes `--help`. With CUR_DEBUG=1 in the environment an error shows its traceback.",
+    epilog="Every command takes `--help`, those with many options `--help-all`. With CUR_DEBUG=1 in the environment an "
+    "error shows its traceback.",
 )
 
 
@@ -42,69 +47,31 @@ def options(
     """Make transformer models smaller."""
 
 
-@app.command(
-    epilog="Example: `cur compress --out small` or `cur compress my-model --keep 0.8 --text notes.txt --out small`"
+_PLANNED = (BudgetSettings, PaperSettings)
+_GONE = {
+    "--allocation": "layers share a budget so that the predicted loss is least; the comparison with D-Rank is in "
+    "benchmarks/quality.py"
+}
+
+
+@command(
+    app,
+    g.Model,
+    g.Destination,
+    g.PlanSource,
+    *_PLANNED,
+    g.CompressionText,
+    g.HeldOutText,
+    g.Loading,
+    example="`cur compress --out small` or `cur compress my-model --keep 0.8 --text notes.txt --out small`",
+    gone=_GONE,
 )
-@guarded
 def compress(
-    model: o.Model = None,
-    *,
-    out: o.Out,
-    model_option: o.ModelOption = None,
-    plan: Annotated[
+    given: Given,
+    save_config: Annotated[
         Path | None,
-        typer.Option(help="Carry out a plan that `cur plan` wrote, edited or not.", show_default=False),
+        typer.Option(help="TOML file to write with what these options mean.", show_default=False),
     ] = None,
-    text: o.Text = None,
-    dataset: o.Dataset = None,
-    dataset_config: o.DatasetConfig = None,
-    split: o.Split = None,
-    column: o.Column = None,
-    windows: o.Windows = None,
-    window_length: o.WindowLength = 512,
-    batch_size: o.BatchSize = 1,
-    stats: o.Stats = None,
-    keep: o.Keep = None,
-    target_parameters: o.TargetParameters = None,
-    target_size: o.TargetSize = None,
-    method: o.Method = None,
-    allocation: o.Allocation = "loss",
-    neurons: o.Neurons = True,
-    gradients: o.Gradients = True,
-    gradient_checkpointing: o.GradientCheckpointing = False,
-    own_text: o.OwnText = 0.25,
-    correction: o.Correction = 0.5,
-    layers: o.Layers = None,
-    choose: o.Choose = None,
-    span: o.Span = None,
-    targets: o.Targets = None,
-    exclude: o.Exclude = "",
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    tolerance: o.Tolerance = None,
-    effective_rank: o.EffectiveRank = None,
-    layout: o.Layout = None,
-    purpose: o.Purpose = None,
-    select: o.Select = None,
-    importance: o.Importance = None,
-    link: o.Link = None,
-    dtype: o.Dtype = "auto",
-    precision: o.Precision = "auto",
-    seed: o.Seed = 0,
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file to measure perplexity on, before and after; or `reference`, for the part of the Python "
-            "language reference that is not calibrated on.",
-            show_default="not measured",
-        ),
-    ] = None,
-    held_out_windows: Annotated[
-        int, typer.Option(help="Windows of it, of 1024 tokens if the model has positions for them.")
-    ] = 12,
-    low_memory: o.LowMemory = None,
-    device: o.Device = "cpu",
-    trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -116,168 +83,29 @@ def compress(
     work.
     """
     from cur.cli.commands import run_compress
-    from cur.cli.settings import compress_config, refuse_with_plan
-    from cur.cli.source import HeldOut, Source
 
-    config = compress_config(
-        method=method,
-        budget={"keep": keep, "parameters": target_parameters, "size": target_size},
-        sharing={
-            "allocation": allocation,
-            "neurons": neurons,
-            "gradients": gradients,
-            "gradient_checkpointing": gradient_checkpointing,
-            "own_text": own_text,
-            "correction": correction,
-        },
-        fixed={
-            "layers": layers,
-            "choose": choose,
-            "span": span,
-            "rank": rank,
-            "energy": energy,
-            "tolerance": tolerance,
-            "effective_rank": effective_rank,
-            "layout": layout,
-            "purpose": purpose,
-            "select": select,
-            "importance": importance,
-            "link": link,
-        },
-        common={"targets": _names(targets), "exclude": _names(exclude), "seed": seed},
-    )
-    if plan is not None:
-        refuse_with_plan(config)
-    source = Source(
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        split=split,
-        column=column,
-        windows=windows,
-        length=window_length,
-        batch_size=batch_size,
-        stats=stats,
-    )
-    run_compress(
-        _one(model, model_option),
-        out,
-        config if plan is None else plan,
-        source=source,
-        held_out=None if held_out is None else HeldOut(held_out, held_out_windows),
-        dtype=dtype,
-        precision=precision,
-        device=device,
-        low_memory=low_memory,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
+    run_compress(given, save_config=save_config, overwrite=overwrite, as_json=as_json)
 
 
-@app.command(epilog="Example: `cur plan --keep 0.8 --out plan.json`, then `cur compress --plan plan.json --out small`")
-@guarded
-def plan(
-    model: o.Model = None,
-    *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.", show_default=False)],
-    model_option: o.ModelOption = None,
-    text: o.Text = None,
-    dataset: o.Dataset = None,
-    dataset_config: o.DatasetConfig = None,
-    split: o.Split = None,
-    column: o.Column = None,
-    windows: o.Windows = None,
-    window_length: o.WindowLength = 512,
-    batch_size: o.BatchSize = 1,
-    stats: o.Stats = None,
-    keep: o.Keep = None,
-    target_parameters: o.TargetParameters = None,
-    target_size: o.TargetSize = None,
-    method: o.Method = None,
-    allocation: o.Allocation = "loss",
-    neurons: o.Neurons = True,
-    gradients: o.Gradients = True,
-    gradient_checkpointing: o.GradientCheckpointing = False,
-    own_text: o.OwnText = 0.25,
-    correction: o.Correction = 0.5,
-    layers: o.Layers = None,
-    choose: o.Choose = None,
-    span: o.Span = None,
-    targets: o.Targets = None,
-    exclude: o.Exclude = "",
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    tolerance: o.Tolerance = None,
-    effective_rank: o.EffectiveRank = None,
-    layout: o.Layout = None,
-    purpose: o.Purpose = None,
-    select: o.Select = None,
-    importance: o.Importance = None,
-    link: o.Link = None,
-    dtype: o.Dtype = "auto",
-    precision: o.Precision = "auto",
-    seed: o.Seed = 0,
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.AsJson = False,
-) -> None:
+@command(
+    app,
+    g.Model,
+    g.PlanDestination,
+    *_PLANNED,
+    g.CompressionText,
+    g.Opening,
+    example="`cur plan --keep 0.8 --out plan.json`, then `cur compress --plan plan.json --out small`",
+    gone=_GONE,
+)
+def plan(given: Given, as_json: o.AsJson = False) -> None:
     """Decide which layers would be compressed, and how, and write that as JSON.
 
     The plan names every layer with its shape, rank, layout, numbers and predicted error. It can be edited, and carried
     out with `cur compress --plan`.
     """
     from cur.cli.commands import run_plan
-    from cur.cli.settings import compress_config
-    from cur.cli.source import Source
 
-    config = compress_config(
-        method=method,
-        budget={"keep": keep, "parameters": target_parameters, "size": target_size},
-        sharing={
-            "allocation": allocation,
-            "neurons": neurons,
-            "gradients": gradients,
-            "gradient_checkpointing": gradient_checkpointing,
-            "own_text": own_text,
-            "correction": correction,
-        },
-        fixed={
-            "layers": layers,
-            "choose": choose,
-            "span": span,
-            "rank": rank,
-            "energy": energy,
-            "tolerance": tolerance,
-            "effective_rank": effective_rank,
-            "layout": layout,
-            "purpose": purpose,
-            "select": select,
-            "importance": importance,
-            "link": link,
-        },
-        common={"targets": _names(targets), "exclude": _names(exclude), "seed": seed},
-    )
-    source = Source(
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        split=split,
-        column=column,
-        windows=windows,
-        length=window_length,
-        batch_size=batch_size,
-        stats=stats,
-    )
-    run_plan(
-        _one(model, model_option),
-        out,
-        config,
-        source=source,
-        dtype=dtype,
-        precision=precision,
-        trust_remote_code=trust_remote_code,
-        as_json=as_json,
-    )
+    run_plan(given, as_json=as_json)
 
 
 @app.command(epilog="Example: `cur convert small --layout interpolative --out smaller`")
@@ -301,94 +129,57 @@ def convert(
     )
 
 
-@app.command(epilog="Example: `cur quantize small --text notes.txt --out smaller`")
-@guarded
-def quantize(
-    directory: o.Checkpoint,
-    out: o.Out,
-    text: o.Text = None,
-    dataset: o.Dataset = None,
-    dataset_config: o.DatasetConfig = None,
-    split: o.Split = None,
-    column: o.Column = None,
-    windows: o.Windows = None,
-    window_length: o.WindowLength = 512,
-    batch_size: o.BatchSize = 1,
-    precision: o.Precision = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    overwrite: o.Overwrite = False,
-    as_json: o.AsJson = False,
-) -> None:
+@command(
+    app,
+    g.Checkpoint,
+    g.Destination,
+    g.CalibrationText,
+    g.Passes,
+    example="`cur quantize small --text notes.txt --out smaller`",
+)
+def quantize(given: Given, overwrite: o.Overwrite = False, as_json: o.AsJson = False) -> None:
     """Round the layers of a compressed checkpoint to int8: half the bytes of bfloat16, at next to no loss.
 
     Each row of a factor gets a step of its own, and the error of one column is made up for in the others, weighted by
     what arrives there on the text. Do this last: rounded layers can neither be trained nor brought to another layout.
     """
     from cur.cli.commands import run_quantize
-    from cur.cli.source import Source
 
-    source = Source(
-        text=text,
-        dataset=dataset,
-        dataset_config=dataset_config,
-        split=split,
-        column=column,
-        windows=windows,
-        length=window_length,
-        batch_size=batch_size,
-    )
-    run_quantize(
-        directory,
-        out,
-        source=source,
-        precision=precision,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
+    run_quantize(given, overwrite=overwrite, as_json=as_json)
 
 
-app.command(epilog="Example: `cur heal small --text notes.txt --out healed`")(heal)
+@command(
+    app,
+    g.Checkpoint,
+    g.Destination,
+    HealingSettings,
+    ObjectiveSettings,
+    g.HealingText,
+    g.HealingRun,
+    example="`cur heal small --text notes.txt --out healed`",
+    gone={"--weight-decay": "cores are not pulled back to where the steps began"},
+)
+def heal(given: Given, overwrite: o.Overwrite = False, as_json: o.AsJson = False) -> None:
+    """Win back what compression lost, by training only the small matrices U against the dense model.
+
+    First the best U for the text are found by least squares and a step of natural gradient, then small steps refine
+    them. Rows and columns stay as they are. Run the same command again after an interruption: it continues where it
+    was.
+    """
+    from cur.cli.heal import run_heal
+
+    run_heal(given, overwrite=overwrite, as_json=as_json)
 
 
-@app.command(epilog="Example: `cur evaluate small --text notes.txt`")
-@guarded
-def evaluate(
-    model: o.Model = None,
-    *,
-    model_option: o.ModelOption = None,
-    text: o.Text = None,
-    column: o.Column = None,
-    windows: Annotated[int, typer.Option(help="Windows of text to score, each on its own.")] = 40,
-    window_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 1,
-    dtype: o.Dtype = "auto",
-    precision: o.Precision = "auto",
-    low_memory: o.LowMemory = None,
-    device: o.Device = "cpu",
-    trust_remote_code: o.TrustRemoteCode = False,
-    as_json: o.AsJson = False,
-) -> None:
+@command(app, g.Model, g.ScoredText, g.Loading, example="`cur evaluate small --text notes.txt`")
+def evaluate(given: Given, as_json: o.AsJson = False) -> None:
     """Measure the perplexity of a model on text, compressed or not.
 
     Lower is better: the model is as unsure about the next token as if it chose among that many.
     """
     from cur.cli.commands import run_evaluate
 
-    run_evaluate(
-        _one(model, model_option),
-        text=text,
-        column=column,
-        windows=windows,
-        window_length=window_length,
-        batch_size=batch_size,
-        dtype=dtype,
-        precision=precision,
-        device=device,
-        low_memory=low_memory,
-        trust_remote_code=trust_remote_code,
-        as_json=as_json,
-    )
+    run_evaluate(given, as_json=as_json)
 
 
 @app.command(epilog="Example: `cur inspect small`")
@@ -451,15 +242,3 @@ def demo(
     from cur.cli.demo import run_demo
 
     run_demo(out, overwrite=overwrite, as_json=as_json)
-
-
-def _names(value: str | None) -> str | tuple[str, ...] | None:
-    if value is None or value == "all-linear":
-        return value
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _one(argument: str | None, option: str | None) -> str | None:
-    if argument is not None and option is not None and argument != option:
-        raise ValueError(f"MODEL is given twice, as {argument!r} and as --model {option!r}; give one")
-    return argument if argument is not None else option

@@ -11,12 +11,16 @@ import torch
 
 from cur.cli import tables
 from cur.cli._run import bars, note, output, print_json
-from cur.cli.source import HeldOut, Source, read_for, show_unread, tell
+from cur.cli.file import save_file
+from cur.cli.given import Given
+from cur.cli.groups import Destination, Loading, Model, Opening, Passes, PlanSource, ScoredText
+from cur.cli.settings import compress_config, refuse_with_plan
+from cur.cli.source import HeldOut, Source, check_file, read_for, show_unread, tell
 from cur.integrations.blockwise import ProcessGroup
 from cur.integrations.convert import convert_
 from cur.integrations.files.beside import PAGE, PLAN, REPORT
 from cur.integrations.files.configuration import check_config
-from cur.integrations.files.directory import check_parent, check_target
+from cur.integrations.files.directory import check_target
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import embedded_text, read_text, token_windows
@@ -25,7 +29,6 @@ from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
 from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
-from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report.data import CompressionReport
@@ -53,43 +56,37 @@ _DTYPES: dict[str, torch.dtype | str] = {
 }
 
 
-def run_compress(
-    model: str | None,
-    out: Path,
-    how: CompressConfig | BudgetConfig | Path,
-    *,
-    source: Source,
-    held_out: HeldOut | None,
-    dtype: str,
-    precision: str,
-    device: str,
-    low_memory: bool | None,
-    trust_remote_code: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def run_compress(given: Given, *, save_config: Path | None, overwrite: bool, as_json: bool) -> None:
     """Run `cur compress`, by a configuration or by the plan in a file."""
-    check_target(out, overwrite=overwrite, needed=model)
+    how = compress_config(given)
+    source, held_out, loading = given.build(Source), given.build(HeldOut), given.build(Loading)
+    model, place, planned = given.build(Model), given.build(Destination), given.build(PlanSource)
+    if planned.plan is not None:
+        refuse_with_plan(how)
+    if save_config is not None:
+        check_file(save_config, "the TOML file to write")
+    out = Path(str(place.out))
+    check_target(out, overwrite=overwrite, needed=model.model)
     source.check()
     with bars() as bar:
         report = compress_model(
-            model,
+            model.model,
             out,
-            Plan.load(how) if isinstance(how, Path) else how,
+            how if planned.plan is None else Plan.load(planned.plan),
             text=source.batches,
-            held_out=None if held_out is None else held_out.read,
+            held_out=held_out.reader,
             statistics=source.stats,
-            dtype=_dtype(dtype),
-            precision=precision,
-            device=device,
-            low_memory=low_memory,
-            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=bar,
             announce=tell,
+            **_loaded(loading),
         )
-    if ProcessGroup().leads:
-        _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
+    if not ProcessGroup().leads:
+        return
+    if save_config is not None:
+        asked = planned if planned.plan is not None else how
+        save_file(save_config, [model, asked, source, held_out, loading, place])
+    _show_compressed(out.expanduser().absolute(), report, out, as_json=as_json)
 
 
 def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_json: bool) -> None:
@@ -109,33 +106,21 @@ def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_j
     output.print(f"Saved to {out}.{seen} Next: cur evaluate {out}, or load it in Python as its README.md says.")
 
 
-def run_plan(
-    model: str | None,
-    out: Path,
-    config: CompressConfig | BudgetConfig,
-    *,
-    source: Source,
-    dtype: str,
-    precision: str,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def run_plan(given: Given, *, as_json: bool) -> None:
     """Run `cur plan`."""
-    if out.is_dir():
-        raise ValueError(f"{out} is a directory; name the JSON file to write")
-    check_parent(out)
+    config, source = compress_config(given), given.build(Source)
+    out = Path(given.values["out"])
+    check_file(out, "the JSON file to write")
     source.check()
     with bars() as bar:
         plan = plan_model(
-            model,
+            given.build(Model).model,
             config,
             text=source.batches,
             statistics=source.stats,
-            dtype=_dtype(dtype),
-            precision=precision,
-            trust_remote_code=trust_remote_code,
             progress=bar,
             announce=tell,
+            **_loaded(given.build(Opening)),
         )
     out.expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
@@ -169,17 +154,11 @@ def run_convert(
     output.print(f"Saved to {out}.")
 
 
-def run_quantize(
-    directory: Path,
-    out: Path,
-    *,
-    source: Source,
-    precision: str,
-    trust_remote_code: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
     """Run `cur quantize`."""
+    directory, out = Path(given.values["directory"]), Path(given.values["out"])
+    source, passes = given.build(Source), given.build(Passes)
+    precision, trust_remote_code = passes.precision, passes.trust_remote_code
     check_target(out, overwrite=overwrite)
     check(precision)
     if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
@@ -187,11 +166,11 @@ def run_quantize(
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
-            model, given = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
+            model, batches = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
         show_unread(model)
         names = quantizable(model)
-        passes = _passes(loaded, precision)
-        measured = collect(model, given, modules=names, moments="full", precision=passes, progress=bar.of("calibrate"))
+        used = _passes(loaded, precision)
+        measured = collect(model, batches, modules=names, moments="full", precision=used, progress=bar.of("calibrate"))
         found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
         with bar.busy("Saving"):
             save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
@@ -208,44 +187,28 @@ def run_quantize(
     output.print(f"Saved to {out}. Next: cur evaluate {out}.")
 
 
-def run_evaluate(
-    model: str | None,
-    *,
-    text: Path | None,
-    column: str | None,
-    windows: int,
-    window_length: int,
-    batch_size: int,
-    dtype: str,
-    precision: str,
-    device: str,
-    low_memory: bool | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def run_evaluate(given: Given, *, as_json: bool) -> None:
     """Run `cur evaluate`."""
-    if column is not None and text is None:
+    model, scored = given.build(Model).model, given.build(ScoredText)
+    if scored.column is not None and scored.text is None:
         raise ValueError("--column is for a --text of rows")
     source: str | list[str | Conversation] = (
-        embedded_text("evaluate") if text is None else read_text(text, column=column)
+        embedded_text("evaluate") if scored.text is None else read_text(scored.text, column=scored.column)
     )
-    name = "embedded text" if text is None else str(text)
+    name = "embedded text" if scored.text is None else str(scored.text)
+    length, count = scored.window_length, scored.windows
     with bars() as bar:
         result = evaluate_model(
             model,
-            lambda tokenizer: token_windows(tokenizer, source, length=window_length, count=windows, name=name),
-            batch_size=batch_size,
-            dtype=_dtype(dtype),
-            precision=precision,
-            device=device,
-            low_memory=low_memory,
-            trust_remote_code=trust_remote_code,
+            lambda tokenizer: token_windows(tokenizer, source, length=length, count=count, name=name),
+            batch_size=scored.batch_size,
             progress=bar,
             announce=tell,
+            **_loaded(given.build(Loading)),
         )
-    called = DEFAULT_MODEL if model is None else str(model)
+    called = DEFAULT_MODEL if model is None else model
     if as_json:
-        print_json({"model": called, "text": name, "window_length": window_length, **asdict(result)})
+        print_json({"model": called, "text": name, "window_length": length, **asdict(result)})
         return
     output.print(f"{called}: perplexity {result} of {name}")
 
@@ -320,7 +283,8 @@ def _passes(loaded: LoadedModel, asked: str) -> str:
     return found.name
 
 
-def _dtype(name: str) -> torch.dtype | str:
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+def _loaded(loading: Opening) -> dict[str, Any]:
+    """Return how a model is loaded as the library has it."""
+    if loading.dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {loading.dtype!r}")
+    return {**asdict(loading), "dtype": _DTYPES[loading.dtype]}

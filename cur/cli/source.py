@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cur.cli._run import note
+from cur.cli.groups import CompressionText, HeldOutText
 from cur.integrations.files.directory import check_parent
 from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
@@ -18,7 +19,7 @@ from cur.integrations.model.limits import check_windows, positions
 from cur.integrations.pipeline import unread_remark
 from cur.integrations.report.perplexity import output_head
 
-__all__ = ["HeldOut", "Source", "read_for", "show_unread", "tell"]
+__all__ = ["HeldOut", "Source", "check_file", "read_for", "show_unread", "tell"]
 
 T = TypeVar("T", torch.Tensor, list[Any])
 
@@ -40,19 +41,16 @@ def show_unread(model: PreTrainedModel) -> None:
         tell(remark)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Text to calibrate or to heal on."""
+def check_file(path: Path, called: str) -> None:
+    """Refuse, before hours of work, a file that cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; name {called}")
+    check_parent(path)
 
-    text: Path | None
-    dataset: str | None
-    dataset_config: str | None
-    windows: int | None
-    length: int
-    split: str | None = None
-    column: str | None = None
-    stats: Path | None = None
-    batch_size: int = 1
+
+@dataclass(frozen=True, kw_only=True)
+class Source(CompressionText):
+    """Text to calibrate or to heal on."""
 
     def __post_init__(self) -> None:
         """Refuse two texts, and passes without a window."""
@@ -68,30 +66,28 @@ class Source:
     def check(self) -> None:
         """Refuse a file of statistics that cannot be written, before anything is measured."""
         if self.stats is not None:
-            if self.stats.is_dir():
-                raise ValueError(f"{self.stats} is a directory; name the file of statistics with --stats")
-            check_parent(self.stats)
+            check_file(self.stats, "the file of statistics with --stats")
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return windows of tokens to calibrate on."""
         source, name = self._open()
         count = (128 if self.dataset is not None else 64) if self.windows is None else self.windows
         spread = self.dataset is None  # a data set is drawn no further than needed
-        return token_windows(tokenizer, source, length=self.length, count=count, spread=spread, name=name)
+        return token_windows(tokenizer, source, length=self.window_length, count=count, spread=spread, name=name)
 
     def to_heal(self, tokenizer: PreTrainedTokenizerBase, *, held_out: int) -> torch.Tensor:
         """Return windows of tokens to heal on, and behind them those to watch: the last of a text."""
         source, name = self._open()
         if self.dataset is not None:
             count = 512 if self.windows is None else self.windows
-            return token_windows(tokenizer, source, length=self.length, count=count, name=name)
-        every = token_windows(tokenizer, source, length=self.length, name=name)
+            return token_windows(tokenizer, source, length=self.window_length, count=count, name=name)
+        every = token_windows(tokenizer, source, length=self.window_length, name=name)
         if self.windows is None:
             return every
         if not 1 <= self.windows <= len(every):
             raise ValueError(
-                f"--windows must be between 1 and {len(every)}, the windows of {self.length} tokens in {name}, got "
-                f"{self.windows}; give more text, or ask for fewer or shorter windows"
+                f"--windows must be between 1 and {len(every)}, the windows of {self.window_length} tokens in {name}, "
+                f"got {self.windows}; give more text, or ask for fewer or shorter windows"
             )
         watched = min(held_out, self.windows)
         learnt = len(every) - watched
@@ -116,16 +112,19 @@ class Source:
         return dataset_texts(dataset, name=config, split=self.split or "train", column=self.column, count=None)
 
 
-@dataclass(frozen=True)
-class HeldOut:
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(HeldOutText):
     """Text to measure perplexity on, before and after."""
 
-    name: str
-    windows: int
+    @property
+    def reader(self) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], torch.Tensor] | None:
+        """What reads the text, None if there is none."""
+        return None if self.held_out is None else self.read
 
     def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Return windows of 1024 tokens, or as many as the model has positions for; a ValueError says why not."""
         output_head(model)
-        text = embedded_text("evaluate") if self.name == "reference" else read_text(self.name)
+        name = str(self.held_out)
+        text = embedded_text("evaluate") if name == "reference" else read_text(name)
         length = min(1024, positions(model) or 1024)
-        return read_for(model, token_windows(tokenizer, text, length=length, count=self.windows, name=self.name))
+        return read_for(model, token_windows(tokenizer, text, length=length, count=self.held_out_windows, name=name))

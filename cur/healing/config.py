@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cur.integrations.model.precision import NAMES
+from cur.settings.former import former
+from cur.settings.healing import HealingSettings, ObjectiveSettings
 
 __all__ = ["HealingConfig", "Objectives"]
 
@@ -15,7 +17,7 @@ SCOPES = ("model", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objectives:
+class Objectives(ObjectiveSettings):
     """What the student is asked to match: weights of the four losses, of which at least one is positive.
 
     Parameters
@@ -40,12 +42,6 @@ class Objectives:
         If a weight is negative or not finite, all are zero, or the temperature is not positive.
     """
 
-    kl: float = 1.0
-    hidden: float = 0.0
-    modules: float = 0.0
-    next_token: float = 0.0
-    temperature: float = 1.0
-
     def __post_init__(self) -> None:
         """Check the values."""
         for name in ("kl", "hidden", "modules", "next_token"):
@@ -59,8 +55,9 @@ class Objectives:
         return asdict(self)
 
 
+@former(final_rate=0.0, weight_decay=0.0, clip=1.0, damping=0.01)
 @dataclass(frozen=True, kw_only=True)
-class HealingConfig:
+class HealingConfig(HealingSettings):
     """How to heal a compressed model.
 
     Parameters
@@ -95,17 +92,9 @@ class HealingConfig:
         Largest size of a step, relative to what the quadratic model of the loss asks for; see
         :meth:`~cur.healing.training.learner.Learner.rate`.
     warmup : int, default 5
-        Steps over which the rate rises; it falls as a cosine afterwards.
-    final_rate : float, default 0.0
-        What it falls to, relative to `learning_rate`.
+        Steps over which the rate rises; it falls to zero as a cosine afterwards.
     betas : tuple of float, default (0.9, 0.95)
         Of AdamW.
-    weight_decay : float, default 0.0
-        Of AdamW: a pull back to the cores from which gradient healing started.
-    clip : float, default 1.0
-        Largest norm of the gradient in whitened coordinates; 0 does not clip.
-    damping : float, default 0.01
-        Of the whitening, relative to the mean eigenvalue of each moment.
     precision : {"auto", "float32", "bfloat16"}, default "auto"
         Of the products in forward and backward passes; cores, losses and least squares are float32 or float64.
         ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.model.precision.Precision`;
@@ -133,32 +122,7 @@ class HealingConfig:
         If a value is out of range.
     """
 
-    steps: int = 100
-    batch_size: int = 4
-    accumulate: int = 1
-    scope: str = "model"
     objectives: Objectives | None = None
-    closed_form: bool = True
-    closed_form_windows: int = 64
-    ridge: float = 0.01
-    correction: float = 0.3
-    metric_windows: int = 8
-    natural_steps: int = 1
-    learning_rate: float = 1.0
-    warmup: int = 5
-    final_rate: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    damping: float = 0.01
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    held_out: int = 8
-    evaluate_every: int = 25
-    patience: int = 0
-    save_every: int = 25
-    workers: int = 1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -169,10 +133,8 @@ class HealingConfig:
         for name, allowed in (("scope", SCOPES), ("precision", NAMES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("ridge", "final_rate", "weight_decay", "clip"):
-            _check(name, getattr(self, name), minimum=0.0)
-        for name in ("learning_rate", "damping"):
-            _check(name, getattr(self, name), minimum=0.0, exclusive=True)
+        _check("ridge", self.ridge, minimum=0.0)
+        _check("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
         _check("correction", self.correction, minimum=0.0)
         if self.correction > 1:
             raise ValueError(f"`correction` must be at most 1, got {self.correction!r}")
@@ -202,7 +164,7 @@ class HealingConfig:
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * done)) / 2)
+        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

@@ -40,7 +40,6 @@ FORMER = {
         "source_of",
     ],
     "cur.integrations.budget": [
-        "ALLOCATIONS",
         "METHODS",
         "BudgetConfig",
         "error_curves",
@@ -85,9 +84,6 @@ FORMER = {
     ],
     "cur.integrations.disk": [
         "ByteCosts",
-    ],
-    "cur.integrations.dynamic": [
-        "by_effective_rank",
     ],
     "cur.integrations.evaluate": [
         "Perplexity",

@@ -586,3 +586,50 @@ def test_the_precision_of_passes_is_named_and_kept(model: Path, text: Path, tmp_
         assert refused.exit_code == 2
         assert "`precision` must be one of" in refused.stderr
         assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize(
+    "budget", [["--keep", "0.7", "--no-neurons"], ["--layers", "2", "--rank", "6", "--for", "training"]]
+)
+def test_a_run_from_the_file_that_a_run_has_saved(budget: list[str], model: Path, text: Path, tmp_path: Path) -> None:
+    file, calibration = tmp_path / "run.toml", ["--text", text, "--windows", "4", "--window-length", "16"]
+    done = cur("compress", model, *calibration, *budget, "--out", tmp_path / "one", "--save-config", file)
+    assert done.exit_code == 0, done.stderr
+    assert f'model = "{model}"' in file.read_text()
+    again = cur("compress", "--config", file, "--out", tmp_path / "two")
+    assert again.exit_code == 0, again.stderr
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("one", "two")]
+    assert plans[0] == plans[1]
+    refused(cur("compress", "--config", file), "one exists and is not empty")
+    wide = cur(
+        "compress", "--config", file, "--windows", 1000, "--out", tmp_path / "x", "--save-config", tmp_path / "y"
+    )
+    refused(wide, "too short")
+    refused(
+        cur("compress", model, "--out", tmp_path / "x", "--save-config", tmp_path),
+        "is a directory; name the TOML file to write",
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run.toml", "two"]
+
+
+def test_other_commands_read_files(
+    model: Path, small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    windows = f'[text]\ntext = "{text}"\nwindows = 4\nwindow-length = 16\n'
+    for name, more in (
+        ("plan", f'[model]\nmodel = "{model}"\n[paper]\nlayers = 2\nrank = 6\n[output]\nout = "plan.json"\n'),
+        ("evaluate", f'[model]\nmodel = "{model}"\n'),
+        ("quantize", f'[model]\ndir = "{small}"\n[output]\nout = "int8"\n[loading]\nprecision = "float32"\n'),
+        ("heal", f'[model]\ndir = "{small}"\nteacher = "{model}"\n[output]\nout = "healed"\n'
+                 '[healing]\nsteps = 1\nheld-out = 1\nbatch-size = 2\n[objectives]\nhidden = 0.5\n'),
+    ):  # fmt: skip
+        file = Path(f"{name}.toml")
+        file.write_text(windows + more)
+        done = cur(name, "--config", file, "--json")
+        assert done.exit_code == 0, done.stderr
+        data = json.loads(done.stdout)
+        if name == "heal":
+            assert data["config"]["objectives"]["hidden"] == 0.5
+        file.write_text(f"{windows}steps = 3\n")
+        refused(cur(name, "--config", file), f"{file}, [text]: steps ")

@@ -4,21 +4,13 @@ from typing import Any
 
 import pytest
 
+from cur.cli.given import Given
 from cur.cli.settings import compress_config
 from cur.integrations import BudgetConfig, CompressConfig
 
-SHARING = ("allocation", "neurons", "gradients", "gradient_checkpointing", "own_text", "correction")
-FIXED = ("layers", "rank", "layout", "importance", "link")
-
 
 def config(**given: Any) -> CompressConfig | BudgetConfig:
-    return compress_config(
-        method=given.pop("method", None),
-        budget={name: given.pop(name, None) for name in ("keep", "parameters")},
-        sharing={name: given.pop(name, getattr(BudgetConfig, name)) for name in SHARING},
-        fixed={name: given.pop(name, None) for name in FIXED},
-        common={"targets": given.pop("targets", None), "exclude": (), "seed": 0},
-    )
+    return compress_config(Given(values=given, named={}))
 
 
 def test_without_options_it_is_the_setting_of_the_paper() -> None:
@@ -30,8 +22,6 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     assert config(keep=0.8) == BudgetConfig(keep=0.8, method="best", targets="all-linear")
     assert config(parameters=10**6) == BudgetConfig(parameters=10**6)
     assert config(keep=0.8, method="rows", gradients=False) == BudgetConfig(keep=0.8, method="rows", gradients=False)
-    d_rank = config(keep=0.8, allocation="d-rank", gradients=False)
-    assert d_rank == BudgetConfig(keep=0.8, allocation="d-rank", gradients=False)
     assert config(keep=0.8, own_text=0) == BudgetConfig(keep=0.8, own_text=0)
     assert config(keep=0.8, correction=0.2) == BudgetConfig(keep=0.8, correction=0.2)
 
@@ -44,11 +34,9 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
         ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),
-        ({"allocation": "d-rank"}, "--allocation d-rank belongs to a budget: give --keep"),
         ({"gradients": False, "own_text": 0}, "--no-gradients, --own-text 0 belong to a budget"),
         ({"method": "paper", "correction": 0.2}, "--correction 0.2 belongs to a budget"),
         ({"neurons": False}, "--no-neurons belongs to a budget"),
-        ({"keep": 0.5, "allocation": "d-rank"}, "--allocation d-rank is for --method best with --no-gradients"),
         ({"keep": 1.5}, "`keep` must be between 0 and 1"),
     ],
 )

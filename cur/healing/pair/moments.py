@@ -19,6 +19,9 @@ __all__ = ["MOMENT_SAMPLES", "LayerMoments"]
 MOMENT_SAMPLES = 16
 """Samples over which the second moments behind the whitened coordinates are taken."""
 
+# Of the whitening, relative to the mean eigenvalue of each moment.
+_DAMPING = 0.01
+
 
 class LayerMoments:
     """``E[(R x)(R x)^T]`` and ``E[y^T H y]`` of every compressed layer in the student as it is.
@@ -51,10 +54,9 @@ class LayerMoments:
 
     def coordinates(self) -> dict[str, Coordinates]:
         """Return the coordinates in which the present cores learn, by layer."""
-        damping = self.pair.config.damping
         return {
             name: Coordinates(
-                self.pair.cores[name], gram / count, square / count, damping=damping, metric=self.metrics.get(name)
+                self.pair.cores[name], gram / count, square / count, damping=_DAMPING, metric=self.metrics.get(name)
             )
             for name, (gram, square, count) in self._sums.items()
         }

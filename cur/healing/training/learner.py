@@ -13,7 +13,10 @@ from cur._lib.errors import NumericalError
 from cur.healing.config import HealingConfig
 from cur.healing.pair.cores import Coordinates
 
-__all__ = ["Learner"]
+__all__ = ["LARGEST_GRADIENT", "Learner"]
+
+LARGEST_GRADIENT = 1.0
+"""Norm to which longer gradients in whitened coordinates are shortened."""
 
 
 # Relative change of the outputs at which the price of a step is measured: far above rounding in bfloat16.
@@ -51,7 +54,7 @@ class Learner:
             [c.values for c in self.coordinates.values()],
             lr=config.learning_rate,
             betas=config.betas,
-            weight_decay=config.weight_decay,
+            weight_decay=0.0,
         )
         cores = [c.core for c in self.coordinates.values()]
         self.best = [(core.value if before is None else core.start).clone() for core in cores]
@@ -122,8 +125,7 @@ class Learner:
         if not torch.isfinite(torch.tensor(norm)):
             bad = [n for n, c in self.coordinates.items() if not bool(torch.isfinite(_grad(c.values)).all())]
             raise NumericalError(f"the gradient of {', '.join(bad[:3]) or 'the cores'} is not finite")
-        if self.config.clip:
-            nn.utils.clip_grads_with_norm_(values, self.config.clip, torch.tensor(norm))
+        nn.utils.clip_grads_with_norm_(values, LARGEST_GRADIENT, torch.tensor(norm))
         rate = self.rate(number, loss, tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -20,7 +20,6 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.size import model_size
 from cur.integrations.plan.config import METHODS, BudgetConfig
-from cur.integrations.plan.effective_rank import by_effective_rank
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.file_size import ByteCosts
 from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
@@ -88,7 +87,7 @@ def joint_curves(
 
     The complement of :func:`error_curves`, under the same conditions.
     """
-    if not config.neurons or config.method != "best" or config.allocation != "loss":
+    if not config.neurons or config.method != "best":
         return []
     options: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping, "progress": progress}
     return neuron_curves(model, Moments(statistics), names, **options)
@@ -137,20 +136,16 @@ def plan_budget(
         budget = _size_budget(config.size, on_disk, least=least)
     else:
         budget = _budget(config, targeted, whole, least=least)
-    if config.allocation == "d-rank":
-        effective, shapes = [curve.effective_rank() for curve in curves], [curve.shape for curve in curves]
-        chosen = by_effective_rank(effective, shapes, [option.costs for option in options], budget)
-    else:
+    if not config.gradients:
+        options = _with_floor(options, budget)
+    chosen = _shares(options, budget)
+    alone = _options(curves, (), prices)
+    if neurons and sum(option.costs.min() for option in alone) <= budget:
         if not config.gradients:
-            options = _with_floor(options, budget)
-        chosen = _shares(options, budget)
-        alone = _options(curves, (), prices)
-        if neurons and sum(option.costs.min() for option in alone) <= budget:
-            if not config.gradients:
-                alone = _with_floor(alone, budget)
-            without = _shares(alone, budget)
-            if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
-                options, chosen = alone, without
+            alone = _with_floor(alone, budget)
+        without = _shares(alone, budget)
+        if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
+            options, chosen = alone, without
     made = {
         entry.name: entry
         for option, number in zip(options, chosen, strict=True)

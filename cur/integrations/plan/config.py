@@ -1,11 +1,10 @@
-"""How to compress to a rank: the configuration of the method "cur"."""
+"""How to compress: what the fields of configurations, in `cur.settings`, may hold, and what they ask for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from cur.integrations.model.targets import ALL_LINEAR
 from cur.integrations.nn import factored
 from cur.integrations.plan.blocks import CHOICES
 from cur.integrations.plan.layouts import PURPOSES
@@ -13,15 +12,17 @@ from cur.integrations.plan.methods import SUBSPACES, RowsEntry, WeightedEntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, is_multiple
 from cur.scores import IMPORTANCES, LINKS, needs
 from cur.selection import SELECTORS
+from cur.settings.compress import BudgetSettings, PaperSettings
+from cur.settings.former import former
 
-__all__ = ["ALLOCATIONS", "DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
+__all__ = ["DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
 
 DEFAULT_RANK = 128
 """Largest rank where neither one nor a rule of ranks is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
+class CompressConfig(PaperSettings):
     """How to compress; the defaults are the setting of "CURing Large Models" (arXiv 2501.04211).
 
     Parameters
@@ -80,25 +81,6 @@ class CompressConfig:
     ValueError
         If a value is out of range.
     """
-
-    layers: int | str | tuple[int, ...] = 10
-    choose: str = "angular"
-    span: int = 1
-    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "gate_proj")
-    exclude: str | tuple[str, ...] = ()
-    rank: int | None = None
-    energy: float | None = None
-    tolerance: float | None = None
-    effective_rank: bool = False
-    layout: str = "cur"
-    purpose: str = "inference"
-    select: str = "deim"
-    importance: str = "wanda"
-    link: str = "optimal"
-    subspace: str = "auto"
-    precision: str = "float32"
-    batch_size: int = 1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -162,12 +144,11 @@ class CompressConfig:
 
 METHODS: dict[str, type[WeightedEntry | RowsEntry]] = {"best": WeightedEntry, "rows": RowsEntry}
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
-ALLOCATIONS = ("loss", "d-rank")
-"""How layers share a budget: so that the sum of what they are predicted to cost is least; by their effective ranks."""
 
 
+@former(allocation="loss")
 @dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
+class BudgetConfig(BudgetSettings):
     """How to compress to a budget.
 
     Parameters
@@ -183,18 +164,13 @@ class BudgetConfig:
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
         rows and coefficients, in ``r (m + n - r)`` numbers.
-    allocation : {"loss", "d-rank"}, default "loss"
-        How layers share the budget: ``"loss"``, so that the sum of what they are predicted to cost is least;
-        ``"d-rank"``, ranks in proportion to ``sqrt(effective rank / (m + n))`` (arXiv 2509.25622), for the method
-        "best" without `gradients`.
     neurons : bool, default True
         Whether layers may give up neurons between them together, where that costs less than a lower rank of each and
-        saves a fifth of the predicted loss in all, or the budget cannot be met otherwise. For the method "best" and the
-        allocation "loss".
+        saves a fifth of the predicted loss in all, or the budget cannot be met otherwise. For the method "best".
     gradients : bool, default True
         Whether the gradients of the loss say how much each output matters. Without, every layer counts by its relative
-        error, with the allocation "loss" keeps about three quarters of an even share at least (layers with neurons
-        between them together), and calibration needs no backward pass.
+        error and keeps about three quarters of an even share at least (layers with neurons between them together), and
+        calibration needs no backward pass.
     gradient_checkpointing : bool, default False
         Whether gradients take a second forward pass through every block instead of keeping its activations.
     own_text : float, default 0.25
@@ -221,22 +197,6 @@ class BudgetConfig:
         If not one of `keep`, `parameters` and `size` is given, or a value is out of range.
     """
 
-    keep: float | None = None
-    parameters: int | None = None
-    size: int | None = None
-    method: str = "best"
-    allocation: str = "loss"
-    neurons: bool = True
-    gradients: bool = True
-    gradient_checkpointing: bool = False
-    own_text: float = 0.25
-    correction: float = 0.5
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    exclude: str | tuple[str, ...] = ()
-    damping: float = 1e-4
-    batch_size: int = 1
-    seed: int = 0
-
     def __post_init__(self) -> None:
         """Check the values."""
         if [self.keep, self.parameters, self.size].count(None) != 2:
@@ -257,13 +217,6 @@ class BudgetConfig:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
-        if self.allocation == "d-rank" and (self.gradients or self.method != "best"):
-            raise ValueError(
-                "`allocation` 'd-rank' is for the method 'best' without `gradients`, got "
-                f"method={self.method!r} and gradients={self.gradients!r}"
-            )
         if not is_multiple(self.own_text):
             raise ValueError(f"`own_text` must be a finite multiple that is at least 0, got {self.own_text!r}")
         if not 0.0 <= self.correction <= 1.0:

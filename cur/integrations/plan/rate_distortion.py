@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cur import ranks
 from cur.integrations.nn import InterpolativeLinear
 
 __all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "unit"]
@@ -57,10 +56,6 @@ class LayerCurve:
         rank = np.arange(1, min(SMALLEST.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
         costs = np.append(SMALLEST.numbers(m, n, rank), m * n)
         return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
-
-    def effective_rank(self) -> float:
-        """Return the exponential of the entropy of the squared singular values; for a curve without gradients."""
-        return ranks.effective_rank(np.maximum(-np.diff(self.errors, prepend=1.0), 0.0))
 
 
 @dataclass(frozen=True, eq=False)

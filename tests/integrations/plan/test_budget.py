@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -134,40 +133,6 @@ def test_the_prediction_is_the_increase_of_the_loss_while_that_is_small(
     divergence = float((expected.exp() * (expected - got)).sum(-1).mean())
     predicted = sum(entry.predicted or 0.0 for entry in report.plan.entries)
     assert divergence / 3 <= predicted <= divergence * 3
-
-
-@pytest.mark.parametrize("share", [{"keep": 0.7}, {"parameters": 36_000}, {"size": 150_000}])
-def test_d_rank_shares_the_budget_by_effective_ranks(
-    share: dict[str, Any], llama: PreTrainedModel, statistics: Statistics
-) -> None:
-    config = BudgetConfig(**share, gradients=False, allocation="d-rank")
-    names, dense = inside(llama), numbers(llama, inside(llama))
-    effective = {}
-    for name in names:
-        W = llama.get_parameter(f"{name}.weight").detach().double()
-        moment = statistics.second_moment(name)
-        moment += config.damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-        squares = torch.linalg.svdvals(W @ torch.linalg.cholesky(moment)) ** 2
-        effective[name] = float(torch.special.entr(squares / squares.sum()).sum().exp())
-    report = compress(llama, statistics, config)
-    wishes = {e.name: math.sqrt(effective[e.name] / sum(e.shape)) for e in report.plan.entries}
-    # One multiplier explains every rank, rounded down; a layer left dense would have got more than it has.
-    least = max(e.rank / wishes[e.name] for e in report.plan.entries)
-    most = min((e.rank + 1) / wishes[e.name] for e in report.plan.entries if e.rank < min(e.shape) - 1)
-    assert least <= most * (1 + 1e-6)
-    for name in set(names) - set(wishes):
-        m, n = llama.get_parameter(f"{name}.weight").shape
-        assert least * math.sqrt(effective[name] / (m + n)) * (1 + 1e-6) >= min(m, n) - 1
-    if "keep" in share:
-        assert 0.67 * dense <= numbers(llama, names) <= 0.7 * dense
-
-
-def test_d_rank_knows_no_gradients() -> None:
-    for options in ({}, {"gradients": False, "method": "rows"}):
-        with pytest.raises(ValueError, match="`allocation` 'd-rank' is for the method 'best' without `gradients`"):
-            BudgetConfig(keep=0.8, allocation="d-rank", **options)
-    with pytest.raises(ValueError, match="`allocation` must be one of loss, d-rank, got 'even'"):
-        BudgetConfig(keep=0.8, allocation="even")
 
 
 @pytest.mark.parametrize("gradients", [True, False])
