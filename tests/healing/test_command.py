@@ -177,7 +177,7 @@ def test_what_is_watched_is_the_end_of_the_text(
     random_text: tuple[Path, torch.Tensor],
 ) -> None:
     path, tokens = random_text
-    source = Source(text=path, dataset=None, dataset_config=None, windows=windows, length=12)
+    source = Source(text=path, dataset=None, dataset_config=None, windows=windows, window_length=12)
     found = source.to_heal(PreTrainedTokenizerFast.from_pretrained(places["dense"]), held_out=held_out)
     assert torch.equal(found, tokens[: 125 * 12].view(125, 12)[expected])
 
@@ -188,9 +188,9 @@ def test_what_is_watched_was_not_calibrated_on(places: dict[str, Path], tmp_path
     path.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(places["dense"])
     whole: dict[str, Any] = {"text": path, "dataset": None, "dataset_config": None, "windows": None}
-    calibrated = Source(**whole, length=512).read(tokenizer)  # 64 of 78
+    calibrated = Source(**whole, window_length=512).read(tokenizer)  # 64 of 78
     held_out = HealingConfig().held_out
-    watched = Source(**whole, length=256).to_heal(tokenizer, held_out=held_out)[-held_out:]
+    watched = Source(**whole, window_length=256).to_heal(tokenizer, held_out=held_out)[-held_out:]
     assert len(calibrated) == 64
     seen = {tuple(half.tolist()) for half in calibrated.view(-1, 256)}
     assert seen.isdisjoint(tuple(window.tolist()) for window in watched)
