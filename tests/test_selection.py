@@ -187,6 +187,28 @@ def test_a_selector_from_outside_serves_every_driver(reads, rng):
         cur(A, rank=2, select="longest")
 
 
+@pytest.mark.parametrize("reads", ["basis", "sketch", "entries"])
+@pytest.mark.parametrize("returned", [[0, 0], [0, 14], [-1, 0], [0], [0.0, 1.0]])
+def test_what_a_selector_from_outside_returns_is_checked(reads, returned, rng):
+    selection.selector("toy", reads=reads)(lambda basis, count=None, /, *, matrix=None, rng=0: np.array(returned))
+    try:
+        with pytest.raises(ValueError, match=r"`select='toy'` must choose 2 distinct positions from 0 to .*, got"):
+            cur(random(14, 9, rng), rank=2, select="toy")
+    finally:
+        del selection.SELECTORS["toy"]
+
+
+def test_a_selector_from_outside_may_return_a_list(dense, rng):
+    selection.selector("toy", reads=())(lambda basis, count=None, /, *, matrix=None, rng=0: list(range(count)))
+    try:
+        A = dense.asarray(random(8, 5, rng))
+        result = cur(A, rank=2, select="toy")
+        assert type(result.rows) is type(A)
+        assert to_numpy(result.rows).tolist() == [0, 1]
+    finally:
+        del selection.SELECTORS["toy"]
+
+
 @pytest.mark.parametrize("select", [selection.deim, selection.qdeim, selection.osinsky, selection.norm])
 def test_permuting_permutes(select, rng):
     V, A = orthonormal(30, 6, rng), random(30, 8, rng)

@@ -13,7 +13,7 @@ from cur import subspace as subspaces
 from cur._driver.spectral import spectral_norm
 from cur._lib import array as _array
 from cur._lib import promotion
-from cur._lib.array import Array, adjoint, is_dask, is_dense, is_operator, is_sparse, namespace
+from cur._lib.array import Array, adjoint, convert, is_dask, is_dense, is_operator, is_sparse, namespace, to_numpy
 from cur._lib.errors import NumericalError, warn
 from cur._lib.products import columns_of, frobenius, pythagorean_rounding, rows_of, thin
 from cur._lib.promotion import check_promoted
@@ -255,7 +255,7 @@ def choose(
     if "basis" in selector.reads:
         return _choose_from_bases(problem, counts, selector, subspace, rng, power_iterations, truncate=truncate)
     sides = zip((problem.target, adjoint(problem.target)), counts, strict=True)
-    rows, columns = (selector.choose(_placeholder(X), k, matrix=X, rng=rng) for X, k in sides)
+    rows, columns = (_positions(selector, _placeholder(X), k, X, rng) for X, k in sides)
     return Choice(rows, columns)
 
 
@@ -274,6 +274,20 @@ def _check_readable(S: Array, selector: Selector) -> None:
         raise TypeError(f"`select={selector.name!r}` takes dense arrays, got a sparse matrix; {use}")
 
 
+def _positions(selector: Selector, basis: Array, count: int, S: Array, rng: np.random.Generator) -> Array:
+    """Return what a selector chooses, which may be anybody's: repeated rows would be no choice for the rank."""
+    found = selector.choose(basis, count, matrix=S, rng=rng)
+    positions = to_numpy(found) if is_dense(found) else np.asarray(found)
+    m = basis.shape[0]
+    whole = positions.shape == (count,) and positions.dtype.kind in "iu" and len(set(positions.tolist())) == count
+    if not whole or positions.min() < 0 or positions.max() >= m:
+        raise ValueError(
+            f"`select={selector.name!r}` must choose {count} distinct positions from 0 to {m - 1}, an array of "
+            f"integers, got {found!r}; mend that selector, or use another"
+        )
+    return found if is_dense(found) else convert(positions, basis)
+
+
 def _placeholder(S: Array) -> Array:
     """Return a basis for selectors that look at the matrix only: its backend and number of rows are all they read."""
     like = S if is_dense(S) else np.empty(0)
@@ -287,10 +301,10 @@ def _choose_from_sketch(
     S, k = problem.target, max(counts)
     Y = subspaces.sketch(S, k, rng=rng)
     left = Y if problem.row_weight is None else problem.row_weight.candidates(Y)
-    rows = selector.choose(left, k, matrix=S, rng=rng)
+    rows = _positions(selector, left, k, S, rng)
     Z = thin(adjoint(rows_of(S, rows)))
     right = Z if problem.column_weight is None else problem.column_weight.candidates(Z)
-    return Choice(rows[: counts[0]], selector.choose(right, counts[1], matrix=adjoint(S), rng=rng))
+    return Choice(rows[: counts[0]], _positions(selector, right, counts[1], adjoint(S), rng))
 
 
 def _choose_from_bases(
@@ -316,8 +330,8 @@ def _choose_from_bases(
     V, W = found.V[:, :k_rows], found.W[:, :k_columns]
     left = V if problem.row_weight is None else problem.row_weight.candidates(V)
     right = W if problem.column_weight is None else problem.column_weight.candidates(W)
-    rows = selector.choose(left, k_rows, matrix=problem.target, rng=rng)
-    columns = selector.choose(right, k_columns, matrix=adjoint(problem.target), rng=rng)
+    rows = _positions(selector, left, k_rows, problem.target, rng)
+    columns = _positions(selector, right, k_columns, adjoint(problem.target), rng)
     return Choice(rows, columns, V, W, found)
 
 
