@@ -51,9 +51,13 @@ def brought_near_one(
 
 
 def _exponent(A: Array, total: float | None) -> int | None:
-    """Return the exponent of the largest entry, where the sum of the squares leaves the range; else None."""
-    peak, shift = None, 0
-    if total is None:  # an operator shows its size in a product
+    """Return the exponent of the largest entry, where the sum of the squares leaves the range; else None.
+
+    An operator shows its size in one product, which may be far smaller than its norm: it counts as near the ends of the
+    range long before it is.
+    """
+    peak, shift, known = None, 0, total is not None
+    if total is None:
         _, y, shift = seen(A, A.dtype)
         check_finite_product(y)
         peak = largest(y)
@@ -63,7 +67,7 @@ def _exponent(A: Array, total: float | None) -> int | None:
     info = namespace(A).finfo(A.dtype)
     low = math.sqrt(float(info.smallest_normal) / float(info.eps) ** 2)
     high = math.sqrt(float(info.max)) / A.shape[1]
-    if low < total < high and not shift:
+    if known and low < total < high:
         return None
     peak = largest(A) if peak is None else peak
     if peak == 0.0 or not math.isfinite(peak):

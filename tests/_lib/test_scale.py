@@ -334,3 +334,14 @@ def test_tolerances_of_matrices_whose_norm_is_beyond_the_range(make, rng):
     found = cur(make(A), tol=0.3)
     assert found.rank == expected.rank
     assert found.certificate.relative == pytest.approx(expected.certificate.relative, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e-18])
+def test_an_operator_that_looks_smaller_than_it_is(size):
+    """The product that shows its size is nearly orthogonal to what it does."""
+    x = np.random.default_rng(0).standard_normal((2, 1))
+    v = np.array([[-x[1, 0], x[0, 0]]]) + 1e-3 * x.T
+    A = (size * np.ones((2000, 1)) @ v / np.linalg.norm(v)).astype(np.float32)
+    result = cur(aslinearoperator(A), rank=1)
+    error = np.linalg.norm(A.astype(float) - result.toarray().astype(float))
+    assert error <= result.certificate.value < 1e-3 * np.linalg.norm(A.astype(float))
