@@ -82,7 +82,7 @@ def heal(
     cache : path, optional
         Directory in which what the teacher says to each batch is kept; can be used again by other runs.
     tensorboard : path, optional
-        Directory of TensorBoard events.
+        A directory to write TensorBoard events into.
     progress : callable, optional
         Called with a :class:`~cur.healing.training.loop.Status` after every step.
 

@@ -70,17 +70,17 @@ class Source(ABC):
     text : list or None
         Batches; None where statistics stand for them.
     precision : Precision
-        Of the products in passes over text.
+        The precision of matrix products in passes over text.
     before : Size
-        Of the dense model.
+        The size of the dense model.
     clock : Clock
-        Of the stages, for the report.
+        The seconds of each stage, for the report.
     progress : StageProgress or None
         Told how far each stage is.
     announce : callable
         Called with sentences on what was found.
     compressed : PreTrainedModel
-        What :meth:`replace_layers` makes; perhaps the same object.
+        The compressed model that :meth:`replace_layers` makes; perhaps the same object.
     """
 
     leads = True
@@ -164,15 +164,15 @@ class InMemory(Source):
     Parameters
     ----------
     model : PreTrainedModel
-        Changed by :meth:`replace_layers` alone.
+        The dense model, which :meth:`replace_layers` alone changes.
     text : list or None
-        Batches of ``input_ids`` and ``attention_mask``.
+        The text to measure on, as batches of ``input_ids`` and ``attention_mask``.
     tokenizer : PreTrainedTokenizerBase, optional
-        Saved beside the model.
+        The tokenizer, which is saved beside the model.
     statistics : Statistics or Path, optional
-        They stand for what would be measured. Those of a file do so if it is there; else it is written.
+        Statistics to use instead of measuring. A file is read if it exists, else it is written.
     precision : str, default "auto"
-        Of the products in passes over text, as for :func:`~cur.integrations.collect`.
+        The precision of matrix products in passes over text, as for :func:`~cur.integrations.collect`.
     progress : StageProgress, optional
         Told how far each stage is.
     announce : callable, optional

@@ -31,9 +31,9 @@ class TeacherOutputs:
     modules : dict of str to Tensor
         Output of the dense layers in the place of compressed ones.
     last : Tensor or None
-        What the head gets; None where the output is not compared.
+        The hidden state that the head gets; None where the output is not compared.
     calls : dict of int to BlockCall
-        With what blocks are called besides the hidden state, by their index, for healing by blocks; not kept on disk.
+        The arguments of blocks besides the hidden state, by the block's index, for healing by blocks; not kept on disk.
     """
 
     hidden: dict[int, Tensor]
@@ -61,7 +61,7 @@ class TeacherCache:
     directory : path
         Made when the first batch is written.
     key : str
-        What they depend on besides the batch: teacher, precision, which blocks and modules are kept.
+        What the outputs depend on besides the batch: teacher, precision, which blocks and modules are kept.
     """
 
     def __init__(self, directory: str | Path, key: str) -> None:
@@ -99,7 +99,7 @@ class TeacherCache:
         Raises
         ------
         OSError
-            If the disk is full.
+            If the disk is full or cannot be written.
         """
         tensors = {f"hidden/{index}": value for index, value in taught.hidden.items()}
         tensors |= {f"modules/{name}": value for name, value in taught.modules.items()}

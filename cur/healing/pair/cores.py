@@ -27,7 +27,7 @@ class Core:
     name : str
         Name of the layer, for messages.
     layer : CompressedLinear
-        Changed by :meth:`write_`.
+        The compressed layer, whose core :meth:`write_` changes.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ class Coordinates:
     core : Core
         The core; its present value is ``U_0``.
     moment : Tensor
-        ``G``, float64, r x r.
+        The second moment ``G`` of what the core is applied to: float64, r x r.
     output : float
         ``E[y^T H y]`` of the layer's outputs ``y``.
     metric : Tensor, optional

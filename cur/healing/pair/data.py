@@ -27,12 +27,12 @@ class Text:
     held_out : int
         Samples (windows or batches) at the end that are watched and not healed on.
     seed : int
-        Of the order, which is drawn anew for each pass through the text.
+        The seed of the order, which is drawn anew for each pass through the text.
 
     Raises
     ------
     TypeError
-        If `samples` is neither.
+        If `samples` is neither a tensor nor a sequence of mappings.
     ValueError
         If nothing is left to heal on.
     """

@@ -34,7 +34,7 @@ def token_weights(hidden: Tensor, mask: Tensor | None) -> Tensor:
     Parameters
     ----------
     hidden : Tensor
-        Shape (batch, length, width).
+        Hidden states of the teacher, of shape (batch, length, width).
     mask : Tensor or None
         Shape (batch, length); False at padding, which gets weight zero.
 
@@ -55,7 +55,7 @@ def relative_distance(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     Parameters
     ----------
     student, teacher : Tensor
-        Shape (batch, length, width).
+        Hidden states of both models, of shape (batch, length, width).
     weights : Tensor
         Shape (batch, length), as :func:`token_weights` gives them.
 
@@ -100,7 +100,7 @@ def output_losses(
         Weights of ``T^2 KL(teacher || student)``, both at temperature `T` (the factor keeps the size of the gradient;
         Hinton et al., arXiv 1503.02531), and of the negative log-likelihood. Both are means per token, in nats.
     temperature : float
-        ``T``.
+        The temperature ``T`` that divides the logits of both models.
     learning : bool, default True
         Whether a gradient will be asked for.
 

@@ -66,16 +66,16 @@ class TeacherStudentPair:
     Attributes
     ----------
     cores : dict of str to Core
-        By name of the compressed layer.
+        The cores of the student, by the name of the compressed layer.
     student, teacher : Stack
-        The blocks of both.
+        The blocks of each model, and what comes before and behind them.
     precision : Precision
-        Of the products in both.
+        The precision of matrix products in both models.
     first, last : int
         Indices of the first and the last block with compressed layers.
     kept, watched, stop : list of int, list of str, int or None
-        What the teacher is asked for: hidden states after these blocks, outputs of these layers, and whether it ends
-        behind a block.
+        The parts of the teacher's pass that are needed: hidden states after the blocks `kept`, outputs of the layers
+        `watched`, and the block `stop` behind which it may end.
     """
 
     def __init__(

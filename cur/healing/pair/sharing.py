@@ -72,14 +72,14 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     directory : path
         The compressed checkpoint. One that says nothing, in its report or account, is let pass.
     student : nn.Module
-        Its model, perhaps without its weights.
+        The compressed model, with or without its weights in memory.
     teacher : callable
         Returns the hash of the dense model's parameters outside the modules that it is given.
 
     Raises
     ------
     CheckpointError
-        If the hashes differ.
+        If the hash of the teacher differs from the one the student was made from.
     """
     report = Path(directory) / REPORT
     known = CompressionReport.load(report) if report.exists() else None
@@ -129,14 +129,14 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
     Parameters
     ----------
     directory : path
-        A compressed checkpoint.
+        The directory of a compressed checkpoint.
     teacher : PreTrainedModel
         The dense model that it was made from.
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode.
+        The compressed model, in evaluation mode.
 
     Raises
     ------

@@ -27,7 +27,8 @@ class Outputs:
     hidden : dict of int to Tensor
         Output of each block that was run, by its index.
     last : Tensor or None
-        What the head gets, or the logits where the head cannot be told apart; None if the pass ended before.
+        The hidden state that the head gets, or the logits where the head cannot be told apart; None if the pass ended
+        before.
     """
 
     hidden: dict[int, Tensor]

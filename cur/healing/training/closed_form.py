@@ -46,7 +46,7 @@ class LeastSquares:
     Parameters
     ----------
     core : Core
-        Its present value is ``U_0``.
+        The core to solve for, whose present value is ``U_0``.
     metric : Tensor, optional
         ``H``, m x m, positive semidefinite. Default: the identity.
 
@@ -161,22 +161,22 @@ def closed_form_(
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     batches : sequence of mapping
-        The text.
+        The text that outputs are compared on.
     ridge : float
-        See :meth:`LeastSquares.solve`.
+        The weight of the pull towards the present core, see :meth:`LeastSquares.solve`.
     correction : float
         ``s``, from 0 to 1: how much of the difference between the teacher's inputs and the student's is corrected.
     metrics : mapping of str to Tensor, optional
-        ``H`` by layer.
+        The metric ``H`` on the outputs of each layer, by the layer's name.
     progress : callable, optional
         Called as ``progress(done, total)`` after every compressed block.
 
     Returns
     -------
     list of LayerFit
-        In the order in which they were solved.
+        The fits of the layers, in the order in which they were solved.
 
     Raises
     ------
@@ -232,29 +232,29 @@ def solve_block_(
     pair : TeacherStudentPair
         Student and teacher, of which this block must be in memory.
     index : int
-        Of the block. One without compressed layers is only run.
+        The number of the block. One without compressed layers is only run.
     calls : sequence of BlockCall
-        What the block is called with besides the hidden state, batch by batch.
+        The arguments of the block besides the hidden state, batch by batch.
     ours : sequence of Tensor
         The hidden states that enter the student's block.
     wanted : sequence of mapping
         Inputs of the teacher's layers that were compressed, by name.
     masks : sequence of Tensor or None
-        Of padding, as :func:`~cur.integrations.model.masks.padding_mask` has them.
+        The padding masks of the batches, as from :func:`~cur.integrations.model.masks.padding_mask`.
     ridge, correction, metrics
-        See :func:`closed_form_`.
+        These have the meaning that :func:`closed_form_` gives them.
 
     Returns
     -------
     list of LayerFit
-        In the order in which the layers were solved.
+        The fits of the layers, in the order in which they were solved.
     list of Tensor
         The hidden states behind the block as it is now.
 
     Raises
     ------
     NumericalError, RuntimeError
-        As :func:`closed_form_`.
+        If a system cannot be solved, as in :func:`closed_form_`.
     """
     prefix, block = pair.student.blocks[index]
     names = [name.removeprefix(f"{prefix}.") for name in pair.inside(index)]

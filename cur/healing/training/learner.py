@@ -29,9 +29,9 @@ class Learner:
     Parameters
     ----------
     coordinates : mapping of str to Coordinates
-        By layer.
+        Coordinates in which each core learns, by the layer's name.
     config : HealingConfig
-        Rate, decay and clipping.
+        The configuration, which has the rate, its decay and the clipping.
     before : float, optional
         Held-out loss of the model as it came, before anything was changed: what the best state has to beat.
 
@@ -100,13 +100,13 @@ class Learner:
         Parameters
         ----------
         number : int
-            Of the step, from 0.
+            The number of the step, counted from 0.
         batches : int
-            How many gradients were added up.
+            The number of batches whose gradients were added up.
         loss : float
             Mean loss of these batches, and `tokens` in them, which decide the rate.
         tokens : int
-            In all of them.
+            The number of tokens in all batches of the step.
 
         Returns
         -------

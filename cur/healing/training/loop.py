@@ -35,13 +35,13 @@ class Status:
     stage : str
         ``"closed form"``, whose steps are blocks, ``"natural steps"`` or ``"heal"``.
     step, steps : int
-        Done, and in all.
+        The number of steps done, and the number of all steps.
     loss : float or None
-        Of the last step.
+        The loss of the last step.
     perplexity : float or None
-        On the held-out text, at the last look.
+        The perplexity on the held-out text at the last look.
     seconds_left : float or None
-        At the pace so far.
+        The seconds that remain at the pace so far.
     """
 
     stage: str
@@ -63,7 +63,7 @@ class Comparison:
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     block : int or None
         Index of the block; None for the whole model.
     """
@@ -79,7 +79,7 @@ class Comparison:
         batch : mapping
             Token ids, and a mask of padding where there is some.
         taught : TeacherOutputs
-            What :meth:`~cur.healing.pair.pair.TeacherStudentPair.teach` returned for it.
+            The teacher's outputs on the batch, from :meth:`~cur.healing.pair.pair.TeacherStudentPair.teach`.
         learning : bool
             Whether a gradient will be asked for.
 
@@ -133,11 +133,12 @@ class TrainingUnit:
         Parameters
         ----------
         pair : TeacherStudentPair
-            Student and teacher.
+            The student that learns and the teacher it learns from.
         block : int or None
             Index of the block; None for the whole model.
         coordinates : mapping of str to Coordinates
-            By layer. A layer that has none gets a place for those that a state on disk holds.
+            Coordinates in which each core learns, by the layer's name. A layer that has none gets a place for those
+            that a state on disk holds.
         before : float or None
             Held-out loss of the student as it came, which the best state has to beat; None if there was no look.
         """
@@ -235,22 +236,22 @@ def train(
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     units : sequence of TrainingUnit
-        What learns: one unit for the model, or one for each block. Units know nothing of each other, so neither their
-        order nor the number of workers changes the result.
+        The units that learn: one for the model, or one for each block. Units know nothing of each other, so neither
+        their order nor the number of workers changes the result.
     text : Text
-        What they learn from.
+        The windows to learn from, and those that are held out.
     config : HealingConfig
-        Steps, batches, looks.
+        The configuration: steps, batches, and how often the held-out text is looked at.
     log : Log
         Gets a line for each step and look.
     state : StateFile, optional
-        Where states are written; if one is there already, healing goes on from it.
+        The file that states are written to; if it holds one already, healing goes on from it.
     facts : mapping, optional
         JSON types to be kept in the states.
     progress : callable, optional
-        See :data:`Progress`.
+        Called with a :class:`Status` after every step.
 
     Returns
     -------

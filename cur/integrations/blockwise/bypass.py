@@ -34,7 +34,7 @@ class Bypass:
     streamed : StreamedModel
         The model. Its forward passes are of this kind while :meth:`open` lasts.
     states : HiddenStates
-        Where the outputs of blocks are kept.
+        The files in which the outputs of blocks are kept.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Bypass:
         Parameters
         ----------
         index : int
-            Number of the block.
+            The number of the block, counted from 0.
         recording : bool, default True
             Whether what it returns is stored.
         """

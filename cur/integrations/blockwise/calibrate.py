@@ -35,19 +35,19 @@ class Calibration:
     Parameters
     ----------
     streamed : StreamedModel
-        The model.
+        The model, whose blocks are loaded in turn.
     given : sequence
         Batches, all of them; each process runs its share.
     names : sequence of str
-        Layers to measure.
+        The names of the layers to measure.
     journal : Journal
-        Where statistics are kept, block by block.
+        The journal of the run, which keeps statistics block by block.
     group : ProcessGroup
-        The processes.
+        The processes that share the work.
     full : bool
         Whether full second moments are gathered.
     precision : Precision
-        Of the products in the passes, the same in all processes.
+        The precision of matrix products in the passes, the same in all processes.
     stored : Path, optional
         A file of statistics that stand for what would be measured; then only the first batch is run, on which the
         change of each layer's output is measured.
@@ -102,7 +102,7 @@ class Calibration:
         Returns
         -------
         Statistics
-            Of all blocks, without second moments, which :meth:`of_block` has.
+            Statistics of all blocks, without second moments, which :meth:`of_block` has.
         """
         own = self.group.share(self.running)
         count = len(self.streamed.blocks)

@@ -35,9 +35,9 @@ class ProcessGroup:
     rank : int
         Number of this process; 0 writes what is written once.
     size : int
-        How many there are.
+        The number of processes.
     device : torch.device
-        Where sums are added up.
+        The device on which sums over processes are formed.
     """
 
     def __init__(self) -> None:

@@ -23,9 +23,9 @@ class HiddenStates:
     Parameters
     ----------
     directory : Path
-        Where the files lie. It is made when the first is written.
+        The directory that the files lie in, created when the first is written.
     device : torch.device
-        Where outputs go when they are read.
+        The device that outputs are read onto.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class HiddenStates:
         TypeError
             If the output is of another kind.
         OSError
-            If the disk is full.
+            If the disk is full or cannot be written.
         """
         parts = output if isinstance(output, tuple) else (output,)
         if not all(part is None or isinstance(part, torch.Tensor) for part in parts):

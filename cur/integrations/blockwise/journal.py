@@ -39,7 +39,7 @@ class Journal:
     Attributes
     ----------
     directory : Path
-        Of the run. Files of steps lie in it.
+        The directory of the run, which holds the files of its steps.
     """
 
     def __init__(self, target: Path) -> None:

@@ -66,11 +66,11 @@ def compress_blockwise(
     Parameters
     ----------
     streamed : StreamedModel
-        What :func:`load_streamed` returns.
+        The model as :func:`load_streamed` returns it.
     calibration : Tensor or iterable of mapping
         Token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
     directory : path
-        What to create.
+        The directory to create.
     config : CompressConfig, BudgetConfig or Plan, optional
         Default: the paper's setting. A budget must do without gradients and without text of the model's own, for which
         the whole model has to run. A plan is carried out as it is.
@@ -79,17 +79,18 @@ def compress_blockwise(
     held_out : Tensor, optional
         Token windows whose perplexity is measured before and after, for the report.
     precision : str, default "auto"
-        Of the products in passes over text, as for :func:`~cur.integrations.compress`. All processes compute in one,
-        float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which it was begun.
+        The precision of matrix products in passes over text, as for :func:`~cur.integrations.compress`. All processes
+        compute in one, float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which
+        it was begun.
     announce : callable, optional
-        Called by the process that leads with a sentence on the precision that all have agreed on.
+        Called by the leading process with a sentence on the precision that all have agreed on.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
     progress : callable, optional
-        As for :func:`~cur.integrations.compress`; ``calibrate`` is told in batches, block after block, ``before`` and
-        ``after`` in windows.
+        Called with a stage and its progress, as for :func:`~cur.integrations.compress`; ``calibrate`` is told in
+        batches, block after block, ``before`` and ``after`` in windows.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def compress_blockwise(
     JournalError
         If another run writes to the same directory, or an unfinished one was begun with other inputs.
     ShardError
-        If the checkpoint is damaged.
+        If a weight file of the checkpoint is damaged.
     ProcessGroupError
         If another process of the run has ended.
     OSError

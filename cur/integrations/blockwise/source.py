@@ -53,21 +53,21 @@ class Streamed(Source):
     Parameters
     ----------
     streamed : StreamedModel
-        The model.
+        The model, whose blocks are loaded in turn.
     text : list
         Batches, all of them; each process runs its share.
     journal : Journal
-        Of the run; statistics, hidden states and factors lie in its directory.
+        The journal of the run, whose directory holds statistics, hidden states and factors.
     group : ProcessGroup
-        The processes.
+        The processes that share the work.
     precision : Precision
-        Of the products in passes over text, the same in all processes.
+        The precision of matrix products in passes over text, the same in all processes.
     file : Path, optional
-        Of statistics, as for :class:`~cur.integrations.sources.InMemory`.
+        A file of statistics: read if it exists, else written, as for :class:`~cur.integrations.sources.InMemory`.
     progress : StageProgress, optional
         Told how far each stage is.
     announce : callable, optional
-        Called with sentences on what was found, by the process that leads.
+        Called with sentences on what was found, by the leading process.
 
     Attributes
     ----------

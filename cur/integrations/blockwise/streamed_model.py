@@ -34,18 +34,18 @@ class StreamedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        As ``from_pretrained(..., device_map="meta")`` returns it.
+        The model without weights, as ``from_pretrained(..., device_map="meta")`` returns it.
     tokenizer : PreTrainedTokenizerBase
-        The model's own.
+        The model's own tokenizer.
     shards : Shards
-        Where its weights lie.
+        The weight files of the model.
     device : torch.device
-        Where loaded parts go.
+        The device that blocks are loaded onto.
 
     Attributes
     ----------
     blocks : list of (str, nn.Module)
-        Of all stacks, in order.
+        Name and module of every block, of all stacks in order.
     starts : list of int
         Number of the first block of each stack.
     """
@@ -231,9 +231,9 @@ def load_streamed(
     model : str or Path
         A directory in the format of transformers with safetensors files, compressed or not, or a hub id.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights when they are loaded; "auto" is that in which they are stored.
+        The dtype that weights are loaded in; "auto" is the one they are stored in.
     device : torch.device or str, default "cpu"
-        Where they will be loaded to.
+        The device that weights are loaded onto.
     trust_remote_code : bool, default False
         Whether code that the checkpoint brings is run.
 
@@ -244,7 +244,7 @@ def load_streamed(
     Raises
     ------
     ValueError
-        As :func:`~cur.integrations.load_model`.
+        In the cases in which :func:`~cur.integrations.load_model` raises it.
     ShardError
         If weight files are missing, damaged, or contradict each other.
     """

@@ -86,24 +86,25 @@ def factorize(
     module : nn.Module
         The dense layer; it is not changed.
     entry : CUREntry, WeightedEntry or RowsEntry
-        What to do.
+        The layer's entry of the plan.
     moments : Moments
-        Statistics of the layer.
+        The second moments of the layer's inputs, and of its output gradients if there are any.
     dtype : torch.dtype
         Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
     seed : int
-        Of every random choice.
+        The seed of every random choice.
     propagated : InputMoments, optional
-        To fit the layer to the inputs that compressed layers before it give. Not for the method ``"cur"``.
+        Moments of the inputs that compressed layers before this one give, to fit the layer to them. Not for the method
+        ``"cur"``.
     correction : float, default 0.0
-        See :meth:`InputMoments.problem`.
+        How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
 
     Returns
     -------
     CompressedLinear
-        In the dtype and on the device of the layer.
+        The compressed layer, in the dtype and on the device of the dense one.
     LayerReport
-        What was lost.
+        The errors and certificates of the factorization.
 
     Raises
     ------
@@ -128,16 +129,16 @@ def factorize_as(
     Parameters
     ----------
     factor : callable
-        Called with the weight in `dtype`.
+        Called with the weight in `dtype`; returns its factors.
     module, entry, moments
-        As for :func:`factorize`, for an entry of any method.
+        The layer, its entry of any method and its moments, as for :func:`factorize`.
     dtype : torch.dtype
-        Of the factorization.
+        The dtype that the factorization computes in.
 
     Returns
     -------
     CompressedLinear, LayerReport
-        As for :func:`factorize`.
+        The new layer and the report on it, as from :func:`factorize`.
     """
     start = time.perf_counter()
     weight = finite_weight(module, entry.name)

@@ -28,18 +28,18 @@ class Making:
     Parameters
     ----------
     model : PreTrainedModel
-        Dense; it is not changed.
+        The dense model, which is not changed.
     plan : Plan
-        Of these layers.
+        The plan, which has an entry for each layer to make.
     statistics : Statistics
-        They must cover them.
+        Statistics that cover the plan's layers.
     progress : callable, optional
         Called as ``progress(done)`` before each layer is made.
 
     Attributes
     ----------
     layers : dict of str to CompressedLinear
-        Those that are made.
+        The layers made so far, by name.
     """
 
     def __init__(

@@ -30,15 +30,15 @@ class Task:
     entries : mapping of str to PlanEntry
         All those of the plan, by name.
     moments : Moments
-        Statistics of its layers.
+        The statistics of the plan's layers, as moments.
     dtype : torch.dtype
         Precision that the plan asks for.
     seed : int
-        Of every random choice.
+        The seed of every random choice.
     correction : float
-        See :meth:`InputMoments.problem`.
+        How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
     begun : dict
-        By name, what a method has to keep of a layer until another, made later, completes it.
+        What a method has to keep of a layer, by its name, until another, made later, completes it.
     """
 
     model: nn.Module
@@ -57,9 +57,9 @@ class Made:
     Attributes
     ----------
     layers : mapping of str to (CompressedLinear, LayerReport)
-        By name, the layers that are complete now, and what was lost of their weights; perhaps none, or several.
+        The layers that are complete now and the reports on them, by name; perhaps none, or several.
     replacement : callable
-        What is called in the place of the entry's dense layer while later layers are made.
+        A callable that replaces the entry's dense layer while later layers are made.
     """
 
     layers: Mapping[str, tuple[CompressedLinear, LayerReport]]

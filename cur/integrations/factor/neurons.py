@@ -37,13 +37,13 @@ class FittedBefore:
     Attributes
     ----------
     full_width : nn.Module
-        Of all neurons. Rows that are known to be kept are already of the rank that they will have.
+        The layer with all neurons. Rows that are known to be kept already have their final rank.
     inner : InterpolativeLinear or None
         These rows as a factored layer, if there is an inner rank.
     places : Tensor or None
         Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
     seconds : float
-        That the fit took.
+        The seconds that the fit took.
     """
 
     full_width: nn.Module
@@ -70,13 +70,13 @@ def fit_before(
     model : nn.Module
         The dense model; it is not changed.
     name : str
-        The layer.
+        The name of the layer.
     entries : mapping
-        Of the plan, by name.
+        The plan's entries, by the names of their layers.
     moments, propagated, correction
-        As for :func:`~cur.integrations.factor.layer.factorize`.
+        The statistics and the correction, as for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping
-        By name, what this function made of the layers beside it.
+        The results of this function for the other producers of the same neurons, by name.
     """
     start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)
@@ -137,18 +137,18 @@ def keep_neurons(
     model : nn.Module
         The dense model; it is not changed.
     entry : NeuronsEntry
-        Of the layer behind.
+        The entry of the next layer, which reads the neurons.
     before : sequence of NeuronsBeforeEntry
-        Of the layers before.
+        The entries of the layers that produce the neurons.
     moments, propagated, correction
-        As for :func:`~cur.integrations.factor.layer.factorize`, of the layer behind.
+        The statistics of the next layer and the correction, as for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping, optional
-        By name, layers before that were fitted to what arrives; without, their own rows are kept.
+        The producers that were fitted to their inputs, by name; of others their own rows are kept.
 
     Returns
     -------
     dict
-        By name, what stands for each layer and what was lost of its weight; the entries of the one behind are fitted.
+        The replacement of each layer and the report on it, by name; the entries of the next layer are fitted.
 
     Raises
     ------

@@ -28,20 +28,20 @@ def round_layer(
     Parameters
     ----------
     name : str
-        Of the layer, in the statistics and in errors.
+        The name of the layer, in the statistics and in errors.
     layer : nn.Module
         A compressed layer, ``nn.Linear`` or ``Conv1D``, unchanged.
     statistics : Statistics or None
-        Of the inputs of the layer.
+        Statistics of the inputs of the layer; None rounds every entry to the nearest multiple.
     damping : float
-        Of every second moment.
+        The share of its mean diagonal that is added to each second moment.
 
     Returns
     -------
     factors : dict of str to Int8Linear
-        By the name of the child that each stands for; ``W`` for a layer that is not compressed.
+        The rounded factors, by the name of the child that each replaces; ``W`` for a layer that is not compressed.
     error : float
-        As in :class:`~cur.integrations.quantize.Quantization`.
+        The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
     """
     factors: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows_are_outputs = False

@@ -82,7 +82,7 @@ def carry(source: Path, target: Path, *, history: bool = True) -> None:
     Parameters
     ----------
     source : Path
-        Directory of a model.
+        The directory of the model to carry files from.
     target : Path
         Directory of what was made from it.
     history : bool, default True

@@ -30,11 +30,11 @@ def check_target(
     Parameters
     ----------
     directory : path
-        What is to be written.
+        The directory that is to be written.
     overwrite : bool, default False
-        Whether it may be replaced.
+        Whether a directory that exists may be replaced.
     needed : path, optional
-        What must not go with it: the dense model, which heals what was made from it.
+        A directory that must not be lost with it: the dense model, which heals what was made from it.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     Parameters
     ----------
     directory : path
-        What to create. Missing parents are made.
+        The directory to create, with its missing parents.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced.
 

@@ -67,7 +67,7 @@ def read_kept(directory: str | os.PathLike[str]) -> str:
     Raises
     ------
     CheckpointError
-        If the file is damaged.
+        If the file is damaged or not of this format.
     """
     path = Path(directory) / ACCOUNT
     if not path.exists() or (check_config(directory).get("quantization_config") or {}).get("quant_method") != "cur":

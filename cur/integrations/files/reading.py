@@ -30,11 +30,11 @@ def read_object(
     Parameters
     ----------
     path : path
-        The file.
+        The path of the file to read.
     remedy : str
-        What to do where it holds something else.
+        What the error advises where the file holds something else.
     error : type, default CheckpointError
-        What is raised then.
+        The class of the error that is raised if the file does not hold a JSON object.
 
     Raises
     ------

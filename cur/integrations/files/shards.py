@@ -62,16 +62,16 @@ class Shards:
     Parameters
     ----------
     directory : path
-        Of a checkpoint with ``config.json`` and safetensors files.
+        The directory of a checkpoint with ``config.json`` and safetensors files.
     one_dtype : bool, default True
         Whether a matrix of a block must have the dtype of its namesakes in others.
 
     Attributes
     ----------
     directory : Path
-        The same.
+        The directory of the checkpoint.
     tensors : dict of str to StoredTensor
-        By the names in the files.
+        Where each tensor lies, by its name in the files.
 
     Raises
     ------

@@ -92,10 +92,10 @@ def collect(
     gradient_checkpointing : bool, default False
         Whether the backward pass runs every block again instead of keeping its activations.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`.
     seed : int, default 0
-        For the labels of the gradients.
+        The seed of the labels that gradients are taken for.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None for a bare
         iterator.
@@ -151,15 +151,15 @@ def collect_gradients(
     model : nn.Module
         A transformer with input embeddings whose output has ``logits`` of shape (batch, length, classes).
     batches : iterable of mapping or torch.Tensor
-        As for :func:`collect`; not necessarily the same text.
+        Batches of text, as for :func:`collect`; not necessarily the same text.
     statistics : Statistics
-        Where the result is added.
+        The statistics that the result is added to.
     modules : sequence of str
         Full names of the modules to measure.
     precision : str, default "auto"
-        As for :func:`collect`.
+        The precision of matrix products in the passes, named as for :func:`collect`.
     seed : int, default 0
-        For the labels.
+        The seed of the labels that gradients are taken for.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in samples.
 

@@ -44,17 +44,16 @@ def sample_windows(
     Parameters
     ----------
     model : PreTrainedModel
-        With a key-value cache.
+        A causal language model with a key-value cache.
     count, length : int
-        Windows, and tokens in each.
+        The number of windows, and of tokens in each.
     seed : int, default 0
-        For the draws.
+        The seed of the draws.
     batch_size : int, default 32
-        Windows that are written together.
+        The number of windows that are written together.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`. Another one may lead
-        to another text.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`. Another one may lead to another text.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in windows.
 

@@ -32,13 +32,13 @@ class OutputGradients:
     Parameters
     ----------
     model : nn.Module
-        A transformer with input embeddings.
+        The model to differentiate: a transformer with input embeddings.
     modules : mapping of str to nn.Module
-        What to measure, by name.
+        The modules whose output gradients are summed, by name.
     masks : Masks
-        Of the pass.
+        The padding masks of the pass.
     seed : int
-        For the labels.
+        The seed of the labels that gradients are taken for.
 
     Raises
     ------

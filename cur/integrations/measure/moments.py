@@ -31,7 +31,7 @@ class Moments:
     Parameters
     ----------
     statistics : Statistics
-        With full second moments of inputs, and of output gradients where they are asked for.
+        Statistics with full second moments of inputs, and of output gradients where they are asked for.
     """
 
     def __init__(self, statistics: Statistics) -> None:
@@ -47,9 +47,9 @@ class Moments:
         Parameters
         ----------
         name : str
-            Of the layer.
+            The name of the layer.
         W : Tensor, shape (m, n)
-            Its matrix, whose dtype and device the weights get.
+            The layer's matrix, whose dtype and device the weights get.
         gradients : bool
             Whether outputs are weighted; otherwise ``H`` is None, the identity.
         damping : float
@@ -77,7 +77,7 @@ class Moments:
         Raises
         ------
         ValueError
-            If the statistics lack it.
+            If the statistics lack the moment, or the layer.
         """
         try:
             return _damped(self.statistics.output_moment(name).to(W), damping)
@@ -90,7 +90,7 @@ class Moments:
         Raises
         ------
         ValueError
-            If the statistics lack it.
+            If the statistics lack the moment, or the layer.
         """
         try:
             moment = self.statistics.second_moment(name)

@@ -73,7 +73,7 @@ class InputMoments:
         W : Tensor, shape (m, n)
             The dense weight, to which the ridge draws.
         correction : float
-            ``s``.
+            The share ``s`` of the earlier error that is corrected.
         damping : float
             Multiple of the mean eigenvalue of the moment in the ridge.
 
@@ -130,14 +130,14 @@ def in_order(
     model : nn.Module
         A transformer with one stack of blocks.
     given : sequence of mapping
-        Batches of text.
+        Batches of text to run the model on.
     names : sequence of str
-        Layers to make.
+        The names of the layers to replace.
     make : callable
-        See :data:`Make`. Its own products are not those of the passes.
+        Called to make the replacement of a layer, see :data:`Make`; the precision of the passes does not apply to it.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`.
     loaded : callable, optional
         Called with the number of a block, returns a context in which its weights are in memory; with None, those of the
         embeddings and of the first block. Default: all are there.

@@ -48,7 +48,7 @@ def texts_of(rows: Iterable[Any], *, name: str, column: str | None = None) -> It
     rows : iterable
         Mappings from columns to values, or bare texts.
     name : str
-        How errors call them.
+        The name that errors use for the texts.
     column : str, optional
         Which column to read. Default: ``"text"`` where there is one, else ``"messages"``.
 

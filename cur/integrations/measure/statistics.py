@@ -48,9 +48,9 @@ class Statistics:
     Attributes
     ----------
     tokens : int
-        Tokens seen, padding not counted.
+        The number of tokens seen, without padding.
     samples : int
-        Samples (rows of batches) seen.
+        The number of samples seen, which are rows of batches.
     square_sums : mapping of str to torch.Tensor
         Sum of ``x**2`` per input feature of each module, float64, shape (in,), on the CPU.
     products : mapping of str to torch.Tensor
@@ -61,7 +61,7 @@ class Statistics:
         Sum of ``g g^T`` over the gradients ``g`` of the loss with respect to each module's outputs, float64,
         shape (out, out); empty unless gradients were collected.
     output_counts : mapping of str to int
-        Gradients summed, per module.
+        The number of gradients summed, by module.
     angles : torch.Tensor or None
         Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for a stack of L blocks; row and
         column 0 stand for the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
@@ -69,13 +69,13 @@ class Statistics:
     layers : tuple of str
         The names of the blocks, one stack after the other.
     own_text : float
-        How much of the text the model wrote itself, as a multiple of what it was given.
+        The amount of text that the model wrote itself, as a multiple of the text it was given.
     text_hash : str
         SHA-256 of the token ids or other inputs, sample by sample without padding.
     model : str
-        Name of the model.
+        The name of the model.
     precision : str
-        Of the products in the passes, ``"float32"`` for instance; empty where it is not known.
+        The precision of matrix products in the passes, ``"float32"`` for instance; empty where it is not known.
     versions : mapping of str to str
         Versions of the packages that measured.
     """
@@ -225,7 +225,7 @@ class Statistics:
         Parameters
         ----------
         path : path
-            The file.
+            The path of the file to read.
         modules : collection of str, optional
             Read only what is there of these. Default: everything.
         moments : bool, default True

@@ -31,12 +31,12 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
     Parameters
     ----------
     output : tensor or tuple
-        What a block returned: the hidden state, or a tuple that begins with it.
+        The output of a block: the hidden state, or a tuple that begins with it.
 
     Returns
     -------
     hidden : Tensor
-        The hidden state.
+        The hidden state that the block returned.
     pack : callable
         Puts another hidden state into the form in which this one was returned.
 
@@ -60,7 +60,7 @@ class BlockCall:
     rest : tuple
         Positional arguments behind the hidden state.
     options : mapping of str
-        Keyword arguments.
+        The keyword arguments of the call.
     """
 
     rest: tuple[Any, ...]
@@ -105,7 +105,7 @@ class BlockWalk:
     Parameters
     ----------
     model : nn.Module
-        A transformer in evaluation mode.
+        The model to walk through: a transformer in evaluation mode.
     probe : mapping, optional
         A batch with which is found out in which form blocks return the hidden state. Default: the first one that is
         given to :meth:`calls`.
@@ -113,7 +113,7 @@ class BlockWalk:
     Attributes
     ----------
     blocks : list of (str, nn.Module)
-        As :func:`~cur.integrations.decoder_layers` has them.
+        Name and module of every block, as from :func:`~cur.integrations.decoder_layers`.
     """
 
     def __init__(self, model: nn.Module, probe: Batch | None = None) -> None:

@@ -68,7 +68,7 @@ class LinearExperts(nn.Module):
         top_k_index : Tensor, shape (tokens, k)
             Experts of each token; the number of experts stands for none.
         top_k_weights : Tensor, shape (tokens, k)
-            Their weights in the sum.
+            The weights of the chosen experts in the sum.
         """
         up, down = (getattr(self, name) for name in self.names)
         total = torch.zeros_like(hidden_states)

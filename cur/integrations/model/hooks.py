@@ -25,7 +25,7 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     Parameters
     ----------
     hooks : iterable of Hook
-        See :data:`Hook`. All of them are gone afterwards, whatever happens in between.
+        The hooks to set, see :data:`Hook`. All of them are removed afterwards, whatever happens in between.
 
     Examples
     --------

@@ -49,7 +49,7 @@ class Masks:
     Parameters
     ----------
     model : nn.Module
-        Whose parts are asked about.
+        The model whose parts are asked about.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -56,11 +56,11 @@ def open_checkpoint(
     place : Path or str
         A directory in the format of transformers, or a hub id.
     source : str
-        How errors, the model and the tokenizer call it.
+        The name that errors, the model and the tokenizer use for the checkpoint.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights in memory; "auto" is that in which they are stored, float32 of a GGUF file.
+        The dtype of the weights in memory; "auto" is the one they are stored in, float32 of a GGUF file.
     device_map : optional
-        Passed on to ``from_pretrained``.
+        Where ``from_pretrained`` puts the parts of the model; passed on as it is.
     gguf : str, optional
         Name of a GGUF file in the directory.
     hollow : bool, default False

@@ -30,7 +30,7 @@ class Origin:
     unread : tuple of str
         Names of tensors in its files that are no part of the model.
     kept : str
-        Of a compressed model, the hash of what compression left as it was; empty if it is not known.
+        The hash of the tensors of a compressed model that compression left as they were; empty if it is not known.
     """
 
     source: str = ""

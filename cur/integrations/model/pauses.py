@@ -28,9 +28,9 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
     Parameters
     ----------
     block : nn.Module
-        The block, which is run.
+        The block, which is run once.
     call : BlockCall
-        What it is called with besides the hidden state.
+        The arguments of the block besides the hidden state.
     hidden : Tensor
         The hidden state of one batch.
     names : sequence of str

@@ -67,9 +67,9 @@ class Precision:
     name : str
         ``"float32"``, ``"bfloat16"``, or the dtype of the weights.
     dtype : torch.dtype
-        Of the weights.
+        The dtype of the weights.
     device : torch.device
-        Where the model runs.
+        The device that the model runs on.
     """
 
     name: str
@@ -91,9 +91,9 @@ class Precision:
         Parameters
         ----------
         device : torch.device
-            Where the model runs.
+            The device that the model runs on.
         dtype : torch.dtype
-            Of its weights.
+            The dtype of the model's weights.
         asked : str, default "auto"
             ``"float32"``, or half precision: ``"bfloat16"``, or that of the weights. ``"auto"`` is the faster of the
             two on the device: on a CPU by a measurement, see :func:`slowdown`, elsewhere by what the device reports.
@@ -218,16 +218,16 @@ def continued(asked: str, kept: str | None, where: Path) -> str:
     Parameters
     ----------
     asked : str
-        What is asked for now.
+        The precision that is asked for now.
     kept : str or None
-        What an unfinished run was begun in; None if there is none, or it does not say.
+        The precision that an unfinished run was begun in; None if there is none, or it does not say.
     where : Path
-        Where that run lies, for the error.
+        The place of that run, for the error.
 
     Raises
     ------
     ValueError
-        If another precision is named.
+        If another precision is named than the run was begun in.
     """
     if kept is None or asked == kept:
         return asked
@@ -280,7 +280,7 @@ def slowdown(half: torch.dtype, threads: int | None = None) -> float:
     Parameters
     ----------
     half : torch.dtype
-        bfloat16 or float16.
+        The dtype to time: bfloat16 or float16.
     threads : int, optional
         Number of threads, for the record alone: that of PyTorch counts.
 

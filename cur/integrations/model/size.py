@@ -17,7 +17,7 @@ class Size:
     Attributes
     ----------
     parameters : int
-        Numbers in its parameters.
+        The number of parameters of the model.
     bytes : int
         Bytes of its parameters and buffers, in the dtype they have.
     file_bytes : int or None

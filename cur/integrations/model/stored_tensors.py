@@ -48,7 +48,7 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     Parameters
     ----------
     directory : Path
-        With the configuration.
+        The directory with the configuration of the model.
     kind : type, optional
         Class of the model; default: the one that the configuration names.
 
@@ -135,7 +135,7 @@ class ModelFiles:
     Parameters
     ----------
     directory : Path
-        Of a model, compressed or not.
+        The directory of a model, compressed or not.
     hollow : PreTrainedModel or None
         The dense model without weights; None if it is not known, and names are taken as they are.
 
@@ -144,7 +144,7 @@ class ModelFiles:
     compressed : set of str
         Modules that hold factors, and those whose experts do.
     places : dict of str to list of str
-        By each name in the model, what is stored for it.
+        The stored tensors that belong to each name in the model.
     unread : list of str
         Stored tensors that the model has no place for.
     """

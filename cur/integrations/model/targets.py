@@ -37,7 +37,7 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     Parameters
     ----------
     model : nn.Module
-        A transformer.
+        The model to look through: a transformer.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
     Raises
     ------
     ValueError
-        As :func:`block_stacks`.
+        If no stack of blocks is found, as in :func:`block_stacks`.
     """
     return [block for stack in block_stacks(model) for block in stack]
 
@@ -128,7 +128,7 @@ def linear_modules(
     Parameters
     ----------
     model : nn.Module
-        The model.
+        The model to look through.
     targets : str or sequence of str
         A sequence holds full names (``"model.layers.3.mlp.gate_proj"``) or dotted ends of names
         (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have

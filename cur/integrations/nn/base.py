@@ -35,16 +35,17 @@ class CompressedLinear(nn.Module):
     in_features, out_features, rank : int
         Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``. Of the layouts for neurons, r is how many are kept.
     inner_rank : int, optional
-        Of the layouts for neurons: the rank of what is kept, held as rows and coefficients. Default: held whole.
+        The rank of the kept part in layouts for neurons, held as rows and coefficients. By default that part is held
+        whole.
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
         Whether the dense layer it stands for is a transformers ``Conv1D`` (weight n x m), to be restored by
         :meth:`to_dense`.
     int8 : bool
-        Whether its factors are :class:`~cur.integrations.nn.Int8Linear`.
+        Whether the factors are stored as :class:`~cur.integrations.nn.Int8Linear`.
     device, dtype : optional
-        Of the factors, which are random as in a new ``nn.Linear``.
+        The device and dtype of the factors, which are random as in a new ``nn.Linear``.
 
     Raises
     ------
@@ -227,9 +228,9 @@ class CompressedLinear(nn.Module):
         Parameters
         ----------
         spec : mapping
-            What :meth:`spec` returned.
+            The description of the layer that :meth:`spec` returned.
         in_features, out_features : int
-            Sizes of the dense layer.
+            The sizes of the dense layer that is replaced.
         **options
             ``bias``, ``transposed``, ``device`` and ``dtype`` of the constructor.
         """

@@ -19,7 +19,7 @@ class Int8Linear(nn.Module):
     Attributes
     ----------
     integers : nn.Parameter, shape (m, n)
-        int8, from -127 to 127.
+        The rounded entries, int8 from -127 to 127.
     scale : Tensor, shape (m, 1)
         The step of each row, a buffer; its dtype is that of the layer.
     """

@@ -27,9 +27,9 @@ class KeptNeurons(CompressedLinear):
     Attributes
     ----------
     kept : Tensor, shape (neurons,)
-        One truth value for each.
+        One truth value for each neuron: whether it is kept.
     part : nn.Linear or InterpolativeLinear
-        Of the kept neurons alone; the latter of rank `inner_rank`.
+        The layer of the kept neurons alone: whole, or of rank `inner_rank`.
     """
 
     kept: Tensor
@@ -82,14 +82,14 @@ class KeptNeurons(CompressedLinear):
         Parameters
         ----------
         part : Tensor or InterpolativeLinear
-            What belongs to the kept neurons: r rows, or r columns, of the weight; or a layer of a lower rank, with its
-            bias.
+            The part of the weight that belongs to the kept neurons: r rows, or r columns; or a layer of a lower rank,
+            with its bias.
         kept : Tensor, shape (neurons,)
             Truth values, of which r are true.
         bias : Tensor, optional
             An entry for each output of `part`.
         transposed : bool
-            See :class:`CompressedLinear`.
+            Whether the weight is stored transposed, see :class:`CompressedLinear`.
         """
         options: dict[str, Any] = {"transposed": transposed, "device": "meta"}
         count, width = int(kept.sum()), len(kept)

@@ -44,9 +44,9 @@ def stand_in(
     dense : nn.Module
         The layer it stands for, perhaps without its weight.
     name : str
-        Of that layer, for messages.
+        The name of the layer, for messages.
     spec : mapping
-        As :meth:`CompressedLinear.spec` gives it.
+        The description of the layer, as :meth:`CompressedLinear.spec` gives it.
     device : optional
         Default: that of the dense layer.
 
@@ -89,7 +89,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     Parameters
     ----------
     model : nn.Module
-        Changed in place.
+        The model, which is changed in place.
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
     """

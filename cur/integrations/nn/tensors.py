@@ -21,7 +21,7 @@ class StoredTensor:
     axes : tuple of str
         The name of the size along each axis: ``"outputs"``, ``"inputs"``, ``"rank"``, or others that the type has.
     dtype : torch.dtype or None
-        Of what is no number of the weight, such as indices; None for the dtype of the layer.
+        The dtype of tensors that are not part of the weight, such as indices; None for the dtype of the layer.
     """
 
     axes: tuple[str, ...]

@@ -18,11 +18,12 @@ class Trainable:
     Attributes
     ----------
     factor : Tensor
-        The parameter that learns.
+        The parameter that is trained.
     left, right : Tensor
         ``L`` (m x r) and ``R`` (r x n), in the dtype of the layer, no views of `factor`.
     holds : {"core", "left", "right"}
-        What `factor` is: ``U`` itself, ``L U`` or ``U R``. Of the latter two ``U`` is the identity to begin with.
+        The product that `factor` stores: ``U`` itself, ``L U`` or ``U R``. In the latter two ``U`` begins as the
+        identity.
     """
 
     factor: Tensor

@@ -105,21 +105,21 @@ def plan_budget(
     Parameters
     ----------
     model : PreTrainedModel
-        Not changed.
+        The dense model, which is not changed.
     statistics : Statistics
-        What the curves come from.
+        The statistics that the curves come from.
     config : BudgetConfig
-        The budget.
+        The configuration, which has the budget.
     curves : sequence of LayerCurve
-        Of :func:`error_curves`, for the targeted layers.
+        The results of :func:`error_curves` for the targeted layers.
     neurons : sequence of NeuronCurve
-        Of :func:`joint_curves`, what some of these layers can do together instead.
+        The results of :func:`joint_curves`: options that remove neurons from a group of these layers.
 
     Returns
     -------
     Plan
-        With what each layer is predicted to cost. With gradients the sum is an estimate of the increase of the loss in
-        nats per token while that is small; otherwise it has no meaning beyond this allocation.
+        The plan, with the predicted cost of each layer. With gradients the sum is an estimate of the increase of the
+        loss in nats per token while that is small; otherwise it has no meaning beyond this allocation.
 
     Raises
     ------
@@ -178,15 +178,15 @@ class _Options:
     names : sequence of str
         The layers; of those around neurons the one behind first.
     shapes : sequence of (int, int)
-        Their outputs and inputs.
+        The numbers of outputs and inputs of each layer.
     neurons : array of int, shape (k,)
-        How many neurons are kept; 0 for all.
+        The number of neurons kept by each option; 0 for all.
     ranks : array of int, shape (k, layers)
-        Of each layer, or of what kept neurons leave of it; 0 for whole.
+        The rank of each layer, or of its part for the kept neurons, in each option; 0 for whole.
     predicted : array, shape (k, layers)
-        Errors.
+        The predicted error of each option, for each layer.
     costs : array, shape (k,)
-        Of all these layers together.
+        The cost of each option, of all these layers together.
     """
 
     names: Sequence[str]

@@ -72,7 +72,7 @@ class PlanEntry(metaclass=_Former):
     shape : tuple of int
         Outputs m and inputs n of the layer.
     layout : str
-        One of those that the method has.
+        The layout of the factors, one of those that the method has.
     predicted : float or None
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
         order; without, the squared relative error of its outputs. For the method "cur" the squared error that no

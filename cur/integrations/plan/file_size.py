@@ -32,7 +32,7 @@ class ByteCosts:
     model : nn.Module
         The dense model. Tied weights are stored once.
     names : sequence of str
-        Layers that may be factored.
+        The names of the layers that may be factored.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:

@@ -37,18 +37,18 @@ def choose_layout(
     Parameters
     ----------
     shape : tuple of int
-        Outputs m and inputs n.
+        The numbers of outputs m and inputs n of the layer.
     purpose : {"inference", "training"}, default "inference"
         Training keeps the core ``U`` apart.
     rank : int
-        Of its weight.
+        The rank of the weight.
     among : collection of str, optional
         The layouts that it can have. Default: all of factored weights.
 
     Returns
     -------
     str or None
-        One of factored weights; None if no layout is faster, as in small layers at high ranks.
+        A layout of factored weights; None if no layout is faster, as in small layers at high ranks.
 
     Examples
     --------

@@ -47,11 +47,11 @@ class Layers:
     Parameters
     ----------
     model : PreTrainedModel
-        With its weights.
+        The dense model, with its weights.
     statistics : Statistics
-        Of the layers that are asked for.
+        Statistics of the layers that are asked for.
     progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+        Called as ``progress(stage, done, total)`` while the plan is made.
     """
 
     offloaded = False
@@ -98,15 +98,15 @@ def make_plan(
     Parameters
     ----------
     model : PreTrainedModel
-        Not changed.
+        The dense model, which is not changed.
     statistics : Statistics
-        Of the whole model; of its second moments only those that `layers` does not have.
+        Statistics of the whole model; it needs only the second moments that `layers` does not have.
     config : CompressConfig or BudgetConfig, optional
-        Default: the paper's setting.
+        How to plan; the setting of the paper by default.
     layers : Layers, optional
-        How the layers come into memory. Default: they are there.
+        The access to layers that are not in memory yet. By default all are in memory.
     progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+        Called as ``progress(stage, done, total)`` while the plan is made.
 
     Returns
     -------

@@ -39,7 +39,7 @@ class RankEntry(PlanEntry):
     Parameters
     ----------
     rank : int
-        Of the weight, at most the largest that the layout has for the shape.
+        The rank of the weight, at most the largest that the layout has for the shape.
     """
 
     rank: int
@@ -215,7 +215,7 @@ class _AroundNeurons(_UnderMoments):
     Parameters
     ----------
     neurons : int
-        How many of them are kept; ``rank`` in the JSON.
+        The number of neurons kept; ``rank`` in the JSON.
     inner_rank : int or None
         The rank of what belongs to the kept neurons, if that is factored as well.
     """

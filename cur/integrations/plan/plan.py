@@ -56,30 +56,32 @@ class Plan:
     Parameters
     ----------
     entries : tuple of PlanEntry
-        One for each layer to replace.
+        The entries, one for each layer to replace.
     fingerprint : str
-        :func:`fingerprint` of the dense model.
+        The :func:`fingerprint` of the dense model that the plan is for.
     model : str
-        Where the dense model came from, for the reader.
+        The place that the dense model came from, for the reader.
     seed : int
-        Seed of every random choice.
+        The seed of every random choice.
     precision : str
-        One of :data:`PRECISIONS`.
+        The dtype that factorizations compute in, one of :data:`PRECISIONS`.
     calibration : str or None
         SHA-256 of the calibration tokens, or None when it is not known.
     calibration_tokens : int
-        Their number.
+        The number of tokens that the model was measured on.
     calibration_precision : str
-        Of the products in the passes over them, ``"float32"`` for instance; empty where it is not known.
+        The precision of matrix products in the passes over that text, ``"float32"`` for instance; empty where it is not
+        known.
     angular : mapping of int to float
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
         Versions of the libraries that made the plan.
     own_text : float
-        How much text the model wrote itself to be calibrated on that, too, as a multiple of what it was given.
+        The amount of text that the model wrote itself to be measured on as well, as a multiple of the text it was
+        given.
     correction : float
-        How much of the difference between what layers get in the dense model and what compressed ones before them give
-        is corrected, from 0 to 1; 0 fits no layer to that. Needs the text again when the plan is carried out.
+        The share, from 0 to 1, of the error in a layer's inputs, left by compressed layers before it, that the layer
+        corrects; 0 corrects nothing. Anything else needs the text again when the plan is applied.
     targeted_parameters : int or None
         Numbers in the dense weights of all layers that share a budget, those included that stay dense; None for a plan
         without a budget.

@@ -31,13 +31,13 @@ class LayerCurve:
     Attributes
     ----------
     name : str
-        Of the layer.
+        The name of the layer.
     shape : tuple of int
-        Outputs m and inputs n.
+        The numbers of outputs m and inputs n of the layer.
     errors : array
         Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
     costs : array
-        Numbers stored at the same.
+        The number of parameters stored at each of these ranks.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Cut:
     Attributes
     ----------
     count : int
-        Neurons kept.
+        The number of neurons kept.
     error : float
-        Of giving up the others.
+        The error of removing the other neurons.
     layers : tuple of LayerCurve
-        What is left of the consumer, and of the producers in order, at every rank.
+        The curves of what remains of the consumer, and of the producers in order.
     """
 
     count: int
@@ -94,7 +94,7 @@ class NeuronCurve:
     costs : array
         Numbers stored in all these layers at the same.
     cuts : tuple of Cut
-        What is left at some of these counts, to be factored as well.
+        The remaining parts at some of these counts, which can be factored as well.
     """
 
     consumer: str

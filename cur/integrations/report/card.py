@@ -21,7 +21,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     model : PreTrainedModel
         The compressed model.
     report : CompressionReport, optional
-        Where the figures come from; without it only the sizes of the layers are known.
+        The report that the figures come from; without it only the sizes of the layers are known.
 
     Returns
     -------

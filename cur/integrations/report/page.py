@@ -50,7 +50,7 @@ def report_page(report: CompressionReport) -> str:
     Parameters
     ----------
     report : CompressionReport
-        What was done.
+        The report of the compression.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def report_page(report: CompressionReport) -> str:
     Raises
     ------
     ImportError
-        If matplotlib is missing.
+        If matplotlib is not installed.
     """
     if not can_draw():
         raise ImportError('pictures need matplotlib; type: pip install "cur-decomposition[plots]"')

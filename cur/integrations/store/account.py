@@ -36,7 +36,7 @@ class Account:
     same : int
         Tensors with the same values, bit by bit.
     same_bytes : int
-        Their bytes.
+        The bytes of the tensors that are the same.
     compressed : list of str
         Modules that hold factors in one of the two, or in both.
     rounded : list of str
@@ -201,7 +201,7 @@ def read_account(directory: str | os.PathLike[str]) -> Account | None:
     Raises
     ------
     CheckpointError
-        If the file is damaged.
+        If the file is damaged or not of this format.
     """
     path = Path(directory) / ACCOUNT
     if not path.exists():

@@ -79,12 +79,12 @@ def save(
     model : PreTrainedModel
         A model with compressed layers.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside it. One that is as it was loaded leaves its files to be copied.
+        The tokenizer, which is saved beside the model. One that is as it was loaded leaves its files to be copied.
     directory : path
-        What to create.
+        The directory to create.
     report : CompressionReport, optional
-        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where matplotlib is
-        installed, its pictures as ``report.html``.
+        The report, written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where
+        matplotlib is installed, its pictures as ``report.html``.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
@@ -111,7 +111,7 @@ def save(
     FileExistsError
         If the directory exists, is not empty, and `overwrite` is False.
     OSError
-        If the disk is full.
+        If the disk is full or cannot be written.
     """
     if not compressed_modules(model):
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")

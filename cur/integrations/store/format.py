@@ -49,10 +49,10 @@ class CURConfig(QuantizationConfigMixin):
     Parameters
     ----------
     modules : mapping
-        By module name what :meth:`CompressedLinear.spec` says of the layer, its ``"layout"`` and what that takes; or
+        The result of :meth:`CompressedLinear.spec` by module name: its ``"layout"`` and what that takes; or
         ``{"shared_with": name}`` for a second name of a layer.
     format_version : int
-        See :data:`FORMAT_VERSION`.
+        The version of the checkpoint format, see :data:`FORMAT_VERSION`.
     experts : sequence of str
         Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
     weights : str or None

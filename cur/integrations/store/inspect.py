@@ -60,17 +60,17 @@ class CheckpointSummary:
     Attributes
     ----------
     directory : str
-        Where it lies.
+        The directory that the checkpoint lies in.
     format_version : int
-        Version of the format.
+        The version of the checkpoint format.
     layers : tuple of LayerSummary
-        Its compressed layers; one that has several names appears once.
+        The compressed layers; one that has several names appears once.
     parameters : int
         Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count.
     dense_parameters : int
-        The same if every compressed layer were dense.
+        The number of parameters if every compressed layer were dense.
     file_bytes : int
-        Bytes of the weight files.
+        The sum of the bytes of all weight files.
     """
 
     directory: str
