@@ -40,7 +40,7 @@ class HealingReport:
     config : mapping
         The configuration of the healing run, as JSON types.
     trainable : int
-        Numbers that learned: ``r^2`` for each compressed layer.
+        The number of parameters that learned: ``r^2`` for each compressed layer.
     fits : sequence of LayerFit
         The fit of each layer by the closed form; empty without it.
     before : mapping of str to float

@@ -68,7 +68,7 @@ class Source(ABC):
     model : PreTrainedModel
         Dense; its weights may be in memory a block at a time.
     text : list or None
-        Batches; None where statistics stand for them.
+        The text to measure on, in batches; None where statistics replace it.
     precision : Precision
         The precision of matrix products in passes over text.
     before : Size
@@ -117,7 +117,7 @@ class Source(ABC):
 
     @abstractmethod
     def known(self) -> Statistics | None:
-        """Return statistics that stand for what would be measured, None if there are none."""
+        """Return statistics to use instead of measuring, None if there are none."""
 
     def use(self, known: Statistics, names: Sequence[str], asked: Asked) -> Statistics:
         """Prepare to go on with statistics that are known; returns them."""

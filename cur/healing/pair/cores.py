@@ -1,4 +1,4 @@
-"""The core of a compressed layer: the r x r numbers that learn, in every layout, and the coordinates they learn in."""
+"""The core of a compressed layer: its r x r parameters that learn, in every layout, and the coordinates of learning."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Coordinates:
         return self.P.T @ self.core.take_gradient() @ self.Q.T
 
     def write_(self, values: Tensor | None = None) -> None:
-        """Store the core that these coordinates (default: the present ones) stand for in the layer, in place."""
+        """Store the core of these coordinates, by default the present ones, in the layer, in place."""
         values = self.values.detach() if values is None else values
         self.core.write_(self.origin + (self.P @ values @ self.Q).double())
 

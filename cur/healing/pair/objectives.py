@@ -18,10 +18,10 @@ from torch import Tensor
 
 __all__ = ["output_losses", "relative_distance", "token_weights"]
 
-# Logits in memory at once, in numbers: 64 MB in bfloat16. Heads are cast anew for each of these chunks.
+# Logits in memory at once: 64 MB in bfloat16. Heads are cast anew for each of these chunks.
 _CHUNK = 1 << 25
 
-# Logits that are compared at once, in numbers: what a dozen passes over them find in the processor's cache.
+# Logits that are compared at once: what a dozen passes over them find in the processor's cache.
 _IN_CACHE = 1 << 19
 
 # How much larger than the median the norm of a token may be before its weight falls.

@@ -123,7 +123,7 @@ class TeacherStudentPair:
         return [name for name in self.cores if name.startswith(self.student.blocks[index][0] + ".")]
 
     def key(self) -> str:
-        """Return a hash of what the teacher gives depends on; the layers that were compressed stand for it."""
+        """Return a hash of all that the teacher's outputs depend on."""
         dense = {name: dense_weight(self.teacher.model.get_submodule(name), name)[0] for name in self.cores}
         return digest({}, digest(dense), self.precision.name, self.kept, self.watched, self.stop)
 

@@ -12,7 +12,7 @@ were met on a real model), so that normal equations in float64 lose nothing that
 
 The wanted output is ``W (x + s (x' - x))`` with the dense weight ``W`` and the teacher's input ``x'``. ``s = 1`` is the
 teacher's output, and corrects what the blocks before did wrong; ``s = 0`` is what the dense layer would make of the
-student's input (or, where neurons were given up and the dense layer cannot take it, what the student makes of it).
+student's input (or, where neurons were removed and the dense layer cannot take it, what the student makes of it).
 Least squares against the teacher's output shrinks a layer wherever its input is uncertain, as every regression on noisy
 inputs does, and the next blocks suffer from that: a part of the correction does better than all.
 
@@ -269,7 +269,7 @@ def solve_block_(
                 x = course.to_layer(group[0])
                 for name, problem in problems.items():
                     dense = pair.teacher.model.get_submodule(name)
-                    # Behind neurons that were given up the dense layer cannot take these inputs.
+                    # After removed neurons the dense layer cannot take these inputs.
                     same = seen[name].shape == x.shape
                     given = dense(x) if same else pair.student.model.get_submodule(name)(x)
                     target = (1.0 - correction) * given + correction * dense(seen[name])

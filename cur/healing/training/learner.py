@@ -1,4 +1,4 @@
-"""The numbers that learn, their optimizer, and everything of them that a resumed run needs."""
+"""The parameters that learn, their optimizer, and all of their state that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ class Learner:
 
         A step of size ``s`` along a direction that has the cosine ``c`` with the gradient wins about
         ``2 c s sqrt(p l)`` of a loss ``l`` and costs ``p s^2`` at a price ``p``, so that the best is
-        ``s = c sqrt(l / p)``. The gradient of ``t`` tokens in ``n`` numbers has a cosine of about
+        ``s = c sqrt(l / p)``. The gradient of ``t`` tokens in ``n`` parameters has a cosine of about
         ``sqrt(t / (t + n))`` with that of all text. Momentum follows a direction for ``1 / (1 - beta)`` steps, which
         together go no further than ``sqrt(l / p)``. Where the loss is so flat that there is no price, the size that was
         tried stands for that, and nothing changes an output by more than its own size.
         """
-        numbers = sum(c.values.numel() for c in self.coordinates.values())
-        cosine = min(math.sqrt(tokens / (tokens + numbers)), 1 - self.config.betas[0])
+        parameters = sum(c.values.numel() for c in self.coordinates.values())
+        cosine = min(math.sqrt(tokens / (tokens + parameters)), 1 - self.config.betas[0])
         reach = min(math.sqrt(loss / self.price), 1.0) if self.price > 0 else _TRIAL
         return self.config.rate(number) * cosine * reach
 

@@ -2,7 +2,7 @@
 
 The model's own forward pass runs: it prepares masks, positions and whatever else its family has, and calls every block
 with it. Only what the blocks do is changed. Blocks before the one that is in memory return what the last of them
-returned when it was; blocks behind it return what it returned. So whatever looks at a block or its layers, calibration
+returned when it was; blocks after it return what it returned. So whatever looks at a block or its layers, calibration
 for one, sees exactly what it would see in the whole model.
 """
 

@@ -49,7 +49,7 @@ class Calibration:
     precision : Precision
         The precision of matrix products in the passes, the same in all processes.
     stored : Path, optional
-        A file of statistics that stand for what would be measured; then only the first batch is run, on which the
+        A file of statistics to use instead of measuring; then only the first batch is run, on which the
         change of each layer's output is measured.
 
     Attributes

@@ -57,7 +57,7 @@ def compress_blockwise(
     files byte for byte. Every block is loaded to be measured, and again to be copied; those that are chosen, also to be
     factored. In memory are one block, its statistics, and the hidden states of one batch; those of the others lie on
     disk beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a width of ``d``,
-    three times ``n d`` numbers, and with full second moments 8 bytes for every pair of input features of every block.
+    three times ``n d`` values, and with full second moments 8 bytes for every pair of input features of every block.
 
     A run that was ended in any way goes on when it is started again with the same arguments; the seconds of blocks that
     were finished before count in the report. Under ``torchrun`` the
@@ -73,7 +73,7 @@ def compress_blockwise(
         The directory to create.
     config : CompressConfig, BudgetConfig or Plan, optional
         Default: the paper's setting. A budget must do without gradients and without text of the model's own, for which
-        the whole model has to run. A plan is carried out as it is.
+        the whole model has to run. A plan is applied as it is.
     statistics : path, optional
         File of statistics, as for :meth:`Statistics.save`: used in the place of the text if it is there, else written.
     held_out : Tensor, optional
@@ -151,7 +151,7 @@ def _refuse(config: Asked) -> None:
         if config.own_text or config.needs_gradients:
             raise ValueError(
                 "the plan was made with text of the model's own or gradients, which need the whole model in memory; "
-                "block by block carry out one that was made without (--own-text 0 --no-gradients)"
+                "block by block apply one that was made without (--own-text 0 --no-gradients)"
             )
     elif isinstance(config, BudgetConfig):
         asked = [name for name in _WHOLE if getattr(config, name)]

@@ -48,7 +48,8 @@ def perplexity_blockwise(
     precision : str, default "auto"
         The precision of matrix products, named as for :func:`~cur.integrations.perplexity`.
     scratch : Path, optional
-        Directory for hidden states, two numbers for each token and unit of width. Default: the system's temporary one.
+        Directory for hidden states, two values for each token and unit of width. By default it is the system's
+        temporary one.
     progress : callable, optional
         Called as ``progress(done, total)``, in windows, block after block.
 

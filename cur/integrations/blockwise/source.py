@@ -237,7 +237,7 @@ class Streamed(Source):
         return self.journal.facts(f"factors-{index:04}")
 
     def _stored_layers(self, index: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return by name what stands for the layers of a block that was finished earlier, among dense ones."""
+        """Return the replacements, by name, of the layers of a block that was finished earlier."""
         tensors, found = self.factors(index), {}
         for data in facts["reports"]:
             report = LayerReport.from_dict(data)

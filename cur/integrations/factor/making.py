@@ -109,9 +109,10 @@ def decompose(
     text: Sequence[Mapping[str, Any]] | None = None,
     precision: str = "auto",
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
-    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
+    """Make the layers of a plan; return the replacements by name, and a report on each.
 
-    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
+    With batches of text, layers of a plan that asks for a correction are fitted to the inputs that compressed layers
+    before them give.
     """
     plan.check(model)
     total = len(plan.entries)

@@ -96,7 +96,7 @@ def _root(name: str, moment: Tensor, damping: float) -> Tensor | None:
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(
-            f"the second moment of what arrives at the factors of {name} is not positive definite with `damping` "
+            f"the second moment of the inputs of the factors of {name} is not positive definite with `damping` "
             f"{damping}; raise it"
         )
     return L

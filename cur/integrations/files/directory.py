@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def check_target(
     directory: str | os.PathLike[str], *, overwrite: bool = False, needed: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Return the absolute path of a directory that may be written; of a link, the path of what it stands for.
+    """Return the absolute path of a directory that may be written; of a link, the path of its target.
 
     Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
 

@@ -77,13 +77,13 @@ def collect(
         A transformer, or any module that is called with the entries of a batch as keyword arguments.
     batches : iterable of mapping or torch.Tensor
         Keyword arguments of the model: ``input_ids`` and, where there is padding, ``attention_mask``, both of shape
-        (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor stands for ``input_ids``.
+        (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor is taken as ``input_ids``.
         An encoder-decoder also needs ``labels`` or ``decoder_input_ids``; positions whose label is -100, or zero in
         ``decoder_attention_mask``, count for nothing.
     modules : sequence of str
         Full names of the modules to measure.
     moments : {"diagonal", "full"}, default "diagonal"
-        Memory, for a module of n inputs: n or n**2 numbers of 8 bytes.
+        Memory, for a module of n inputs: n or n**2 values of 8 bytes.
     layers : sequence of str, optional
         Full names of the blocks, in order, as :func:`cur.integrations.decoder_layers` has them. Default: no
         angular distances.

@@ -17,7 +17,7 @@ from cur.integrations.model.running import Progress, evaluating
 
 __all__ = ["draw", "own_text", "sample_windows"]
 
-# Probabilities in memory at once while labels are drawn, in numbers: 32 MB in float64.
+# Probabilities in memory at once while labels are drawn: 32 MB in float64.
 _CHUNK = 1 << 22
 
 

@@ -62,10 +62,10 @@ class InputMoments:
     def problem(self, W: Tensor, *, correction: float, damping: float) -> tuple[Tensor, Tensor]:
         r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
 
-        The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` what the residual stream
-        misses, if there is one: 0 is what the dense layer makes of the inputs that compressed layers give, 1 what
-        leads to the output of the dense model. All of it would shrink layers wherever their input is uncertain, as
-        every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
+        The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` the error of the residual
+        stream, if there is one. ``s = 0`` asks for the outputs of the dense layer on the inputs that compressed layers
+        give, ``s = 1`` for the output of the dense model. Full correction would shrink layers wherever their input is
+        uncertain, as every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
         ``tr(V M V^T - 2 V B^T)``.
 
         Parameters
@@ -140,7 +140,7 @@ def in_order(
         see :class:`~cur.integrations.model.precision.Precision`.
     loaded : callable, optional
         Called with the number of a block, returns a context in which its weights are in memory; with None, those of the
-        embeddings and of the first block. Default: all are there.
+        embeddings and of the first block. By default all are in memory.
 
     Raises
     ------
@@ -193,12 +193,12 @@ class _Course(Course):
     def __init__(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> None:
         super().__init__(call, block, hidden)
         self.stream = hidden
-        """What has been added up so far of the input of the block and of what its layers add to it."""
+        """The residual stream so far: the input of the block and the outputs that its layers have added to it."""
 
 
 @contextmanager
 def _pausing(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
-    """Let courses through a block pause before the first layer of each group, and call what is put in for layers."""
+    """Let courses through a block pause before the first layer of each group, and call the replacements of layers."""
     replacements: dict[str, Layer] = {}
 
     def instead(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -224,7 +224,7 @@ def _moments(
 ) -> InputMoments:
     """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
-    And with what the residual stream misses there, if its states in the dense model are given.
+    If the states of the dense model's residual stream are given, also the products of the inputs with its error.
     """
     n, width = dense[0].shape[-1], courses[0].stream.shape[-1]
     place: dict[str, Any] = {"dtype": torch.float64, "device": dense[0].device}
@@ -246,7 +246,7 @@ def _moments(
 
 
 class _Stream:
-    """What has been added up of a block's input and the outputs of some of its layers, while the block runs."""
+    """The residual stream of the dense model, while a block runs."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.state = hidden
@@ -254,7 +254,7 @@ class _Stream:
 
     @contextmanager
     def watching(self, block: nn.Module, names: Sequence[str]) -> Iterator[None]:
-        """Keep what there is before each of the named layers adds to it."""
+        """Keep the state of the stream before each of the named layers adds to it."""
 
         def add(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def after(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -268,9 +268,9 @@ class _Stream:
 
 
 def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
-    """Return the layers whose outputs are added to the input of the block, and make up its output so; none if unknown.
+    """Return the layers that write to the residual stream; none if they cannot be told.
 
-    Found by trying: which of those of the right shape sum up to it.
+    They are found by trying which outputs of the right shape sum up, with the input of the block, to its output.
     """
     outputs: dict[str, list[Tensor]] = {}
 

@@ -1,4 +1,4 @@
-"""The statistics of a calibration run: what they hold, and their way to disk and back."""
+"""Statistics of a model on a text: what they hold, and their way to disk and back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_stack(layers: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Statistics:
-    """What calibration measured.
+    """The statistics of a model on a text, which compression uses.
 
     Modules that share their input share one tensor in each mapping.
 
@@ -64,7 +64,7 @@ class Statistics:
         The number of gradients summed, by module.
     angles : torch.Tensor or None
         Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for a stack of L blocks; row and
-        column 0 stand for the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
+        column 0 is the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
         encoder-decoder, the diagonal blocks; zeros elsewhere. None if no blocks were named.
     layers : tuple of str
         The names of the blocks, one stack after the other.

@@ -58,7 +58,7 @@ class BlockCall:
     Attributes
     ----------
     rest : tuple
-        Positional arguments behind the hidden state.
+        Positional arguments after the hidden state.
     options : mapping of str
         The keyword arguments of the call.
     """
@@ -79,13 +79,13 @@ class BlockCall:
         return (hidden, *self.rest), dict(self.options)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call a block on a hidden state; returns the one behind it."""
+        """Call a block on a hidden state and return the next one."""
         after: Tensor = unpack(block(hidden, *self.rest, **self.options))[0]
         return after
 
 
 def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], object]) -> list[Hook]:
-    """Return hooks that call ``see(number, hidden)`` with the hidden state behind every block, whenever it was run."""
+    """Return hooks that call ``see(number, hidden)`` with the hidden state after every block, whenever it was run."""
 
     def tell(number: int) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -100,7 +100,7 @@ class BlockWalk:
     """The blocks of a model with one stack of them, entered as the model's own forward pass enters them.
 
     A walk calls the blocks itself: :meth:`enter` or :meth:`calls` say with what, :class:`BlockCall` takes a hidden
-    state through a block, and the hidden state behind it is what the next one gets.
+    state through a block, and the hidden state after it is the input of the next.
 
     Parameters
     ----------

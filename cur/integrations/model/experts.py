@@ -66,7 +66,7 @@ class LinearExperts(nn.Module):
         ----------
         hidden_states : Tensor, shape (tokens, width)
         top_k_index : Tensor, shape (tokens, k)
-            Experts of each token; the number of experts stands for none.
+            Experts of each token; the number of experts means none.
         top_k_weights : Tensor, shape (tokens, k)
             The weights of the chosen experts in the sum.
         """

@@ -138,7 +138,7 @@ class _Stored:
         self.tensors: Mapping[str, Any] = Shards(place, one_dtype=False).tensors if names_safetensors(place) else {}
 
     def dtype(self) -> torch.dtype | str:
-        """Return the dtype of most numbers, "auto" where that is none to compute in."""
+        """Return the dtype of most parameters, "auto" where that is none to compute in."""
         counts: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
@@ -148,7 +148,10 @@ class _Stored:
 
 
 def _refuse_method(method: str | None, hollow: bool) -> None:
-    """Refuse weights in the format of a quantizer where it would not be undone: they are no numbers of the model."""
+    """Refuse weights in the format of a quantizer where it would not be undone.
+
+    What it stored are not the parameters of the model.
+    """
     if method is not None and method not in AUTO_QUANTIZER_MAPPING:
         raise ValueError(f"its weights are quantized by {method!r}, which transformers does not know; take them dense")
     if method is not None and hollow:

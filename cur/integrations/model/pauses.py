@@ -1,6 +1,6 @@
 """Blocks that pause before layers, so that a layer can be made from what all batches bring to it.
 
-Each batch goes through the block once, and the layers behind one that was made see what that one gives.
+Each batch goes through the block once, and the layers after a replacement get its outputs as their inputs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Course(greenlet):
         return x
 
     def to_the_end(self) -> Tensor:
-        """Go on to the end of the block; returns the hidden state behind it.
+        """Go on to the end of the block; returns the next hidden state.
 
         Raises
         ------

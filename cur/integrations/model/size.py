@@ -1,4 +1,4 @@
-"""How many numbers and bytes a model has, in memory and on disk."""
+"""How many parameters and bytes a model has, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Size:
 
 
 def model_size(model: nn.Module) -> Size:
-    """Count the numbers and bytes of a model; what is tied counts once."""
+    """Count the parameters and bytes of a model; tied weights count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return Size(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

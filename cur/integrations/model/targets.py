@@ -134,7 +134,7 @@ def linear_modules(
         (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have
         names like ``"model.layers.3.mlp.experts.gate_up_proj.7"``; the end may leave out the number, for all of
         them. A string is a regular
-        expression that must match the full name; ``"all-linear"`` stands for every linear module. Neither
+        expression that must match the full name; ``"all-linear"`` means every linear module. Neither
         kind of string selects the output head: list it by name.
     exclude : str or sequence of str, default ()
         Modules to leave alone, by the same rules; it need not match anything.

@@ -23,7 +23,7 @@ __all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
 
 
 class CompressedLinear(nn.Module):
-    """Stand in for a linear layer with a weight that takes fewer numbers.
+    """Replace a linear layer by one whose weight takes fewer parameters.
 
     The base of the layer types; it is not a layer by itself. A type is one class in one file, made known by
     :func:`~cur.integrations.nn.register`. It has a layout, the tensors that it stores, a largest rank, factors, a
@@ -40,7 +40,7 @@ class CompressedLinear(nn.Module):
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
-        Whether the dense layer it stands for is a transformers ``Conv1D`` (weight n x m), to be restored by
+        Whether the dense layer it replaces is a transformers ``Conv1D`` (weight n x m), to be restored by
         :meth:`to_dense`.
     int8 : bool
         Whether the factors are stored as :class:`~cur.integrations.nn.Int8Linear`.
@@ -64,7 +64,7 @@ class CompressedLinear(nn.Module):
     rows_are_outputs: bool = False
     """Whether the outputs of every factor are outputs of the layer, not only those of the last."""
     faster: ClassVar[tuple[int, float] | None] = None
-    """How many numbers, and which share of the dense ones besides, it has to save to be faster than the dense layer:
+    """The number of parameters, and the share of the dense ones, that it has to save to be faster than the dense layer:
     measured. None for a type that is not chosen for its speed."""
     stores: ClassVar[Stores]
     """What is stored, but for the bias."""
@@ -163,7 +163,7 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def numbers(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
-        """Count the numbers of an m x n layer of a rank, or of an array of ranks, but for the bias."""
+        """Count the parameters of an m x n layer of a rank, or of an array of ranks, without the bias."""
         sizes = cls.sizes(m, n, rank, inner_rank)
         found = cls.tensors(factored=inner_rank is not None).values()
         return sum(tensor.count(sizes) for tensor in found if tensor.dtype is None)
@@ -179,7 +179,7 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def rank_within(cls, m: int, n: int, numbers: float) -> int:
-        """Return the largest rank at which an m x n layer takes at most so many numbers; 0 if none does."""
+        """Return the largest rank at which an m x n layer takes at most so many parameters; 0 if none does."""
         return bisect_right(range(1, cls.largest_rank(m, n) + 1), numbers, key=lambda rank: cls.numbers(m, n, rank))
 
     @classmethod
@@ -253,7 +253,7 @@ class CompressedLinear(nn.Module):
         return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
 
     def among_dense(self) -> Callable[[Tensor], Tensor]:
-        """Return what stands for the layer while those around it are still dense: it takes and gives all features."""
+        """Return a replacement for use while the layers around it are still dense: it takes and gives all features."""
         return self.for_all_inputs
 
     def for_all_inputs(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def stored(self) -> int:
-        """The numbers held, but for the bias."""
+        """The number of parameters, without the bias."""
         return int(self.numbers(*self.shape, *self.ranks))
 
     def two_factors(self) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ class CURLinear(FactoredLinear):
 
 @register
 class FoldedLinear(FactoredLinear):
-    """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer numbers than :class:`CURLinear`."""
+    """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer parameters than :class:`CURLinear`."""
 
     layout = "folded"
     bias_names = ("CU.bias",)

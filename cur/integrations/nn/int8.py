@@ -13,8 +13,8 @@ __all__ = ["Int8Linear"]
 class Int8Linear(nn.Module):
     """Apply a weight that is stored as integers, each row in multiples of a step of its own.
 
-    It computes in the dtype of the steps, with what the integers stand for, formed anew at every call. Nothing of it
-    learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
+    It computes in the dtype of the steps, with the weight that the integers represent, formed anew at every call.
+    None of it learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the integers stand for, m x n, multiplied out at every access."""
+        """The weight that the integers represent, m x n, multiplied out at every access."""
         return self.integers.to(self.scale.dtype) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers around neurons that were given up: those before give fewer outputs, the one behind takes fewer inputs."""
+"""Layers around removed neurons: producers give fewer outputs, and the next layer takes fewer inputs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class KeptNeurons(CompressedLinear):
 class KeptOutputs(KeptNeurons):
     """Apply the rows of a layer that belong to kept neurons; the output has r entries.
 
-    Its weight has zeros elsewhere, which is exact where the layer behind is a :class:`KeptInputs` of the same neurons.
+    Its weight has zeros elsewhere, which is exact where the next layer is a :class:`KeptInputs` of the same neurons.
     """
 
     layout = "outputs"

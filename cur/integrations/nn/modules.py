@@ -42,7 +42,7 @@ def stand_in(
     Parameters
     ----------
     dense : nn.Module
-        The layer it stands for, perhaps without its weight.
+        The layer that it replaces, whose weight may be missing.
     name : str
         The name of the layer, for messages.
     spec : mapping

@@ -30,7 +30,7 @@ from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, Neu
 __all__ = ["error_curves", "joint_curves", "plan_budget"]
 
 
-# Share of the predicted loss that giving up neurons must save in all. What the calibration text never asks of a neuron
+# Share of the predicted loss that removing neurons must save in all. What the calibration text never asks of a neuron
 # is not in the prediction: SmolLM2-135M is better off without where they are predicted to save 3 percent of it, and on
 # other text where it is 16 percent.
 _LEAST_GAIN = 0.2
@@ -100,7 +100,7 @@ def plan_budget(
     curves: Sequence[LayerCurve],
     neurons: Sequence[NeuronCurve] = (),
 ) -> Plan:
-    """Share the budget among layers; those that are worth their numbers stay dense and have no entry.
+    """Share the budget among layers; those that are worth their parameters stay dense and have no entry.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class _Options:
     Attributes
     ----------
     names : sequence of str
-        The layers; of those around neurons the one behind first.
+        The names of the layers; of those around neurons the consumer comes first.
     shapes : sequence of (int, int)
         The numbers of outputs and inputs of each layer.
     neurons : array of int, shape (k,)
@@ -250,7 +250,7 @@ def _lost(options: Sequence[_Options], chosen: Sequence[int]) -> float:
 
 
 class _Numbers:
-    """Counts numbers, where :class:`ByteCosts` counts bytes."""
+    """Counts parameters, where :class:`ByteCosts` counts bytes."""
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
         """Return what one layer takes at each rank, and dense."""
@@ -316,7 +316,7 @@ def _as_ranks(options: np.ndarray[Any, Any], curve: LayerCurve) -> np.ndarray[An
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:
-    """Return the numbers that the targeted layers may keep."""
+    """Return the number of parameters that the targeted layers may keep."""
     if config.keep is not None:
         budget, given = int(config.keep * targeted), f"`keep` must be at least {least / targeted:.4f}"
         got = f"{config.keep}"

@@ -139,7 +139,7 @@ class PlanEntry(metaclass=_Former):
         raise NotImplementedError
 
     def found(self, rank: int) -> Self:
-        """Return the entry as carried out, with the rank that was found."""
+        """Return the entry as applied, with the rank that was found."""
         return self
 
     @property

@@ -14,7 +14,7 @@ from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, Neu
 
 __all__ = ["ByteCosts"]
 
-# The longest description of a tensor in the header of a safetensors file, but for its name and numbers.
+# The longest description of a tensor in the header of a safetensors file, without its name and sizes.
 _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')
 # Length of the header, its metadata and padding, the guard that `save_pretrained` of a compressed model writes; a file.
 _FILE = 8 + len('{"__metadata__":{"format":"pt"}}') + 8
@@ -71,13 +71,13 @@ class ByteCosts:
         self, kind: type[CompressedLinear], name: str, shape: tuple[int, int], rank: Any, inner_rank: Any = None
     ) -> Any:
         """Return the bytes of a layer, at each of some ranks, with its headers and that of the guard."""
-        numbers = kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype)
+        stored = kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype)
         # Whatever follows from a rank is no longer than the longer side.
         longest = {**dict.fromkeys(kind.sizes(*shape, 1, 1), max(shape)), "outputs": shape[0], "inputs": shape[1]}
         headers = self._entry(f"{name}.weight", (0,)) + max(map(len, kind.bias_names)) - len("bias")
         for key, tensor in kind.tensors(factored=inner_rank is not None).items():
             headers += self._entry(f"{name}.{key}", [longest[axis] for axis in tensor.axes])
-        return numbers + headers
+        return stored + headers
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]
@@ -88,7 +88,7 @@ class ByteCosts:
 
 
 def _around(curve: NeuronCurve) -> Iterator[tuple[type[CompressedLinear], str, tuple[int, int]]]:
-    """Yield type, name and shape of the layers around neurons, the one behind first."""
+    """Yield type, name and shape of the layers around neurons, their consumer first."""
     for place, (name, shape) in enumerate(zip(curve.names, curve.shapes, strict=True)):
         yield KeptOutputs if place else KeptInputs, name, shape
 

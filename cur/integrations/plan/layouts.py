@@ -16,10 +16,10 @@ _TRAINED = CURLinear
 
 
 def _within(shape: tuple[int, int], kind: type[FactoredLinear]) -> float:
-    """Return the most numbers that a layer of this shape may keep in a layout to be faster than dense.
+    """Return the most parameters that a layer of this shape may keep in a layout to be faster than dense.
 
     Two products cost more than one, and putting outputs into their places takes time that grows with the layer: for 1,
-    64 and 512 tokens at once a layer is faster if it saves a number of numbers and a share of the dense ones besides.
+    64 and 512 tokens at once a layer is faster if it saves a number of parameters and a share of the dense ones.
     From trials of benchmarks/inference.py on one core, 192 x 576 to 14336 x 4096.
     """
     if kind.faster is None:

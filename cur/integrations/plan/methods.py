@@ -210,7 +210,7 @@ class RowsEntry(_UnderMoments, RankEntry):
 
 @dataclass(frozen=True, kw_only=True)
 class _AroundNeurons(_UnderMoments):
-    """What the layers at both sides of neurons have that are given up.
+    """The entry of a layer on either side of removed neurons.
 
     Parameters
     ----------
@@ -255,13 +255,13 @@ class _AroundNeurons(_UnderMoments):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class NeuronsEntry(_AroundNeurons):
-    """Give up neurons before a layer, which chooses them and is fitted to those that are kept."""
+    """Remove inputs of a layer: it chooses the neurons to keep, and is fitted to them."""
 
     layout: str = KeptInputs.layout
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name that of the layer behind."""
+        """Return the layout of the next layer."""
         return (KeptInputs.layout,)
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
@@ -276,12 +276,12 @@ class NeuronsEntry(_AroundNeurons):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class NeuronsBeforeEntry(_AroundNeurons):
-    """Give up neurons behind a layer, those that the layer behind them does without.
+    """Remove outputs of a layer: the neurons that the next layer does not keep.
 
     Parameters
     ----------
     consumer : str
-        The layer behind, whose entry keeps as many neurons.
+        The name of the next layer, whose entry keeps as many neurons.
     """
 
     layout: str = KeptOutputs.layout
@@ -289,27 +289,27 @@ class NeuronsBeforeEntry(_AroundNeurons):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name that of the layers before."""
+        """Return the layout of the layers that produce the neurons."""
         return (KeptOutputs.layout,)
 
     @property
     def made_with(self) -> str:
-        """The layer behind."""
+        """The name of the next layer."""
         return self.consumer
 
     def check(self) -> None:
-        """Refuse to have no layer behind."""
+        """Refuse an entry without a next layer."""
         super().check()
         if not isinstance(self.consumer, str):
             raise PlanError(
-                f"`consumer` of {self.name} must name the layer behind in the layout {self.layout!r}, got "
+                f"`consumer` of {self.name} must name the next layer, in the layout {self.layout!r}, got "
                 f"{self.consumer!r}"
             )
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Refuse to keep other neurons than the layer behind."""
-        behind = entries.get(self.consumer)
-        kept = (behind.neurons, behind.shape[1]) if isinstance(behind, NeuronsEntry) else None
+        """Refuse to keep other neurons than the next layer."""
+        consumer = entries.get(self.consumer)
+        kept = (consumer.neurons, consumer.shape[1]) if isinstance(consumer, NeuronsEntry) else None
         if kept != (self.neurons, self.shape[0]):
             got = "none" if kept is None else "{} of {}".format(*kept)
             raise PlanError(

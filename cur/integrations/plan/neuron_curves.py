@@ -31,11 +31,11 @@ def neuron_curves(
     damping: float,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[NeuronCurve]:
-    """Compute, for every layer behind neurons, the error at every number of neurons kept.
+    """Compute the error of every layer that reads neurons at every number of neurons kept.
 
     In the unit of :class:`~cur.integrations.plan.rate_distortion.LayerCurve`: the error of the outputs of the next
-    layer, predicted from the neurons that are kept. At some of these numbers also the errors of what is left of the
-    layers, at every rank: a little of both loses less than much of either.
+    layer, predicted from the neurons that are kept. For some of these numbers the curves also have the errors
+    of the remaining layers at every rank: a little of both loses less than much of either.
     """
     groups = neuron_groups(model, names)
     curves = []
@@ -69,19 +69,19 @@ def neuron_order(model: nn.Module, moments: Moments, consumer: str, *, gradients
 def _cuts(
     model: nn.Module, moments: Moments, found: OwnInputs, names: Sequence[str], *, gradients: bool, damping: float
 ) -> tuple[Cut, ...]:
-    """Compute the curves of what some numbers of kept neurons leave of layers, the first of them the one behind."""
+    """Compute the curves of what remains of the consumer and of its producers at some numbers of kept neurons."""
     width = len(found.order)
     kept = [found.kept(count) for count in dict.fromkeys(round(share * width) for share in _SHARES) if count > 1]
     layers: list[list[LayerCurve]] = [[] for _ in kept]
     for name in names:
-        W, behind = double_weight(model, name), name == names[0]
+        W, is_consumer = double_weight(model, name), name == names[0]
         # Of a moment of which only a part will be used no factors are needed.
-        H, G = moments.weights(name, W, gradients=gradients and behind, damping=damping)
-        whole = float(found.square_errors[0] if behind else G.apply(W, 1).square().sum())
-        if gradients and not behind:
+        H, G = moments.weights(name, W, gradients=gradients and is_consumer, damping=damping)
+        whole = float(found.square_errors[0] if is_consumer else G.apply(W, 1).square().sum())
+        if gradients and not is_consumer:
             H = moments.outputs(name, W, damping=damping)
         for places, curves in zip(kept, layers, strict=True):
-            if behind:
+            if is_consumer:
                 inside, rows, columns = found.truncate(len(places)), H, found.moment[places][:, places]
             else:
                 inside, rows, columns = W[places], None if H is None else H[places][:, places], G

@@ -255,7 +255,7 @@ class Plan:
             return cls.from_dict(data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = error if isinstance(error, ValueError) else f"malformed ({error!r})"
-            raise PlanError(f"{path} cannot be carried out: {reason}; make it again, or name another") from error
+            raise PlanError(f"{path} cannot be applied: {reason}; make it again, or name another") from error
 
 
 def fingerprint(model: nn.Module) -> str:

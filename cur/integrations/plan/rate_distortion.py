@@ -1,4 +1,4 @@
-"""What layers offer to a budget: their errors at every rank or number of neurons, and the numbers these store."""
+"""Rate-distortion curves of layers: error and parameters at every rank, or number of neurons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cur.integrations.nn import InterpolativeLinear
 __all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "unit"]
 
 SMALLEST = InterpolativeLinear
-"""The type of factored layers with the fewest numbers: what they are stored as under a budget."""
+"""The type of factored layers with the fewest parameters: what they are stored as under a budget."""
 
 
 def unit(whole: float, *, gradients: bool) -> float:
@@ -26,7 +26,7 @@ def unit(whole: float, *, gradients: bool) -> float:
 
 @dataclass(frozen=True, eq=False)
 class LayerCurve:
-    """What one layer offers to a budget.
+    """Options of one layer: its error and size at every rank.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class LayerCurve:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What giving up neurons leaves of layers, and what these can do each for itself besides.
+    """The layers around neurons at one number of neurons kept, and their own options at that number.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class NeuronCurve:
-    """What giving up neurons offers to a budget, as more forms that several layers can take together.
+    """Options that remove neurons from a group of layers: error and size for every number of neurons kept.
 
     Attributes
     ----------

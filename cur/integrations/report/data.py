@@ -35,7 +35,7 @@ class LayerReport:
     layout : str
         The layout in which the factors are stored.
     parameters_before, parameters_after : int
-        Numbers in the dense weight and in the factors.
+        The number of parameters of the dense weight and of the factors.
     certificate : mapping
         The certificate of the factorization as JSON types: ``norm``, ``value``, ``relative``, ``kind`` and
         the rest.

@@ -24,7 +24,7 @@ from cur.integrations.model.running import Progress, body, evaluating, model_inp
 
 __all__ = ["Perplexity", "perplexity"]
 
-# Logits in memory at once, in numbers: 64 MB in float32.
+# Logits in memory at once: 64 MB in float32.
 _CHUNK = 1 << 24
 _PROBE = 8
 

@@ -150,7 +150,7 @@ def _complete(
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.files.tensor_file import add_tensors
 
-    # What another quantizer stored are no numbers of the model, to be compared or copied.
+    # What another quantizer stored are not the parameters of the model, to be compared or copied.
     stored_here = source is not None and has_weights(source) and foreign_method(check_config(source)) is None
     if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))

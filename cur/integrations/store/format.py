@@ -274,7 +274,7 @@ def mark_(model: PreTrainedModel) -> None:
 
 
 def _keep_names_(model: PreTrainedModel) -> None:
-    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they stand for."""
+    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they replace."""
     if any(isinstance(module, LinearExperts) for module in model.modules()):
         state: Any = model
         state._weight_conversions = []
@@ -289,7 +289,7 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
             return
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) and what "
-        "that takes: a positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps "
+        "that takes: a positive integer `rank`, where neurons were removed perhaps an `inner_rank`, and perhaps "
         "`int8`: true; a type of your own has to be registered first"
     )
 

@@ -22,7 +22,7 @@ __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
 class LayerSummary:
     """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors.
 
-    And the rank of what is kept of a layer that gave up neurons, where that is of a lower one.
+    Where neurons were removed and the rest was factored as well, also the inner rank.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LayerSummary:
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers in the weight they stand for."""
+        """The number of parameters of the dense weight."""
         return self.shape[0] * self.shape[1]
 
 
@@ -81,7 +81,7 @@ class CheckpointSummary:
     file_bytes: int
 
     def in_layout(self, layout: str) -> int:
-        """Return the numbers that the factors of all factored layers would take in one layout at their ranks."""
+        """Return the number of parameters that all factored layers would take in one layout at their ranks."""
         kind = layer_class(layout)
         return sum(
             int(kind.numbers(*layer.shape, *layer.ranks))
@@ -121,7 +121,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
             raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
     check_hashes(directory)
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
-    # Of neurons that were given up the entries of the bias are gone, too.
+    # Of removed neurons the entries of the bias are gone, too.
     biases = 0
     for layer in layers:
         stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)

@@ -114,7 +114,7 @@ def test_the_prediction_is_the_weighted_error(llama: PreTrainedModel, statistics
         layer = llama.get_submodule(entry.name)
         D = dense.get_parameter(f"{entry.name}.weight").detach().double() - layer.weight.detach().double()
         H, G = statistics.output_moment(entry.name), statistics.second_moment(entry.name)
-        if entry.layout == "outputs":  # the layer behind the neurons stands for those that are given up
+        if entry.layout == "outputs":  # the next layer makes up for the neurons that are removed
             D, H = D[layer.kept], H[layer.kept][:, layer.kept]
         cost = float(torch.sum((H @ D) * (D @ G))) / 2
         assert entry.predicted == pytest.approx(cost, rel=1e-3, abs=1e-9)
