@@ -58,6 +58,7 @@ def test_they_are_the_gradients_of_the_summed_loss(
     for handle in handles:
         handle.remove()
     loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).sum()
+    assert set(outputs) == set(modules)
     for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
         g = gradient.double().flatten(0, -2)
         expected = g.T @ g / len(g)
