@@ -102,7 +102,7 @@ def compress_source(source: Source, asked: Asked) -> CompressionReport:
     source : Source
         The model, with the text it is measured on.
     asked : CompressConfig, BudgetConfig or Plan
-        What to do: how to plan, or the plan to follow.
+        The configuration to plan by, or the plan to apply.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def compress_to(
     source : Source
         The model, with the text it is measured on.
     asked : CompressConfig, BudgetConfig or Plan
-        What to do: how to plan, or the plan to follow.
+        The configuration to plan by, or the plan to apply.
     target : Path
         The path of the directory to create.
     held_out : Tensor, optional

@@ -65,6 +65,7 @@ class LinearExperts(nn.Module):
         Parameters
         ----------
         hidden_states : Tensor, shape (tokens, width)
+            The hidden states of all tokens.
         top_k_index : Tensor, shape (tokens, k)
             Experts of each token; the number of experts means none.
         top_k_weights : Tensor, shape (tokens, k)

@@ -100,7 +100,7 @@ def export(
     Parameters
     ----------
     model, tokenizer, directory, overwrite, max_shard_size, source
-        What to write and where, as for :func:`~cur.integrations.save`.
+        The model to write and its place, as for :func:`~cur.integrations.save`.
     to : str, default "dense"
         The name of the target, one of :data:`TARGETS`.
 
