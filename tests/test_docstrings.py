@@ -1,4 +1,4 @@
-"""Docstrings: parameters are those of the signature, and what is said of each can be read without the page around it."""
+"""Docstrings: parameters are those of the signature, and their texts can be read without the page around them."""
 
 from __future__ import annotations
 

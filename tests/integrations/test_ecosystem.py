@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cur.integrations import BudgetConfig, CompressConfig, compress, perplexity, save
 from cur.integrations.nn import compressed_modules, factored
 from cur.integrations.quantize import quantize_
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 CONFIG = CompressConfig(layers=2, rank=6, targets=("q_proj", "gate_proj", "down_proj"))
 

@@ -40,7 +40,7 @@ from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.entry import PlanEntry, PlanError, read_entry
 from cur.integrations.plan.rate_distortion import NeuronCurve
 from cur.integrations.store.inspect import summarize
-from tests.integrations.architectures import make
+from tests.models import make
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cur import NumericalError
 from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
 from cur.integrations.measure import gradients
-from tests.integrations.architectures import make
+from tests.models import make
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
 

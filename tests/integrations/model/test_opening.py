@@ -19,7 +19,7 @@ from cur.integrations.model import opening
 from cur.integrations.model.origin import origin_of
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.account import compare, read_account
-from tests.integrations.checkpoints import AUTO, KINDS, TEXT, config_of, rewrite, tokenizer, write
+from tests.models import AUTO, KINDS, TEXT, config_of, rewrite, tokenizer, write
 
 SMALL = ("--windows", "4", "--window-length", "16", "--layers", "2", "--rank", "4", "--targets")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, activations
 from cur.bounds import LIPSCHITZ
 from cur.integrations import CompressConfig, compress
 from cur.integrations.report.outputs import activation_of, spectral_norm_bound
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 FUNCTIONS = {
     "silu": [nn.SiLU(), activations.SiLUActivation(), activations.QuickGELUActivation()],

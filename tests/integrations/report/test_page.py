@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, compress, save
 from cur.integrations.report import page
 from cur.integrations.report.page import report_page
-from tests.integrations.architectures import FAMILIES, batch, make
+from tests.models import FAMILIES, batch, make
 
 
 class Reader(HTMLParser):
