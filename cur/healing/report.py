@@ -78,7 +78,13 @@ class HealingReport:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
@@ -92,7 +98,15 @@ class HealingReport:
 
 
 def best_step(before: Mapping[str, float], curve: Sequence[Mapping[str, float]]) -> int | None:
-    """Return the step of the least held-out loss, -1 for the loss before anything, None if there was no look."""
+    """Return the step of the least held-out loss, -1 for the loss before anything, None if there was no look.
+
+    Parameters
+    ----------
+    before : mapping of str to float
+        The losses before anything was changed.
+    curve : sequence of mapping of str to float
+        The losses at every look, each with its ``step``.
+    """
     looks = [(before["loss"], -1)] if before else []
     looks += [(look["loss"], int(look["step"])) for look in curve]
     return min(looks)[1] if looks else None

@@ -42,7 +42,13 @@ class TeacherOutputs:
     calls: dict[int, BlockCall] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TeacherOutputs:
-        """Return the same on a device."""
+        """Return the same on a device.
+
+        Parameters
+        ----------
+        device : torch.device
+            The device that the outputs are brought to.
+        """
         return TeacherOutputs(
             {index: value.to(device) for index, value in self.hidden.items()},
             {name: value.to(device) for name, value in self.modules.items()},
@@ -81,6 +87,11 @@ class TeacherCache:
         """Return what was kept for a batch, None if there is nothing.
 
         A damaged file counts as not there and is written anew.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch that the teacher was run on.
         """
         path = self._path(batch)
         if not path.exists():
@@ -95,6 +106,13 @@ class TeacherCache:
 
     def write(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> None:
         """Keep what the teacher gave.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch that the teacher was run on.
+        taught : TeacherOutputs
+            The outputs of the teacher on it.
 
         Raises
         ------

@@ -56,6 +56,11 @@ class Core:
     def write_(self, U: Tensor) -> None:
         """Store a core (r x r) in the layer, in place, rounded once to the layer's dtype.
 
+        Parameters
+        ----------
+        U : Tensor
+            The new core, of shape (r, r).
+
         Raises
         ------
         NumericalError
@@ -122,7 +127,13 @@ class Coordinates:
 
     @classmethod
     def plain(cls, core: Core) -> Coordinates:
-        """Return coordinates that only keep their place until a state is restored into them."""
+        """Return coordinates that only keep their place until a state is restored into them.
+
+        Parameters
+        ----------
+        core : Core
+            The core that the coordinates belong to.
+        """
         eye = torch.eye(core.rank, dtype=torch.float64, device=core.value.device)
         return cls(core, eye, 1.0, damping=1.0)
 
@@ -131,7 +142,13 @@ class Coordinates:
         return self.P.T @ self.core.take_gradient() @ self.Q.T
 
     def write_(self, values: Tensor | None = None) -> None:
-        """Store the core of these coordinates, by default the present ones, in the layer, in place."""
+        """Store the core of these coordinates, by default the present ones, in the layer, in place.
+
+        Parameters
+        ----------
+        values : Tensor, optional
+            The coordinates to store, instead of the present ones.
+        """
         values = self.values.detach() if values is None else values
         self.core.write_(self.origin + (self.P @ values @ self.Q).double())
 
@@ -143,6 +160,11 @@ class Coordinates:
 
 def cores_of(model: nn.Module) -> dict[str, Core]:
     """Return the core of every compressed layer by name; layers of which nothing may be trained have none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model with compressed layers.
 
     Raises
     ------

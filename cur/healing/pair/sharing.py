@@ -29,6 +29,13 @@ __all__ = ["check_pair", "check_teacher", "load_student", "share_", "twin"]
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a teacher from which the student cannot have been made.
 
+    Parameters
+    ----------
+    student : nn.Module
+        The compressed model to heal.
+    teacher : nn.Module
+        The dense model that it should have been made from.
+
     Raises
     ------
     ValueError
@@ -164,7 +171,13 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second set of modules around the same tensors: what is swapped in one leaves the other as it is."""
+    """Return a second set of modules around the same tensors: what is swapped in one leaves the other as it is.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, which is not changed.
+    """
     held = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
 

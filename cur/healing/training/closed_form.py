@@ -81,7 +81,15 @@ class LeastSquares:
 
     @torch.no_grad()
     def add(self, x: Tensor, wanted: Tensor) -> None:
-        """Add tokens: their inputs (tokens, n) and the outputs they should have (tokens, m), bias included."""
+        """Add tokens: their inputs (tokens, n) and the outputs they should have (tokens, m), bias included.
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs of the layer, of shape (tokens, n).
+        wanted : Tensor
+            The outputs that it should have, of shape (tokens, m).
+        """
         z = (x.float() @ self.core.right.float().T).double()
         bias = self.core.layer.bias_tensor()
         y = wanted.double() if bias is None else wanted.double() - bias.double()
@@ -123,7 +131,13 @@ class LeastSquares:
         return best
 
     def error(self, U: Tensor) -> float:
-        """Return the squared error of a core relative to the squared norm of the wanted outputs, both in ``H``."""
+        """Return the squared error of a core relative to the squared norm of the wanted outputs, both in ``H``.
+
+        Parameters
+        ----------
+        U : Tensor
+            The core to judge, of shape (r, r).
+        """
         left = self.core.left.double()
         M, B = left.T @ self._weighted(left), left.T @ self._weighted(self.cross)
         value = float((U * (M @ U @ self.gram - 2 * B)).sum()) + self.square

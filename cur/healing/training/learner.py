@@ -88,6 +88,15 @@ class Learner:
         ``sqrt(t / (t + n))`` with that of all text. Momentum follows a direction for ``1 / (1 - beta)`` steps, which
         together go no further than ``sqrt(l / p)``. Where the loss is so flat that there is no price, the size that was
         tried stands for that, and nothing changes an output by more than its own size.
+
+        Parameters
+        ----------
+        number : int
+            The number of the step, counted from 0.
+        loss : float
+            The loss that the step begins at.
+        tokens : int
+            The number of tokens in all batches of the step.
         """
         parameters = sum(c.values.numel() for c in self.coordinates.values())
         cosine = min(math.sqrt(tokens / (tokens + parameters)), 1 - self.config.betas[0])
@@ -145,7 +154,18 @@ class Learner:
             c.core.write_(best)
 
     def judge(self, loss: float) -> bool:
-        """Remember the present cores if they are the best so far; say whether they are."""
+        """Remember the present cores if they are the best so far; say whether they are.
+
+        Parameters
+        ----------
+        loss : float
+            The loss on held-out text with the present cores.
+
+        Returns
+        -------
+        bool
+            Whether the present cores are the best so far.
+        """
         if loss < self.best_loss:
             self.best = [c.core.value.clone() for c in self.coordinates.values()]
             self.best_loss, self.stale = loss, 0
@@ -164,7 +184,15 @@ class Learner:
         return tensors, {"best_loss": self.best_loss, "stale": self.stale, "price": self.price}
 
     def restore_(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go back to a state, in place, the model included."""
+        """Go back to a state, in place, the model included.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The tensors of the state, as :meth:`state` returned them.
+        facts : mapping
+            The facts of the state, as :meth:`state` returned them.
+        """
         self.best = []
         for name, c in self.coordinates.items():
             place = c.values.device

@@ -83,6 +83,11 @@ class Comparison:
         learning : bool
             Whether a gradient will be asked for.
 
+        Returns
+        -------
+        Loss
+            The loss and its parts.
+
         Raises
         ------
         NumericalError
@@ -93,13 +98,34 @@ class Comparison:
         return self.pair.block_loss(self.block, batch, taught, learning=learning)
 
     def learn(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
-        """Add the gradient of a batch to those that the student's cores hold; returns the loss and its parts."""
+        """Add the gradient of a batch to those that the student's cores hold; returns the loss and its parts.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to learn from.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+
+        Returns
+        -------
+        dict[str, float]
+            The loss and its parts, by name.
+        """
         loss = self.loss(batch, taught, learning=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.total.detach()), **loss.parts}
 
     def look(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
-        """Return the loss of a batch and its parts, without a gradient."""
+        """Return the loss of a batch and its parts, without a gradient.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to compare on.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+        """
         loss = self.loss(batch, taught, learning=False)
         return {"loss": float(loss.total), **loss.parts}
 
@@ -200,7 +226,22 @@ class _Loop:
 
 
 def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text) -> list[dict[str, float]]:
-    """Compare on the held-out text, and return loss and parts of every comparison; an empty list without such text."""
+    """Compare on the held-out text, and return loss and parts of every comparison; an empty list without such text.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+    comparisons : sequence of Comparison
+        The comparisons to make, of the model or of each block.
+    text : Text
+        The text, whose held-out windows are used.
+
+    Returns
+    -------
+    list of dict[str, float]
+        The loss and its parts by name, for each comparison.
+    """
     found: list[list[dict[str, float]]] = []
     for batch in text.held_out():
         taught = pair.teach(batch)
@@ -209,7 +250,13 @@ def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text
 
 
 def summary(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of what :func:`look` found, and the perplexity."""
+    """Return the mean of what :func:`look` found, and the perplexity.
+
+    Parameters
+    ----------
+    each : sequence of mapping of str to float
+        The losses and parts of every comparison, as :func:`look` returns them.
+    """
     figures = _mean(each) if each else {}
     if "next_token" in figures:
         figures["perplexity"] = math.exp(min(figures["next_token"], 700.0))
@@ -330,7 +377,18 @@ def _token_count(batch: Mapping[str, Any]) -> int:
 
 
 def saving_memory(pair: TeacherStudentPair) -> AbstractContextManager[None]:
-    """Let blocks be run a second time in the backward pass, if the configuration says so."""
+    """Let blocks be run a second time in the backward pass, if the configuration says so.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+
+    Returns
+    -------
+    AbstractContextManager[None]
+        A context in which the student's blocks keep only their inputs for the backward pass, if asked for.
+    """
     return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)
 
 

@@ -306,18 +306,36 @@ class Streamed(Source):
         return replace(CompressionReport.load(target / REPORT), seconds=self.clock.seconds)
 
     def factors(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the factors in one block by name; none if no layer of it is compressed."""
+        """Return the factors in one block by name; none if no layer of it is compressed.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         if not self._factors(index).exists():
             return {}
         with safe_open(self._factors(index), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def statistics_of(self, index: int) -> Statistics:
-        """Return the statistics of one block, second moments and all."""
+        """Return the statistics of one block, second moments and all.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         return self._measuring.of_block(index)
 
     def by_block(self, names: Sequence[str]) -> dict[int, list[str]]:
-        """Return the names of layers by the number of the block that they are in."""
+        """Return the names of layers by the number of the block that they are in.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The names of the layers.
+        """
         found: dict[int, list[str]] = {}
         for index, (block, _) in enumerate(self.streamed.blocks):
             inside = [name for name in names if name.startswith(f"{block}.")]
@@ -328,7 +346,22 @@ class Streamed(Source):
     def each(
         self, blocks: dict[int, list[str]], stage: str, *, step: str | None = None
     ) -> Iterator[tuple[int, list[str]]]:
-        """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others."""
+        """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others.
+
+        Parameters
+        ----------
+        blocks : dict[int, list of str]
+            The names of layers by the number of their block.
+        stage : str
+            The name of the stage, for progress.
+        step : str, optional
+            The name under which the journal has what is finished; None to leave out no block.
+
+        Yields
+        ------
+        tuple[int, list of str]
+            The number of a block in memory, and the names of its layers.
+        """
         own = self.group.share(list(blocks))
         total = sum(len(blocks[index]) for index in own)
         done = 0

@@ -76,6 +76,13 @@ class CheckpointWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor into its place.
 
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the checkpoint.
+        tensor : Tensor
+            The values to write.
+
         Raises
         ------
         OSError

@@ -78,6 +78,16 @@ _Function = TypeVar("_Function", bound=Maker)
 def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
     """Make a function known as the maker of some kinds of entries; a decorator.
 
+    Parameters
+    ----------
+    *entry_types : type[PlanEntry]
+        The classes of the entries that the function makes layers of.
+
+    Returns
+    -------
+    callable
+        A decorator that returns the function as it is.
+
     Raises
     ------
     ValueError
@@ -95,6 +105,20 @@ def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
 
 def make_layers(task: Task, entry: PlanEntry, propagated: InputMoments | None = None) -> Made:
     """Make the layers of an entry as its method does.
+
+    Parameters
+    ----------
+    task : Task
+        All that the layers of a plan are made from.
+    entry : PlanEntry
+        The entry of the plan.
+    propagated : InputMoments, optional
+        Moments of the inputs that compressed layers before it give; None to fit it to nothing.
+
+    Returns
+    -------
+    Made
+        The layers that are complete now, and the replacement to call.
 
     Raises
     ------

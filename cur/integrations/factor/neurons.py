@@ -78,6 +78,11 @@ def fit_before(
         The statistics and the correction, as for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping
         The results of this function for the other producers of the same neurons, by name.
+
+    Returns
+    -------
+    FittedBefore
+        The fitted layer with all neurons, and its kept rows where these are known.
     """
     start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)

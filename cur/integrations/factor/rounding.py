@@ -42,6 +42,13 @@ def round_layer(
         The rounded factors, by the name of the child that each replaces; ``W`` for a layer that is not compressed.
     error : float
         The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
+
+    Raises
+    ------
+    NumericalError
+        If a weight is NaN or infinite, or a second moment is not positive definite with the damping.
+    ValueError
+        If the statistics do not cover the layer, or are of another one.
     """
     factors: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows_are_outputs = False

@@ -61,6 +61,11 @@ def check_target(
 def check_parent(path: str | os.PathLike[str]) -> None:
     """Refuse a path, before hours of work, beside which nothing can be written.
 
+    Parameters
+    ----------
+    path : path
+        The path that is to be written.
+
     Raises
     ------
     FileExistsError
@@ -91,6 +96,11 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
         The directory to create, with its missing parents.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced.
+
+    Yields
+    ------
+    Path
+        A temporary directory to write into.
 
     Raises
     ------
@@ -181,7 +191,18 @@ def _replace(scratch: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Say whether an error means that there is no space left."""
+    """Say whether an error means that there is no space left.
+
+    Parameters
+    ----------
+    error : BaseException
+        The error that was raised.
+
+    Returns
+    -------
+    bool
+        Whether it, or an error that caused it, means a full disk.
+    """
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     # safetensors reports an error of the operating system only as text, with the system's number at its end.

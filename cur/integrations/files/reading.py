@@ -36,6 +36,11 @@ def read_object(
     error : type, default CheckpointError
         The class of the error that is raised if the file does not hold a JSON object.
 
+    Returns
+    -------
+    dict
+        The object that the file holds.
+
     Raises
     ------
     FileNotFoundError
@@ -53,7 +58,13 @@ def read_object(
 
 
 def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Parameters
+    ----------
+    file : Path
+        The path of the file.
+    """
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while part := stream.read(1 << 22):

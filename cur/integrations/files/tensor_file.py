@@ -64,7 +64,15 @@ class TensorFile:
         self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the values of one tensor into their place."""
+        """Put the values of one tensor into their place.
+
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the file.
+        tensor : Tensor
+            The values to write.
+        """
         if tensor.numel():
             self._file.seek(self._starts[name])
             data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
