@@ -24,7 +24,7 @@ from cur.integrations import (
     plan_model,
     save,
 )
-from tests.integrations.checkpoints import write
+from tests.models import write
 
 CONFIG = CompressConfig(layers=2, rank=4)
 
