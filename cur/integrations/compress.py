@@ -137,6 +137,11 @@ def compress_to(
         Whether a directory that is not empty may be replaced.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
+
+    Returns
+    -------
+    CompressionReport
+        The report, as it was saved with the checkpoint.
     """
     figures = {} if held_out is None else {"before, held-out": source.score("before", held_out)}
     report = replace(compress_source(source, asked), perplexity=figures)
@@ -151,7 +156,15 @@ def compress_to(
 
 
 def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
-    """Return the statistics that are asked for, and the plan that follows from them, or the one that was given."""
+    """Return the statistics that are asked for, and the plan that follows from them, or the one that was given.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is, with its text.
+    asked : Asked
+        The configuration to plan by, or the plan to apply.
+    """
     names = source.check(asked)
     with source.clock.stage("calibrate"):
         statistics = _measured(source, asked, names)
@@ -203,13 +216,33 @@ def measure(
         The precision of matrix products in the passes, named as for :func:`compress`.
     progress : callable, optional
         Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+
+    Returns
+    -------
+    Statistics
+        Statistics of the layers that the configuration or plan names.
     """
     source = InMemory(model, list(text), precision=precision, progress=progress)
     return source.measure(source.check(asked), asked, own_text=own_text)
 
 
 def carry_out(source: Source, plan: Plan, statistics: Statistics) -> CompressionReport:
-    """Factor the layers of a plan, put them in place, and report; nothing changes unless all factors are there."""
+    """Factor the layers of a plan, put them in place, and report; nothing changes unless all factors are there.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is, with its text.
+    plan : Plan
+        The plan to apply.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+
+    Returns
+    -------
+    CompressionReport
+        The report on all layers and on the whole model.
+    """
     plan.check(source.model)
     layers = source.factor(plan, statistics)
     after = source.replace_layers()
@@ -255,6 +288,11 @@ def carry_out_(
     progress : callable, optional
         Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
 
+    Returns
+    -------
+    CompressionReport
+        The report on all layers and on the whole model.
+
     Raises
     ------
     PlanError
@@ -273,5 +311,22 @@ def apply_plan_(
     *,
     progress: StageProgress | None = None,
 ) -> list[LayerReport]:
-    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model."""
+    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is changed in place.
+    plan : Plan
+        The plan to apply.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+    progress : StageProgress, optional
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+
+    Returns
+    -------
+    list of LayerReport
+        A report on each layer, in the order of the plan.
+    """
     return list(carry_out_(model, plan, statistics, progress=progress).layers)

@@ -252,7 +252,18 @@ def evaluate_model(
 
 
 def place(device: str) -> str:
-    """Return the device that is meant, this process's own of several; a ValueError says that there is none."""
+    """Return the device that is meant, this process's own of several; a ValueError says that there is none.
+
+    Parameters
+    ----------
+    device : str
+        The name of the device that is asked for.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
     try:
         kind = torch.device(device)
     except RuntimeError:
@@ -265,6 +276,20 @@ def place(device: str) -> str:
 
 def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dtype | str) -> bool:
     """Say whether a model passes through memory block by block: on request, and when it would not fit otherwise.
+
+    Parameters
+    ----------
+    model : path or None
+        The directory or id of the model; None for the embedded one.
+    asked : bool or None
+        Whether it is asked for; None to decide by the memory.
+    dtype : torch.dtype or str
+        The dtype that the weights are to have in memory.
+
+    Returns
+    -------
+    bool
+        Whether blocks are loaded in turn.
 
     Raises
     ------
@@ -292,7 +317,13 @@ def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dt
 
 
 def unread_remark(model: PreTrainedModel) -> str:
-    """Return a sentence on the tensors of a checkpoint that are no part of the model; empty if there are none."""
+    """Return a sentence on the tensors of a checkpoint that are no part of the model; empty if there are none.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that was loaded.
+    """
     unread = origin_of(model).unread
     if not unread:
         return ""

@@ -66,6 +66,16 @@ def quantizable(model: nn.Module, /) -> list[str]:
     Linear layers that share their weight with another module are left out, and experts in three-dimensional parameters
     that were not compressed; of a model in which no stack of blocks is found, compressed layers are all.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+
+    Returns
+    -------
+    list of str
+        The names of the layers.
+
     Raises
     ------
     ValueError

@@ -109,6 +109,23 @@ def own_text(
 
     There are `share` times as many, rounded up: of little text, too, there is some.
 
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The causal language model that writes.
+    given : sequence of Any
+        The batches that were given, whose windows set the length.
+    share : float
+        The number of windows to write, as a multiple of those given.
+    batch_size : int
+        The number of windows that are written together.
+    seed : int
+        The seed of the draws.
+    precision : str, default "auto"
+        The precision of matrix products in the passes.
+    progress : Progress, optional
+        Called as ``progress(done, total)`` after every batch, in windows.
+
     Returns
     -------
     list of dict
@@ -162,7 +179,20 @@ def _special(model: PreTrainedModel) -> set[int]:
 
 
 def draw(logits: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
-    """Draw a label from each row of logits (rows, classes), by inversion at heights (rows,) in [0, 1) of its sums."""
+    """Draw a label from each row of logits (rows, classes), by inversion at heights (rows,) in [0, 1) of its sums.
+
+    Parameters
+    ----------
+    logits : Tensor
+        Logits of shape (rows, classes).
+    heights : Tensor
+        Heights in [0, 1), of shape (rows,).
+
+    Returns
+    -------
+    Tensor
+        The labels, int64, of shape (rows,).
+    """
     step = max(_CHUNK // logits.shape[-1], 1)
     labels = []
     for part, height in zip(logits.split(step), heights.split(step), strict=True):  # type: ignore[no-untyped-call]

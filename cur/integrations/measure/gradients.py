@@ -75,7 +75,13 @@ class OutputGradients:
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
-        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory."""
+        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory.
+
+        Yields
+        ------
+        None
+            Nothing; gradients flow while the context is open.
+        """
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             for parameter in learning:

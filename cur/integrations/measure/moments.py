@@ -14,7 +14,20 @@ __all__ = ["Measured", "Moments", "x_norm"]
 
 
 def x_norm(statistics: Statistics, name: str) -> Tensor:
-    """Return the norm of each input feature of a layer; a ValueError says that the statistics do not cover it."""
+    """Return the norm of each input feature of a layer; a ValueError says that the statistics do not cover it.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        The statistics that should cover the layer.
+    name : str
+        The name of the layer.
+
+    Raises
+    ------
+    ValueError
+        If the statistics do not cover the layer.
+    """
     try:
         return statistics.x_norm(name)
     except KeyError as error:
@@ -74,6 +87,15 @@ class Moments:
     def outputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
         """Return the damped second moment of a layer's output gradients as a matrix to take rows and columns of.
 
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        W : Tensor
+            The layer's matrix, whose dtype and device the moment gets.
+        damping : float
+            The share of its mean diagonal that is added to the moment.
+
         Raises
         ------
         ValueError
@@ -86,6 +108,13 @@ class Moments:
 
     def input_weight(self, name: str, W: Tensor) -> importance.Weight:
         """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        W : Tensor
+            The layer's matrix, whose dtype and device the weight gets.
 
         Raises
         ------

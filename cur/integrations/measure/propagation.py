@@ -97,7 +97,15 @@ class InputMoments:
 
 
 def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, Any]]:
-    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all."""
+    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all.
+
+    Parameters
+    ----------
+    given : sequence of mapping
+        The batches to choose from.
+    width : int
+        The number of inputs of the widest layer.
+    """
     tokens = [next(iter(batch.values())).shape[:2].numel() for batch in given]
     count = min(len(given), -(-_TOKENS_PER_INPUT * width * len(given) // max(sum(tokens), 1)))
     return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]

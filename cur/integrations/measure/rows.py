@@ -25,6 +25,11 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 def read_rows(path: Path) -> Iterable[Any]:
     """Return the rows of a file by its ending: mappings from columns to values, or bare texts.
 
+    Parameters
+    ----------
+    path : Path
+        The path of the file; its ending says the format.
+
     Raises
     ------
     ImportError
@@ -51,6 +56,11 @@ def texts_of(rows: Iterable[Any], *, name: str, column: str | None = None) -> It
         The name that errors use for the texts.
     column : str, optional
         Which column to read. Default: ``"text"`` where there is one, else ``"messages"``.
+
+    Yields
+    ------
+    str or Conversation
+        A text, or the turns of a conversation.
 
     Raises
     ------

@@ -276,7 +276,15 @@ def token_windows(
 
 
 def evenly(count: int, available: int, /) -> torch.Tensor:
-    """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be."""
+    """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be.
+
+    Parameters
+    ----------
+    count : int
+        The number of things to choose.
+    available : int
+        The number of things there are.
+    """
     return (2 * torch.arange(count) + 1) * available // max(2 * count, 1)
 
 

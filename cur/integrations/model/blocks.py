@@ -68,14 +68,28 @@ class BlockCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
-        """Return the hidden state among the arguments of a block, and the others."""
+        """Return the hidden state among the arguments of a block, and the others.
+
+        Parameters
+        ----------
+        args : tuple[Any, ...]
+            The positional arguments of the block.
+        options : mapping
+            The keyword arguments of the block.
+        """
         if args:
             return args[0], cls(args[1:], dict(options))
         others = dict(options)
         return others.pop("hidden_states"), cls((), others)
 
     def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments with a hidden state among them."""
+        """Return positional and keyword arguments with a hidden state among them.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            The hidden state to call the block on.
+        """
         return (hidden, *self.rest), dict(self.options)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -85,7 +99,15 @@ class BlockCall:
 
 
 def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], object]) -> list[Hook]:
-    """Return hooks that call ``see(number, hidden)`` with the hidden state after every block, whenever it was run."""
+    """Return hooks that call ``see(number, hidden)`` with the hidden state after every block, whenever it was run.
+
+    Parameters
+    ----------
+    blocks : sequence of nn.Module
+        The blocks to watch, in order.
+    see : callable
+        Called as ``see(number, hidden)`` after each block.
+    """
 
     def tell(number: int) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -141,6 +163,11 @@ class BlockWalk:
 
         The model runs on the batch, but for its blocks: each has arguments of its own, as where local and global
         attention take turns.
+
+        Parameters
+        ----------
+        batch : Batch
+            The batch to run the model on.
         """
         found: list[tuple[Tensor, BlockCall]] = []
 
@@ -154,7 +181,18 @@ class BlockWalk:
         return found[0][0], [call for _, call in found]
 
     def passing(self, count: int | None = None) -> AbstractContextManager[None]:
-        """Let the first `count` blocks, by default all, return the hidden state that they are called with."""
+        """Let the first `count` blocks, by default all, return the hidden state that they are called with.
+
+        Parameters
+        ----------
+        count : int, optional
+            The number of blocks that pass their input on; None for all.
+
+        Returns
+        -------
+        AbstractContextManager[None]
+            A context in which these blocks do nothing.
+        """
 
         def pass_on(*args: Any, **options: Any) -> Any:
             hidden, _ = BlockCall.of(args, options)

@@ -31,7 +31,13 @@ def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torc
 
 
 def decoder_mask(batch: Mapping[str, Any] | torch.Tensor) -> torch.Tensor | None:
-    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100."""
+    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100.
+
+    Parameters
+    ----------
+    batch : mapping or Tensor
+        The batch that the model is run on.
+    """
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("labels")
@@ -74,12 +80,28 @@ class Masks:
         return [] if self._encoder is None else [(self._encoder, "after", self._after)]
 
     def start(self, inputs: Mapping[str, Any], batch: Mapping[str, Any] | torch.Tensor) -> None:
-        """Take the masks of one batch."""
+        """Take the masks of one batch.
+
+        Parameters
+        ----------
+        inputs : mapping
+            The keyword arguments that the model is called with.
+        batch : mapping or Tensor
+            The batch that they were made from.
+        """
         self.of_inputs = padding_mask(inputs)
         self.of_decoder = decoder_mask(batch)
 
     def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Return the mask of `x`, with which `module` is called, or that it returns."""
+        """Return the mask of `x`, with which `module` is called, or that it returns.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The module that is called with the tensor, or returns it.
+        x : Tensor
+            The tensor to find the mask for.
+        """
         encoded = self._encoded is not None and self._encoded() is x
         mask = self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
         experts = self._experts.get(id(module))

@@ -122,7 +122,13 @@ def open_checkpoint(
 
 
 def stored_dtype(directory: Path | str) -> torch.dtype:
-    """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say."""
+    """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say.
+
+    Parameters
+    ----------
+    directory : Path or str
+        The directory of a model.
+    """
     found = _Stored(directory).dtype()
     if isinstance(found, torch.dtype):
         return found
@@ -259,7 +265,13 @@ def _loading(source: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
+    """Keep the progress bars of files that load in seconds off the terminal; warnings still show.
+
+    Yields
+    ------
+    None
+        Nothing; progress bars are shown again when the context ends.
+    """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     captured = StringIO()

@@ -56,6 +56,16 @@ class Course(greenlet):
     def to_layer(self, name: str) -> Tensor:
         """Go on to a layer, and pause before it is called; returns its input.
 
+        Parameters
+        ----------
+        name : str
+            The name of the layer within the block.
+
+        Returns
+        -------
+        Tensor
+            The input that the layer is about to be called with.
+
         Raises
         ------
         RuntimeError
@@ -70,6 +80,11 @@ class Course(greenlet):
     def to_the_end(self) -> Tensor:
         """Go on to the end of the block; returns the next hidden state.
 
+        Returns
+        -------
+        Tensor
+            The hidden state that the block returns.
+
         Raises
         ------
         RuntimeError
@@ -82,7 +97,15 @@ class Course(greenlet):
 
 
 def pauses(block: nn.Module, names: Iterable[str]) -> list[Hook]:
-    """Return hooks that pause a :class:`Course` before each of these layers of its block."""
+    """Return hooks that pause a :class:`Course` before each of these layers of its block.
+
+    Parameters
+    ----------
+    block : nn.Module
+        The block that the layers belong to.
+    names : Iterable[str]
+        The names of the layers within the block.
+    """
 
     def pause(name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:

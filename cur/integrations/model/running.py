@@ -21,14 +21,31 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 
 
 def body(model: nn.Module) -> nn.Module:
-    """Return the model without its output head, or the model itself where that cannot be told apart."""
+    """Return the model without its output head, or the model itself where that cannot be told apart.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look into.
+    """
     inner = getattr(model, "base_model", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off, and put every module back into its own mode afterwards."""
+    """Switch dropout and gradients off, and put every module back into its own mode afterwards.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, whose mode is changed for a while.
+
+    Yields
+    ------
+    None
+        Nothing; every module gets its own mode back when the context ends.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -42,7 +59,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator[None]:
-    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision."""
+    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision.
+
+    Parameters
+    ----------
+    blocks : sequence of nn.Module
+        The blocks that run a second time in the backward pass.
+    precision : Precision
+        The precision that both runs have.
+
+    Yields
+    ------
+    None
+        Nothing; blocks keep their results again when the context ends.
+    """
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +187,13 @@ def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict
 
 
 def total_samples(batches: Iterable[Any]) -> int | None:
-    """Return the number of samples in all batches, None where only a pass could tell."""
+    """Return the number of samples in all batches, None where only a pass could tell.
+
+    Parameters
+    ----------
+    batches : Iterable[Any]
+        The batches to count, which are not run through.
+    """
     if not isinstance(batches, Sequence):
         return None
     sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]

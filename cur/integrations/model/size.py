@@ -30,7 +30,18 @@ class Size:
 
 
 def model_size(model: nn.Module) -> Size:
-    """Count the parameters and bytes of a model; tied weights count once."""
+    """Count the parameters and bytes of a model; tied weights count once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to count.
+
+    Returns
+    -------
+    Size
+        The size in memory.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return Size(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -39,7 +50,13 @@ def model_size(model: nn.Module) -> Size:
 
 
 def weight_bytes(directory: str | Path) -> int | None:
-    """Return the bytes of the weight files in a directory, or of a weight file; None if there is none."""
+    """Return the bytes of the weight files in a directory, or of a weight file; None if there is none.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a model, or one weight file.
+    """
     path = Path(directory)
     # Not all that end so: some models are stored a second time, in `consolidated.safetensors`.
     for files in ([path] if path.is_file() else [], path.glob("*model*.safetensors"), path.glob("pytorch_model*.bin")):

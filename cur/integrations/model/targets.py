@@ -21,6 +21,16 @@ def is_linear(module: nn.Module) -> bool:
     """Say whether a module is one matrix times a vector: ``nn.Linear``, or ``Conv1D`` as in GPT-2.
 
     ``Conv1D`` of transformers holds the transpose: its weight has shape (in, out).
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is a linear layer.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -93,6 +103,11 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
     """Name the blocks of a transformer: those of :func:`block_stacks`, one stack after the other.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through: a transformer.
 
     Returns
     -------

@@ -45,7 +45,22 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_integers(cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear:
-        """Build the layer of ``integers * scale``, m x n times m x 1, and a copy of a bias."""
+        """Build the layer of ``integers * scale``, m x n times m x 1, and a copy of a bias.
+
+        Parameters
+        ----------
+        integers : Tensor
+            The rounded entries, int8, of shape (m, n).
+        scale : Tensor
+            The step of each row, of shape (m, 1).
+        bias : Tensor, optional
+            The bias of m entries.
+
+        Returns
+        -------
+        Int8Linear
+            The layer of these integers.
+        """
         rows, columns = integers.shape
         layer = cls(columns, rows, bias=bias is not None, device="meta")
         layer.integers = nn.Parameter(integers, requires_grad=False)
@@ -60,7 +75,18 @@ class Int8Linear(nn.Module):
         return self.integers.to(self.scale.dtype) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

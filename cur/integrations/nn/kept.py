@@ -136,7 +136,18 @@ class KeptNeurons(CompressedLinear):
         return None if inside is None else f"inner.{inside}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them."""
+        """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them.
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs of the kept part.
+
+        Returns
+        -------
+        Tensor
+            The outputs of the kept part.
+        """
         y: Tensor = self.part(x)
         return y
 

@@ -18,6 +18,13 @@ __all__ = ["compressed_modules", "dense_weight", "stand_in", "swap_"]
 def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
     """Return weight (out x in, a view), bias and whether the layer stores its weight transposed.
 
+    Parameters
+    ----------
+    module : nn.Module
+        The linear layer to look into.
+    name : str
+        The name of the layer, for errors.
+
     Raises
     ------
     TypeError
@@ -72,6 +79,11 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return every compressed layer of a model by name; a layer shared by two parents appears once.
 
     What such a layer is made of is not listed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
     """
     found: dict[str, CompressedLinear] = {}
     for name, module in model.named_modules():

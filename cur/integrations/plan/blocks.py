@@ -18,6 +18,11 @@ def inner_blocks(stacks: Sequence[int]) -> list[int]:
 
     The blocks of all stacks are numbered through. The ends of a stack do what no other block does, and are never
     chosen.
+
+    Parameters
+    ----------
+    stacks : sequence of int
+        The number of blocks of each stack.
     """
     found: list[int] = []
     first = 0

@@ -54,6 +54,24 @@ def error_curves(
     All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients` and `damping`
     alone, and not on the budget.
 
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    names : sequence of str
+        The names of the layers.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every layer.
+
+    Returns
+    -------
+    list of LayerCurve
+        A curve for each layer, in the order of `names`.
+
     Raises
     ------
     ValueError
@@ -86,6 +104,24 @@ def joint_curves(
     """Compute the error at every number of neurons of the layers that have some between them, if the budget is for it.
 
     The complement of :func:`error_curves`, under the same conditions.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    names : sequence of str
+        The names of the layers.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every group of layers.
+
+    Returns
+    -------
+    list of NeuronCurve
+        A curve for each layer that reads neurons; empty if no neurons may be removed.
     """
     if not config.neurons or config.method != "best":
         return []

@@ -50,17 +50,37 @@ class ByteCosts:
         return self.fixed + sum(self._dense(name) for name in self._weights)
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
-        """Return the bytes of one layer at each rank of its curve, and dense."""
+        """Return the bytes of one layer at each rank of its curve, and dense.
+
+        Parameters
+        ----------
+        curve : LayerCurve
+            The curve of the layer.
+        """
         some = self._layer(SMALLEST, curve.name, curve.shape, np.arange(1, len(curve.costs)))
         return np.append(some, self._dense(curve.name))
 
     def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
-        """Return the bytes of layers for each number of neurons kept between them."""
+        """Return the bytes of layers for each number of neurons kept between them.
+
+        Parameters
+        ----------
+        curve : NeuronCurve
+            The curve of the layers around the neurons.
+        """
         count = np.arange(1, len(curve.costs) + 1)
         return np.asarray(sum(self._layer(kind, name, shape, count) for kind, name, shape in _around(curve)))
 
     def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
-        """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole."""
+        """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole.
+
+        Parameters
+        ----------
+        curve : NeuronCurve
+            The curve of the layers around the neurons.
+        cut : Cut
+            The remaining parts at one number of neurons kept.
+        """
         found = []
         for (kind, name, shape), layer in zip(_around(curve), cut.layers, strict=True):
             some = self._layer(kind, name, shape, cut.count, np.arange(1, len(layer.costs)))

@@ -68,16 +68,39 @@ class Layers:
         self.progress = progress
 
     def groups(self, names: list[str]) -> Iterator[tuple[list[str], Statistics]]:
-        """Yield names of layers, in order, while their weights are in memory, and statistics that cover them."""
+        """Yield names of layers, in order, while their weights are in memory, and statistics that cover them.
+
+        Parameters
+        ----------
+        names : list of str
+            The names of the layers, in order.
+
+        Yields
+        ------
+        tuple[list of str], Statistics
+            Names of layers that are in memory, and their statistics.
+        """
         with unrolled(self.model):
             yield names, self.statistics
 
     def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
-        """Return a callback for the steps of a stage within a group."""
+        """Return a callback for the steps of a stage within a group.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage.
+        """
         return None if self.progress is None else functools.partial(self.progress, stage)
 
     def gather(self, found: dict[str, T]) -> dict[str, T]:
-        """Return what was found for all groups, by their first layers, of all processes that share them."""
+        """Return what was found for all groups, by their first layers, of all processes that share them.
+
+        Parameters
+        ----------
+        found : dict[str, T]
+            The results of this process, by the first layer of each group.
+        """
         return found
 
 
@@ -158,6 +181,27 @@ def layer_entries(
     """Decide the rank of each of some layers.
 
     One that would not get smaller within a tolerance, or faster if the layout is "auto", has no entry.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, with the weights of these layers.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : CompressConfig
+        The configuration to plan by.
+    names : list of str
+        The names of the layers.
+
+    Returns
+    -------
+    list of PlanEntry
+        An entry for each layer, in the order of `names`.
+
+    Raises
+    ------
+    ValueError
+        If no input of a layer was ever different from zero, or a layer is too small for any rank to save anything.
     """
     moments = Moments(statistics)
     entries: list[PlanEntry] = []

@@ -174,7 +174,15 @@ class WeightedEntry(_UnderMoments, RankEntry):
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:
-        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side.
+
+        Parameters
+        ----------
+        W : Tensor
+            The weight of the layer.
+        **weights : Any
+            The weights of its rows and columns.
+        """
         return square_errors(W, **weights)
 
     @classmethod
@@ -199,7 +207,15 @@ class RowsEntry(_UnderMoments, RankEntry):
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:
-        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side.
+
+        Parameters
+        ----------
+        W : Tensor
+            The weight of the layer.
+        **weights : Any
+            The weights of its rows and columns.
+        """
         return own_rows(W, **weights).square_errors
 
     @classmethod
@@ -265,7 +281,18 @@ class NeuronsEntry(_AroundNeurons):
         return (KeptInputs.layout,)
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Refuse to be without layers before."""
+        """Refuse to be without layers before.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+
+        Raises
+        ------
+        PlanError
+            If no entry of a producer names this one as its consumer.
+        """
         if not any(entry.made_with == self.name for entry in entries.values() if entry is not self):
             raise PlanError(
                 f"`entries` must hold, beside {self.name}, the layers before, whose `consumer` it is; make the plan "
@@ -298,7 +325,13 @@ class NeuronsBeforeEntry(_AroundNeurons):
         return self.consumer
 
     def check(self) -> None:
-        """Refuse an entry without a next layer."""
+        """Refuse an entry without a next layer.
+
+        Raises
+        ------
+        PlanError
+            If `consumer` is not the name of a layer.
+        """
         super().check()
         if not isinstance(self.consumer, str):
             raise PlanError(
@@ -307,7 +340,18 @@ class NeuronsBeforeEntry(_AroundNeurons):
             )
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Refuse to keep other neurons than the next layer."""
+        """Refuse to keep other neurons than the next layer.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+
+        Raises
+        ------
+        PlanError
+            If the next layer has no entry, or keeps another number of neurons.
+        """
         consumer = entries.get(self.consumer)
         kept = (consumer.neurons, consumer.shape[1]) if isinstance(consumer, NeuronsEntry) else None
         if kept != (self.neurons, self.shape[0]):

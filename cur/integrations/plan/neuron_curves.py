@@ -36,6 +36,26 @@ def neuron_curves(
     In the unit of :class:`~cur.integrations.plan.rate_distortion.LayerCurve`: the error of the outputs of the next
     layer, predicted from the neurons that are kept. For some of these numbers the curves also have the errors
     of the remaining layers at every rank: a little of both loses less than much of either.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    moments : Moments
+        The statistics, as moments of layers.
+    names : sequence of str
+        The names of the layers to look among.
+    gradients : bool
+        Whether errors are weighted by output gradients.
+    damping : float
+        The share of its mean diagonal that is added to each moment.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every group of layers.
+
+    Returns
+    -------
+    list of NeuronCurve
+        A curve for each layer that reads neurons.
     """
     groups = neuron_groups(model, names)
     curves = []
@@ -55,12 +75,39 @@ def neuron_curves(
 
 
 def double_weight(model: nn.Module, name: str) -> Tensor:
-    """Return the weight of a dense layer in float64; a NumericalError names it if it is not finite."""
+    """Return the weight of a dense layer in float64; a NumericalError names it if it is not finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the layer belongs to.
+    name : str
+        The name of the layer.
+    """
     return finite_weight(model.get_submodule(name), name).to(torch.float64)
 
 
 def neuron_order(model: nn.Module, moments: Moments, consumer: str, *, gradients: bool, damping: float) -> OwnInputs:
-    """Choose the order in which the inputs of a layer, the neurons before it, are kept."""
+    """Choose the order in which the inputs of a layer, the neurons before it, are kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    moments : Moments
+        The statistics, as moments of layers.
+    consumer : str
+        The name of the layer whose inputs are the neurons.
+    gradients : bool
+        Whether errors are weighted by output gradients.
+    damping : float
+        The share of its mean diagonal that is added to each moment.
+
+    Returns
+    -------
+    OwnInputs
+        The order, and the error at every number of neurons kept.
+    """
     W = double_weight(model, consumer)
     H, G = moments.weights(consumer, W, gradients=gradients, damping=damping)
     return own_inputs(W, row_weights=H, column_weights=G)

@@ -154,7 +154,13 @@ class Plan:
     batch_size = 1
 
     def as_done(self, layers: Iterable[Any]) -> Plan:
-        """Return the plan with the ranks that were found, from objects with a `rank` in the order of its entries."""
+        """Return the plan with the ranks that were found, from objects with a `rank` in the order of its entries.
+
+        Parameters
+        ----------
+        layers : Iterable[Any]
+            Objects with a ``rank``, in the order of the entries.
+        """
         entries = (entry.found(done.rank) for entry, done in zip(self.entries, layers, strict=True))
         return replace(self, entries=tuple(entries))
 
@@ -165,6 +171,11 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this architecture and these shapes.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that the plan should be for.
 
         Raises
         ------
@@ -216,6 +227,11 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read a plan from JSON types.
 
+        Parameters
+        ----------
+        data : mapping
+            The plan, as JSON types.
+
         Raises
         ------
         PlanError
@@ -243,13 +259,30 @@ class Plan:
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         with replace_file(path) as file:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a plan from a JSON file; see :meth:`from_dict`."""
+        """Read a plan from a JSON file; see :meth:`from_dict`.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to read.
+
+        Raises
+        ------
+        PlanError
+            If the file does not hold a plan that can be applied.
+        """
         data = read_object(path, remedy="make it again, or name another", error=PlanError)
         try:
             return cls.from_dict(data)
@@ -263,6 +296,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Weights and dtype do not enter, so that a plan made in float32 can be replayed on the same model in
     bfloat16.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to hash, whose values do not matter.
     """
     with unrolled(model):  # whether experts lie in one parameter or in many does not matter
         shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
@@ -270,5 +308,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def is_multiple(value: Any) -> bool:
-    """Tell whether a value is a finite number that is at least 0, and no truth value."""
+    """Tell whether a value is a finite number that is at least 0, and no truth value.
+
+    Parameters
+    ----------
+    value : Any
+        The value to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is such a number.
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < math.inf

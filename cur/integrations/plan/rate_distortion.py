@@ -20,6 +20,13 @@ def unit(whole: float, *, gradients: bool) -> float:
 
     With gradients they are halved, which makes them loss per token; without, they are divided by the square of the
     whole layer.
+
+    Parameters
+    ----------
+    whole : float
+        The squared weighted error of leaving out the whole layer.
+    gradients : bool
+        Whether errors are weighted by output gradients.
     """
     return 0.5 if gradients else 1.0 / (whole or 1.0)
 
@@ -50,6 +57,17 @@ class LayerCurve:
         """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
 
         They are multiplied by `scale`, see :func:`unit`.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        shape : tuple[int, int]
+            The numbers of outputs m and inputs n of the layer.
+        squares : np.ndarray[Any, Any]
+            The squares of the weighted errors at the ranks 0, 1, ..., the smaller side.
+        scale : float
+            The factor that brings the squares to one unit for all layers, see :func:`unit`.
         """
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.

@@ -87,7 +87,13 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a report from JSON types."""
+        """Read a report from JSON types.
+
+        Parameters
+        ----------
+        data : mapping
+            The report, as JSON types.
+        """
         return cls(
             **{
                 **data,
@@ -178,6 +184,16 @@ class CompressionReport:
         """Read a report from JSON types; a ValueError names what does not belong in one.
 
         Unlike a plan a report steers nothing, so there is no version to it beyond that of its plan.
+
+        Parameters
+        ----------
+        data : mapping
+            The report, as JSON types.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing, not known or of the wrong kind.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
@@ -198,13 +214,30 @@ class CompressionReport:
             raise ValueError(f"the report is malformed: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         with replace_file(path) as file:
             file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a report from a JSON file."""
+        """Read a report from a JSON file.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to read.
+
+        Raises
+        ------
+        CheckpointError
+            If the file does not hold a report.
+        """
         data = read_object(path, remedy="fetch it again, or delete it to go without")
         try:
             return cls.from_dict(data)

@@ -69,14 +69,31 @@ class OutputChange:
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """Return the key of :data:`cur.bounds.LIPSCHITZ` that an activation module has, None for any other module."""
+    """Return the key of :data:`cur.bounds.LIPSCHITZ` that an activation module has, None for any other module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+    """
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return _ACTIVATIONS.get(type(module))
 
 
 def spectral_norm_bound(E: Tensor) -> float:
-    """Bound the 2-norm of a matrix, rounding included: by its singular values, or for large ones by ``||E||_F``."""
+    """Bound the 2-norm of a matrix, rounding included: by its singular values, or for large ones by ``||E||_F``.
+
+    Parameters
+    ----------
+    E : Tensor
+        The matrix, of any floating dtype.
+
+    Returns
+    -------
+    float
+        A bound that the 2-norm does not exceed.
+    """
     E = E.to(torch.float64)
     total = float(torch.linalg.norm(E))
     if min(E.shape) > EXACT_UP_TO:

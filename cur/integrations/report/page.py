@@ -40,7 +40,13 @@ figure { margin: 0; } svg { max-width: 100%; height: auto; }
 
 
 def can_draw() -> bool:
-    """Say whether matplotlib is installed."""
+    """Say whether matplotlib is installed.
+
+    Returns
+    -------
+    bool
+        Whether pages have pictures.
+    """
     return find_spec("matplotlib") is not None
 
 

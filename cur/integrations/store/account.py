@@ -187,6 +187,15 @@ def write_account(directory: Path, account: Account | None, *, kept: str = "") -
     """Write what is known of a directory that is complete.
 
     Hashes of its weights, what it holds of its source, and the hash of what compression left as it was.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory, which is complete.
+    account : Account or None
+        The comparison with the source; None if there is none.
+    kept : str, default ""
+        The hash of the tensors that compression left as they were.
     """
     hashes = {file.name: digest_of(file) for file in sorted(directory.glob("*.safetensors"))}
     said = None if account is None else account.to_dict()
@@ -197,6 +206,11 @@ def write_account(directory: Path, account: Account | None, *, kept: str = "") -
 
 def read_account(directory: str | os.PathLike[str]) -> Account | None:
     """Return the account that was written with a checkpoint, None if there is none.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a checkpoint.
 
     Raises
     ------

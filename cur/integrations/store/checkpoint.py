@@ -208,6 +208,26 @@ def dense_export(
     """Write a plain checkpoint, every compressed layer multiplied out, that loads without this package.
 
     The compressed model itself is unchanged. The parameters are those of :func:`save`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The compressed model, which is not changed.
+    tokenizer : Any
+        The tokenizer, which is saved beside the model; None saves none.
+    directory : path
+        The directory to create.
+    overwrite : bool, default False
+        Whether a directory that exists may be replaced.
+    max_shard_size : int or str, default "5GB"
+        The largest size of one file, in bytes or as text such as ``"5GB"``.
+    source : path, optional
+        The directory of the dense model, whose other files are carried over.
+
+    Returns
+    -------
+    Path
+        The directory that was created.
     """
     with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
@@ -217,6 +237,16 @@ def dense_export(
 
 def read_config(directory: str | os.PathLike[str]) -> CURConfig:
     """Read what a checkpoint says about its compressed layers, without its weights.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a compressed checkpoint.
+
+    Returns
+    -------
+    CURConfig
+        The configuration of its compressed layers.
 
     Raises
     ------

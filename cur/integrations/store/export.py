@@ -47,6 +47,16 @@ TARGETS: dict[str, Target] = {}
 def register_target(target: Target) -> Target:
     """Make a target known.
 
+    Parameters
+    ----------
+    target : Target
+        The target to register.
+
+    Returns
+    -------
+    Target
+        The target, as it is.
+
     Raises
     ------
     ValueError
@@ -69,6 +79,11 @@ register_target(
 
 def check_export(to: str) -> Target:
     """Return a target by name, if all that it needs is there.
+
+    Parameters
+    ----------
+    to : str
+        The name of the target.
 
     Raises
     ------

@@ -110,7 +110,13 @@ class CURQuantizer(HfQuantizer):
     quantization_config: CURConfig
 
     def is_serializable(self) -> bool:
-        """Allow `save_pretrained`."""
+        """Allow `save_pretrained`.
+
+        Returns
+        -------
+        bool
+            True, as every state can be saved.
+        """
         return True
 
     @property
@@ -129,7 +135,18 @@ class CURQuantizer(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
+        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one.
+
+        Parameters
+        ----------
+        config : Any
+            The configuration of the model.
+
+        Returns
+        -------
+        Any
+            The configuration, with the name of the weight file.
+        """
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
         elif getattr(config, "transformers_weights", None) == ADVICE:
@@ -197,6 +214,11 @@ class CURQuantizer(HfQuantizer):
         layer initialised at random. An empty tensor under the name of each dense weight that is gone makes
         that an error about sizes, and the name of one more empty tensor, shown in its table, says what to do.
         This holds for every way of saving: `save_pretrained`, `push_to_hub`, `Trainer`.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model to save.
         """
         state: dict[str, torch.Tensor] = model.state_dict()
         for name, spec in describe(model).items():
@@ -227,7 +249,13 @@ class CURQuantizer(HfQuantizer):
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers."""
+    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model with compressed layers.
+    """
     first: dict[int, str] = {}
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -242,7 +270,18 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def refuse_other_formats(model: PreTrainedModel) -> None:
-    """Raise a ValueError if a model is quantized by another method than ours."""
+    """Raise a ValueError if a model is quantized by another method than ours.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model to look at.
+
+    Raises
+    ------
+    ValueError
+        If another quantizer has changed it.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, CURQuantizer):
         raise ValueError(
@@ -253,6 +292,11 @@ def refuse_other_formats(model: PreTrainedModel) -> None:
 
 def mark_(model: PreTrainedModel) -> None:
     """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, whose configuration is changed in place.
 
     Raises
     ------

@@ -23,6 +23,21 @@ class LayerSummary:
     """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors.
 
     Where neurons were removed and the rest was factored as well, also the inner rank.
+
+    Parameters
+    ----------
+    name : str
+        The name of the layer.
+    shape : tuple[int, int]
+        The numbers of outputs m and inputs n of the layer.
+    layout : str
+        The layout in which the factors are stored.
+    rank : int
+        The rank of the layer, or the number of neurons kept.
+    dtype : str
+        The dtype of the factors.
+    inner_rank : int, optional
+        The rank of the kept part; None if it is whole.
     """
 
     name: str
@@ -81,7 +96,13 @@ class CheckpointSummary:
     file_bytes: int
 
     def in_layout(self, layout: str) -> int:
-        """Return the number of parameters that all factored layers would take in one layout at their ranks."""
+        """Return the number of parameters that all factored layers would take in one layout at their ranks.
+
+        Parameters
+        ----------
+        layout : str
+            The name of the layout.
+        """
         kind = layer_class(layout)
         return sum(
             int(kind.numbers(*layer.shape, *layer.ranks))
@@ -99,6 +120,16 @@ class CheckpointSummary:
 
 def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     """Read the summary of a compressed checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a compressed checkpoint.
+
+    Returns
+    -------
+    CheckpointSummary
+        The summary of its layers and sizes.
 
     Raises
     ------
