@@ -180,7 +180,34 @@ def plan_model(
     progress: StageProgress | None = None,
     announce: Callable[[str], object] | None = None,
 ) -> Plan:
-    """Decide which layers of a model would be replaced, and how; the parameters are those of :func:`compress_model`."""
+    """Decide which layers of a model would be replaced, and how; the parameters are those of :func:`compress_model`.
+
+    Parameters
+    ----------
+    model : path or PreTrainedModel or LoadedModel or None
+        A directory, a hub id or a model in memory, as for :func:`compress_model`.
+    config : Asked, optional
+        How to plan; the setting of the paper by default.
+    text : Text, optional
+        The text to measure the model on, see :data:`Text`.
+    statistics : path, optional
+        A file of statistics: read if it exists, else written.
+    dtype : torch.dtype or str, default "auto"
+        The dtype of the weights in memory; "auto" is the one they are stored in.
+    precision : str, default "auto"
+        The precision of matrix products in passes over text.
+    trust_remote_code : bool, default False
+        Whether code of the checkpoint may be run.
+    progress : StageProgress, optional
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+    announce : callable, optional
+        Called with sentences on what was decided, such as the precision.
+
+    Returns
+    -------
+    Plan
+        The plan, which nothing has been changed by.
+    """
     check(precision)
     asked = CompressConfig() if config is None else config
     file = None if statistics is None else Path(statistics).expanduser().absolute()
@@ -219,6 +246,11 @@ def evaluate_model(
     Returns
     -------
     Perplexity
+
+    Raises
+    ------
+    ValueError
+        If several processes were started, or an argument is not allowed.
     """
     check(precision)
     where, tell = place(device), announce or silent

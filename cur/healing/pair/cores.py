@@ -102,11 +102,11 @@ class Coordinates:
         The second moment ``G`` of what the core is applied to: float64, r x r.
     output : float
         ``E[y^T H y]`` of the layer's outputs ``y``.
-    metric : Tensor, optional
-        ``H``, m x m. Default: the identity.
     damping : float
         Added to the eigenvalues of ``M`` and ``G``, relative to their mean, so that directions which the text hardly
         shows are not blown up.
+    metric : Tensor, optional
+        The metric ``H`` on the outputs, m x m; the identity by default.
 
     Notes
     -----

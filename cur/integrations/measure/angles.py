@@ -73,6 +73,11 @@ class HiddenAngles:
         -------
         str or None
             The name of the first block whose output is not finite, None if all are.
+
+        Raises
+        ------
+        ValueError
+            If the blocks do not run once each and in order.
         """
         names = list(self.blocks)
         if len(self.states) != len(names) + 1:

@@ -93,7 +93,26 @@ class OutputGradients:
                 parameter.requires_grad_(True)
 
     def backward(self, output: Any, inputs: Mapping[str, Any], mask: torch.Tensor | None, *, first: int) -> None:
-        """Go back through the model from its output for a batch, whose first sample has the number `first`."""
+        """Go back through the model from its output for a batch, whose first sample has the number `first`.
+
+        Parameters
+        ----------
+        output : Any
+            The output of the model on the batch.
+        inputs : mapping
+            The keyword arguments that the model was called with.
+        mask : Tensor or None
+            The padding mask of the batch; None if it has no padding.
+        first : int
+            The number of the first sample of the batch, which seeds its labels.
+
+        Raises
+        ------
+        TypeError
+            If the model gives no logits for each token.
+        NumericalError
+            If the loss, or the gradient at an output, is not finite.
+        """
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
             raise TypeError(
@@ -131,7 +150,13 @@ class OutputGradients:
         self.counts[key] += len(rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Return the sums and how many gradients are in each, by name."""
+        """Return the sums and how many gradients are in each, by name.
+
+        Raises
+        ------
+        ValueError
+            If no gradient reached a module.
+        """
         silent = [names[0] for key, names in self.names.items() if key not in self.products]
         if silent:
             raise ValueError(f"no gradient reached {', '.join(silent[:5])}; leave out what the loss does not use")

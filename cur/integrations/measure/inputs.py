@@ -119,7 +119,13 @@ class InputSums:
             _add_squares_(self.sums[key], rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
-        """Return sums of squares, second moments and counts by name; modules that share inputs share tensors."""
+        """Return sums of squares, second moments and counts by name; modules that share inputs share tensors.
+
+        Raises
+        ------
+        ValueError
+            If no input reached a module.
+        """
         silent = [
             names[0]
             for key, names in self.names.items()

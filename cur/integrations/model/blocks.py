@@ -147,7 +147,20 @@ class BlockWalk:
             self._learn(probe)
 
     def enter(self, batch: Batch, index: int = 0) -> tuple[Tensor, BlockCall]:
-        """Run the model on a batch up to a block, by default the first; returns what that is called with."""
+        """Run the model on a batch up to a block, by default the first; returns what that is called with.
+
+        Parameters
+        ----------
+        batch : Batch
+            The batch to run the model on.
+        index : int, default 0
+            The number of the block to stop before.
+
+        Returns
+        -------
+        tuple[Tensor, BlockCall]
+            The hidden state and the other arguments that the block would be called with.
+        """
         caught: list[tuple[Tensor, BlockCall]] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -17,7 +17,20 @@ __all__ = ["Masks", "decoder_mask", "padding_mask", "token_rows"]
 
 
 def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
-    """Return the padding mask as booleans, None where every position counts."""
+    """Return the padding mask as booleans, None where every position counts.
+
+    Parameters
+    ----------
+    inputs : mapping
+        The keyword arguments that the model is called with.
+    key : str, default "attention_mask"
+        The name of the mask among them.
+
+    Raises
+    ------
+    ValueError
+        If the mask is not of shape (batch, length), or a sample is all padding.
+    """
     mask = inputs.get(key)
     if mask is None:
         return None
@@ -115,7 +128,22 @@ class Masks:
 
 
 def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width)."""
+    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width).
+
+    Parameters
+    ----------
+    x : Tensor
+        The tensor, whose last axis is the width.
+    mask : Tensor or None
+        The padding mask of the batch; None if it has no padding.
+    name : str
+        The name of the module, for the error.
+
+    Raises
+    ------
+    ValueError
+        If the tensor does not have one row for each token.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if mask is None:
         return flat

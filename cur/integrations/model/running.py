@@ -100,6 +100,25 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     A bare tensor is taken as ``input_ids``. Labels are left out, the key-value cache is switched off, and a
     batch padded on the left gets position ids that count real tokens only, where the module takes them: many
     models would otherwise count the padding as well, and the result would depend on it.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module that is to be called.
+    batch : mapping or Tensor
+        The batch, or a bare tensor of token ids.
+
+    Returns
+    -------
+    dict
+        The keyword arguments to call the module with.
+
+    Raises
+    ------
+    TypeError
+        If the batch is neither a mapping nor a tensor.
+    ValueError
+        If a batch for an encoder-decoder has no inputs of the decoder.
     """
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
@@ -149,7 +168,27 @@ def _left_padded(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Call the module; an input it does not take, and one that it fails for want of, is reported as such."""
+    """Call the module; an input it does not take, and one that it fails for want of, is reported as such.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to call.
+    inputs : mapping
+        The keyword arguments to call it with.
+
+    Returns
+    -------
+    Any
+        The output of the module.
+
+    Raises
+    ------
+    TypeError
+        If the module does not take an input, or cannot run with these.
+    OutOfMemoryError
+        If the device has too little memory.
+    """
     try:
         return module(**inputs)
     except TypeError as error:
@@ -176,7 +215,29 @@ def _cannot_run(module: nn.Module, inputs: Mapping[str, Any], error: Exception) 
 
 
 def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, nn.Module]:
-    """Look up modules by full name; all names of a shared module are known."""
+    """Look up modules by full name; all names of a shared module are known.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    names : sequence of str
+        The full names of the modules.
+    parameter : str
+        The name of the parameter that errors speak of.
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        The modules by name, in the order of `names`.
+
+    Raises
+    ------
+    TypeError
+        If `names` is a string.
+    ValueError
+        If the model has no module of a name.
+    """
     if isinstance(names, str):
         raise TypeError(f"`{parameter}` must be a sequence of names, got the string {names!r}; write [{names!r}]")
     known = dict(model.named_modules(remove_duplicate=False))

@@ -140,7 +140,15 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
-        """Return the largest rank of an m x n layer in this layout."""
+        """Return the largest rank of an m x n layer in this layout.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -456,7 +464,19 @@ class CompressedLinear(nn.Module):
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
-        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
+        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device.
+
+        Parameters
+        ----------
+        left : Tensor
+            The left factor, of shape (m, r).
+        right : Tensor
+            The right factor, of shape (r, n).
+        bias : Tensor, optional
+            The bias of m entries.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+        """
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:

@@ -274,7 +274,26 @@ class InterpolativeLinear(FactoredLinear):
         bias: Tensor | None = None,
         transposed: bool = False,
     ) -> Self:
-        """Build the layer from ``rows`` (r x n), ``coefficients`` ((m - r) x r), ``order`` (m, int64)."""
+        """Build the layer from ``rows`` (r x n), ``coefficients`` ((m - r) x r), ``order`` (m, int64).
+
+        Parameters
+        ----------
+        rows : Tensor
+            The kept rows, of shape (r, n).
+        coefficients : Tensor
+            The coefficients of the other rows, of shape (m - r, r).
+        order : Tensor
+            The places of the kept rows and then of the others: int64, of shape (m,).
+        bias : Tensor, optional
+            The bias of m entries.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+
+        Raises
+        ------
+        ValueError
+            If `coefficients` has another shape.
+        """
         m = order.shape[0]
         rank, n = rows.shape
         if tuple(coefficients.shape) != (m - rank, rank):

@@ -54,12 +54,32 @@ class KeptNeurons(CompressedLinear):
 
     @classmethod
     def shape_inside(cls, m: int, n: int, rank: int) -> tuple[int, int]:
-        """Return the outputs and inputs of what an m x n layer keeps."""
+        """Return the outputs and inputs of what an m x n layer keeps.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs of the dense layer.
+        n : int
+            The number of inputs of the dense layer.
+        rank : int
+            The number of neurons kept.
+        """
         raise NotImplementedError
 
     @classmethod
     def shape_outside(cls, m: int, n: int, width: int) -> tuple[int, int]:
-        """Return the outputs and inputs of the layer that keeps m x n of a number of neurons."""
+        """Return the outputs and inputs of the layer that keeps m x n of a number of neurons.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs of the kept part.
+        n : int
+            The number of inputs of the kept part.
+        width : int
+            The number of neurons of the dense layer.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -107,7 +127,13 @@ class KeptNeurons(CompressedLinear):
         return layer
 
     def spread(self, part: Tensor) -> Tensor:
-        """Return m x n from what belongs to the kept neurons, and zeros."""
+        """Return m x n from what belongs to the kept neurons, and zeros.
+
+        Parameters
+        ----------
+        part : Tensor
+            The weight of the kept part.
+        """
         raise NotImplementedError
 
     @property

@@ -119,7 +119,13 @@ class PlanEntry(metaclass=_Former):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name the layouts that it can have."""
+        """Name the layouts that it can have.
+
+        Returns
+        -------
+        sequence of str
+            The names of the layouts.
+        """
         raise NotImplementedError
 
     def check(self) -> None:

@@ -66,6 +66,13 @@ def choose_layout(
 def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
     """Return the largest rank for which there is a layout, 0 if there is none.
 
+    Parameters
+    ----------
+    shape : tuple[int, int]
+        The numbers of outputs m and inputs n of the layer.
+    purpose : str, default "inference"
+        The purpose of the layer, ``"inference"`` or ``"training"``.
+
     Examples
     --------
     >>> fastest_rank((4096, 4096)), fastest_rank((576, 576)), fastest_rank((192, 576))

@@ -253,7 +253,26 @@ def plan_of(
     entries: list[PlanEntry],
     names: list[str],
 ) -> Plan:
-    """Return the plan of these entries, for the layers `names`."""
+    """Return the plan of these entries, for the layers `names`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        The statistics that the entries come from.
+    config : CompressConfig
+        The configuration that the entries come from.
+    entries : list of PlanEntry
+        The entries of the plan.
+    names : list of str
+        The names of all layers that were looked at.
+
+    Raises
+    ------
+    ValueError
+        If there is no entry, as no layer would be smaller or faster.
+    """
     if not entries and config.tolerance is None:
         raise ValueError(
             f"`layout` 'auto' leaves all {len(names)} layers dense ({names[0]} first): none would be faster factored; "
@@ -317,7 +336,22 @@ def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
 
 
 def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
-    """Return the indices of the blocks that are compressed."""
+    """Return the indices of the blocks that are compressed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        The statistics, with angles if blocks are chosen by them.
+    config : CompressConfig
+        The configuration, which says how blocks are chosen.
+
+    Raises
+    ------
+    ValueError
+        If blocks are chosen by angles that the statistics do not hold.
+    """
     stacks = [len(stack) for stack in block_stacks(model)]
     if isinstance(config.layers, str):
         return list(range(sum(stacks)))
@@ -335,6 +369,25 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
     """Name the layers that could be chosen, refusing before any forward pass what could not be compressed.
 
     With `offloaded`, weights need not be in memory.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model to look through.
+    config : CompressConfig or BudgetConfig
+        The configuration, which names blocks and targets.
+    offloaded : bool, default False
+        Whether weights may be out of memory.
+
+    Returns
+    -------
+    list of str
+        The names of the layers.
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be compressed, or the configuration does not fit the model.
     """
     refuse_adapters(model)
     stacks = [len(stack) for stack in block_stacks(model)]

@@ -114,10 +114,12 @@ def export(
 
     Parameters
     ----------
-    model, tokenizer, directory, overwrite, max_shard_size, source
+    model, tokenizer, directory
         The model to write and its place, as for :func:`~cur.integrations.save`.
     to : str, default "dense"
         The name of the target, one of :data:`TARGETS`.
+    overwrite, max_shard_size, source
+        Options of writing, as for :func:`~cur.integrations.save`.
 
     Returns
     -------
