@@ -409,6 +409,7 @@ class _Run:
                 log.write("closed form", 0, {fit.name: fit.after for fit in fits})
                 for (key, _), hidden in zip(self.fitting, behind, strict=True):
                     self.states.write(_ours(index), key, hidden)
+            # Only now: the next block has to see this one after the closed form.
             for key, batch in self.walked.items():
                 if key not in fitted:
                     self._advance(index, key, batch)

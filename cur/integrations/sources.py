@@ -396,7 +396,7 @@ class InMemory(Source):
                 self._made, reports = decompose(
                     self.model, plan, statistics, self.progress, text=self.text, precision=self.precision.name
                 )
-            if self.text is None:
+            if self.text is None:  # outputs are compared on a batch, which statistics do not hold
                 return reports
             with self.clock.stage("outputs"):
                 changes = output_changes(self.model, self._made, self.text[0])
@@ -406,6 +406,7 @@ class InMemory(Source):
         """Swap the layers of the model."""
         with unrolled(self.model), self.clock.stage("swap"):
             swap_(self.model, self._made)
+            # Of experts in one tensor, those that stay dense are views that would keep all of it in memory.
             release_(self.model)
             mark_(self.model)
         return model_size(self.model)

@@ -192,7 +192,7 @@ class Streamed(Source):
                         makes[:] = [making.make]
                         yield
             self.streamed.free_block(index or 0)
-            if index is None:
+            if index is None:  # from here on blocks get hidden states
                 self.streamed.free_embeddings()
             elif self.progress is not None:
                 done += len(blocks.get(index, ()))
@@ -210,6 +210,7 @@ class Streamed(Source):
     @contextmanager
     def _making(self, plan: Plan, index: int, names: Sequence[str]) -> Iterator[Making]:
         """Make the layers of a block that is in memory, some while this lasts and the others at its end; store them."""
+        # A plan of this block alone, as its weights are all that is in memory.
         begin = time.perf_counter()
         part = replace(plan, entries=tuple(entry for entry in plan.entries if entry.name in set(names)))
         part.check(self.model)
@@ -217,6 +218,7 @@ class Streamed(Source):
         yield making
         layers, reports = making.rest()
         middle = time.perf_counter()
+        # From the hidden state that measuring stored for this block: no block before it has to run again.
         self._measuring.bypass.active = index
         with self._measuring.bypass.open():
             changes = output_changes(self.model, layers, self.text[0])
@@ -249,6 +251,7 @@ class Streamed(Source):
 
     def replace_layers(self) -> Size:
         """Make the compressed model, without its weights; the dense one stays as it is."""
+        # On the meta device a copy costs nothing; the dense model is still needed for the weights that are copied.
         final = copy.deepcopy(self.model)
         unroll_(final)
         swap_(final, {done.name: _empty(done, final.get_submodule(done.name)) for done in self._reports})

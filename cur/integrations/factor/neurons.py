@@ -96,6 +96,7 @@ def fit_before(
     sides = {other.name: other for other in _all_before(entry.consumer, entries)}
     if all(other.inner_rank is None for other in sides.values()):
         return FittedBefore(full_width, None, None, time.perf_counter() - start)
+    # All producers must keep the same rows: the first one to be fitted decides.
     places = next((fitted[other].places for other in sides if other in fitted), None)
     if places is None:
         consumer = entries[entry.consumer]
@@ -108,6 +109,7 @@ def fit_before(
     H = moments.outputs(name, W, damping=entry.damping)[here][:, here] if entry.gradients else None
     some = None if bias is None else bias[here]
     inner = _factored(solved[here], entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
+    # The next layer is fitted to what these rows will give, and not to what they gave before they were factored.
     weight[here] = _product(inner).to(weight)
     return FittedBefore(full_width, inner, places, time.perf_counter() - start)
 

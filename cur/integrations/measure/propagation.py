@@ -182,14 +182,18 @@ def in_order(
                     courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
                     for group in groups:
                         first = group[0]
+                        # Layers that share their input, as query, key and value do, do not write to the stream.
                         lacking = streams if group == [first] and first in added else None
                         if not all(first in inputs for inputs in seen):
                             raise out_of_turn(first)
+                        # Let go of as they are used: of all batches they are as large as the hidden states.
                         dense = [inputs.pop(first) for inputs in seen]
                         propagated = _moments(first, courses, dense, masks, lacking, passes)
+                        # Factorizations must not be rounded to the precision of the passes.
                         with passes.exact():
                             for name in group:
                                 replacements[name] = make(f"{prefix}.{name}", propagated)
+                    # Up to the first replacement both models have the same states: one pass serves both.
                     changed = changed or bool(groups)
                     ours = [course.to_the_end() for course in courses] if changed else after
                 theirs = after
