@@ -1,81 +1,297 @@
-"""Public functions of the core say what goes in, what comes out and what is refused, in sentences that stand alone."""
+"""Docstrings: parameters are those of the signature, and their texts can be read without the page around them."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
 import re
-import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
-MODULES = (
-    "cur.bounds",
-    "cur.decompose",
-    "cur.importance",
-    "cur.interpolation",
-    "cur.linking",
-    "cur.ranks",
-    "cur.scores",
-    "cur.selection",
-    "cur.streaming",
-    "cur.subspace",
-    "cur.weighted.inputs",
-    "cur.weighted.rows",
-    "cur.weighted.truncation",
-)
+ROOT = Path(__file__).parents[1]
+MODULES = {str(path.relative_to(ROOT / "cur")): path for path in sorted((ROOT / "cur").rglob("*.py"))}
+
+WORDS = 4
+"""The fewest words of a text that says something in an editor's tooltip."""
+
+FRAGMENT = re.compile(r"(Of|For|As|With|By|See|The same|What to|Whose|Their|Those|Default:|Perhaps)\b")
+"""Beginnings that mean nothing without the name, the type or the line before."""
+
+TEXTS_NOT_YET: set[str] = {
+    "_driver/spectral.py",
+    "_lib/factorization.py",
+    "_lib/maxvol.py",
+    "_lib/wide.py",
+    "cli/file.py",
+    "cli/given.py",
+    "factors.py",
+    "healing/config.py",
+    "integrations/measure/moments.py",
+    "integrations/plan/config.py",
+    "linking.py",
+    "ranks.py",
+    "scores.py",
+    "settings/option.py",
+    "subspace.py",
+    "weighted/inputs.py",
+    "weighted/rows.py",
+    "weighted/truncation.py",
+}
+"""Modules with texts that are fragments. The set may only shrink."""
+
+SECTIONS_NOT_YET: set[str] = {
+    "_driver/entry.py",
+    "_driver/spectral.py",
+    "_lib/atomic.py",
+    "_lib/errors.py",
+    "_lib/factorization.py",
+    "_lib/host.py",
+    "_lib/indexing.py",
+    "_lib/linalg.py",
+    "_lib/moved.py",
+    "_lib/operator.py",
+    "_lib/products.py",
+    "_lib/promotion.py",
+    "_lib/rows.py",
+    "_lib/scale.py",
+    "_lib/validate.py",
+    "_lib/versions.py",
+    "_lib/wide.py",
+    "bounds.py",
+    "cli/_run.py",
+    "cli/command.py",
+    "cli/commands.py",
+    "cli/demo.py",
+    "cli/file.py",
+    "cli/given.py",
+    "cli/groups.py",
+    "cli/heal.py",
+    "cli/settings.py",
+    "cli/source.py",
+    "cli/tables.py",
+    "factors.py",
+    "importance.py",
+    "integrations/plan/importance.py",
+    "interpolation.py",
+    "linking.py",
+    "settings/compress.py",
+    "settings/former.py",
+    "settings/healing.py",
+    "settings/option.py",
+    "settings/reading.py",
+    "subspace.py",
+    "weighted/inputs.py",
+    "weighted/rows.py",
+    "weighted/truncation.py",
+}
+"""Modules with public functions or classes whose sections are incomplete. The set may only shrink."""
+
+CORE = [
+    *("bounds.py", "decompose.py", "importance.py", "interpolation.py", "linking.py", "ranks.py", "scores.py"),
+    *(
+        "selection.py",
+        "streaming.py",
+        "subspace.py",
+        "weighted/inputs.py",
+        "weighted/rows.py",
+        "weighted/truncation.py",
+    ),
+]
+"""Modules of numerical functions: each has an example, and says what it returns and refuses in sections."""
+
+Function: TypeAlias = "ast.FunctionDef | ast.AsyncFunctionDef"
 
 
-def public():
-    for module in map(importlib.import_module, MODULES):
-        for name in module.__all__:
-            found = getattr(module, name)
-            if inspect.isfunction(found) and found.__module__ == module.__name__:
-                yield pytest.param(found, id=f"{module.__name__}.{name}")
+@dataclass(frozen=True)
+class Documented:
+    """A public function, class or method, and the class that it belongs to."""
+
+    node: Function | ast.ClassDef
+    owner: ast.ClassDef | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name if self.owner is None else f"{self.owner.name}.{self.node.name}"
+
+    @property
+    def sections(self) -> dict[str, list[tuple[str, str]]]:
+        """The numpydoc sections, each as pairs of what is described and its text."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        lines = (ast.get_docstring(self.node) or "").splitlines()
+        heads = [i for i in range(len(lines) - 1) if lines[i] and lines[i + 1] == "-" * len(lines[i])]
+        for head, end in zip(heads, [*heads, len(lines)][1:], strict=False):
+            entries: list[tuple[str, str]] = []
+            for line in lines[head + 2 : end]:
+                if line and line[0] != " ":
+                    entries.append((line, ""))
+                elif line.strip() and entries:
+                    entries[-1] = (entries[-1][0], f"{entries[-1][1]} {line.strip()}".strip())
+            found[lines[head]] = entries
+        return found
+
+    def names(self, section: str) -> list[str]:
+        """Return the names that a section describes; some entries describe several."""
+        return [name.strip() for head, _ in self.sections.get(section, ()) for name in head.split(" : ")[0].split(",")]
+
+    @property
+    def decorators(self) -> set[str]:
+        return {ast.unparse(decorator).split(".")[-1].split("(")[0] for decorator in self.node.decorator_list}
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names in the signature; of a dataclass those of its fields."""
+        if isinstance(self.node, ast.ClassDef):
+            made = [part for part in self.node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+            if made:
+                return Documented(made[0], self.node).parameters
+            fields = [part for part in self.node.body if isinstance(part, ast.AnnAssign)]
+            names = [
+                part.target.id
+                for part in fields
+                if isinstance(part.target, ast.Name)
+                if "ClassVar" not in ast.unparse(part.annotation)
+            ]
+            return [name for name in names if name[0] != "_"] if "dataclass" in self.decorators else []
+        a = self.node.args
+        positional = [arg.arg for arg in (*a.posonlyargs, *a.args)]
+        if self.owner is not None and "staticmethod" not in self.decorators:
+            positional = positional[1:]
+        more = [f"*{a.vararg.arg}"] if a.vararg else []
+        last = [f"**{a.kwarg.arg}"] if a.kwarg else []
+        return [*positional, *more, *(arg.arg for arg in a.kwonlyargs), *last]
 
 
-def section(text: str, title: str) -> str:
-    found = re.search(rf"^{title}\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", text, re.DOTALL | re.MULTILINE)
-    return found[1] if found else ""
+def _public(path: Path) -> Iterator[Documented]:
+    """Yield what `__all__` of a module names and the module defines, with the public methods of classes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    exported = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    names = ast.literal_eval(exported[0]) if exported else ()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names:
+            yield Documented(node, None)
+            if isinstance(node, ast.ClassDef):
+                for part in node.body:
+                    if isinstance(part, ast.FunctionDef) and part.name[0] != "_":
+                        yield Documented(part, node)
 
 
-def described(text: str) -> dict[str, str]:
-    """Return by name what is said of each parameter or result."""
-    parts = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
-    found = {}
-    for part in filter(None, parts):
-        head, _, said = part.partition("\n")
-        for name in head.partition(" : ")[0].split(","):
-            found[name.strip().lstrip("*")] = " ".join(said.split())
-    return found
+PUBLIC = {name: list(_public(path)) for name, path in MODULES.items()}
+CLASSES = {d.node.name: d.node for found in PUBLIC.values() for d in found if isinstance(d.node, ast.ClassDef)}
 
 
-def refuses(function) -> bool:
-    """Whether it raises an error itself, or calls what checks an argument."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    called = {getattr(n.func, "id", getattr(n.func, "attr", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    return any(isinstance(n, ast.Raise) for n in ast.walk(tree)) or any("check" in name for name in called)
+def _is_inherited(documented: Documented) -> bool:
+    """Whether a base of the class has the method, and with it what its parameters mean."""
+    if documented.owner is None:
+        return False
+    bases = [ast.unparse(base).split(".")[-1] for base in documented.owner.bases]
+    inherited = [CLASSES[base] for base in bases if base in CLASSES]
+    return any(
+        any(isinstance(part, ast.FunctionDef) and part.name == documented.node.name for part in base.body)
+        or _is_inherited(Documented(documented.node, base))
+        for base in inherited
+    )
 
 
-@pytest.mark.parametrize("function", list(public()))
-def test_docstrings_are_whole(function):
-    text = inspect.getdoc(function) or ""
-    said = described(section(text, "Parameters"))
-    assert sorted(said) == sorted(inspect.signature(function).parameters)
-    for name, sentence in said.items():
-        assert re.match(r"[A-Z`\"']", sentence), name
-        assert sentence.endswith("."), name
-        # "Of the order." says nothing in the tooltip of an editor
-        assert not re.match(r"(Of|As for|For the)\b", sentence), f"{name}: {sentence}"
-        assert len(sentence.split()) >= 4, f"{name}: {sentence}"
-    assert section(text, "Returns").strip()
-    assert section(text, "Raises").strip() or not refuses(function)
-    assert ">>> " in section(text, "Examples")
+def _texts_at_fault(found: list[Documented]) -> list[str]:
+    return [
+        f"{one.name}, {head}: {text!r}"
+        for one in found
+        for section in ("Parameters", "Attributes")
+        for head, text in one.sections.get(section, ())
+        if len(text.split()) < WORDS or text[-1] not in ".:" or FRAGMENT.match(text)
+    ]
 
 
-def test_fragments_are_found():
-    text = "Do.\n\nParameters\n----------\nrank : int\n    Of the order.\n\nReturns\n-------\nint\n    It.\n"
-    assert described(section(text, "Parameters")) == {"rank": "Of the order."}
-    assert described(section(text, "Returns")) == {"int": "It."}
-    assert section(text, "Raises") == ""
+def _raises(node: ast.AST) -> bool:
+    """Whether a function raises an error of its own; what functions inside of it raise may be caught."""
+    return any(
+        (isinstance(part, ast.Raise) and part.exc is not None and ast.unparse(part.exc) != "NotImplementedError")
+        or (not isinstance(part, (ast.FunctionDef, ast.Lambda)) and _raises(part))
+        for part in ast.iter_child_nodes(node)
+    )
+
+
+def _sections_at_fault(found: list[Documented]) -> Iterator[str]:
+    for one in found:
+        summary = (ast.get_docstring(one.node) or "").split("\n")[0]
+        if not summary:
+            yield f"{one.name} has no docstring"
+        if isinstance(one.node, ast.ClassDef):
+            described = one.names("Parameters") or one.names("Attributes")
+            # Fields that are given by name alone have no order, and what is set later is described, too.
+            named = "kw_only=True" in "".join(map(ast.unparse, one.node.decorator_list))
+            if named:
+                described = sorted(described, key=[*one.parameters, *described].index)
+            if one.parameters and described != one.parameters and not one.node.bases:
+                yield f"{one.name} takes {one.parameters} and describes {described}"
+            continue
+        if _is_inherited(one) or one.decorators & {"property", "cached_property", "overload"}:
+            continue
+        if one.names("Parameters") != one.parameters:
+            yield f"{one.name} takes {one.parameters} and describes {one.names('Parameters')}"
+        returns = ast.unparse(one.node.returns) if one.node.returns else "None"
+        if (
+            returns not in ("None", "Self")
+            and not one.sections.keys() & {"Returns", "Yields"}
+            and summary[:7] != "Return "
+        ):
+            yield f"{one.name} does not say what it returns"
+        if _raises(one.node) and "Raises" not in one.sections:
+            yield f"{one.name} does not say what it raises"
+
+
+def test_public_objects_are_found() -> None:
+    assert {"cur", "deim_cur"} <= {one.name for one in PUBLIC["decompose.py"]}
+    assert "Statistics.load" in {one.name for one in PUBLIC["integrations/measure/statistics.py"]}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_texts_stand_alone(module: str) -> None:
+    faults = _texts_at_fault(PUBLIC[module])
+    if module in TEXTS_NOT_YET:
+        assert faults, f"{module} is done: take it out of TEXTS_NOT_YET"
+    else:
+        assert not faults
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_sections_are_complete(module: str) -> None:
+    faults = list(_sections_at_fault(PUBLIC[module]))
+    if module in SECTIONS_NOT_YET:
+        assert faults, f"{module} is done: take it out of SECTIONS_NOT_YET"
+    else:
+        assert not faults
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_functions_of_the_core_are_whole(module: str) -> None:
+    """As above, and what a call checks is among the errors; the example is run as a doctest."""
+    functions = [one for one in PUBLIC[module] if isinstance(one.node, ast.FunctionDef) and one.owner is None]
+    assert functions
+    for one in functions:
+        said = one.sections
+        assert sorted(one.names("Parameters")) == sorted(name.lstrip("*") for name in one.parameters), one.name
+        for head, text in said.get("Parameters", ()):
+            assert re.match(r"[A-Z`\"']", text), f"{one.name}, {head}"
+        assert said.get("Returns"), one.name
+        calls = [ast.unparse(part.func) for part in ast.walk(one.node) if isinstance(part, ast.Call)]
+        refuses = any(isinstance(part, ast.Raise) for part in ast.walk(one.node)) or any(
+            "check" in call for call in calls
+        )
+        assert said.get("Raises") or not refuses, one.name
+        assert ">>> " in (ast.get_docstring(one.node) or "").partition("Examples\n--------\n")[2], one.name
+
+
+def test_fragments_are_found() -> None:
+    source = '"""Do.\n\nParameters\n----------\nrank : int\n    Of the order.\n\nReturns\n-------\nint\n    It.\n"""'
+    node = ast.parse(f"def f(rank):\n    {source}").body[0]
+    assert isinstance(node, ast.FunctionDef)
+    found = Documented(node, None)
+    assert found.sections == {"Parameters": [("rank : int", "Of the order.")], "Returns": [("int", "It.")]}
+    assert found.names("Parameters") == found.parameters == ["rank"]
+    assert _texts_at_fault([found]) == ["f, rank : int: 'Of the order.'"]

@@ -143,5 +143,7 @@ def test_the_bound_on_columns_holds_where_coefficients_are_cut():
         "seed": 1297747576,
     }  # fmt: skip
     for scale in (0, 240):
-        for _, bound, error, _ in run_case(case | {"scale": scale}):
+        found = run_case(case | {"scale": scale})
+        assert found
+        for _, bound, error, _ in found:
             assert error <= bound

@@ -73,13 +73,13 @@ def heal_blockwise(
     Parameters
     ----------
     student : StreamedModel
-        Of a compressed checkpoint.
+        The compressed checkpoint to heal, read block by block.
     teacher : StreamedModel
-        Of the dense model that it was made from, in the same dtype.
+        The dense model that the student was made from, in the same dtype.
     batches : Tensor or sequence of mapping
-        As for :func:`~cur.healing.heal`.
+        Windows of tokens to learn from, in the forms that :func:`~cur.healing.heal` takes.
     directory : path
-        What to create.
+        The directory to create.
     config : HealingConfig, optional
         Default: ``HealingConfig(scope="block", metric_windows=0)``. Gradients of the whole model are not to be had, so
         that the outputs of a layer count alike. With `patience`, every block stops by itself.
@@ -104,7 +104,7 @@ def heal_blockwise(
     JournalError
         If another run writes to the same directory, or an unfinished one was begun with other inputs.
     ShardError
-        If a checkpoint is damaged.
+        If a weight file of one of the checkpoints is damaged.
     NumericalError
         If a loss, a gradient or an activation is not finite; finished blocks are kept.
     OSError
@@ -409,6 +409,7 @@ class _Run:
                 log.write("closed form", 0, {fit.name: fit.after for fit in fits})
                 for (key, _), hidden in zip(self.fitting, behind, strict=True):
                     self.states.write(_ours(index), key, hidden)
+            # Only now: the next block has to see this one after the closed form.
             for key, batch in self.walked.items():
                 if key not in fitted:
                     self._advance(index, key, batch)

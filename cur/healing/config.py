@@ -160,7 +160,13 @@ class HealingConfig(HealingSettings):
         return Objectives() if self.scope == "model" else Objectives(kl=0.0, hidden=1.0)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0.
+
+        Parameters
+        ----------
+        step : int
+            The number of the step, counted from 0.
+        """
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)

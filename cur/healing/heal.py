@@ -82,7 +82,7 @@ def heal(
     cache : path, optional
         Directory in which what the teacher says to each batch is kept; can be used again by other runs.
     tensorboard : path, optional
-        Directory of TensorBoard events.
+        A directory to write TensorBoard events into.
     progress : callable, optional
         Called with a :class:`~cur.healing.training.loop.Status` after every step.
 
@@ -272,7 +272,15 @@ def _coordinates(pair: TeacherStudentPair, text: Text, metrics: Mapping[str, Ten
 
 
 def fingerprint(pair: TeacherStudentPair, text: Text) -> str:
-    """Return a hash of all that decides the result, but for the machine."""
+    """Return a hash of all that decides the result, but for the machine.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+    text : Text
+        The windows to learn from, and those that are held out.
+    """
     tensors = {f"{name}/{part}": getattr(core, part) for name, core in pair.cores.items() for part in _PARTS}
     decides = {name: value for name, value in pair.config.to_dict().items() if name not in ("workers", "save_every")}
     return digest(tensors, decides, text.digest(), pair.key())

@@ -18,11 +18,11 @@ class LayerFit:
     Attributes
     ----------
     name : str
-        The layer.
+        The name of the compressed layer.
     before, after : float
         Squared error of its outputs, relative to the wanted ones, for the core as it was and as it is.
     floor : float
-        The same for outputs that could be anything in the span of L: no core does better.
+        The error of the best outputs in the span of L: no core does better.
     """
 
     name: str
@@ -38,17 +38,18 @@ class HealingReport:
     Attributes
     ----------
     config : mapping
-        The configuration, as JSON types.
+        The configuration of the healing run, as JSON types.
     trainable : int
-        Numbers that learned: ``r^2`` for each compressed layer.
+        The number of parameters that learned: ``r^2`` for each compressed layer.
     fits : sequence of LayerFit
-        What the closed form did to each layer; empty without it.
+        The fit of each layer by the closed form; empty without it.
     before : mapping of str to float
         Loss, its parts and perplexity on the held-out text before anything was changed; empty without held-out text.
     curve : sequence of mapping
-        The same after the closed form and natural steps (``step`` 0) and at every look.
+        The losses and the perplexity on the held-out text, after the closed form and natural steps (``step`` 0) and at
+        every look.
     steps : int
-        Steps taken.
+        The number of steps that were taken.
     best_step : int or None
         The step whose state was kept: 0 is what comes before steps, -1 the model as it came, where nothing was better
         on the held-out text; None without such text, when the last state is kept. By blocks, each of which keeps its
@@ -56,9 +57,9 @@ class HealingReport:
     shared_bytes : int
         Bytes that student and teacher use together.
     seconds : mapping of str to float
-        Of each stage, in this process.
+        The seconds that each stage took in this process.
     versions : mapping of str to str
-        Of the packages.
+        The versions of Python and of the packages involved.
     """
 
     config: Mapping[str, Any]
@@ -77,7 +78,13 @@ class HealingReport:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
@@ -91,7 +98,15 @@ class HealingReport:
 
 
 def best_step(before: Mapping[str, float], curve: Sequence[Mapping[str, float]]) -> int | None:
-    """Return the step of the least held-out loss, -1 for the loss before anything, None if there was no look."""
+    """Return the step of the least held-out loss, -1 for the loss before anything, None if there was no look.
+
+    Parameters
+    ----------
+    before : mapping of str to float
+        The losses before anything was changed.
+    curve : sequence of mapping of str to float
+        The losses at every look, each with its ``step``.
+    """
     looks = [(before["loss"], -1)] if before else []
     looks += [(look["loss"], int(look["step"])) for look in curve]
     return min(looks)[1] if looks else None

@@ -31,20 +31,20 @@ def save_healed(
     Parameters
     ----------
     student : PreTrainedModel
-        With the cores that were found.
+        The healed student, with the cores that were found.
     tokenizer : PreTrainedTokenizerBase
-        Saved beside it.
+        The tokenizer, which is saved beside the model.
     directory : path
-        What to create.
+        The directory to create.
     report : HealingReport
-        Written as ``healing.json``.
+        The report of the healing, written as ``healing.json``.
     source : Path
         The checkpoint that was healed; its plan and report stay true and are copied, with all
         else that lies beside its weights.
     log : Path
         Copied to ``healing.jsonl`` where it is there.
     overwrite, max_shard_size, weights
-        As for :func:`~cur.integrations.save`.
+        These are handed on to :func:`~cur.integrations.save`.
     """
 
     def beside(scratch: Path) -> None:

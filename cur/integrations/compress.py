@@ -50,17 +50,17 @@ def compress(
     Parameters
     ----------
     model : PreTrainedModel
-        Changed in place, and only if everything succeeds.
+        The model, which is changed in place, and only if everything succeeds.
     calibration : Tensor, iterable of mapping, or Statistics
         Token windows (count, length), batches of ``input_ids`` and ``attention_mask``, or statistics of an
         earlier run, which must cover the targets.
     config : CompressConfig or BudgetConfig, optional
         Blocks and a rank, or a budget of parameters. Default: the paper's setting.
     precision : str, default "auto"
-        Of the products in passes over text, as for :func:`~cur.integrations.collect`; the configuration has that of the
-        factorizations.
+        The precision of matrix products in passes over text, as for :func:`~cur.integrations.collect`; the
+        configuration has that of the factorizations.
     progress : callable, optional
-        See :data:`~cur.integrations.sources.StageProgress`.
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def compress_source(source: Source, asked: Asked) -> CompressionReport:
     source : Source
         The model, with the text it is measured on.
     asked : CompressConfig, BudgetConfig or Plan
-        What to do.
+        The configuration to plan by, or the plan to apply.
 
     Returns
     -------
@@ -128,15 +128,20 @@ def compress_to(
     source : Source
         The model, with the text it is measured on.
     asked : CompressConfig, BudgetConfig or Plan
-        What to do.
+        The configuration to plan by, or the plan to apply.
     target : Path
-        The directory to create.
+        The path of the directory to create.
     held_out : Tensor, optional
         Windows of tokens whose perplexity is measured before and after; the checkpoint is there before the second.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
+
+    Returns
+    -------
+    CompressionReport
+        The report, as it was saved with the checkpoint.
     """
     figures = {} if held_out is None else {"before, held-out": source.score("before", held_out)}
     report = replace(compress_source(source, asked), perplexity=figures)
@@ -151,7 +156,15 @@ def compress_to(
 
 
 def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
-    """Return the statistics that are asked for, and the plan that follows from them, or the one that was given."""
+    """Return the statistics that are asked for, and the plan that follows from them, or the one that was given.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is, with its text.
+    asked : Asked
+        The configuration to plan by, or the plan to apply.
+    """
     names = source.check(asked)
     with source.clock.stage("calibrate"):
         statistics = _measured(source, asked, names)
@@ -191,24 +204,45 @@ def measure(
     Parameters
     ----------
     model : PreTrainedModel
-        Not changed.
+        The dense model, which is not changed.
     text : sequence of mapping
-        Batches.
+        Batches of ``input_ids`` and ``attention_mask`` to run the model on.
     asked : CompressConfig, BudgetConfig or Plan
         Says which layers, and whether second moments and gradients are needed.
     own_text : float, default 0.0
-        How many of the batches the model wrote itself, as a multiple of the others, for the record.
+        The amount of text among the batches that the model wrote itself, as a multiple of the rest; it is only
+        recorded.
     precision : str, default "auto"
-        As for :func:`compress`.
+        The precision of matrix products in the passes, named as for :func:`compress`.
     progress : callable, optional
-        See :data:`~cur.integrations.sources.StageProgress`.
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+
+    Returns
+    -------
+    Statistics
+        Statistics of the layers that the configuration or plan names.
     """
     source = InMemory(model, list(text), precision=precision, progress=progress)
     return source.measure(source.check(asked), asked, own_text=own_text)
 
 
 def carry_out(source: Source, plan: Plan, statistics: Statistics) -> CompressionReport:
-    """Factor the layers of a plan, put them in place, and report; nothing changes unless all factors are there."""
+    """Factor the layers of a plan, put them in place, and report; nothing changes unless all factors are there.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is, with its text.
+    plan : Plan
+        The plan to apply.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+
+    Returns
+    -------
+    CompressionReport
+        The report on all layers and on the whole model.
+    """
     plan.check(source.model)
     layers = source.factor(plan, statistics)
     after = source.replace_layers()
@@ -240,18 +274,24 @@ def carry_out_(
     Parameters
     ----------
     model : PreTrainedModel
-        Changed in place.
+        The model, which is changed in place.
     plan : Plan
         Made for this model, perhaps edited.
     statistics : Statistics
-        They must cover the plan's layers.
+        Statistics that cover the plan's layers.
     text : sequence of mapping, optional
-        Batches. On the first the change of every layer's output is measured; to all of them layers are fitted, as far
-        as the plan says so: each to the inputs that it gets from compressed layers before it.
+        Batches of ``input_ids`` and ``attention_mask`` to run the model on. On the first the change of every layer's
+        output is measured; to all of them layers are fitted, as far as the plan says so: each to the inputs that it
+        gets from compressed layers before it.
     precision : str, default "auto"
-        Of the products in these passes, as for :func:`compress`.
+        The precision of matrix products in these passes, as for :func:`compress`.
     progress : callable, optional
-        See :data:`~cur.integrations.sources.StageProgress`.
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+
+    Returns
+    -------
+    CompressionReport
+        The report on all layers and on the whole model.
 
     Raises
     ------
@@ -271,5 +311,22 @@ def apply_plan_(
     *,
     progress: StageProgress | None = None,
 ) -> list[LayerReport]:
-    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model."""
+    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is changed in place.
+    plan : Plan
+        The plan to apply.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+    progress : StageProgress, optional
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+
+    Returns
+    -------
+    list of LayerReport
+        A report on each layer, in the order of the plan.
+    """
     return list(carry_out_(model, plan, statistics, progress=progress).layers)

@@ -21,10 +21,10 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     model : PreTrainedModel
         A model with compressed layers.
     layout : str, default "auto"
-        One of factored weights, or ``"auto"``: what serves the purpose best, layer by layer; a layer that no layout
-        would make faster than dense keeps its own.
+        A layout of factored weights, or ``"auto"`` for the one that serves the purpose best, layer by layer; a layer
+        that no layout would make faster than dense keeps its own.
     purpose : {"inference", "training"}, default "inference"
-        For "auto".
+        What the layout ``"auto"`` is to serve: fast inference, or training of the core.
 
     Returns
     -------

@@ -88,23 +88,23 @@ def compress_model(
         A directory, a ``.gguf`` file or a hub id, as for :func:`~cur.integrations.load_model`; or a model in memory,
         which is changed.
     out : path
-        Directory to create.
+        The path of the directory to create.
     config : CompressConfig, BudgetConfig or Plan, optional
-        What to do. Default: the paper's setting.
+        How to compress, or the plan to follow; the setting of the paper by default.
     text : optional
-        What to measure the model on, see :data:`Text`.
+        The text to measure the model on, see :data:`Text`.
     held_out : optional
-        What to measure perplexity on before and after, see :data:`HeldOut`. Default: it is not measured.
+        The text to measure perplexity on before and after, see :data:`HeldOut`. By default it is not measured.
     statistics : path, optional
         File of statistics: used in the place of the text if it is there, written otherwise.
     tokenizer : PreTrainedTokenizerBase, optional
-        Of a model in memory, saved beside it.
+        The tokenizer of a model in memory, which is saved beside it.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights in memory and in the checkpoint; "auto" is that in which they are stored.
+        The dtype of the weights in memory and in the checkpoint; "auto" is the one they are stored in.
     precision : str, default "auto"
-        Of the products in passes over text; see :class:`~cur.integrations.model.precision.Precision`.
+        The precision of matrix products in passes over text; see :class:`~cur.integrations.model.precision.Precision`.
     device : str, default "cpu"
-        Where the model runs.
+        The device that the model runs on.
     low_memory : bool, optional
         Whether the model passes through memory block by block, with the same result. Default: if it does not fit.
     trust_remote_code : bool, default False
@@ -114,9 +114,10 @@ def compress_model(
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
     progress : callable, optional
-        See :data:`~cur.integrations.sources.StageProgress`; ``load`` and ``save`` are stages without steps.
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`; ``load`` and ``save``
+        are stages without steps.
     announce : callable, optional
-        Called with sentences on what was decided: the precision, tensors that the model does not use.
+        Called with sentences on what was decided, such as the precision, and tensors that the model does not use.
 
     Returns
     -------
@@ -129,7 +130,7 @@ def compress_model(
     FileExistsError
         If the directory exists, is not empty, and `overwrite` is False.
     OSError
-        If the disk is full.
+        If the disk is full or cannot be written.
 
     Examples
     --------
@@ -179,7 +180,34 @@ def plan_model(
     progress: StageProgress | None = None,
     announce: Callable[[str], object] | None = None,
 ) -> Plan:
-    """Decide which layers of a model would be replaced, and how; the parameters are those of :func:`compress_model`."""
+    """Decide which layers of a model would be replaced, and how; the parameters are those of :func:`compress_model`.
+
+    Parameters
+    ----------
+    model : path or PreTrainedModel or LoadedModel or None
+        A directory, a hub id or a model in memory, as for :func:`compress_model`.
+    config : Asked, optional
+        How to plan; the setting of the paper by default.
+    text : Text, optional
+        The text to measure the model on, see :data:`Text`.
+    statistics : path, optional
+        A file of statistics: read if it exists, else written.
+    dtype : torch.dtype or str, default "auto"
+        The dtype of the weights in memory; "auto" is the one they are stored in.
+    precision : str, default "auto"
+        The precision of matrix products in passes over text.
+    trust_remote_code : bool, default False
+        Whether code of the checkpoint may be run.
+    progress : StageProgress, optional
+        Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+    announce : callable, optional
+        Called with sentences on what was decided, such as the precision.
+
+    Returns
+    -------
+    Plan
+        The plan, which nothing has been changed by.
+    """
     check(precision)
     asked = CompressConfig() if config is None else config
     file = None if statistics is None else Path(statistics).expanduser().absolute()
@@ -207,17 +235,22 @@ def evaluate_model(
     Parameters
     ----------
     model : str, Path, PreTrainedModel, LoadedModel or None
-        As for :func:`compress_model`.
+        The model: a path, a hub id, or one in memory, as for :func:`compress_model`.
     text : Tensor or callable
         Windows of tokens, or a function that makes them by the model's tokenizer.
     batch_size : int, default 1
-        Windows in one forward pass.
+        The number of windows in one forward pass.
     dtype, precision, device, low_memory, trust_remote_code, progress, announce
-        As for :func:`compress_model`.
+        How to load and run the model, as for :func:`compress_model`.
 
     Returns
     -------
     Perplexity
+
+    Raises
+    ------
+    ValueError
+        If several processes were started, or an argument is not allowed.
     """
     check(precision)
     where, tell = place(device), announce or silent
@@ -251,7 +284,18 @@ def evaluate_model(
 
 
 def place(device: str) -> str:
-    """Return the device that is meant, this process's own of several; a ValueError says that there is none."""
+    """Return the device that is meant, this process's own of several; a ValueError says that there is none.
+
+    Parameters
+    ----------
+    device : str
+        The name of the device that is asked for.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
     try:
         kind = torch.device(device)
     except RuntimeError:
@@ -264,6 +308,20 @@ def place(device: str) -> str:
 
 def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dtype | str) -> bool:
     """Say whether a model passes through memory block by block: on request, and when it would not fit otherwise.
+
+    Parameters
+    ----------
+    model : path or None
+        The directory or id of the model; None for the embedded one.
+    asked : bool or None
+        Whether it is asked for; None to decide by the memory.
+    dtype : torch.dtype or str
+        The dtype that the weights are to have in memory.
+
+    Returns
+    -------
+    bool
+        Whether blocks are loaded in turn.
 
     Raises
     ------
@@ -291,7 +349,13 @@ def block_by_block(model: str | Path | None, asked: bool | None, dtype: torch.dt
 
 
 def unread_remark(model: PreTrainedModel) -> str:
-    """Return a sentence on the tensors of a checkpoint that are no part of the model; empty if there are none."""
+    """Return a sentence on the tensors of a checkpoint that are no part of the model; empty if there are none.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that was loaded.
+    """
     unread = origin_of(model).unread
     if not unread:
         return ""

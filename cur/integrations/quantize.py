@@ -44,13 +44,14 @@ class Quantization:
     Attributes
     ----------
     errors : dict of str to float
-        By layer, the root of the mean square by which its outputs changed, relative to that of the outputs: on the text
-        of the statistics, so a little less than on others; without statistics as if entries of its inputs were
-        independent and of one size.
+        The root mean square change of each layer's outputs, relative to that of the outputs: on the text of the
+        statistics, so a little less than on others; without statistics as if entries of its inputs were independent and
+        of one size.
     before, after : int
-        Bytes of these layers.
+        The bytes of the rounded layers before and after.
     precision : str
-        Of the products in the passes of the statistics, ``"float32"`` for instance; empty where it is not known.
+        The precision of matrix products in the passes of the statistics, ``"float32"`` for instance; empty where it is
+        not known.
     """
 
     errors: dict[str, float]
@@ -64,6 +65,16 @@ def quantizable(model: nn.Module, /) -> list[str]:
 
     Linear layers that share their weight with another module are left out, and experts in three-dimensional parameters
     that were not compressed; of a model in which no stack of blocks is found, compressed layers are all.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+
+    Returns
+    -------
+    list of str
+        The names of the layers.
 
     Raises
     ------
@@ -122,8 +133,8 @@ def quantize_(
     model : PreTrainedModel
         A transformer, compressed or not. Its compressed layers and the other linear layers of its blocks are rounded.
     statistics : Statistics, optional
-        Of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without them every
-        entry goes to the nearest multiple.
+        Statistics of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without
+        them every entry goes to the nearest multiple.
     damping : float, default 0.1
         ``d`` as a multiple of the mean eigenvalue of ``Q G Q^T``. With less, errors go into directions that the text
         of the statistics hardly uses and other text may; with few tokens that can cost more than nearest multiples.
@@ -192,17 +203,17 @@ def save_quantized(
     Parameters
     ----------
     model : PreTrainedModel
-        What :func:`quantize_` left.
+        The model that :func:`quantize_` has changed.
     tokenizer : PreTrainedTokenizerBase
-        Saved beside it.
+        The tokenizer, which is saved beside the model.
     directory : path
-        What to create.
+        The directory to create.
     found : Quantization
-        Written as ``quantization.json``.
+        The result of :func:`quantize_`, written as ``quantization.json``.
     source : path
         The checkpoint that was rounded. What it says of how it was made stays true of it, and is copied.
     overwrite : bool, default False
-        As for :func:`~cur.integrations.save`.
+        Whether a directory that exists may be replaced, as for :func:`~cur.integrations.save`.
     """
 
     def beside(scratch: Path) -> None:

@@ -50,13 +50,32 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block as a stage."""
+        """Time the block as a stage.
+
+        Parameters
+        ----------
+        name : str
+            The name of the stage.
+
+        Yields
+        ------
+        None
+            Nothing; the seconds are counted when the context ends.
+        """
         start = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count more seconds, or fewer, to a stage."""
+        """Count more seconds, or fewer, to a stage.
+
+        Parameters
+        ----------
+        name : str
+            The name of the stage.
+        seconds : float
+            The seconds to count, negative to take some away.
+        """
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
@@ -68,19 +87,19 @@ class Source(ABC):
     model : PreTrainedModel
         Dense; its weights may be in memory a block at a time.
     text : list or None
-        Batches; None where statistics stand for them.
+        The text to measure on, in batches; None where statistics replace it.
     precision : Precision
-        Of the products in passes over text.
+        The precision of matrix products in passes over text.
     before : Size
-        Of the dense model.
+        The size of the dense model.
     clock : Clock
-        Of the stages, for the report.
+        The seconds of each stage, for the report.
     progress : StageProgress or None
         Told how far each stage is.
     announce : callable
         Called with sentences on what was found.
     compressed : PreTrainedModel
-        What :meth:`replace_layers` makes; perhaps the same object.
+        The compressed model that :meth:`replace_layers` makes; perhaps the same object.
     """
 
     leads = True
@@ -99,7 +118,13 @@ class Source(ABC):
     compressed: Any
 
     def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
-        """Return a callback for the steps of one stage."""
+        """Return a callback for the steps of one stage.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage.
+        """
         return None if self.progress is None else functools.partial(self.progress, stage)
 
     @property
@@ -108,7 +133,18 @@ class Source(ABC):
         return origin_of(self.model)
 
     def check(self, asked: Asked) -> list[str]:
-        """Name the layers to measure, refusing before any forward pass what could not be compressed."""
+        """Name the layers to measure, refusing before any forward pass what could not be compressed.
+
+        Parameters
+        ----------
+        asked : Asked
+            The configuration to plan by, or the plan to apply.
+
+        Returns
+        -------
+        list of str
+            The names of the layers to measure.
+        """
         if isinstance(asked, Plan):
             asked.check(self.model)
             return [entry.name for entry in asked.entries]
@@ -117,31 +153,99 @@ class Source(ABC):
 
     @abstractmethod
     def known(self) -> Statistics | None:
-        """Return statistics that stand for what would be measured, None if there are none."""
+        """Return statistics to use instead of measuring, None if there are none."""
 
     def use(self, known: Statistics, names: Sequence[str], asked: Asked) -> Statistics:
-        """Prepare to go on with statistics that are known; returns them."""
+        """Prepare to go on with statistics that are known; returns them.
+
+        Parameters
+        ----------
+        known : Statistics
+            The statistics that are known.
+        names : sequence of str
+            The names of the layers that they should cover.
+        asked : Asked
+            The configuration to plan by, or the plan to apply.
+
+        Returns
+        -------
+        Statistics
+            The statistics to go on with.
+        """
         return known
 
     @abstractmethod
     def write_text(self, share: float, *, seed: int) -> float:
-        """Add text that the model writes itself, as a multiple of what is there; returns how much there was."""
+        """Add text that the model writes itself, as a multiple of what is there; returns how much there was.
+
+        Parameters
+        ----------
+        share : float
+            The amount of text to write, as a multiple of the text that is there.
+        seed : int
+            The seed of the draws.
+
+        Returns
+        -------
+        float
+            The share that was written: `share`, or 0 if the model writes no text.
+        """
 
     @abstractmethod
     def measure(self, names: Sequence[str], asked: Asked, *, own_text: float = 0.0) -> Statistics:
-        """Measure some layers on the text, of which the model may have written some, and keep the statistics."""
+        """Measure some layers on the text, of which the model may have written some, and keep the statistics.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The names of the layers to measure.
+        asked : Asked
+            The configuration to plan by, or the plan to apply.
+        own_text : float, default 0.0
+            The amount of text that the model wrote itself, as a multiple of the rest.
+
+        Returns
+        -------
+        Statistics
+            The statistics of these layers.
+        """
 
     @abstractmethod
     def layers(self, statistics: Statistics) -> Layers:
-        """Return the layers with their statistics, for a plan."""
+        """Return the layers with their statistics, for a plan.
+
+        Parameters
+        ----------
+        statistics : Statistics
+            Statistics that cover the layers.
+        """
 
     @abstractmethod
     def factor(self, plan: Plan, statistics: Statistics) -> list[LayerReport]:
-        """Factor the layers of a plan; returns a report on each, in the order of the plan. The model stays as it is."""
+        """Factor the layers of a plan; returns a report on each, in the order of the plan. The model stays as it is.
+
+        Parameters
+        ----------
+        plan : Plan
+            The plan to apply.
+        statistics : Statistics
+            Statistics that cover the plan's layers.
+
+        Returns
+        -------
+        list of LayerReport
+            A report on each layer, in the order of the plan.
+        """
 
     @abstractmethod
     def replace_layers(self) -> Size:
-        """Put the factors in the place of the layers; returns the size of the compressed model."""
+        """Put the factors in the place of the layers; returns the size of the compressed model.
+
+        Returns
+        -------
+        Size
+            The size of the compressed model.
+        """
 
     @abstractmethod
     def kept(self) -> str:
@@ -149,13 +253,40 @@ class Source(ABC):
 
     @abstractmethod
     def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
-        """Return the perplexity of the model on windows of tokens, or of what was written."""
+        """Return the perplexity of the model on windows of tokens, or of what was written.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage, for progress and seconds.
+        windows : Tensor
+            Windows of tokens: int64, shape (count, length).
+        written : Path, optional
+            The directory of a checkpoint to score instead of the model in memory.
+        """
 
     @abstractmethod
     def save(
         self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str
     ) -> CompressionReport:
-        """Write the compressed model; returns the report with what was found out on the way."""
+        """Write the compressed model; returns the report with what was found out on the way.
+
+        Parameters
+        ----------
+        report : CompressionReport
+            The report to save with the model.
+        target : Path
+            The path of the directory to create.
+        overwrite : bool
+            Whether a directory that exists may be replaced.
+        max_shard_size : int or str
+            The largest size of one file, in bytes or as text such as ``"5GB"``.
+
+        Returns
+        -------
+        CompressionReport
+            The report, with what was found out while writing.
+        """
 
 
 class InMemory(Source):
@@ -164,15 +295,15 @@ class InMemory(Source):
     Parameters
     ----------
     model : PreTrainedModel
-        Changed by :meth:`replace_layers` alone.
+        The dense model, which :meth:`replace_layers` alone changes.
     text : list or None
-        Batches of ``input_ids`` and ``attention_mask``.
+        The text to measure on, as batches of ``input_ids`` and ``attention_mask``.
     tokenizer : PreTrainedTokenizerBase, optional
-        Saved beside the model.
+        The tokenizer, which is saved beside the model.
     statistics : Statistics or Path, optional
-        They stand for what would be measured. Those of a file do so if it is there; else it is written.
+        Statistics to use instead of measuring. A file is read if it exists, else it is written.
     precision : str, default "auto"
-        Of the products in passes over text, as for :func:`~cur.integrations.collect`.
+        The precision of matrix products in passes over text, as for :func:`~cur.integrations.collect`.
     progress : StageProgress, optional
         Told how far each stage is.
     announce : callable, optional
@@ -265,7 +396,7 @@ class InMemory(Source):
                 self._made, reports = decompose(
                     self.model, plan, statistics, self.progress, text=self.text, precision=self.precision.name
                 )
-            if self.text is None:
+            if self.text is None:  # outputs are compared on a batch, which statistics do not hold
                 return reports
             with self.clock.stage("outputs"):
                 changes = output_changes(self.model, self._made, self.text[0])
@@ -275,6 +406,7 @@ class InMemory(Source):
         """Swap the layers of the model."""
         with unrolled(self.model), self.clock.stage("swap"):
             swap_(self.model, self._made)
+            # Of experts in one tensor, those that stay dense are views that would keep all of it in memory.
             release_(self.model)
             mark_(self.model)
         return model_size(self.model)
@@ -307,7 +439,20 @@ class InMemory(Source):
 
 @contextmanager
 def busy(progress: StageProgress | None, stage: str) -> Iterator[None]:
-    """Report a stage without steps while something of unknown length runs."""
+    """Report a stage without steps while something of unknown length runs.
+
+    Parameters
+    ----------
+    progress : StageProgress or None
+        Called with the stage; None to report nothing.
+    stage : str
+        The name of the stage.
+
+    Yields
+    ------
+    None
+        Nothing; the stage is done when the context ends.
+    """
     if progress is not None:
         progress(stage, 0, None)
     yield
@@ -316,11 +461,30 @@ def busy(progress: StageProgress | None, stage: str) -> Iterator[None]:
 
 
 def silent(_: str) -> None:
-    """Take a sentence that nobody wants to hear."""
+    """Take a sentence that nobody wants to hear.
+
+    Parameters
+    ----------
+    _ : str
+        A sentence that is dropped.
+    """
 
 
 def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size: int) -> list[Any]:
-    """Return batches of token windows, or the batches that were given, as a list: two passes may be made over them."""
+    """Return batches of token windows, or the batches that were given, as a list: two passes may be made over them.
+
+    Parameters
+    ----------
+    calibration : Tensor or Iterable[mapping of str to Tensor]
+        Windows of tokens, or batches of them.
+    batch_size : int
+        The number of windows in a batch, for windows.
+
+    Raises
+    ------
+    ValueError
+        If there is no batch.
+    """
     if isinstance(calibration, Tensor):
         return list(batches(calibration, batch_size=batch_size))
     given = list(calibration)

@@ -8,54 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel
 
 from cur.healing import HealingConfig
 from cur.integrations import CompressConfig, compress
+from tests.models import make
 
 VOCABULARY = 61
-COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **COMMON,
-    ),
-    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=32, **COMMON),
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"n_positions": 32},
     # Blocks that see three tokens back and blocks that see all, by turns.
-    "qwen2": lambda: Qwen2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        **COMMON,
-    ),
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
 }
 _TARGETS = ("q_proj", "k_proj", "gate_proj")
 TARGETS = {"llama": _TARGETS, "qwen2": _TARGETS, "gpt2": ("c_attn", "c_fc")}
 
 
 def _make_teacher(kind: str = "llama", *, seed: int = 0) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # The initial scale of 0.02 leaves so small a model nearly linear, and its biases zero.
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.2)
-                elif name.endswith("bias"):
-                    parameter.normal_(std=0.1)
-        model.tie_weights()
-    return model.eval()
+    return make(kind, seed=seed, vocab_size=VOCABULARY, **CHANGES[kind])
 
 
 @pytest.fixture

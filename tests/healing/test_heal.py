@@ -48,6 +48,7 @@ def test_the_weight_moves_within_the_span_of_columns_and_rows(
         for name, m in compressed_modules(student).items()
     }
     before = cores(student)
+    assert before
     heal(student, teacher, windows, settings(steps=5, precision="auto"))
     for name, weight in cores(student).items():
         change = weight - before[name]
@@ -106,6 +107,7 @@ def test_layouts_learn_the_same_function(
         student = make_student(teacher, layout=layout)
         heal(student, teacher, windows, settings(steps=0, ridge=0.0, precision="auto"))
         found.append(cores(student))
+    assert found[0]
     for name, weight in found[0].items():
         assert torch.linalg.norm(found[1][name] - weight) <= 1e-6 * torch.linalg.norm(weight)
 
@@ -175,6 +177,7 @@ def test_accumulation_equals_a_larger_batch(
     one, two = make_student(teacher), make_student(teacher)
     heal(one, teacher, windows, settings(batch_size=4, steps=3))
     heal(two, teacher, windows, settings(batch_size=2, accumulate=2, steps=3))
+    assert cores(one)
     for name, weight in cores(one).items():
         assert torch.linalg.norm(cores(two)[name] - weight) <= 1e-4 * torch.linalg.norm(weight)
 
@@ -196,6 +199,7 @@ def test_padding_changes_nothing(
         objectives = Objectives(kl=1.0, hidden=1.0, modules=1.0, next_token=1.0)
         report = heal(student, teacher, given, settings(held_out=2, steps=3, objectives=objectives))
         found.append((cores(student), report.curve[-1]))
+    assert all(found[0])
     for name, value in found[0][1].items():
         assert found[1][1][name] == pytest.approx(value, rel=1e-3), name
     for name, weight in found[0][0].items():

@@ -1,94 +1,26 @@
-"""Small random models of six architectures, made from their transformers configs, and the real one."""
+"""Small random models of six architectures, and the real one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cur.integrations.model.loading import LoadedModel, load_model
+from tests.models import VOCABULARY, make
 
-VOCABULARY = 101
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2"
-
-_LLAMA_LIKE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**_LLAMA_LIKE, **_TOKENS, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, **_TOKENS),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=5, n_head=4, n_positions=64, **_TOKENS),
-    "opt": lambda: OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **_TOKENS,
-    ),
-    "gpt_neox": lambda: GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **_TOKENS,
-    ),
-    "bert": lambda: BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    ),
-}
-DECODERS = [name for name in CONFIGS if name != "bert"]
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "opt", "gpt_neox", "bert")
+DECODERS = ARCHITECTURES[:-1]
 
 
 def _make_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
     """Return a small random model: five blocks of width 32, a vocabulary of 101."""
-    config = CONFIGS[kind]()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertForMaskedLM(config) if kind == "bert" else AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # The initial scale of 0.02 leaves so small a model nearly linear, and its biases zero.
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.2)
-                elif name.endswith("bias"):
-                    parameter.normal_(std=0.1)
-        model.tie_weights()
-    return model.eval()
+    return make(kind, seed=seed, blocks=5)
 
 
 @pytest.fixture
@@ -115,7 +47,7 @@ def checkpoint(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Ca
     return write
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=ARCHITECTURES)
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A fresh small random model, of each architecture in turn."""
     return _make_model(request.param)

@@ -20,7 +20,7 @@ from cur.integrations.model.size import model_size
 from cur.integrations.nn import compressed_modules
 from cur.integrations.plan.plan import Plan
 from cur.integrations.store.inspect import summarize
-from tests.integrations.architectures import FAMILIES, batch, make
+from tests.models import FAMILIES, batch, make
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = {"llama": "cur", "gpt2": "folded"}

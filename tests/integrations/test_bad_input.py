@@ -20,7 +20,7 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.experts import is_experts
 from cur.integrations.nn import compressed_modules
 from cur.integrations.plan.plan import PlanError
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 SMALL = CompressConfig(layers=2, rank=6)
 

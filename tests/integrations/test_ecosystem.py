@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cur.integrations import BudgetConfig, CompressConfig, compress, perplexity, save
 from cur.integrations.nn import compressed_modules, factored
 from cur.integrations.quantize import quantize_
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 CONFIG = CompressConfig(layers=2, rank=6, targets=("q_proj", "gate_proj", "down_proj"))
 
@@ -120,6 +120,7 @@ def test_lora_on_all_linear_layers_finds_every_factor(compressed: PreTrainedMode
     with lenient():
         adapted = peft.get_peft_model(compressed, peft.LoraConfig(r=2, target_modules="all-linear"))
     wrapped = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert compressed_modules(compressed)
     for name in compressed_modules(compressed):
         assert {f"base_model.model.{name}.{factor}" for factor in "RUC"} <= wrapped
 

@@ -44,7 +44,7 @@ from cur.integrations.quantize import quantizable
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.export import TARGETS, Target, register_target
 from cur.integrations.store.inspect import summarize
-from tests.integrations import checkpoints
+from tests.models import TEXT, write
 
 ROOT = Path(__file__).parents[2]
 BLOCK = "model.layers.1"
@@ -171,8 +171,8 @@ def command(*arguments: object) -> str:
 
 def written(directory: Path) -> Path:
     """Write a dense model, text, and a plan by hand that names the toy method and layout beside one that is known."""
-    dense = checkpoints.write("causal", directory / "dense")
-    (directory / "text.txt").write_text(checkpoints.TEXT)
+    dense = write("causal", directory / "dense")
+    (directory / "text.txt").write_text(TEXT)
     model = AutoModelForCausalLM.from_pretrained(dense)
     plan = {
         "format_version": 3,
@@ -297,7 +297,7 @@ class Unlike(CompressedLinear):
 def test_a_type_that_can_do_little_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LAYOUTS, Unlike.layout, Unlike)
     name = f"{BLOCK}.self_attn.q_proj"
-    dense = AutoModelForCausalLM.from_pretrained(checkpoints.write("causal", tmp_path / "dense"))
+    dense = AutoModelForCausalLM.from_pretrained(write("causal", tmp_path / "dense"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     swap_(model, {name: Unlike(32, 32, 1, bias=False)})
     save(model, None, tmp_path / "small")

@@ -24,7 +24,8 @@ from cur.integrations import (
     plan_model,
     save,
 )
-from tests.integrations.checkpoints import write
+from cur.integrations.pipeline import place
+from tests.models import write
 
 CONFIG = CompressConfig(layers=2, rank=4)
 
@@ -129,3 +130,10 @@ def test_what_is_wrong_is_said_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         compress_model(directory, directory.parent / "out", **{"text": tokens, **wrong})
     assert [path.name for path in directory.parent.iterdir()] == ["dense"]
+
+
+def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert place("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]

@@ -21,7 +21,7 @@ from cur.integrations.nn import CompressedLinear, Int8Linear, compressed_modules
 from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.store.format import CURConfig
 from cur.integrations.store.inspect import summarize
-from tests.integrations.architectures import FAMILIES, batch, make
+from tests.models import FAMILIES, batch, make
 
 MakeModel = Callable[..., PreTrainedModel]
 TARGETS = {"llama": ("q_proj", "gate_proj"), "gpt2": ("c_attn", "c_fc"), "opt": ("q_proj", "fc1")}

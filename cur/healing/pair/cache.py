@@ -31,9 +31,9 @@ class TeacherOutputs:
     modules : dict of str to Tensor
         Output of the dense layers in the place of compressed ones.
     last : Tensor or None
-        What the head gets; None where the output is not compared.
+        The hidden state that the head gets; None where the output is not compared.
     calls : dict of int to BlockCall
-        With what blocks are called besides the hidden state, by their index, for healing by blocks; not kept on disk.
+        The arguments of blocks besides the hidden state, by the block's index, for healing by blocks; not kept on disk.
     """
 
     hidden: dict[int, Tensor]
@@ -42,7 +42,13 @@ class TeacherOutputs:
     calls: dict[int, BlockCall] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TeacherOutputs:
-        """Return the same on a device."""
+        """Return the same on a device.
+
+        Parameters
+        ----------
+        device : torch.device
+            The device that the outputs are brought to.
+        """
         return TeacherOutputs(
             {index: value.to(device) for index, value in self.hidden.items()},
             {name: value.to(device) for name, value in self.modules.items()},
@@ -61,7 +67,7 @@ class TeacherCache:
     directory : path
         Made when the first batch is written.
     key : str
-        What they depend on besides the batch: teacher, precision, which blocks and modules are kept.
+        What the outputs depend on besides the batch: teacher, precision, which blocks and modules are kept.
     """
 
     def __init__(self, directory: str | Path, key: str) -> None:
@@ -81,6 +87,11 @@ class TeacherCache:
         """Return what was kept for a batch, None if there is nothing.
 
         A damaged file counts as not there and is written anew.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch that the teacher was run on.
         """
         path = self._path(batch)
         if not path.exists():
@@ -96,10 +107,17 @@ class TeacherCache:
     def write(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> None:
         """Keep what the teacher gave.
 
+        Parameters
+        ----------
+        batch : mapping
+            The batch that the teacher was run on.
+        taught : TeacherOutputs
+            The outputs of the teacher on it.
+
         Raises
         ------
         OSError
-            If the disk is full.
+            If the disk is full or cannot be written.
         """
         tensors = {f"hidden/{index}": value for index, value in taught.hidden.items()}
         tensors |= {f"modules/{name}": value for name, value in taught.modules.items()}

@@ -1,4 +1,4 @@
-"""The core of a compressed layer: the r x r numbers that learn, in every layout, and the coordinates they learn in."""
+"""The core of a compressed layer: its r x r parameters that learn, in every layout, and the coordinates of learning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Core:
     name : str
         Name of the layer, for messages.
     layer : CompressedLinear
-        Changed by :meth:`write_`.
+        The compressed layer, whose core :meth:`write_` changes.
 
     Attributes
     ----------
@@ -55,6 +55,11 @@ class Core:
     @torch.no_grad()
     def write_(self, U: Tensor) -> None:
         """Store a core (r x r) in the layer, in place, rounded once to the layer's dtype.
+
+        Parameters
+        ----------
+        U : Tensor
+            The new core, of shape (r, r).
 
         Raises
         ------
@@ -94,14 +99,14 @@ class Coordinates:
     core : Core
         The core; its present value is ``U_0``.
     moment : Tensor
-        ``G``, float64, r x r.
+        The second moment ``G`` of what the core is applied to: float64, r x r.
     output : float
         ``E[y^T H y]`` of the layer's outputs ``y``.
-    metric : Tensor, optional
-        ``H``, m x m. Default: the identity.
     damping : float
         Added to the eigenvalues of ``M`` and ``G``, relative to their mean, so that directions which the text hardly
         shows are not blown up.
+    metric : Tensor, optional
+        The metric ``H`` on the outputs, m x m; the identity by default.
 
     Notes
     -----
@@ -122,7 +127,13 @@ class Coordinates:
 
     @classmethod
     def plain(cls, core: Core) -> Coordinates:
-        """Return coordinates that only keep their place until a state is restored into them."""
+        """Return coordinates that only keep their place until a state is restored into them.
+
+        Parameters
+        ----------
+        core : Core
+            The core that the coordinates belong to.
+        """
         eye = torch.eye(core.rank, dtype=torch.float64, device=core.value.device)
         return cls(core, eye, 1.0, damping=1.0)
 
@@ -131,7 +142,13 @@ class Coordinates:
         return self.P.T @ self.core.take_gradient() @ self.Q.T
 
     def write_(self, values: Tensor | None = None) -> None:
-        """Store the core that these coordinates (default: the present ones) stand for in the layer, in place."""
+        """Store the core of these coordinates, by default the present ones, in the layer, in place.
+
+        Parameters
+        ----------
+        values : Tensor, optional
+            The coordinates to store, instead of the present ones.
+        """
         values = self.values.detach() if values is None else values
         self.core.write_(self.origin + (self.P @ values @ self.Q).double())
 
@@ -143,6 +160,11 @@ class Coordinates:
 
 def cores_of(model: nn.Module) -> dict[str, Core]:
     """Return the core of every compressed layer by name; layers of which nothing may be trained have none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model with compressed layers.
 
     Raises
     ------

@@ -27,12 +27,12 @@ class Text:
     held_out : int
         Samples (windows or batches) at the end that are watched and not healed on.
     seed : int
-        Of the order, which is drawn anew for each pass through the text.
+        The seed of the order, which is drawn anew for each pass through the text.
 
     Raises
     ------
     TypeError
-        If `samples` is neither.
+        If `samples` is neither a tensor nor a sequence of mappings.
     ValueError
         If nothing is left to heal on.
     """
@@ -68,6 +68,11 @@ class Text:
         """Return the batch of this number, counted from 0 and without end.
 
         The samples that are left over at the end of a pass are passed over, so that every batch is full.
+
+        Parameters
+        ----------
+        number : int
+            The number of the batch, counted from 0.
         """
         each = self.count // self.batch_size
         turn, place = divmod(number, each)
@@ -77,7 +82,13 @@ class Text:
         return self._take([int(index) for index in chosen])
 
     def spread(self, count: int) -> list[dict[str, Any]]:
-        """Return about `count` samples, evenly spread over what is healed on, in batches."""
+        """Return about `count` samples, evenly spread over what is healed on, in batches.
+
+        Parameters
+        ----------
+        count : int
+            The number of samples that is aimed at.
+        """
         chosen = np.unique(np.linspace(0, self.count - 1, min(count, self.count)).round().astype(int)).tolist()
         return self._groups(chosen)
 

@@ -14,7 +14,15 @@ __all__ = ["digest"]
 
 
 def digest(tensors: Mapping[str, Tensor], *facts: Any) -> str:
-    """Return the SHA-256 of tensors, by name, and of facts as JSON."""
+    """Return the SHA-256 of tensors, by name, and of facts as JSON.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        The tensors to hash, by name.
+    *facts : Any
+        Values of JSON types to hash with them.
+    """
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

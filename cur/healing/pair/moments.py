@@ -29,14 +29,14 @@ class LayerMoments:
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     metrics : mapping of str to Tensor
         ``H`` by layer; the identity for a layer that has none.
 
     Attributes
     ----------
     mask : Tensor or None
-        Of padding in the batch that runs.
+        The padding mask of the batch that runs; None if it has no padding.
     """
 
     def __init__(self, pair: TeacherStudentPair, metrics: Mapping[str, Tensor]) -> None:
@@ -47,7 +47,13 @@ class LayerMoments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Add up what passes through the student while this lasts."""
+        """Add up what passes through the student while this lasts.
+
+        Yields
+        ------
+        None
+            Nothing; the sums grow while the context is open.
+        """
         model = self.pair.student.model
         with hooked([(model.get_submodule(name), "after", self._keep(name)) for name in self.pair.cores]):
             yield

@@ -18,10 +18,10 @@ from torch import Tensor
 
 __all__ = ["output_losses", "relative_distance", "token_weights"]
 
-# Logits in memory at once, in numbers: 64 MB in bfloat16. Heads are cast anew for each of these chunks.
+# Logits in memory at once: 64 MB in bfloat16. Heads are cast anew for each of these chunks.
 _CHUNK = 1 << 25
 
-# Logits that are compared at once, in numbers: what a dozen passes over them find in the processor's cache.
+# Logits that are compared at once: what a dozen passes over them find in the processor's cache.
 _IN_CACHE = 1 << 19
 
 # How much larger than the median the norm of a token may be before its weight falls.
@@ -34,7 +34,7 @@ def token_weights(hidden: Tensor, mask: Tensor | None) -> Tensor:
     Parameters
     ----------
     hidden : Tensor
-        Shape (batch, length, width).
+        Hidden states of the teacher, of shape (batch, length, width).
     mask : Tensor or None
         Shape (batch, length); False at padding, which gets weight zero.
 
@@ -55,7 +55,7 @@ def relative_distance(student: Tensor, teacher: Tensor, weights: Tensor) -> Tens
     Parameters
     ----------
     student, teacher : Tensor
-        Shape (batch, length, width).
+        Hidden states of both models, of shape (batch, length, width).
     weights : Tensor
         Shape (batch, length), as :func:`token_weights` gives them.
 
@@ -100,7 +100,7 @@ def output_losses(
         Weights of ``T^2 KL(teacher || student)``, both at temperature `T` (the factor keeps the size of the gradient;
         Hinton et al., arXiv 1503.02531), and of the negative log-likelihood. Both are means per token, in nats.
     temperature : float
-        ``T``.
+        The temperature ``T`` that divides the logits of both models.
     learning : bool, default True
         Whether a gradient will be asked for.
 

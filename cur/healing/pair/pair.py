@@ -66,16 +66,16 @@ class TeacherStudentPair:
     Attributes
     ----------
     cores : dict of str to Core
-        By name of the compressed layer.
+        The cores of the student, by the name of the compressed layer.
     student, teacher : Stack
-        The blocks of both.
+        The blocks of each model, and what comes before and behind them.
     precision : Precision
-        Of the products in both.
+        The precision of matrix products in both models.
     first, last : int
         Indices of the first and the last block with compressed layers.
     kept, watched, stop : list of int, list of str, int or None
-        What the teacher is asked for: hidden states after these blocks, outputs of these layers, and whether it ends
-        behind a block.
+        The parts of the teacher's pass that are needed: hidden states after the blocks `kept`, outputs of the layers
+        `watched`, and the block `stop` behind which it may end.
     """
 
     def __init__(
@@ -119,16 +119,33 @@ class TeacherStudentPair:
         self.stop = self.last if config.scope == "block" else None
 
     def inside(self, index: int) -> list[str]:
-        """Return the names of the compressed layers in a block."""
+        """Return the names of the compressed layers in a block.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block, counted from 0.
+        """
         return [name for name in self.cores if name.startswith(self.student.blocks[index][0] + ".")]
 
     def key(self) -> str:
-        """Return a hash of what the teacher gives depends on; the layers that were compressed stand for it."""
+        """Return a hash of all that the teacher's outputs depend on."""
         dense = {name: dense_weight(self.teacher.model.get_submodule(name), name)[0] for name in self.cores}
         return digest({}, digest(dense), self.precision.name, self.kept, self.watched, self.stop)
 
     def teach(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        """Run the teacher, or look up what it gave for this batch before."""
+        """Run the teacher, or look up what it gave for this batch before.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to run the teacher on.
+
+        Returns
+        -------
+        TeacherOutputs
+            The parts of the teacher's pass that the comparison needs.
+        """
         found = None if self.cache is None else self.cache.read(batch)
         with torch.no_grad(), self.precision.products():
             taught = self._ask(batch) if found is None else found.to(self.device)
@@ -156,6 +173,20 @@ class TeacherStudentPair:
 
     def loss(self, batch: Mapping[str, Any], taught: TeacherOutputs, *, learning: bool = True) -> Loss:
         """Run the student through the whole network and compare it with the teacher.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to run the student on.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+        learning : bool, default True
+            Whether gradients are wanted.
+
+        Returns
+        -------
+        Loss
+            The loss and its parts.
 
         Raises
         ------
@@ -200,6 +231,22 @@ class TeacherStudentPair:
 
         What the block adds to the hidden state is compared: the state that passes through would drown it.
 
+        Parameters
+        ----------
+        index : int
+            The number of the block, counted from 0.
+        batch : mapping
+            The batch to run the block on.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+        learning : bool, default True
+            Whether gradients are wanted.
+
+        Returns
+        -------
+        Loss
+            The loss and its parts.
+
         Raises
         ------
         NumericalError
@@ -231,7 +278,18 @@ class TeacherStudentPair:
 
 @contextmanager
 def only_cores(pair: TeacherStudentPair) -> Iterator[None]:
-    """Let nothing but the cores ask for gradients, in either model, for a while."""
+    """Let nothing but the cores ask for gradients, in either model, for a while.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+
+    Yields
+    ------
+    None
+        Nothing; the other parameters ask for gradients again when the context ends.
+    """
     asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
     factors = [core.factor for core in pair.cores.values()]
     before = [factor.requires_grad for factor in factors]

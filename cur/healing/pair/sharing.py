@@ -29,6 +29,13 @@ __all__ = ["check_pair", "check_teacher", "load_student", "share_", "twin"]
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a teacher from which the student cannot have been made.
 
+    Parameters
+    ----------
+    student : nn.Module
+        The compressed model to heal.
+    teacher : nn.Module
+        The dense model that it should have been made from.
+
     Raises
     ------
     ValueError
@@ -72,14 +79,14 @@ def check_teacher(directory: str | Path, student: nn.Module, teacher: Callable[[
     directory : path
         The compressed checkpoint. One that says nothing, in its report or account, is let pass.
     student : nn.Module
-        Its model, perhaps without its weights.
+        The compressed model, with or without its weights in memory.
     teacher : callable
         Returns the hash of the dense model's parameters outside the modules that it is given.
 
     Raises
     ------
     CheckpointError
-        If the hashes differ.
+        If the hash of the teacher differs from the one the student was made from.
     """
     report = Path(directory) / REPORT
     known = CompressionReport.load(report) if report.exists() else None
@@ -129,14 +136,14 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
     Parameters
     ----------
     directory : path
-        A compressed checkpoint.
+        The directory of a compressed checkpoint.
     teacher : PreTrainedModel
         The dense model that it was made from.
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode.
+        The compressed model, in evaluation mode.
 
     Raises
     ------
@@ -164,7 +171,13 @@ def load_student(directory: str | Path, teacher: PreTrainedModel) -> PreTrainedM
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second set of modules around the same tensors: what is swapped in one leaves the other as it is."""
+    """Return a second set of modules around the same tensors: what is swapped in one leaves the other as it is.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, which is not changed.
+    """
     held = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
 

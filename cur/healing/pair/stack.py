@@ -27,7 +27,8 @@ class Outputs:
     hidden : dict of int to Tensor
         Output of each block that was run, by its index.
     last : Tensor or None
-        What the head gets, or the logits where the head cannot be told apart; None if the pass ended before.
+        The hidden state that the head gets, or the logits where the head cannot be told apart; None if the pass ended
+        before.
     """
 
     hidden: dict[int, Tensor]
@@ -76,6 +77,22 @@ class Stack(BlockWalk):
         """Run the model on a batch, from block `start` on, which gets `hidden`; to the end, or to block `stop`.
 
         The blocks before `start` are not run. With ``start=0`` and no `hidden` this is the model from its beginning.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to run the model on.
+        start : int, default 0
+            The number of the first block that runs.
+        hidden : Tensor, optional
+            The hidden state that block `start` gets; None to begin with the embeddings.
+        stop : int, optional
+            The number of the last block that runs; None to go to the end.
+
+        Returns
+        -------
+        Outputs
+            The hidden states after the blocks that ran, and what the head gets if the pass went to the end.
         """
         seen: dict[int, Tensor] = {}
 
@@ -99,7 +116,13 @@ class Stack(BlockWalk):
         return Outputs(seen, result[0] if self.separate else result.logits)
 
     def logits(self, last: Tensor) -> Tensor:
-        """Return the logits of what :attr:`Outputs.last` holds, or of some of its rows."""
+        """Return the logits of what :attr:`Outputs.last` holds, or of some of its rows.
+
+        Parameters
+        ----------
+        last : Tensor
+            The hidden states that the head gets.
+        """
         if not self.separate or self.head is None:
             return last
         scores: Tensor = self.head(last)

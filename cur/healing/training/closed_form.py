@@ -12,7 +12,7 @@ were met on a real model), so that normal equations in float64 lose nothing that
 
 The wanted output is ``W (x + s (x' - x))`` with the dense weight ``W`` and the teacher's input ``x'``. ``s = 1`` is the
 teacher's output, and corrects what the blocks before did wrong; ``s = 0`` is what the dense layer would make of the
-student's input (or, where neurons were given up and the dense layer cannot take it, what the student makes of it).
+student's input (or, where neurons were removed and the dense layer cannot take it, what the student makes of it).
 Least squares against the teacher's output shrinks a layer wherever its input is uncertain, as every regression on noisy
 inputs does, and the next blocks suffer from that: a part of the correction does better than all.
 
@@ -46,7 +46,7 @@ class LeastSquares:
     Parameters
     ----------
     core : Core
-        Its present value is ``U_0``.
+        The core to solve for, whose present value is ``U_0``.
     metric : Tensor, optional
         ``H``, m x m, positive semidefinite. Default: the identity.
 
@@ -81,7 +81,15 @@ class LeastSquares:
 
     @torch.no_grad()
     def add(self, x: Tensor, wanted: Tensor) -> None:
-        """Add tokens: their inputs (tokens, n) and the outputs they should have (tokens, m), bias included."""
+        """Add tokens: their inputs (tokens, n) and the outputs they should have (tokens, m), bias included.
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs of the layer, of shape (tokens, n).
+        wanted : Tensor
+            The outputs that it should have, of shape (tokens, m).
+        """
         z = (x.float() @ self.core.right.float().T).double()
         bias = self.core.layer.bias_tensor()
         y = wanted.double() if bias is None else wanted.double() - bias.double()
@@ -123,7 +131,13 @@ class LeastSquares:
         return best
 
     def error(self, U: Tensor) -> float:
-        """Return the squared error of a core relative to the squared norm of the wanted outputs, both in ``H``."""
+        """Return the squared error of a core relative to the squared norm of the wanted outputs, both in ``H``.
+
+        Parameters
+        ----------
+        U : Tensor
+            The core to judge, of shape (r, r).
+        """
         left = self.core.left.double()
         M, B = left.T @ self._weighted(left), left.T @ self._weighted(self.cross)
         value = float((U * (M @ U @ self.gram - 2 * B)).sum()) + self.square
@@ -161,22 +175,22 @@ def closed_form_(
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     batches : sequence of mapping
-        The text.
+        The text that outputs are compared on.
     ridge : float
-        See :meth:`LeastSquares.solve`.
+        The weight of the pull towards the present core, see :meth:`LeastSquares.solve`.
     correction : float
         ``s``, from 0 to 1: how much of the difference between the teacher's inputs and the student's is corrected.
     metrics : mapping of str to Tensor, optional
-        ``H`` by layer.
+        The metric ``H`` on the outputs of each layer, by the layer's name.
     progress : callable, optional
         Called as ``progress(done, total)`` after every compressed block.
 
     Returns
     -------
     list of LayerFit
-        In the order in which they were solved.
+        The fits of the layers, in the order in which they were solved.
 
     Raises
     ------
@@ -232,29 +246,29 @@ def solve_block_(
     pair : TeacherStudentPair
         Student and teacher, of which this block must be in memory.
     index : int
-        Of the block. One without compressed layers is only run.
+        The number of the block. One without compressed layers is only run.
     calls : sequence of BlockCall
-        What the block is called with besides the hidden state, batch by batch.
+        The arguments of the block besides the hidden state, batch by batch.
     ours : sequence of Tensor
         The hidden states that enter the student's block.
     wanted : sequence of mapping
         Inputs of the teacher's layers that were compressed, by name.
     masks : sequence of Tensor or None
-        Of padding, as :func:`~cur.integrations.model.masks.padding_mask` has them.
+        The padding masks of the batches, as from :func:`~cur.integrations.model.masks.padding_mask`.
     ridge, correction, metrics
-        See :func:`closed_form_`.
+        These have the meaning that :func:`closed_form_` gives them.
 
     Returns
     -------
     list of LayerFit
-        In the order in which the layers were solved.
+        The fits of the layers, in the order in which they were solved.
     list of Tensor
         The hidden states behind the block as it is now.
 
     Raises
     ------
     NumericalError, RuntimeError
-        As :func:`closed_form_`.
+        If a system cannot be solved, as in :func:`closed_form_`.
     """
     prefix, block = pair.student.blocks[index]
     names = [name.removeprefix(f"{prefix}.") for name in pair.inside(index)]
@@ -269,7 +283,7 @@ def solve_block_(
                 x = course.to_layer(group[0])
                 for name, problem in problems.items():
                     dense = pair.teacher.model.get_submodule(name)
-                    # Behind neurons that were given up the dense layer cannot take these inputs.
+                    # After removed neurons the dense layer cannot take these inputs.
                     same = seen[name].shape == x.shape
                     given = dense(x) if same else pair.student.model.get_submodule(name)(x)
                     target = (1.0 - correction) * given + correction * dense(seen[name])

@@ -1,4 +1,4 @@
-"""The numbers that learn, their optimizer, and everything of them that a resumed run needs."""
+"""The parameters that learn, their optimizer, and all of their state that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Learner:
     Parameters
     ----------
     coordinates : mapping of str to Coordinates
-        By layer.
+        Coordinates in which each core learns, by the layer's name.
     config : HealingConfig
-        Rate, decay and clipping.
+        The configuration, which has the rate, its decay and the clipping.
     before : float, optional
         Held-out loss of the model as it came, before anything was changed: what the best state has to beat.
 
@@ -84,13 +84,22 @@ class Learner:
 
         A step of size ``s`` along a direction that has the cosine ``c`` with the gradient wins about
         ``2 c s sqrt(p l)`` of a loss ``l`` and costs ``p s^2`` at a price ``p``, so that the best is
-        ``s = c sqrt(l / p)``. The gradient of ``t`` tokens in ``n`` numbers has a cosine of about
+        ``s = c sqrt(l / p)``. The gradient of ``t`` tokens in ``n`` parameters has a cosine of about
         ``sqrt(t / (t + n))`` with that of all text. Momentum follows a direction for ``1 / (1 - beta)`` steps, which
         together go no further than ``sqrt(l / p)``. Where the loss is so flat that there is no price, the size that was
         tried stands for that, and nothing changes an output by more than its own size.
+
+        Parameters
+        ----------
+        number : int
+            The number of the step, counted from 0.
+        loss : float
+            The loss that the step begins at.
+        tokens : int
+            The number of tokens in all batches of the step.
         """
-        numbers = sum(c.values.numel() for c in self.coordinates.values())
-        cosine = min(math.sqrt(tokens / (tokens + numbers)), 1 - self.config.betas[0])
+        parameters = sum(c.values.numel() for c in self.coordinates.values())
+        cosine = min(math.sqrt(tokens / (tokens + parameters)), 1 - self.config.betas[0])
         reach = min(math.sqrt(loss / self.price), 1.0) if self.price > 0 else _TRIAL
         return self.config.rate(number) * cosine * reach
 
@@ -100,13 +109,13 @@ class Learner:
         Parameters
         ----------
         number : int
-            Of the step, from 0.
+            The number of the step, counted from 0.
         batches : int
-            How many gradients were added up.
+            The number of batches whose gradients were added up.
         loss : float
             Mean loss of these batches, and `tokens` in them, which decide the rate.
         tokens : int
-            In all of them.
+            The number of tokens in all batches of the step.
 
         Returns
         -------
@@ -145,7 +154,18 @@ class Learner:
             c.core.write_(best)
 
     def judge(self, loss: float) -> bool:
-        """Remember the present cores if they are the best so far; say whether they are."""
+        """Remember the present cores if they are the best so far; say whether they are.
+
+        Parameters
+        ----------
+        loss : float
+            The loss on held-out text with the present cores.
+
+        Returns
+        -------
+        bool
+            Whether the present cores are the best so far.
+        """
         if loss < self.best_loss:
             self.best = [c.core.value.clone() for c in self.coordinates.values()]
             self.best_loss, self.stale = loss, 0
@@ -164,7 +184,15 @@ class Learner:
         return tensors, {"best_loss": self.best_loss, "stale": self.stale, "price": self.price}
 
     def restore_(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go back to a state, in place, the model included."""
+        """Go back to a state, in place, the model included.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The tensors of the state, as :meth:`state` returned them.
+        facts : mapping
+            The facts of the state, as :meth:`state` returned them.
+        """
         self.best = []
         for name, c in self.coordinates.items():
             place = c.values.device

@@ -32,7 +32,17 @@ class Log:
         self._board: Any = None if tensorboard is None else _board(tensorboard)
 
     def write(self, event: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Append one event: ``{"event": ..., "step": ..., ...}``."""
+        """Append one event: ``{"event": ..., "step": ..., ...}``.
+
+        Parameters
+        ----------
+        event : str
+            The name of the event.
+        step : int
+            The number of the step that it belongs to.
+        figures : mapping
+            Further fields of the line, as JSON types.
+        """
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Opened for each line: a killed process leaves no line in a buffer.
@@ -44,7 +54,13 @@ class Log:
                     self._board.add_scalar(f"{event}/{name}", value, step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after a step: a run that continues from it will write them again."""
+        """Drop the lines after a step: a run that continues from it will write them again.
+
+        Parameters
+        ----------
+        step : int
+            The number of the last step to keep.
+        """
         if self.path is None or not self.path.exists():
             return
         from cur._lib.atomic import replace_file

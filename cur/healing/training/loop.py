@@ -35,13 +35,13 @@ class Status:
     stage : str
         ``"closed form"``, whose steps are blocks, ``"natural steps"`` or ``"heal"``.
     step, steps : int
-        Done, and in all.
+        The number of steps done, and the number of all steps.
     loss : float or None
-        Of the last step.
+        The loss of the last step.
     perplexity : float or None
-        On the held-out text, at the last look.
+        The perplexity on the held-out text at the last look.
     seconds_left : float or None
-        At the pace so far.
+        The seconds that remain at the pace so far.
     """
 
     stage: str
@@ -63,7 +63,7 @@ class Comparison:
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     block : int or None
         Index of the block; None for the whole model.
     """
@@ -79,9 +79,14 @@ class Comparison:
         batch : mapping
             Token ids, and a mask of padding where there is some.
         taught : TeacherOutputs
-            What :meth:`~cur.healing.pair.pair.TeacherStudentPair.teach` returned for it.
+            The teacher's outputs on the batch, from :meth:`~cur.healing.pair.pair.TeacherStudentPair.teach`.
         learning : bool
             Whether a gradient will be asked for.
+
+        Returns
+        -------
+        Loss
+            The loss and its parts.
 
         Raises
         ------
@@ -93,13 +98,34 @@ class Comparison:
         return self.pair.block_loss(self.block, batch, taught, learning=learning)
 
     def learn(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
-        """Add the gradient of a batch to those that the student's cores hold; returns the loss and its parts."""
+        """Add the gradient of a batch to those that the student's cores hold; returns the loss and its parts.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to learn from.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+
+        Returns
+        -------
+        dict[str, float]
+            The loss and its parts, by name.
+        """
         loss = self.loss(batch, taught, learning=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.total.detach()), **loss.parts}
 
     def look(self, batch: Mapping[str, Any], taught: TeacherOutputs) -> dict[str, float]:
-        """Return the loss of a batch and its parts, without a gradient."""
+        """Return the loss of a batch and its parts, without a gradient.
+
+        Parameters
+        ----------
+        batch : mapping
+            The batch to compare on.
+        taught : TeacherOutputs
+            The teacher's outputs on this batch.
+        """
         loss = self.loss(batch, taught, learning=False)
         return {"loss": float(loss.total), **loss.parts}
 
@@ -133,11 +159,12 @@ class TrainingUnit:
         Parameters
         ----------
         pair : TeacherStudentPair
-            Student and teacher.
+            The student that learns and the teacher it learns from.
         block : int or None
             Index of the block; None for the whole model.
         coordinates : mapping of str to Coordinates
-            By layer. A layer that has none gets a place for those that a state on disk holds.
+            Coordinates in which each core learns, by the layer's name. A layer that has none gets a place for those
+            that a state on disk holds.
         before : float or None
             Held-out loss of the student as it came, which the best state has to beat; None if there was no look.
         """
@@ -199,7 +226,22 @@ class _Loop:
 
 
 def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text) -> list[dict[str, float]]:
-    """Compare on the held-out text, and return loss and parts of every comparison; an empty list without such text."""
+    """Compare on the held-out text, and return loss and parts of every comparison; an empty list without such text.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+    comparisons : sequence of Comparison
+        The comparisons to make, of the model or of each block.
+    text : Text
+        The text, whose held-out windows are used.
+
+    Returns
+    -------
+    list of dict[str, float]
+        The loss and its parts by name, for each comparison.
+    """
     found: list[list[dict[str, float]]] = []
     for batch in text.held_out():
         taught = pair.teach(batch)
@@ -208,7 +250,13 @@ def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text
 
 
 def summary(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of what :func:`look` found, and the perplexity."""
+    """Return the mean of what :func:`look` found, and the perplexity.
+
+    Parameters
+    ----------
+    each : sequence of mapping of str to float
+        The losses and parts of every comparison, as :func:`look` returns them.
+    """
     figures = _mean(each) if each else {}
     if "next_token" in figures:
         figures["perplexity"] = math.exp(min(figures["next_token"], 700.0))
@@ -235,22 +283,22 @@ def train(
     Parameters
     ----------
     pair : TeacherStudentPair
-        Student and teacher.
+        The student that learns and the teacher it learns from.
     units : sequence of TrainingUnit
-        What learns: one unit for the model, or one for each block. Units know nothing of each other, so neither their
-        order nor the number of workers changes the result.
+        The units that learn: one for the model, or one for each block. Units know nothing of each other, so neither
+        their order nor the number of workers changes the result.
     text : Text
-        What they learn from.
+        The windows to learn from, and those that are held out.
     config : HealingConfig
-        Steps, batches, looks.
+        The configuration: steps, batches, and how often the held-out text is looked at.
     log : Log
         Gets a line for each step and look.
     state : StateFile, optional
-        Where states are written; if one is there already, healing goes on from it.
+        The file that states are written to; if it holds one already, healing goes on from it.
     facts : mapping, optional
         JSON types to be kept in the states.
     progress : callable, optional
-        See :data:`Progress`.
+        Called with a :class:`Status` after every step.
 
     Returns
     -------
@@ -329,7 +377,18 @@ def _token_count(batch: Mapping[str, Any]) -> int:
 
 
 def saving_memory(pair: TeacherStudentPair) -> AbstractContextManager[None]:
-    """Let blocks be run a second time in the backward pass, if the configuration says so."""
+    """Let blocks be run a second time in the backward pass, if the configuration says so.
+
+    Parameters
+    ----------
+    pair : TeacherStudentPair
+        The student that learns and the teacher it learns from.
+
+    Returns
+    -------
+    AbstractContextManager[None]
+        A context in which the student's blocks keep only their inputs for the backward pass, if asked for.
+    """
     return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)
 
 

@@ -37,11 +37,11 @@ def natural_step_(
     comparison : Comparison
         The loss: of the whole model, or of one block.
     coordinates : mapping of str to Coordinates
-        By layer; they begin anew where the step leads.
+        Coordinates in which each core learns, by the layer's name; they begin anew where the step leads.
     text : Text
-        What to learn from, and what is held out.
+        The windows to learn from, and those that are held out.
     number : int
-        Of the step, from 0: one after the other they go on in the text.
+        The number of the step, from 0: each continues in the text where the one before ended.
 
     Returns
     -------
@@ -99,9 +99,9 @@ def search(loss: Callable[[float], float], before: float) -> tuple[float, float]
     Parameters
     ----------
     loss : callable
-        The loss at a length.
+        A function that returns the loss after a step of the given length.
     before : float
-        The loss at 0.
+        The loss before the step, at the length 0.
     """
     least, best, length = before, 0.0, _FIRST
     for _ in range(_TRIES):

@@ -45,6 +45,13 @@ class StateFile:
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace the file; the old one stays until the new one is complete on disk.
 
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            The tensors of the state, by name.
+        facts : mapping
+            The facts of the state, as JSON types.
+
         Raises
         ------
         OSError
@@ -97,7 +104,13 @@ class StateFile:
 
     @staticmethod
     def facts_in(path: Path) -> dict[str, Any]:
-        """Return the facts of a state of any run, to be read before it is known whose it is; none of a damaged file."""
+        """Return the facts of a state of any run, to be read before it is known whose it is; none of a damaged file.
+
+        Parameters
+        ----------
+        path : Path
+            The path of the state's file.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 found: dict[str, Any] = json.loads(file.metadata()["facts"])

@@ -2,7 +2,7 @@
 
 The model's own forward pass runs: it prepares masks, positions and whatever else its family has, and calls every block
 with it. Only what the blocks do is changed. Blocks before the one that is in memory return what the last of them
-returned when it was; blocks behind it return what it returned. So whatever looks at a block or its layers, calibration
+returned when it was; blocks after it return what it returned. So whatever looks at a block or its layers, calibration
 for one, sees exactly what it would see in the whole model.
 """
 
@@ -34,7 +34,7 @@ class Bypass:
     streamed : StreamedModel
         The model. Its forward passes are of this kind while :meth:`open` lasts.
     states : HiddenStates
-        Where the outputs of blocks are kept.
+        The files in which the outputs of blocks are kept.
 
     Attributes
     ----------
@@ -58,7 +58,13 @@ class Bypass:
 
     @contextmanager
     def open(self) -> Iterator[Bypass]:
-        """Bypass the blocks while this lasts."""
+        """Bypass the blocks while this lasts.
+
+        Yields
+        ------
+        Bypass
+            The bypass itself.
+        """
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
         with hooked([(body(self.streamed.model), "before", self._start)]), forwards_replaced([*blocks, *tables]):
@@ -71,9 +77,14 @@ class Bypass:
         Parameters
         ----------
         index : int
-            Number of the block.
+            The number of the block, counted from 0.
         recording : bool, default True
             Whether what it returns is stored.
+
+        Yields
+        ------
+        None
+            Nothing; the block is let go when the context ends.
         """
         self.streamed.load_block(index)
         self.active, self.recording = index, recording
@@ -89,16 +100,35 @@ class Bypass:
         """Remove what the block before one returned, but for one batch.
 
         What the last block of a stack returned stays: the next stack may need it.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        keep : str, optional
+            The name of a batch whose output stays.
         """
         if index not in self.streamed.starts:
             self.states.drop(self.place(index - 1), keep=keep)
 
     def place(self, number: int) -> str:
-        """Return the name under which the outputs of a block are stored."""
+        """Return the name under which the outputs of a block are stored.
+
+        Parameters
+        ----------
+        number : int
+            The number of the block.
+        """
         return f"block-{number:04}"
 
     def key(self, inputs: dict[str, Any]) -> str:
-        """Return the name of a batch: a hash of its tensors."""
+        """Return the name of a batch: a hash of its tensors.
+
+        Parameters
+        ----------
+        inputs : dict
+            The tensors of the batch, by name.
+        """
         digest = hashlib.sha256()
         for name in sorted(inputs):
             if isinstance(inputs[name], torch.Tensor):

@@ -35,21 +35,21 @@ class Calibration:
     Parameters
     ----------
     streamed : StreamedModel
-        The model.
+        The model, whose blocks are loaded in turn.
     given : sequence
         Batches, all of them; each process runs its share.
     names : sequence of str
-        Layers to measure.
+        The names of the layers to measure.
     journal : Journal
-        Where statistics are kept, block by block.
+        The journal of the run, which keeps statistics block by block.
     group : ProcessGroup
-        The processes.
+        The processes that share the work.
     full : bool
         Whether full second moments are gathered.
     precision : Precision
-        Of the products in the passes, the same in all processes.
+        The precision of matrix products in the passes, the same in all processes.
     stored : Path, optional
-        A file of statistics that stand for what would be measured; then only the first batch is run, on which the
+        A file of statistics to use instead of measuring; then only the first batch is run, on which the
         change of each layer's output is measured.
 
     Attributes
@@ -90,7 +90,13 @@ class Calibration:
         self._inputs = body(streamed.model)
 
     def of_block(self, index: int) -> Statistics:
-        """Return the statistics of one block, as they were stored."""
+        """Return the statistics of one block, as they were stored.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         if self.stored is not None:
             inside = f"{self.streamed.blocks[index][0]}."
             return Statistics.load(self.stored, modules=[name for name in self.names if name.startswith(inside)])
@@ -99,10 +105,15 @@ class Calibration:
     def run(self, progress: Callable[[int, int | None], object] | None = None) -> Statistics:
         """Measure what is not measured yet.
 
+        Parameters
+        ----------
+        progress : callable, optional
+            Called as ``progress(done, total)`` after every batch of every block.
+
         Returns
         -------
         Statistics
-            Of all blocks, without second moments, which :meth:`of_block` has.
+            Statistics of all blocks, without second moments, which :meth:`of_block` has.
         """
         own = self.group.share(self.running)
         count = len(self.streamed.blocks)
@@ -122,7 +133,13 @@ class Calibration:
         return self._merged() if self.stored is None else Statistics.load(self.stored, moments=False)
 
     def save(self, path: Path) -> None:
-        """Write the statistics of all blocks into one file, as :meth:`Statistics.save` does, block by block."""
+        """Write the statistics of all blocks into one file, as :meth:`Statistics.save` does, block by block.
+
+        Parameters
+        ----------
+        path : Path
+            The path of the file to write.
+        """
         whole = self._merged()
         shared: dict[str, dict[str, str]] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -229,7 +246,15 @@ class Calibration:
 
 
 def text_hash(model: Any, given: Sequence[Mapping[str, Any] | torch.Tensor]) -> str:
-    """Return the hash of all calibration inputs, as :func:`~cur.integrations.collect` computes it."""
+    """Return the hash of all calibration inputs, as :func:`~cur.integrations.collect` computes it.
+
+    Parameters
+    ----------
+    model : Any
+        The model, which says what its inputs are called.
+    given : sequence of mapping or Tensor
+        The batches of text.
+    """
     seen, masks = Seen(), Masks(model)
     for batch in given:
         inputs = model_inputs(model, batch)

@@ -35,9 +35,9 @@ class ProcessGroup:
     rank : int
         Number of this process; 0 writes what is written once.
     size : int
-        How many there are.
+        The number of processes.
     device : torch.device
-        Where sums are added up.
+        The device on which sums over processes are formed.
     """
 
     def __init__(self) -> None:
@@ -58,6 +58,11 @@ class ProcessGroup:
         ----------
         device : torch.device, optional
             This process's own. On CUDA devices sums are added up there, by NCCL; everything else goes over gloo.
+
+        Yields
+        ------
+        ProcessGroup
+            The group of all processes.
         """
         self.device = device or self.device
         if self.size == 1 or dist.is_initialized():
@@ -74,11 +79,23 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Return every `size`-th of some items, this process's own."""
+        """Return every `size`-th of some items, this process's own.
+
+        Parameters
+        ----------
+        items : sequence of T
+            The items to share among the processes.
+        """
         return list(items[self.rank :: self.size])
 
     def agree(self, value: T) -> T:
-        """Return the value of rank 0 everywhere; an error there is raised everywhere."""
+        """Return the value of rank 0 everywhere; an error there is raised everywhere.
+
+        Parameters
+        ----------
+        value : T
+            The value of this process.
+        """
         if self.size == 1:
             return value
         held: list[Any] = [value]
@@ -88,7 +105,13 @@ class ProcessGroup:
         return agreed
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, everywhere."""
+        """Return the values of all processes, everywhere.
+
+        Parameters
+        ----------
+        value : T
+            The value of this process.
+        """
         if self.size == 1:
             return [value]
         held: list[Any] = [None] * self.size
@@ -101,6 +124,16 @@ class ProcessGroup:
 
         The order of the summands is another than in one process, so that results differ by rounding: a few units of
         1e-16 relative to the sums, all of whose terms are squares or products.
+
+        Parameters
+        ----------
+        own : Statistics
+            The statistics of this process.
+
+        Returns
+        -------
+        Statistics
+            The statistics of all processes together.
         """
         if self.size == 1:
             return own

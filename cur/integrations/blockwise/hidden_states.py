@@ -23,9 +23,9 @@ class HiddenStates:
     Parameters
     ----------
     directory : Path
-        Where the files lie. It is made when the first is written.
+        The directory that the files lie in, created when the first is written.
     device : torch.device
-        Where outputs go when they are read.
+        The device that outputs are read onto.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
@@ -35,12 +35,21 @@ class HiddenStates:
     def write(self, place: str, batch: str, output: Any) -> None:
         """Store what a module returned: a tensor, or a tuple of tensors and Nones.
 
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+        output : Any
+            The output: a tensor, or a tuple of tensors and Nones.
+
         Raises
         ------
         TypeError
             If the output is of another kind.
         OSError
-            If the disk is full.
+            If the disk is full or cannot be written.
         """
         parts = output if isinstance(output, tuple) else (output,)
         if not all(part is None or isinstance(part, torch.Tensor) for part in parts):
@@ -63,11 +72,37 @@ class HiddenStates:
             scratch.unlink(missing_ok=True)
 
     def has(self, place: str, batch: str) -> bool:
-        """Say whether an output is stored."""
+        """Say whether an output is stored.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+
+        Returns
+        -------
+        bool
+            Whether a file with the output is there.
+        """
         return self._file(place, batch).exists()
 
     def intact(self, place: str, batch: str) -> bool:
-        """Say whether an output is stored, and is what was written."""
+        """Say whether an output is stored, and is what was written.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+
+        Returns
+        -------
+        bool
+            Whether a file is there and its hash is the one that was written.
+        """
         file = self._file(place, batch)
         try:
             return hashlib.sha256(file.read_bytes()).hexdigest() == file.with_suffix(".sha256").read_text()
@@ -76,6 +111,13 @@ class HiddenStates:
 
     def read(self, place: str, batch: str) -> Any:
         """Return an output.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
 
         Raises
         ------
@@ -95,11 +137,30 @@ class HiddenStates:
         return tuple(tensors.get(str(index)) for index in range(int(length)))
 
     def places(self, prefix: str) -> list[str]:
-        """Name the modules of which outputs are stored, by the beginning of their name."""
+        """Name the modules of which outputs are stored, by the beginning of their name.
+
+        Parameters
+        ----------
+        prefix : str
+            The beginning of the names to look for.
+
+        Returns
+        -------
+        list of str
+            The names of the modules with stored outputs.
+        """
         return sorted(path.name for path in self.directory.glob(f"{prefix}*"))
 
     def drop(self, place: str, *, keep: str | None = None) -> None:
-        """Remove the outputs of one module, but for one batch."""
+        """Remove the outputs of one module, but for one batch.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module whose outputs are removed.
+        keep : str, optional
+            The name of a batch whose output stays.
+        """
         for file in (self.directory / place).glob("*"):
             if keep is None or file.name.partition(".")[0] != keep:
                 file.unlink(missing_ok=True)

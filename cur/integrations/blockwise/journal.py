@@ -39,7 +39,7 @@ class Journal:
     Attributes
     ----------
     directory : Path
-        Of the run. Files of steps lie in it.
+        The directory of the run, which holds the files of its steps.
     """
 
     def __init__(self, target: Path) -> None:
@@ -47,7 +47,13 @@ class Journal:
         self._lock: Any = None
 
     def begun_with(self, key: str) -> Any:
-        """Return what a run that was begun and not finished was given under a key; None if there is no such run."""
+        """Return what a run that was begun and not finished was given under a key; None if there is no such run.
+
+        Parameters
+        ----------
+        key : str
+            The name of the input, as given to :meth:`begin`.
+        """
         return (self._read(self.directory / "inputs.json") or {}).get(key)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
@@ -94,12 +100,28 @@ class Journal:
             self._lock = None
 
     def finish(self, step: str, files: Sequence[Path] = (), **facts: Any) -> None:
-        """Record a finished step: the files it wrote, and facts as JSON types."""
+        """Record a finished step: the files it wrote, and facts as JSON types.
+
+        Parameters
+        ----------
+        step : str
+            The name of the step.
+        files : sequence of Path, default ()
+            The files that the step has written.
+        **facts : Any
+            Facts to keep with it, as JSON types.
+        """
         sums = {str(file.relative_to(self.directory)): digest_of(file) for file in files}
         self._write(self._place(step), {"files": sums, "facts": facts})
 
     def facts(self, step: str) -> dict[str, Any] | None:
-        """Return the facts of a step, or None if it is not finished or a file of it is not what it was."""
+        """Return the facts of a step, or None if it is not finished or a file of it is not what it was.
+
+        Parameters
+        ----------
+        step : str
+            The name of the step.
+        """
         record = self._read(self._place(step))
         if record is None:
             return None
@@ -112,7 +134,23 @@ class Journal:
 
     @contextmanager
     def explaining(self, target: Path) -> Iterator[None]:
-        """Let an error that means a full disk say what is kept and what to do."""
+        """Let an error that means a full disk say what is kept and what to do.
+
+        Parameters
+        ----------
+        target : Path
+            The directory that the run is to create.
+
+        Yields
+        ------
+        None
+            Nothing; errors inside the context are explained.
+
+        Raises
+        ------
+        OSError
+            If the disk is full, with what is kept and what to do.
+        """
         try:
             yield
         except OSError as error:

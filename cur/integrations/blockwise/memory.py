@@ -33,6 +33,18 @@ def fits(shards: Shards, dtype: torch.dtype | str) -> bool:
     """Say whether a checkpoint fits into memory, with what its compression needs; yes if nobody knows.
 
     In a dtype, or, with "auto", as it is stored.
+
+    Parameters
+    ----------
+    shards : Shards
+        The weight files of the checkpoint.
+    dtype : torch.dtype or str
+        The dtype that the weights are to have in memory.
+
+    Returns
+    -------
+    bool
+        Whether the model and the needs of its compression fit into memory.
     """
     available = available_memory()
     needed = shards.bytes_as(dtype) if isinstance(dtype, torch.dtype) else shards.bytes

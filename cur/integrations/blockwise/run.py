@@ -57,7 +57,7 @@ def compress_blockwise(
     files byte for byte. Every block is loaded to be measured, and again to be copied; those that are chosen, also to be
     factored. In memory are one block, its statistics, and the hidden states of one batch; those of the others lie on
     disk beside `directory`, as do statistics and factors. They take, for ``n`` calibration tokens and a width of ``d``,
-    three times ``n d`` numbers, and with full second moments 8 bytes for every pair of input features of every block.
+    three times ``n d`` values, and with full second moments 8 bytes for every pair of input features of every block.
 
     A run that was ended in any way goes on when it is started again with the same arguments; the seconds of blocks that
     were finished before count in the report. Under ``torchrun`` the
@@ -66,30 +66,31 @@ def compress_blockwise(
     Parameters
     ----------
     streamed : StreamedModel
-        What :func:`load_streamed` returns.
+        The model as :func:`load_streamed` returns it.
     calibration : Tensor or iterable of mapping
         Token windows (count, length), or batches of ``input_ids`` and ``attention_mask``.
     directory : path
-        What to create.
+        The directory to create.
     config : CompressConfig, BudgetConfig or Plan, optional
         Default: the paper's setting. A budget must do without gradients and without text of the model's own, for which
-        the whole model has to run. A plan is carried out as it is.
+        the whole model has to run. A plan is applied as it is.
     statistics : path, optional
         File of statistics, as for :meth:`Statistics.save`: used in the place of the text if it is there, else written.
     held_out : Tensor, optional
         Token windows whose perplexity is measured before and after, for the report.
     precision : str, default "auto"
-        Of the products in passes over text, as for :func:`~cur.integrations.compress`. All processes compute in one,
-        float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which it was begun.
+        The precision of matrix products in passes over text, as for :func:`~cur.integrations.compress`. All processes
+        compute in one, float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which
+        it was begun.
     announce : callable, optional
-        Called by the process that leads with a sentence on the precision that all have agreed on.
+        Called by the leading process with a sentence on the precision that all have agreed on.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
         Largest size of one weight file.
     progress : callable, optional
-        As for :func:`~cur.integrations.compress`; ``calibrate`` is told in batches, block after block, ``before`` and
-        ``after`` in windows.
+        Called with a stage and its progress, as for :func:`~cur.integrations.compress`; ``calibrate`` is told in
+        batches, block after block, ``before`` and ``after`` in windows.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def compress_blockwise(
     JournalError
         If another run writes to the same directory, or an unfinished one was begun with other inputs.
     ShardError
-        If the checkpoint is damaged.
+        If a weight file of the checkpoint is damaged.
     ProcessGroupError
         If another process of the run has ended.
     OSError
@@ -150,7 +151,7 @@ def _refuse(config: Asked) -> None:
         if config.own_text or config.needs_gradients:
             raise ValueError(
                 "the plan was made with text of the model's own or gradients, which need the whole model in memory; "
-                "block by block carry out one that was made without (--own-text 0 --no-gradients)"
+                "block by block apply one that was made without (--own-text 0 --no-gradients)"
             )
     elif isinstance(config, BudgetConfig):
         asked = [name for name in _WHOLE if getattr(config, name)]

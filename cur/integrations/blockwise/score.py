@@ -40,27 +40,28 @@ def perplexity_blockwise(
     Parameters
     ----------
     streamed : StreamedModel
-        What :func:`load_streamed` returns; the checkpoint may be compressed.
+        The model as :func:`load_streamed` returns it; the checkpoint may be compressed.
     windows : torch.Tensor
-        int64, shape (count, length).
+        Windows of tokens: int64, shape (count, length).
     batch_size : int, default 1
-        Windows per forward pass.
+        The number of windows in a forward pass.
     precision : str, default "auto"
-        As for :func:`~cur.integrations.perplexity`.
+        The precision of matrix products, named as for :func:`~cur.integrations.perplexity`.
     scratch : Path, optional
-        Directory for hidden states, two numbers for each token and unit of width. Default: the system's temporary one.
+        Directory for hidden states, two values for each token and unit of width. By default it is the system's
+        temporary one.
     progress : callable, optional
         Called as ``progress(done, total)``, in windows, block after block.
 
     Returns
     -------
     Perplexity
-        As of the whole model in memory.
+        The perplexity, the same as of the whole model in memory.
 
     Raises
     ------
     TypeError, ValueError, NumericalError
-        As :func:`~cur.integrations.perplexity`.
+        In the cases in which :func:`~cur.integrations.perplexity` raises them.
     """
     start = time.perf_counter()
     model, count = streamed.model, len(streamed.blocks)

@@ -53,21 +53,21 @@ class Streamed(Source):
     Parameters
     ----------
     streamed : StreamedModel
-        The model.
+        The model, whose blocks are loaded in turn.
     text : list
         Batches, all of them; each process runs its share.
     journal : Journal
-        Of the run; statistics, hidden states and factors lie in its directory.
+        The journal of the run, whose directory holds statistics, hidden states and factors.
     group : ProcessGroup
-        The processes.
+        The processes that share the work.
     precision : Precision
-        Of the products in passes over text, the same in all processes.
+        The precision of matrix products in passes over text, the same in all processes.
     file : Path, optional
-        Of statistics, as for :class:`~cur.integrations.sources.InMemory`.
+        A file of statistics: read if it exists, else written, as for :class:`~cur.integrations.sources.InMemory`.
     progress : StageProgress, optional
         Told how far each stage is.
     announce : callable, optional
-        Called with sentences on what was found, by the process that leads.
+        Called with sentences on what was found, by the leading process.
 
     Attributes
     ----------
@@ -192,7 +192,7 @@ class Streamed(Source):
                         makes[:] = [making.make]
                         yield
             self.streamed.free_block(index or 0)
-            if index is None:
+            if index is None:  # from here on blocks get hidden states
                 self.streamed.free_embeddings()
             elif self.progress is not None:
                 done += len(blocks.get(index, ()))
@@ -210,6 +210,7 @@ class Streamed(Source):
     @contextmanager
     def _making(self, plan: Plan, index: int, names: Sequence[str]) -> Iterator[Making]:
         """Make the layers of a block that is in memory, some while this lasts and the others at its end; store them."""
+        # A plan of this block alone, as its weights are all that is in memory.
         begin = time.perf_counter()
         part = replace(plan, entries=tuple(entry for entry in plan.entries if entry.name in set(names)))
         part.check(self.model)
@@ -217,6 +218,7 @@ class Streamed(Source):
         yield making
         layers, reports = making.rest()
         middle = time.perf_counter()
+        # From the hidden state that measuring stored for this block: no block before it has to run again.
         self._measuring.bypass.active = index
         with self._measuring.bypass.open():
             changes = output_changes(self.model, layers, self.text[0])
@@ -237,7 +239,7 @@ class Streamed(Source):
         return self.journal.facts(f"factors-{index:04}")
 
     def _stored_layers(self, index: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return by name what stands for the layers of a block that was finished earlier, among dense ones."""
+        """Return the replacements, by name, of the layers of a block that was finished earlier."""
         tensors, found = self.factors(index), {}
         for data in facts["reports"]:
             report = LayerReport.from_dict(data)
@@ -249,6 +251,7 @@ class Streamed(Source):
 
     def replace_layers(self) -> Size:
         """Make the compressed model, without its weights; the dense one stays as it is."""
+        # On the meta device a copy costs nothing; the dense model is still needed for the weights that are copied.
         final = copy.deepcopy(self.model)
         unroll_(final)
         swap_(final, {done.name: _empty(done, final.get_submodule(done.name)) for done in self._reports})
@@ -306,18 +309,36 @@ class Streamed(Source):
         return replace(CompressionReport.load(target / REPORT), seconds=self.clock.seconds)
 
     def factors(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the factors in one block by name; none if no layer of it is compressed."""
+        """Return the factors in one block by name; none if no layer of it is compressed.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         if not self._factors(index).exists():
             return {}
         with safe_open(self._factors(index), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def statistics_of(self, index: int) -> Statistics:
-        """Return the statistics of one block, second moments and all."""
+        """Return the statistics of one block, second moments and all.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         return self._measuring.of_block(index)
 
     def by_block(self, names: Sequence[str]) -> dict[int, list[str]]:
-        """Return the names of layers by the number of the block that they are in."""
+        """Return the names of layers by the number of the block that they are in.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The names of the layers.
+        """
         found: dict[int, list[str]] = {}
         for index, (block, _) in enumerate(self.streamed.blocks):
             inside = [name for name in names if name.startswith(f"{block}.")]
@@ -328,7 +349,22 @@ class Streamed(Source):
     def each(
         self, blocks: dict[int, list[str]], stage: str, *, step: str | None = None
     ) -> Iterator[tuple[int, list[str]]]:
-        """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others."""
+        """Yield this process's blocks, each while it is in memory, those finished left out; then meet the others.
+
+        Parameters
+        ----------
+        blocks : dict[int, list of str]
+            The names of layers by the number of their block.
+        stage : str
+            The name of the stage, for progress.
+        step : str, optional
+            The name under which the journal has what is finished; None to leave out no block.
+
+        Yields
+        ------
+        tuple[int, list of str]
+            The number of a block in memory, and the names of its layers.
+        """
         own = self.group.share(list(blocks))
         total = sum(len(blocks[index]) for index in own)
         done = 0

@@ -34,18 +34,18 @@ class StreamedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        As ``from_pretrained(..., device_map="meta")`` returns it.
+        The model without weights, as ``from_pretrained(..., device_map="meta")`` returns it.
     tokenizer : PreTrainedTokenizerBase
-        The model's own.
+        The model's own tokenizer.
     shards : Shards
-        Where its weights lie.
+        The weight files of the model.
     device : torch.device
-        Where loaded parts go.
+        The device that blocks are loaded onto.
 
     Attributes
     ----------
     blocks : list of (str, nn.Module)
-        Of all stacks, in order.
+        Name and module of every block, of all stacks in order.
     starts : list of int
         Number of the first block of each stack.
     """
@@ -86,6 +86,11 @@ class StreamedModel:
     def load_block(self, index: int) -> None:
         """Bring one block into memory.
 
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+
         Raises
         ------
         ShardError
@@ -94,20 +99,49 @@ class StreamedModel:
         self._load(f"{self.blocks[index][0]}.")
 
     def free_block(self, index: int) -> None:
-        """Let go of one block."""
+        """Let go of one block.
+
+        Parameters
+        ----------
+        index : int
+            The number of the block.
+        """
         self._free(name for name in self._empty if name.startswith(f"{self.blocks[index][0]}."))
 
     def load_outside(self, *, head: bool = False) -> None:
-        """Bring everything but the blocks into memory; what comes behind the body of the model only on request."""
+        """Bring everything but the blocks into memory; what comes behind the body of the model only on request.
+
+        Parameters
+        ----------
+        head : bool, default False
+            Whether the parts after the body of the model are loaded, too.
+        """
         names = set(self.outside())
         self._load(*sorted(names if head else names & self._body))
 
     def outside(self) -> list[str]:
-        """Name what lies outside the blocks."""
+        """Name what lies outside the blocks.
+
+        Returns
+        -------
+        list of str
+            The names of the tensors outside the blocks.
+        """
         return [name for name in self.model.state_dict() if not name.startswith(self._inside)]
 
     def load_tensor(self, name: str) -> torch.Tensor:
-        """Bring one tensor outside the blocks into memory, and what is tied to it."""
+        """Bring one tensor outside the blocks into memory, and what is tied to it.
+
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the model.
+
+        Returns
+        -------
+        Tensor
+            The tensor, in memory.
+        """
         self._load(name)
         found: torch.Tensor = self.model.get_parameter_or_buffer(name)
         return found.detach()
@@ -117,7 +151,13 @@ class StreamedModel:
         self._free(name for name in self._empty if not name.startswith(self._inside))
 
     def kept_digest(self, without: Collection[str]) -> str:
-        """Return the hash of all parameters but those inside these modules, as of the model in memory."""
+        """Return the hash of all parameters but those inside these modules, as of the model in memory.
+
+        Parameters
+        ----------
+        without : Collection[str]
+            The names of the modules to leave out.
+        """
         kept, digest = set(kept_names(self.model, without)), KeptDigest()
         for name in sorted(kept.intersection(self.outside())):
             digest.add(name, self.load_tensor(name))
@@ -231,9 +271,9 @@ def load_streamed(
     model : str or Path
         A directory in the format of transformers with safetensors files, compressed or not, or a hub id.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights when they are loaded; "auto" is that in which they are stored.
+        The dtype that weights are loaded in; "auto" is the one they are stored in.
     device : torch.device or str, default "cpu"
-        Where they will be loaded to.
+        The device that weights are loaded onto.
     trust_remote_code : bool, default False
         Whether code that the checkpoint brings is run.
 
@@ -244,7 +284,7 @@ def load_streamed(
     Raises
     ------
     ValueError
-        As :func:`~cur.integrations.load_model`.
+        In the cases in which :func:`~cur.integrations.load_model` raises it.
     ShardError
         If weight files are missing, damaged, or contradict each other.
     """

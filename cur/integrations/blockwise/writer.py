@@ -29,9 +29,9 @@ class CheckpointWriter:
     Parameters
     ----------
     model : PreTrainedModel
-        With compressed layers, marked by :func:`~cur.integrations.store.format.mark_`.
+        The model with compressed layers, marked by :func:`~cur.integrations.store.format.mark_`.
     directory : Path
-        Where the files go.
+        The directory to write the files into.
     max_shard_size : int or str
         Largest size of one file, in bytes or with a unit.
     """
@@ -76,10 +76,17 @@ class CheckpointWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor into its place.
 
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the checkpoint.
+        tensor : Tensor
+            The values to write.
+
         Raises
         ------
         OSError
-            If the disk is full.
+            If the disk is full or cannot be written.
         """
         dtype, shape = self._expected.pop(name)
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
@@ -101,13 +108,13 @@ def fill(
     Parameters
     ----------
     final : PreTrainedModel
-        On the meta device.
+        The compressed model, without weights, on the meta device.
     streamed : StreamedModel
-        Where everything comes from that is not replaced.
+        The dense model, which all that is not replaced is copied from.
     directory : Path
-        Where the files go.
+        The directory to write the files into.
     max_shard_size : int or str
-        Largest size of one file.
+        The largest size of one file, in bytes or as text such as ``"5GB"``.
     replaced : callable
         Returns, for the number of a block, tensors by name that are new or other than the streamed's.
     progress : callable, optional

@@ -45,7 +45,19 @@ _IN_CACHE = 1 << 19
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds."""
+    """A factorization in the precision it was computed in, and which rows and columns of the weight it holds.
+
+    Parameters
+    ----------
+    factors : CUR or Folded or Interpolative
+        The factors, in the dtype they were computed in.
+    certificate : Certificate or None
+        The certificate of the factorization; None if it has none.
+    rows : Any, default ()
+        Indices of the rows of the weight that the factors hold.
+    columns : Any, default ()
+        Indices of the columns of the weight that the factors hold.
+    """
 
     factors: CUR | Folded | Interpolative
     certificate: Certificate | None
@@ -53,7 +65,19 @@ class Factored:
     columns: Any = ()
 
     def layer(self, layout: str, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool) -> CompressedLinear:
-        """Return the layer of these factors in a dtype."""
+        """Return the layer of these factors in a dtype.
+
+        Parameters
+        ----------
+        layout : str
+            The layout of the new layer.
+        dtype : torch.dtype
+            The dtype of the new layer's factors.
+        bias : Tensor or None
+            The bias of the dense layer; None if it has none.
+        transposed : bool
+            Whether the dense layer stores its weight transposed.
+        """
         factors = self.factors
         if isinstance(factors, CUR) and layout == CURLinear.layout:
             three = (factor.to(dtype) for factor in factors)
@@ -86,24 +110,25 @@ def factorize(
     module : nn.Module
         The dense layer; it is not changed.
     entry : CUREntry, WeightedEntry or RowsEntry
-        What to do.
+        The layer's entry of the plan.
     moments : Moments
-        Statistics of the layer.
+        The second moments of the layer's inputs, and of its output gradients if there are any.
     dtype : torch.dtype
         Precision of the method ``"cur"``. The others, whose weights have a large range, compute in float64.
     seed : int
-        Of every random choice.
+        The seed of every random choice.
     propagated : InputMoments, optional
-        To fit the layer to the inputs that compressed layers before it give. Not for the method ``"cur"``.
+        Moments of the inputs that compressed layers before this one give, to fit the layer to them. Not for the method
+        ``"cur"``.
     correction : float, default 0.0
-        See :meth:`InputMoments.problem`.
+        How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
 
     Returns
     -------
     CompressedLinear
-        In the dtype and on the device of the layer.
+        The compressed layer, in the dtype and on the device of the dense one.
     LayerReport
-        What was lost.
+        The errors and certificates of the factorization.
 
     Raises
     ------
@@ -128,16 +153,16 @@ def factorize_as(
     Parameters
     ----------
     factor : callable
-        Called with the weight in `dtype`.
+        Called with the weight in `dtype`; returns its factors.
     module, entry, moments
-        As for :func:`factorize`, for an entry of any method.
+        The layer, its entry of any method and its moments, as for :func:`factorize`.
     dtype : torch.dtype
-        Of the factorization.
+        The dtype that the factorization computes in.
 
     Returns
     -------
     CompressedLinear, LayerReport
-        As for :func:`factorize`.
+        The new layer and the report on it, as from :func:`factorize`.
     """
     start = time.perf_counter()
     weight = finite_weight(module, entry.name)
@@ -196,7 +221,34 @@ def report_on(
     columns: tuple[int, ...],
     seconds: float,
 ) -> LayerReport:
-    """Say what was lost of a weight, from all its rows and what is missed of them, up to some rounding."""
+    """Say what was lost of a weight, from all its rows and what is missed of them, up to some rounding.
+
+    Parameters
+    ----------
+    errors : Iterable[tuple[Tensor, Tensor]]
+        Pairs of the rows of the weight and of their error, all of them in turn.
+    entry : PlanEntry
+        The entry of the plan that the layer was made by.
+    layer : CompressedLinear
+        The layer that was made.
+    norm : Tensor
+        The norm of every input feature over the text.
+    certificate : dict
+        The certificate of the factorization, as JSON types.
+    rounding : float
+        A bound on the rounding error of the product of the factors.
+    rows : tuple[int, ...]
+        Indices of the rows of the weight that were kept.
+    columns : tuple[int, ...]
+        Indices of the columns of the weight that were kept.
+    seconds : float
+        The seconds that the factorization took.
+
+    Returns
+    -------
+    LayerReport
+        The report on the layer.
+    """
     of_weight, of_error = (sum(columns) for columns in zip(*map(_column_squares, errors), strict=True))
     (missed, missed_weighted), (size, size_weighted) = _norms(of_error, norm), _norms(of_weight, norm)
     bound = missed_weighted + rounding * float(norm.max())
@@ -221,7 +273,19 @@ def report_on(
 def interpolative_layer(
     factors: Interpolative, *, dtype: torch.dtype, bias: Tensor | None, transposed: bool = False
 ) -> InterpolativeLinear:
-    """Return the layer of some rows of a weight and the coefficients of the others."""
+    """Return the layer of some rows of a weight and the coefficients of the others.
+
+    Parameters
+    ----------
+    factors : Interpolative
+        The rows and the coefficients.
+    dtype : torch.dtype
+        The dtype of the new layer's factors.
+    bias : Tensor or None
+        The bias of the dense layer; None if it has none.
+    transposed : bool, default False
+        Whether the dense layer stores its weight transposed.
+    """
     order = torch.argsort(torch.cat([factors.chosen, factors.others]))
     kept, rest = factors.skeleton.to(dtype), factors.coefficients.to(dtype)
     return InterpolativeLinear.from_rows(kept, rest, order, bias=bias, transposed=transposed)
@@ -270,7 +334,22 @@ def _under_moments(
 
 
 def plain_certificate(W: Tensor, near: Tensor, rounding: float) -> Certificate:
-    """Certify in the plain norm, like that of the default method: the weighted error is what the plan predicts."""
+    """Certify in the plain norm, like that of the default method: the weighted error is what the plan predicts.
+
+    Parameters
+    ----------
+    W : Tensor
+        The weight that was approximated.
+    near : Tensor
+        The approximation of it.
+    rounding : float
+        A bound on the rounding error of the approximation.
+
+    Returns
+    -------
+    Certificate
+        A certificate in the Frobenius norm.
+    """
     error, scale = (float(torch.linalg.norm(X)) for X in (W - near, W))
     dtype = str(W.dtype).removeprefix("torch.")
     return Certificate("fro", error + rounding, "exact", 0.0, dtype, scale, rounding=rounding)
@@ -296,7 +375,13 @@ def _indices(values: Any) -> tuple[int, ...]:
 
 
 def as_json(certificate: Certificate | None) -> dict[str, Any]:
-    """Return the fields of a certificate as JSON types; what is not finite becomes null."""
+    """Return the fields of a certificate as JSON types; what is not finite becomes null.
+
+    Parameters
+    ----------
+    certificate : Certificate or None
+        The certificate to convert; None gives an empty mapping.
+    """
     if certificate is None:  # only for matrices that are never held, which a weight is not
         return {}
     data = {**asdict(certificate), "relative": certificate.relative}

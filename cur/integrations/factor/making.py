@@ -28,18 +28,18 @@ class Making:
     Parameters
     ----------
     model : PreTrainedModel
-        Dense; it is not changed.
+        The dense model, which is not changed.
     plan : Plan
-        Of these layers.
+        The plan, which has an entry for each layer to make.
     statistics : Statistics
-        They must cover them.
+        Statistics that cover the plan's layers.
     progress : callable, optional
         Called as ``progress(done)`` before each layer is made.
 
     Attributes
     ----------
     layers : dict of str to CompressedLinear
-        Those that are made.
+        The layers made so far, by name.
     """
 
     def __init__(
@@ -65,7 +65,20 @@ class Making:
         )
 
     def make(self, name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
-        """Make a layer, fitted to the inputs that it gets if they are known; returns what is called in its place."""
+        """Make a layer, fitted to the inputs that it gets if they are known; returns what is called in its place.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        propagated : InputMoments, optional
+            Moments of the inputs that compressed layers before it give; None to fit it to nothing.
+
+        Returns
+        -------
+        callable
+            The replacement to call while later layers are made.
+        """
         if self.progress is not None:
             self.progress(len(self.layers))
         made = make_layers(self._task, self._entries[name], propagated)
@@ -78,7 +91,13 @@ class Making:
         return made.replacement
 
     def rest(self) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
-        """Make those that are not made yet; returns all layers by name and a report on each, as the plan has them."""
+        """Make those that are not made yet; returns all layers by name and a report on each, as the plan has them.
+
+        Returns
+        -------
+        tuple[dict[str, CompressedLinear], list of LayerReport]
+            All layers by name, and a report on each, in the order of the plan.
+        """
         for name, layer in self.layers.items():  # perhaps made while the model was in evaluation mode
             layer.train(self.model.get_submodule(name).training)
         for name, entry in self._entries.items():
@@ -89,14 +108,37 @@ class Making:
 
 
 def corrected(model: PreTrainedModel, plan: Plan) -> list[str]:
-    """Name the layers that are fitted to what compressed ones before them give."""
+    """Name the layers that are fitted to what compressed ones before them give.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    plan : Plan
+        The plan, which says how much is corrected.
+
+    Returns
+    -------
+    list of str
+        The names of the layers that are fitted to the inputs that compressed layers before them give.
+    """
     if plan.correction <= 0 or len(block_stacks(model)) != 1:
         return []
     return [entry.name for entry in plan.entries if entry.fits_inputs]
 
 
 def text_for(plan: Plan, names: Sequence[str], text: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the batches, from all over a text, that layers are fitted on."""
+    """Return the batches, from all over a text, that layers are fitted on.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan, which has the shapes of the layers.
+    names : sequence of str
+        The names of the layers to fit.
+    text : sequence of mapping
+        The batches to choose from.
+    """
     return spread(text, max((entry.shape[1] for entry in plan.entries if entry.name in set(names)), default=1))
 
 
@@ -109,9 +151,30 @@ def decompose(
     text: Sequence[Mapping[str, Any]] | None = None,
     precision: str = "auto",
 ) -> tuple[dict[str, CompressedLinear], list[LayerReport]]:
-    """Factor the layers of a plan; return by name what will stand for them, and a report on each.
+    """Make the layers of a plan; return the replacements by name, and a report on each.
 
-    With batches of text, layers under a budget are fitted to the inputs that those before them give, as the plan says.
+    With batches of text, layers of a plan that asks for a correction are fitted to the inputs that compressed layers
+    before them give.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    plan : Plan
+        The plan, which has an entry for each layer to make.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+    progress : callable, optional
+        Called as ``progress("decompose", done, total)`` before each layer is made.
+    text : sequence of mapping, optional
+        Batches of text to fit layers on, as far as the plan asks for a correction.
+    precision : str, default "auto"
+        The precision of matrix products in passes over text.
+
+    Returns
+    -------
+    tuple[dict[str, CompressedLinear], list of LayerReport]
+        The replacements by the names of their layers, and a report on each.
     """
     plan.check(model)
     total = len(plan.entries)

@@ -30,15 +30,15 @@ class Task:
     entries : mapping of str to PlanEntry
         All those of the plan, by name.
     moments : Moments
-        Statistics of its layers.
+        The statistics of the plan's layers, as moments.
     dtype : torch.dtype
         Precision that the plan asks for.
     seed : int
-        Of every random choice.
+        The seed of every random choice.
     correction : float
-        See :meth:`InputMoments.problem`.
+        How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
     begun : dict
-        By name, what a method has to keep of a layer until another, made later, completes it.
+        What a method has to keep of a layer, by its name, until another, made later, completes it.
     """
 
     model: nn.Module
@@ -57,9 +57,9 @@ class Made:
     Attributes
     ----------
     layers : mapping of str to (CompressedLinear, LayerReport)
-        By name, the layers that are complete now, and what was lost of their weights; perhaps none, or several.
+        The layers that are complete now and the reports on them, by name; perhaps none, or several.
     replacement : callable
-        What is called in the place of the entry's dense layer while later layers are made.
+        A callable that replaces the entry's dense layer while later layers are made.
     """
 
     layers: Mapping[str, tuple[CompressedLinear, LayerReport]]
@@ -78,6 +78,16 @@ _Function = TypeVar("_Function", bound=Maker)
 def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
     """Make a function known as the maker of some kinds of entries; a decorator.
 
+    Parameters
+    ----------
+    *entry_types : type[PlanEntry]
+        The classes of the entries that the function makes layers of.
+
+    Returns
+    -------
+    callable
+        A decorator that returns the function as it is.
+
     Raises
     ------
     ValueError
@@ -95,6 +105,20 @@ def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
 
 def make_layers(task: Task, entry: PlanEntry, propagated: InputMoments | None = None) -> Made:
     """Make the layers of an entry as its method does.
+
+    Parameters
+    ----------
+    task : Task
+        All that the layers of a plan are made from.
+    entry : PlanEntry
+        The entry of the plan.
+    propagated : InputMoments, optional
+        Moments of the inputs that compressed layers before it give; None to fit it to nothing.
+
+    Returns
+    -------
+    Made
+        The layers that are complete now, and the replacement to call.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Giving up neurons between layers: what it costs, and what stands for the layers around them."""
+"""Removing neurons between layers: what it costs, and the replacements of the layers around them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ __all__ = ["FittedBefore", "fit_before", "keep_neurons"]
 
 @dataclass(frozen=True, eq=False)
 class FittedBefore:
-    """A layer before neurons, fitted to what arrives while those behind are still to be made.
+    """A producer of neurons, fitted to its inputs before the layer that reads the neurons is made.
 
     Attributes
     ----------
     full_width : nn.Module
-        Of all neurons. Rows that are known to be kept are already of the rank that they will have.
+        The layer with all neurons. Rows that are known to be kept already have their final rank.
     inner : InterpolativeLinear or None
         These rows as a factored layer, if there is an inner rank.
     places : Tensor or None
-        Which rows these are, if some layer before the neurons has an inner rank; otherwise the layer behind will say.
+        The indices of these rows, if some producer of the neurons has an inner rank; otherwise the next layer chooses
+        them.
     seconds : float
-        That the fit took.
+        The seconds that the fit took.
     """
 
     full_width: nn.Module
@@ -63,20 +64,25 @@ def fit_before(
     correction: float,
     fitted: Mapping[str, FittedBefore],
 ) -> FittedBefore:
-    """Fit a layer before neurons to what arrives.
+    """Fit a producer of neurons to its inputs.
 
     Parameters
     ----------
     model : nn.Module
         The dense model; it is not changed.
     name : str
-        The layer.
+        The name of the layer.
     entries : mapping
-        Of the plan, by name.
+        The plan's entries, by the names of their layers.
     moments, propagated, correction
-        As for :func:`~cur.integrations.factor.layer.factorize`.
+        The statistics and the correction, as for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping
-        By name, what this function made of the layers beside it.
+        The results of this function for the other producers of the same neurons, by name.
+
+    Returns
+    -------
+    FittedBefore
+        The fitted layer with all neurons, and its kept rows where these are known.
     """
     start = time.perf_counter()
     entry, module = entries[name], model.get_submodule(name)
@@ -90,18 +96,20 @@ def fit_before(
     sides = {other.name: other for other in _all_before(entry.consumer, entries)}
     if all(other.inner_rank is None for other in sides.values()):
         return FittedBefore(full_width, None, None, time.perf_counter() - start)
+    # All producers must keep the same rows: the first one to be fitted decides.
     places = next((fitted[other].places for other in sides if other in fitted), None)
     if places is None:
-        behind = entries[entry.consumer]
-        assert isinstance(behind, NeuronsEntry)
-        found = neuron_order(model, moments, behind.name, gradients=behind.gradients, damping=behind.damping)
-        places = found.kept(behind.neurons)
+        consumer = entries[entry.consumer]
+        assert isinstance(consumer, NeuronsEntry)
+        found = neuron_order(model, moments, consumer.name, gradients=consumer.gradients, damping=consumer.damping)
+        places = found.kept(consumer.neurons)
     if entry.inner_rank is None:
         return FittedBefore(full_width, None, places, time.perf_counter() - start)
     here = places.to(W.device)
     H = moments.outputs(name, W, damping=entry.damping)[here][:, here] if entry.gradients else None
     some = None if bias is None else bias[here]
     inner = _factored(solved[here], entry.inner_rank, H, M, dtype=weight.dtype, bias=some)
+    # The next layer is fitted to what these rows will give, and not to what they gave before they were factored.
     weight[here] = _product(inner).to(weight)
     return FittedBefore(full_width, inner, places, time.perf_counter() - start)
 
@@ -128,46 +136,46 @@ def keep_neurons(
     correction: float = 0.0,
     fitted: Mapping[str, FittedBefore] | None = None,
 ) -> dict[str, tuple[CompressedLinear, LayerReport]]:
-    """Choose the neurons to keep, cut the layers before them, and fit the layer behind to what is left.
+    """Choose the neurons to keep, cut their producers to them, and fit the next layer to them.
 
-    What is left is brought to its inner rank, where the plan has one.
+    Where the plan has an inner rank, the remaining weight is factored at that rank.
 
     Parameters
     ----------
     model : nn.Module
         The dense model; it is not changed.
     entry : NeuronsEntry
-        Of the layer behind.
+        The entry of the next layer, which reads the neurons.
     before : sequence of NeuronsBeforeEntry
-        Of the layers before.
+        The entries of the layers that produce the neurons.
     moments, propagated, correction
-        As for :func:`~cur.integrations.factor.layer.factorize`, of the layer behind.
+        The statistics of the next layer and the correction, as for :func:`~cur.integrations.factor.layer.factorize`.
     fitted : mapping, optional
-        By name, layers before that were fitted to what arrives; without, their own rows are kept.
+        The producers that were fitted to their inputs, by name; of others their own rows are kept.
 
     Returns
     -------
     dict
-        By name, what stands for each layer and what was lost of its weight; the entries of the one behind are fitted.
+        The replacement of each layer and the report on it, by name; the entries of the next layer are fitted.
 
     Raises
     ------
     NumericalError
         If a weight is NaN or infinite.
     ValueError
-        If the statistics do not cover the layer behind.
+        If the statistics do not cover the next layer.
     PlanError
-        If the layers before are not all that give its neurons, or others.
+        If `before` is not the set of all layers that produce its neurons.
     """
     start = time.perf_counter()
     names = [part.name for part in before]
     if set(neuron_groups(model, [entry.name, *names]).get(entry.name, ())) != set(names) or not names:
         raise PlanError(
-            f"the plan gives up neurons between {', '.join(names) or 'no layer'} and {entry.name}, which are not the "
+            f"the plan removes neurons between {', '.join(names) or 'no layer'} and {entry.name}, which are not the "
             "layers around some; cut all of the layers that give them, or none"
         )
     fitted = fitted or {}
-    places, columns = _behind(model, entry, moments, propagated, correction, fitted)
+    places, columns = _consumer(model, entry, moments, propagated, correction, fitted)
     kept = torch.zeros(entry.shape[1], dtype=torch.bool, device=places.device)
     kept[places] = True
     done: dict[str, tuple[CompressedLinear, LayerReport]] = {}
@@ -203,7 +211,7 @@ def keep_neurons(
                 certificate=as_json(plain_certificate(wide, near, rounding)),
                 rounding=rounding,
                 rows=tuple(places.tolist()) if own else (),
-                columns=(),  # those of the layer behind are fitted, no longer the weight's own
+                columns=(),  # those of the next layer are fitted, no longer the weight's own
                 seconds=time.perf_counter() - start + earlier,
             ),
         )
@@ -211,7 +219,7 @@ def keep_neurons(
     return done
 
 
-def _behind(
+def _consumer(
     model: nn.Module,
     entry: NeuronsEntry,
     moments: Moments,
@@ -219,7 +227,7 @@ def _behind(
     correction: float,
     fitted: Mapping[str, FittedBefore],
 ) -> tuple[Tensor, Tensor | InterpolativeLinear]:
-    """Return the neurons to keep, and the columns of the layer behind that are fitted to them."""
+    """Return the neurons to keep, and the columns of the next layer that are fitted to them."""
     W = double_weight(model, entry.name)
     H, G = moments.weights(entry.name, W, gradients=entry.gradients, damping=entry.damping)
     if propagated is None:
@@ -231,7 +239,7 @@ def _behind(
         if known:
             places = known[0].to(W.device)
         else:
-            # The error of a layer of all inputs fitted to these moments, and what giving up some of them adds to it.
+            # The error of a layer of all inputs fitted to these moments, and what removing some of them adds to it.
             best = torch.linalg.solve(M, cross, left=False)
             places = own_inputs(best, row_weights=H, column_weights=M).kept(entry.neurons)
         columns = fit(cross, M, places)
@@ -245,7 +253,7 @@ def _behind(
 def _before(
     model: nn.Module, entry: NeuronsBeforeEntry, places: Tensor, moments: Moments, fitted: FittedBefore | None
 ) -> Tensor | InterpolativeLinear:
-    """Return the rows of a layer before neurons that belong to those kept."""
+    """Return the rows of a producer that belong to the kept neurons."""
     if fitted is not None and fitted.inner is not None:
         return fitted.inner
     module = model.get_submodule(entry.name) if fitted is None else fitted.full_width
@@ -267,14 +275,14 @@ def _keep(task: Task, entry: NeuronsEntry, propagated: InputMoments | None) -> M
     done = keep_neurons(
         task.model, entry, before, task.moments, propagated=propagated, correction=task.correction, fitted=fitted
     )
-    return Made(done, done[entry.name][0].for_all_inputs)  # while layers before it still give all neurons
+    return Made(done, done[entry.name][0].for_all_inputs)  # while its producers still give all neurons
 
 
 @maker(NeuronsBeforeEntry)
 def _begin(task: Task, entry: NeuronsBeforeEntry, propagated: InputMoments | None) -> Made:
     if propagated is None:
         raise PlanError(f"{entry.name} is made together with {entry.consumer}; make that one")
-    # Of its full width for now: the other rows are needed to say what the layer behind should give.
+    # Of full width for now: the wanted outputs of the next layer depend on the other rows, too.
     begun = fit_before(
         task.model,
         entry.name,
@@ -289,5 +297,5 @@ def _begin(task: Task, entry: NeuronsBeforeEntry, propagated: InputMoments | Non
 
 
 def _all_before(consumer: str, entries: Mapping[str, PlanEntry]) -> list[NeuronsBeforeEntry]:
-    """Return the entries of all layers before the neurons of one."""
+    """Return the entries of all producers of a layer's neurons."""
     return [entry for entry in entries.values() if isinstance(entry, NeuronsBeforeEntry) and entry.consumer == consumer]

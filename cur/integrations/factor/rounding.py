@@ -28,20 +28,27 @@ def round_layer(
     Parameters
     ----------
     name : str
-        Of the layer, in the statistics and in errors.
+        The name of the layer, in the statistics and in errors.
     layer : nn.Module
         A compressed layer, ``nn.Linear`` or ``Conv1D``, unchanged.
     statistics : Statistics or None
-        Of the inputs of the layer.
+        Statistics of the inputs of the layer; None rounds every entry to the nearest multiple.
     damping : float
-        Of every second moment.
+        The share of its mean diagonal that is added to each second moment.
 
     Returns
     -------
     factors : dict of str to Int8Linear
-        By the name of the child that each stands for; ``W`` for a layer that is not compressed.
+        The rounded factors, by the name of the child that each replaces; ``W`` for a layer that is not compressed.
     error : float
-        As in :class:`~cur.integrations.quantize.Quantization`.
+        The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
+
+    Raises
+    ------
+    NumericalError
+        If a weight is NaN or infinite, or a second moment is not positive definite with the damping.
+    ValueError
+        If the statistics do not cover the layer, or are of another one.
     """
     factors: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows_are_outputs = False
@@ -96,7 +103,7 @@ def _root(name: str, moment: Tensor, damping: float) -> Tensor | None:
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(
-            f"the second moment of what arrives at the factors of {name} is not positive definite with `damping` "
+            f"the second moment of the inputs of the factors of {name} is not positive definite with `damping` "
             f"{damping}; raise it"
         )
     return L

@@ -52,7 +52,13 @@ _IN_TOKENIZER = ("added_tokens.json", "special_tokens_map.json")
 
 
 def name_of(source: Path) -> str:
-    """Return what a directory is called: of the hub's cache the name of the model there."""
+    """Return what a directory is called: of the hub's cache the name of the model there.
+
+    Parameters
+    ----------
+    source : Path
+        The directory of a model.
+    """
     if source.parent.name != "snapshots":
         return str(source)
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -63,6 +69,18 @@ def is_as_stored(tokenizer: Any, source: Path) -> bool:
 
     Its files are better copied then than written anew: transformers reads those of some models as a tokenizer of its
     own make, whatever they hold, and other libraries read the files.
+
+    Parameters
+    ----------
+    tokenizer : Any
+        The tokenizer in memory.
+    source : Path
+        The directory to compare it with.
+
+    Returns
+    -------
+    bool
+        Whether both are the same.
     """
     try:
         again = AutoTokenizer.from_pretrained(source)
@@ -82,7 +100,7 @@ def carry(source: Path, target: Path, *, history: bool = True) -> None:
     Parameters
     ----------
     source : Path
-        Directory of a model.
+        The directory of the model to carry files from.
     target : Path
         Directory of what was made from it.
     history : bool, default True
@@ -105,6 +123,18 @@ def missing_files(source: Path, target: Path) -> list[str]:
     """Name what lies beside the weights in one directory and not in the other; of folders that are left out the name.
 
     Weights and what describes that one checkpoint alone do not count.
+
+    Parameters
+    ----------
+    source : Path
+        The directory that should be complete.
+    target : Path
+        The directory that may lack files.
+
+    Returns
+    -------
+    list of str
+        The names of the missing files.
     """
     anew = _IN_TOKENIZER if (target / _TOKENIZER).exists() else ()
     return [name for name, _ in _files(source) if name not in anew and not (target / name).exists()]
@@ -136,7 +166,18 @@ def _folder(folder: Path, part: bool) -> Iterator[tuple[str, bool]]:
 
 
 def parts_of(source: Path) -> set[str]:
-    """Return the folders of what sentence-transformers puts behind the model, with weights of their own."""
+    """Return the folders of what sentence-transformers puts behind the model, with weights of their own.
+
+    Parameters
+    ----------
+    source : Path
+        The directory of a model.
+
+    Raises
+    ------
+    CheckpointError
+        If ``modules.json`` is damaged.
+    """
     path = source / _MODULES
     if not path.exists():
         return set()

@@ -51,6 +51,16 @@ _WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer"}
 def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the configuration of a model, and refuse one that cannot be that of the weights beside it.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a model.
+
+    Returns
+    -------
+    dict
+        The configuration, as JSON types.
+
     Raises
     ------
     CheckpointError
@@ -83,6 +93,11 @@ def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def check_words(directory: str | os.PathLike[str]) -> None:
     """Refuse a tokenizer, or defaults of generation, in files that are damaged, by the name of the file.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a model.
+
     Raises
     ------
     CheckpointError
@@ -95,14 +110,26 @@ def check_words(directory: str | os.PathLike[str]) -> None:
 
 
 def weights_name(config: Mapping[str, Any]) -> str:
-    """Return how a checkpoint calls its weight file, or the index of several."""
+    """Return how a checkpoint calls its weight file, or the index of several.
+
+    Parameters
+    ----------
+    config : mapping
+        The configuration of the checkpoint.
+    """
     described = config.get("quantization_config") or {}
     own = None if described.get("quant_method") == "cur" else config.get("transformers_weights")
     return str(described.get("weights") or own or "model.safetensors")
 
 
 def foreign_method(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the quantizer, other than ours, in whose format a checkpoint is stored; None if dense."""
+    """Return the name of the quantizer, other than ours, in whose format a checkpoint is stored; None if dense.
+
+    Parameters
+    ----------
+    config : mapping
+        The configuration of the checkpoint.
+    """
     method = (config.get("quantization_config") or {}).get("quant_method")
     return None if method in (None, "cur") else str(method)
 

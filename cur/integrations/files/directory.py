@@ -23,18 +23,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def check_target(
     directory: str | os.PathLike[str], *, overwrite: bool = False, needed: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Return the absolute path of a directory that may be written; of a link, the path of what it stands for.
+    """Return the absolute path of a directory that may be written; of a link, the path of its target.
 
     Called by commands before hours of work, and again by :func:`new_directory` at the moment of writing.
 
     Parameters
     ----------
     directory : path
-        What is to be written.
+        The directory that is to be written.
     overwrite : bool, default False
-        Whether it may be replaced.
+        Whether a directory that exists may be replaced.
     needed : path, optional
-        What must not go with it: the dense model, which heals what was made from it.
+        A directory that must not be lost with it: the dense model, which heals what was made from it.
 
     Raises
     ------
@@ -60,6 +60,11 @@ def check_target(
 
 def check_parent(path: str | os.PathLike[str]) -> None:
     """Refuse a path, before hours of work, beside which nothing can be written.
+
+    Parameters
+    ----------
+    path : path
+        The path that is to be written.
 
     Raises
     ------
@@ -88,9 +93,14 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool = False)
     Parameters
     ----------
     directory : path
-        What to create. Missing parents are made.
+        The directory to create, with its missing parents.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced.
+
+    Yields
+    ------
+    Path
+        A temporary directory to write into.
 
     Raises
     ------
@@ -181,7 +191,18 @@ def _replace(scratch: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Say whether an error means that there is no space left."""
+    """Say whether an error means that there is no space left.
+
+    Parameters
+    ----------
+    error : BaseException
+        The error that was raised.
+
+    Returns
+    -------
+    bool
+        Whether it, or an error that caused it, means a full disk.
+    """
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     # safetensors reports an error of the operating system only as text, with the system's number at its end.

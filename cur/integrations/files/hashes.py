@@ -22,6 +22,11 @@ def check_hashes(directory: str | os.PathLike[str]) -> None:
 
     A file is read once in a process, as long as it does not change.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a checkpoint.
+
     Raises
     ------
     CheckpointError
@@ -48,7 +53,23 @@ def check_hashes(directory: str | os.PathLike[str]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what was written beside a checkpoint of ours: hashes, and an account of its tensors."""
+    """Read what was written beside a checkpoint of ours: hashes, and an account of its tensors.
+
+    Parameters
+    ----------
+    path : Path
+        The path of the record.
+
+    Returns
+    -------
+    dict
+        The record, as JSON types.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or of a later version.
+    """
     data = read_object(path, remedy="fetch it again, or delete it to go without")
     if (
         data.get("format_version") != RECORD_VERSION
@@ -64,10 +85,15 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_kept(directory: str | os.PathLike[str]) -> str:
     """Return the hash of what compression left as it was, empty if it is not known.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a checkpoint.
+
     Raises
     ------
     CheckpointError
-        If the file is damaged.
+        If the file is damaged or not of this format.
     """
     path = Path(directory) / ACCOUNT
     if not path.exists() or (check_config(directory).get("quantization_config") or {}).get("quant_method") != "cur":

@@ -19,7 +19,18 @@ class ShardError(CheckpointError):
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file, and where its data begin."""
+    """Return the header of a safetensors file, and where its data begin.
+
+    Parameters
+    ----------
+    file : Path
+        The path of the safetensors file.
+
+    Raises
+    ------
+    ShardError
+        If the file cannot be read, is truncated, or has no valid header.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

@@ -30,11 +30,16 @@ def read_object(
     Parameters
     ----------
     path : path
-        The file.
+        The path of the file to read.
     remedy : str
-        What to do where it holds something else.
+        What the error advises where the file holds something else.
     error : type, default CheckpointError
-        What is raised then.
+        The class of the error that is raised if the file does not hold a JSON object.
+
+    Returns
+    -------
+    dict
+        The object that the file holds.
 
     Raises
     ------
@@ -53,7 +58,13 @@ def read_object(
 
 
 def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Parameters
+    ----------
+    file : Path
+        The path of the file.
+    """
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while part := stream.read(1 << 22):

@@ -45,7 +45,21 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: file, first byte and number of bytes, dtype and shape."""
+    """Where one tensor lies: file, first byte and number of bytes, dtype and shape.
+
+    Parameters
+    ----------
+    file : Path
+        The file that the tensor lies in.
+    start : int
+        The place of its first byte in the file.
+    size : int
+        The number of its bytes.
+    dtype : torch.dtype
+        The dtype that it is stored in.
+    shape : tuple[int, ...]
+        The shape of the tensor.
+    """
 
     file: Path
     start: int
@@ -62,16 +76,16 @@ class Shards:
     Parameters
     ----------
     directory : path
-        Of a checkpoint with ``config.json`` and safetensors files.
+        The directory of a checkpoint with ``config.json`` and safetensors files.
     one_dtype : bool, default True
         Whether a matrix of a block must have the dtype of its namesakes in others.
 
     Attributes
     ----------
     directory : Path
-        The same.
+        The directory of the checkpoint.
     tensors : dict of str to StoredTensor
-        By the names in the files.
+        Where each tensor lies, by its name in the files.
 
     Raises
     ------
@@ -101,7 +115,18 @@ class Shards:
         return sum(tensor.size for tensor in self.tensors.values())
 
     def bytes_as(self, dtype: torch.dtype) -> int:
-        """Bytes of all tensors with those of floating dtype brought to `dtype`."""
+        """Bytes of all tensors with those of floating dtype brought to `dtype`.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            The floating dtype that the weights are brought to.
+
+        Returns
+        -------
+        int
+            The sum of the bytes.
+        """
         return sum(
             math.prod(tensor.shape) * dtype.itemsize if tensor.dtype.is_floating_point else tensor.size
             for tensor in self.tensors.values()
@@ -111,11 +136,21 @@ class Shards:
         """SHA-256 of the configuration, and of every file's name, size, time of change and header.
 
         It tells one input from another without reading the weights: a file that is written to changes its time.
+
+        Returns
+        -------
+        str
+            The hash, in hexadecimal digits.
         """
         return self._headers.hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, in memory of its own.
+
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the files.
 
         Raises
         ------

@@ -34,11 +34,11 @@ class TensorFile:
     Parameters
     ----------
     path : Path
-        The file, which is made.
+        The path of the file, which is created.
     tensors : mapping of str to Tensor
         Names, dtypes and shapes; may be on the meta device.
     metadata : mapping of str to str
-        For its header.
+        The metadata for the header of the file.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -64,7 +64,15 @@ class TensorFile:
         self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the values of one tensor into their place."""
+        """Put the values of one tensor into their place.
+
+        Parameters
+        ----------
+        name : str
+            The name of the tensor in the file.
+        tensor : Tensor
+            The values to write.
+        """
         if tensor.numel():
             self._file.seek(self._starts[name])
             data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
@@ -91,15 +99,15 @@ def add_tensors(
     Parameters
     ----------
     directory : Path
-        With ``model.safetensors`` or its shards.
+        The directory, with ``model.safetensors`` or its shards.
     names : sequence of str
-        The tensors.
+        The names of the tensors to add.
     source : object
-        What has them: ``tensors`` by name and ``read(name)``.
+        The source of the tensors: it has ``tensors`` by name and ``read(name)``.
     max_shard_size : int or str
-        Largest size of one file.
+        The largest size of one file, in bytes or as text such as ``"5GB"``.
     dtypes : mapping
-        What a dtype becomes, where it does not stay.
+        The dtype that each dtype becomes, where it does not stay.
     """
 
     def read(name: str) -> torch.Tensor:

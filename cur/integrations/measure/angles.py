@@ -22,6 +22,13 @@ class HiddenAngles:
 
     At the last token of each sample that is not padding, which in a causal model is the one that has seen all others.
     Where every token sees all others, the mean over the tokens of the sample.
+
+    Parameters
+    ----------
+    blocks : mapping of str to nn.Module
+        Names and modules of the blocks of one stack, in order.
+    masks : Masks
+        The padding masks of the pass.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module], masks: Masks) -> None:
@@ -60,7 +67,18 @@ class HiddenAngles:
             self.states.append(state.to("cpu", torch.float64))
 
     def finish(self) -> str | None:
-        """Add the angles of one batch; name the first block whose output is not finite."""
+        """Add the angles of one batch; name the first block whose output is not finite.
+
+        Returns
+        -------
+        str or None
+            The name of the first block whose output is not finite, None if all are.
+
+        Raises
+        ------
+        ValueError
+            If the blocks do not run once each and in order.
+        """
         names = list(self.blocks)
         if len(self.states) != len(names) + 1:
             raise ValueError(f"`layers` must be blocks that run once each and in order, got {', '.join(names[:3])} ...")

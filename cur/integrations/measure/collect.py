@@ -77,13 +77,13 @@ def collect(
         A transformer, or any module that is called with the entries of a batch as keyword arguments.
     batches : iterable of mapping or torch.Tensor
         Keyword arguments of the model: ``input_ids`` and, where there is padding, ``attention_mask``, both of shape
-        (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor stands for ``input_ids``.
+        (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor is taken as ``input_ids``.
         An encoder-decoder also needs ``labels`` or ``decoder_input_ids``; positions whose label is -100, or zero in
         ``decoder_attention_mask``, count for nothing.
     modules : sequence of str
         Full names of the modules to measure.
     moments : {"diagonal", "full"}, default "diagonal"
-        Memory, for a module of n inputs: n or n**2 numbers of 8 bytes.
+        Memory, for a module of n inputs: n or n**2 values of 8 bytes.
     layers : sequence of str, optional
         Full names of the blocks, in order, as :func:`cur.integrations.decoder_layers` has them. Default: no
         angular distances.
@@ -92,10 +92,10 @@ def collect(
     gradient_checkpointing : bool, default False
         Whether the backward pass runs every block again instead of keeping its activations.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`.
     seed : int, default 0
-        For the labels of the gradients.
+        The seed of the labels that gradients are taken for.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None for a bare
         iterator.
@@ -151,15 +151,15 @@ def collect_gradients(
     model : nn.Module
         A transformer with input embeddings whose output has ``logits`` of shape (batch, length, classes).
     batches : iterable of mapping or torch.Tensor
-        As for :func:`collect`; not necessarily the same text.
+        Batches of text, as for :func:`collect`; not necessarily the same text.
     statistics : Statistics
-        Where the result is added.
+        The statistics that the result is added to.
     modules : sequence of str
         Full names of the modules to measure.
     precision : str, default "auto"
-        As for :func:`collect`.
+        The precision of matrix products in the passes, named as for :func:`collect`.
     seed : int, default 0
-        For the labels.
+        The seed of the labels that gradients are taken for.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in samples.
 

@@ -17,7 +17,7 @@ from cur.integrations.model.running import Progress, evaluating
 
 __all__ = ["draw", "own_text", "sample_windows"]
 
-# Probabilities in memory at once while labels are drawn, in numbers: 32 MB in float64.
+# Probabilities in memory at once while labels are drawn: 32 MB in float64.
 _CHUNK = 1 << 22
 
 
@@ -44,17 +44,16 @@ def sample_windows(
     Parameters
     ----------
     model : PreTrainedModel
-        With a key-value cache.
+        A causal language model with a key-value cache.
     count, length : int
-        Windows, and tokens in each.
+        The number of windows, and of tokens in each.
     seed : int, default 0
-        For the draws.
+        The seed of the draws.
     batch_size : int, default 32
-        Windows that are written together.
+        The number of windows that are written together.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`. Another one may lead
-        to another text.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`. Another one may lead to another text.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in windows.
 
@@ -110,6 +109,23 @@ def own_text(
 
     There are `share` times as many, rounded up: of little text, too, there is some.
 
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The causal language model that writes.
+    given : sequence of Any
+        The batches that were given, whose windows set the length.
+    share : float
+        The number of windows to write, as a multiple of those given.
+    batch_size : int
+        The number of windows that are written together.
+    seed : int
+        The seed of the draws.
+    precision : str, default "auto"
+        The precision of matrix products in the passes.
+    progress : Progress, optional
+        Called as ``progress(done, total)`` after every batch, in windows.
+
     Returns
     -------
     list of dict
@@ -163,7 +179,20 @@ def _special(model: PreTrainedModel) -> set[int]:
 
 
 def draw(logits: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
-    """Draw a label from each row of logits (rows, classes), by inversion at heights (rows,) in [0, 1) of its sums."""
+    """Draw a label from each row of logits (rows, classes), by inversion at heights (rows,) in [0, 1) of its sums.
+
+    Parameters
+    ----------
+    logits : Tensor
+        Logits of shape (rows, classes).
+    heights : Tensor
+        Heights in [0, 1), of shape (rows,).
+
+    Returns
+    -------
+    Tensor
+        The labels, int64, of shape (rows,).
+    """
     step = max(_CHUNK // logits.shape[-1], 1)
     labels = []
     for part, height in zip(logits.split(step), heights.split(step), strict=True):  # type: ignore[no-untyped-call]

@@ -32,13 +32,13 @@ class OutputGradients:
     Parameters
     ----------
     model : nn.Module
-        A transformer with input embeddings.
+        The model to differentiate: a transformer with input embeddings.
     modules : mapping of str to nn.Module
-        What to measure, by name.
+        The modules whose output gradients are summed, by name.
     masks : Masks
-        Of the pass.
+        The padding masks of the pass.
     seed : int
-        For the labels.
+        The seed of the labels that gradients are taken for.
 
     Raises
     ------
@@ -75,7 +75,13 @@ class OutputGradients:
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
-        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory."""
+        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory.
+
+        Yields
+        ------
+        None
+            Nothing; gradients flow while the context is open.
+        """
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             for parameter in learning:
@@ -87,7 +93,26 @@ class OutputGradients:
                 parameter.requires_grad_(True)
 
     def backward(self, output: Any, inputs: Mapping[str, Any], mask: torch.Tensor | None, *, first: int) -> None:
-        """Go back through the model from its output for a batch, whose first sample has the number `first`."""
+        """Go back through the model from its output for a batch, whose first sample has the number `first`.
+
+        Parameters
+        ----------
+        output : Any
+            The output of the model on the batch.
+        inputs : mapping
+            The keyword arguments that the model was called with.
+        mask : Tensor or None
+            The padding mask of the batch; None if it has no padding.
+        first : int
+            The number of the first sample of the batch, which seeds its labels.
+
+        Raises
+        ------
+        TypeError
+            If the model gives no logits for each token.
+        NumericalError
+            If the loss, or the gradient at an output, is not finite.
+        """
         logits = getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
             raise TypeError(
@@ -125,7 +150,13 @@ class OutputGradients:
         self.counts[key] += len(rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Return the sums and how many gradients are in each, by name."""
+        """Return the sums and how many gradients are in each, by name.
+
+        Raises
+        ------
+        ValueError
+            If no gradient reached a module.
+        """
         silent = [names[0] for key, names in self.names.items() if key not in self.products]
         if silent:
             raise ValueError(f"no gradient reached {', '.join(silent[:5])}; leave out what the loss does not use")

@@ -22,7 +22,17 @@ _ROWS = 64
 
 
 class InputSums:
-    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one."""
+    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one.
+
+    Parameters
+    ----------
+    modules : mapping of str to nn.Module
+        The modules whose inputs are summed, by name.
+    masks : Masks
+        The padding masks of the pass.
+    full : bool
+        Whether second moments are summed, and not only squares.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], masks: Masks, *, full: bool) -> None:
         self.full = full
@@ -51,7 +61,13 @@ class InputSums:
         self.listening = True
 
     def finish(self) -> str | None:
-        """Name the first module, in the order of the calls, whose inputs are not finite."""
+        """Name the first module, in the order of the calls, whose inputs are not finite.
+
+        Returns
+        -------
+        str or None
+            The name of the first module whose inputs are not finite, None if all are.
+        """
         self.listening = False
         # One question to the device for all modules: each would make the host wait for it.
         first = first_false([torch.isfinite(total).all() for total in self.sums.values()])
@@ -103,7 +119,13 @@ class InputSums:
             _add_squares_(self.sums[key], rows)
 
     def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
-        """Return sums of squares, second moments and counts by name; modules that share inputs share tensors."""
+        """Return sums of squares, second moments and counts by name; modules that share inputs share tensors.
+
+        Raises
+        ------
+        ValueError
+            If no input reached a module.
+        """
         silent = [
             names[0]
             for key, names in self.names.items()
@@ -130,7 +152,13 @@ class InputSums:
 
 
 def first_false(said: list[torch.Tensor]) -> int | None:
-    """Return the number of the first of some scalar booleans that is false, in one transfer; None if none is."""
+    """Return the number of the first of some scalar booleans that is false, in one transfer; None if none is.
+
+    Parameters
+    ----------
+    said : list of Tensor
+        Scalar booleans on one device.
+    """
     if not said:
         return None
     place = said[0].device
@@ -142,6 +170,13 @@ def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add ``x^T x`` to the upper block triangle of `total`; :func:`mirror_` fills in the rest at the end.
 
     Products are taken in the dtype of `x`, sums over calls in that of `total`.
+
+    Parameters
+    ----------
+    total : Tensor
+        The sum, of shape (n, n), which is changed in place.
+    x : Tensor
+        The vectors to add, of shape (tokens, n).
     """
     for start, stop in _triangle(len(total)):
         rows, place = x[:, start:stop].T, total[start:stop, start:]
@@ -152,7 +187,13 @@ def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def mirror_(total: torch.Tensor) -> None:
-    """Copy the upper triangle onto the lower one."""
+    """Copy the upper triangle onto the lower one.
+
+    Parameters
+    ----------
+    total : Tensor
+        The sum, of shape (n, n), which is changed in place.
+    """
     for start, stop in _triangle(len(total)):
         square = total[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)

@@ -14,7 +14,20 @@ __all__ = ["Measured", "Moments", "x_norm"]
 
 
 def x_norm(statistics: Statistics, name: str) -> Tensor:
-    """Return the norm of each input feature of a layer; a ValueError says that the statistics do not cover it."""
+    """Return the norm of each input feature of a layer; a ValueError says that the statistics do not cover it.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        The statistics that should cover the layer.
+    name : str
+        The name of the layer.
+
+    Raises
+    ------
+    ValueError
+        If the statistics do not cover the layer.
+    """
     try:
         return statistics.x_norm(name)
     except KeyError as error:
@@ -31,7 +44,7 @@ class Moments:
     Parameters
     ----------
     statistics : Statistics
-        With full second moments of inputs, and of output gradients where they are asked for.
+        Statistics with full second moments of inputs, and of output gradients where they are asked for.
     """
 
     def __init__(self, statistics: Statistics) -> None:
@@ -47,9 +60,9 @@ class Moments:
         Parameters
         ----------
         name : str
-            Of the layer.
+            The name of the layer.
         W : Tensor, shape (m, n)
-            Its matrix, whose dtype and device the weights get.
+            The layer's matrix, whose dtype and device the weights get.
         gradients : bool
             Whether outputs are weighted; otherwise ``H`` is None, the identity.
         damping : float
@@ -74,10 +87,19 @@ class Moments:
     def outputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
         """Return the damped second moment of a layer's output gradients as a matrix to take rows and columns of.
 
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        W : Tensor
+            The layer's matrix, whose dtype and device the moment gets.
+        damping : float
+            The share of its mean diagonal that is added to the moment.
+
         Raises
         ------
         ValueError
-            If the statistics lack it.
+            If the statistics lack the moment, or the layer.
         """
         try:
             return _damped(self.statistics.output_moment(name).to(W), damping)
@@ -87,10 +109,17 @@ class Moments:
     def input_weight(self, name: str, W: Tensor) -> importance.Weight:
         """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
 
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        W : Tensor
+            The layer's matrix, whose dtype and device the weight gets.
+
         Raises
         ------
         ValueError
-            If the statistics lack it.
+            If the statistics lack the moment, or the layer.
         """
         try:
             moment = self.statistics.second_moment(name)

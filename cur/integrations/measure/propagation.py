@@ -62,10 +62,10 @@ class InputMoments:
     def problem(self, W: Tensor, *, correction: float, damping: float) -> tuple[Tensor, Tensor]:
         r"""Return the moment ``M`` of the inputs, with a ridge, and ``B``, in the problem of fitting a layer to them.
 
-        The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` what the residual stream
-        misses, if there is one: 0 is what the dense layer makes of the inputs that compressed layers give, 1 what
-        leads to the output of the dense model. All of it would shrink layers wherever their input is uncertain, as
-        every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
+        The wanted outputs are ``W (z + s (x - z)) + s e`` with ``s`` the correction and ``e`` the error of the residual
+        stream, if there is one. ``s = 0`` asks for the outputs of the dense layer on the inputs that compressed layers
+        give, ``s = 1`` for the output of the dense model. Full correction would shrink layers wherever their input is
+        uncertain, as every regression on noisy inputs does. The squared error of a weight ``V`` is, up to a constant,
         ``tr(V M V^T - 2 V B^T)``.
 
         Parameters
@@ -73,7 +73,7 @@ class InputMoments:
         W : Tensor, shape (m, n)
             The dense weight, to which the ridge draws.
         correction : float
-            ``s``.
+            The share ``s`` of the earlier error that is corrected.
         damping : float
             Multiple of the mean eigenvalue of the moment in the ridge.
 
@@ -97,7 +97,15 @@ class InputMoments:
 
 
 def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, Any]]:
-    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all."""
+    """Return as many batches, from all over the text, as a fit of layers with `width` inputs needs, or all.
+
+    Parameters
+    ----------
+    given : sequence of mapping
+        The batches to choose from.
+    width : int
+        The number of inputs of the widest layer.
+    """
     tokens = [next(iter(batch.values())).shape[:2].numel() for batch in given]
     count = min(len(given), -(-_TOKENS_PER_INPUT * width * len(given) // max(sum(tokens), 1)))
     return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
@@ -130,17 +138,17 @@ def in_order(
     model : nn.Module
         A transformer with one stack of blocks.
     given : sequence of mapping
-        Batches of text.
+        Batches of text to run the model on.
     names : sequence of str
-        Layers to make.
+        The names of the layers to replace.
     make : callable
-        See :data:`Make`. Its own products are not those of the passes.
+        Called to make the replacement of a layer, see :data:`Make`; the precision of the passes does not apply to it.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`.
     loaded : callable, optional
         Called with the number of a block, returns a context in which its weights are in memory; with None, those of the
-        embeddings and of the first block. Default: all are there.
+        embeddings and of the first block. By default all are in memory.
 
     Raises
     ------
@@ -174,14 +182,18 @@ def in_order(
                     courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
                     for group in groups:
                         first = group[0]
+                        # Layers that share their input, as query, key and value do, do not write to the stream.
                         lacking = streams if group == [first] and first in added else None
                         if not all(first in inputs for inputs in seen):
                             raise out_of_turn(first)
+                        # Let go of as they are used: of all batches they are as large as the hidden states.
                         dense = [inputs.pop(first) for inputs in seen]
                         propagated = _moments(first, courses, dense, masks, lacking, passes)
+                        # Factorizations must not be rounded to the precision of the passes.
                         with passes.exact():
                             for name in group:
                                 replacements[name] = make(f"{prefix}.{name}", propagated)
+                    # Up to the first replacement both models have the same states: one pass serves both.
                     changed = changed or bool(groups)
                     ours = [course.to_the_end() for course in courses] if changed else after
                 theirs = after
@@ -193,12 +205,12 @@ class _Course(Course):
     def __init__(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> None:
         super().__init__(call, block, hidden)
         self.stream = hidden
-        """What has been added up so far of the input of the block and of what its layers add to it."""
+        """The residual stream so far: the input of the block and the outputs that its layers have added to it."""
 
 
 @contextmanager
 def _pausing(block: nn.Module, groups: Sequence[Sequence[str]], added: Sequence[str]) -> Iterator[dict[str, Layer]]:
-    """Let courses through a block pause before the first layer of each group, and call what is put in for layers."""
+    """Let courses through a block pause before the first layer of each group, and call the replacements of layers."""
     replacements: dict[str, Layer] = {}
 
     def instead(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -224,7 +236,7 @@ def _moments(
 ) -> InputMoments:
     """Go on to a layer and sum the products of its inputs with themselves and the dense model's.
 
-    And with what the residual stream misses there, if its states in the dense model are given.
+    If the states of the dense model's residual stream are given, also the products of the inputs with its error.
     """
     n, width = dense[0].shape[-1], courses[0].stream.shape[-1]
     place: dict[str, Any] = {"dtype": torch.float64, "device": dense[0].device}
@@ -246,7 +258,7 @@ def _moments(
 
 
 class _Stream:
-    """What has been added up of a block's input and the outputs of some of its layers, while the block runs."""
+    """The residual stream of the dense model, while a block runs."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.state = hidden
@@ -254,7 +266,7 @@ class _Stream:
 
     @contextmanager
     def watching(self, block: nn.Module, names: Sequence[str]) -> Iterator[None]:
-        """Keep what there is before each of the named layers adds to it."""
+        """Keep the state of the stream before each of the named layers adds to it."""
 
         def add(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def after(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -268,9 +280,9 @@ class _Stream:
 
 
 def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
-    """Return the layers whose outputs are added to the input of the block, and make up its output so; none if unknown.
+    """Return the layers that write to the residual stream; none if they cannot be told.
 
-    Found by trying: which of those of the right shape sum up to it.
+    They are found by trying which outputs of the right shape sum up, with the input of the block, to its output.
     """
     outputs: dict[str, list[Tensor]] = {}
 

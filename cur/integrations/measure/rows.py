@@ -25,6 +25,11 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 def read_rows(path: Path) -> Iterable[Any]:
     """Return the rows of a file by its ending: mappings from columns to values, or bare texts.
 
+    Parameters
+    ----------
+    path : Path
+        The path of the file; its ending says the format.
+
     Raises
     ------
     ImportError
@@ -48,9 +53,14 @@ def texts_of(rows: Iterable[Any], *, name: str, column: str | None = None) -> It
     rows : iterable
         Mappings from columns to values, or bare texts.
     name : str
-        How errors call them.
+        The name that errors use for the texts.
     column : str, optional
         Which column to read. Default: ``"text"`` where there is one, else ``"messages"``.
+
+    Yields
+    ------
+    str or Conversation
+        A text, or the turns of a conversation.
 
     Raises
     ------

@@ -20,6 +20,11 @@ def singular_values(X: Tensor) -> Tensor:
 
     By the eigenvalues of the smaller Gram matrix, in a fraction of the time: what is below the root of the unit
     roundoff times the largest is lost, which no choice of ranks notices.
+
+    Parameters
+    ----------
+    X : Tensor
+        The matrix, of any floating dtype.
     """
     X = X.to(torch.float64)
     gram = X @ X.mT if X.shape[0] <= X.shape[1] else X.mT @ X
@@ -31,6 +36,13 @@ def spectrum(X: Tensor, x_norm: Tensor) -> tuple[tuple[int, float], ...]:
     """Return some singular values by number, relative to the largest; none for matrices too large for an SVD.
 
     Of the matrix with its columns multiplied by `x_norm`.
+
+    Parameters
+    ----------
+    X : Tensor
+        The weight of the layer.
+    x_norm : Tensor
+        The norm of each input feature, which weighs the columns.
     """
     if min(X.shape) > EXACT_UP_TO:
         return ()

@@ -1,4 +1,4 @@
-"""The statistics of a calibration run: what they hold, and their way to disk and back."""
+"""Statistics of a model on a text: what they hold, and their way to disk and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,18 @@ def _versions() -> dict[str, str]:
 
 
 def by_stack(layers: Sequence[str]) -> list[list[str]]:
-    """Group the names of blocks by the list that holds them, as ``encoder.block`` holds ``encoder.block.0``."""
+    """Group the names of blocks by the list that holds them, as ``encoder.block`` holds ``encoder.block.0``.
+
+    Parameters
+    ----------
+    layers : sequence of str
+        The names of the blocks, in order.
+
+    Returns
+    -------
+    list of list[str]
+        The names of each stack, in order.
+    """
     stacks: dict[str, list[str]] = {}
     for name in layers:
         stacks.setdefault(name.rpartition(".")[0], []).append(name)
@@ -41,16 +52,16 @@ def by_stack(layers: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Statistics:
-    """What calibration measured.
+    """The statistics of a model on a text, which compression uses.
 
     Modules that share their input share one tensor in each mapping.
 
     Attributes
     ----------
     tokens : int
-        Tokens seen, padding not counted.
+        The number of tokens seen, without padding.
     samples : int
-        Samples (rows of batches) seen.
+        The number of samples seen, which are rows of batches.
     square_sums : mapping of str to torch.Tensor
         Sum of ``x**2`` per input feature of each module, float64, shape (in,), on the CPU.
     products : mapping of str to torch.Tensor
@@ -61,21 +72,21 @@ class Statistics:
         Sum of ``g g^T`` over the gradients ``g`` of the loss with respect to each module's outputs, float64,
         shape (out, out); empty unless gradients were collected.
     output_counts : mapping of str to int
-        Gradients summed, per module.
+        The number of gradients summed, by module.
     angles : torch.Tensor or None
         Mean angular distances between hidden states, float64, shape (L + 1, L + 1) for a stack of L blocks; row and
-        column 0 stand for the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
+        column 0 is the input of the first block, i + 1 for the output of block i. Of several stacks, as in an
         encoder-decoder, the diagonal blocks; zeros elsewhere. None if no blocks were named.
     layers : tuple of str
         The names of the blocks, one stack after the other.
     own_text : float
-        How much of the text the model wrote itself, as a multiple of what it was given.
+        The amount of text that the model wrote itself, as a multiple of the text it was given.
     text_hash : str
         SHA-256 of the token ids or other inputs, sample by sample without padding.
     model : str
-        Name of the model.
+        The name of the model.
     precision : str
-        Of the products in the passes, ``"float32"`` for instance; empty where it is not known.
+        The precision of matrix products in the passes, ``"float32"`` for instance; empty where it is not known.
     versions : mapping of str to str
         Versions of the packages that measured.
     """
@@ -108,7 +119,23 @@ class Statistics:
         return self.angular_spans(1)
 
     def angular_spans(self, span: int, /) -> dict[int, float]:
-        """Angular distance from the input of block i to the output of block ``i + span - 1``, of the same stack."""
+        """Angular distance from the input of block i to the output of block ``i + span - 1``, of the same stack.
+
+        Parameters
+        ----------
+        span : int
+            The number of blocks in a run.
+
+        Returns
+        -------
+        dict[int, float]
+            The angular distance by the number of the first block; empty if no angles were measured.
+
+        Raises
+        ------
+        ValueError
+            If angles were measured between neighbours alone, and `span` is larger than 1.
+        """
         if self.angles is None:
             return {}
         found: dict[int, float] = {}
@@ -127,16 +154,34 @@ class Statistics:
         return found
 
     def x_norm(self, name: str, /) -> torch.Tensor:
-        """Return the 2-norm of each input feature over all tokens, float64, shape (in,), for WANDA."""
+        """Return the 2-norm of each input feature over all tokens, float64, shape (in,), for WANDA.
+
+        Parameters
+        ----------
+        name : str
+            The name of the module.
+        """
         return self._get(self.square_sums, name, "no statistics").sqrt()
 
     def second_moment(self, name: str, /) -> torch.Tensor:
-        """Return ``E[x x^T]`` of a module's inputs, float64, shape (in, in)."""
+        """Return ``E[x x^T]`` of a module's inputs, float64, shape (in, in).
+
+        Parameters
+        ----------
+        name : str
+            The name of the module.
+        """
         total = self._get(self.products, name, "no second moments (collect them with `moments='full'`)")
         return total / self.counts[name]
 
     def output_moment(self, name: str, /) -> torch.Tensor:
-        """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out)."""
+        """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out).
+
+        Parameters
+        ----------
+        name : str
+            The name of the module.
+        """
         total = self._get(
             self.output_products,
             name,
@@ -146,6 +191,11 @@ class Statistics:
 
     def check(self, model: nn.Module) -> None:
         """Check that the statistics are of a model with these layers.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that the statistics should be of.
 
         Raises
         ------
@@ -172,6 +222,11 @@ class Statistics:
 
     def save(self, path: str | Path, /) -> None:
         """Write the statistics to one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
 
         Raises
         ------
@@ -202,7 +257,13 @@ class Statistics:
             Path(temporary).unlink(missing_ok=True)
 
     def metadata(self, shared: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Return the header of a file of statistics; `shared` says by kind under which name a tensor is stored."""
+        """Return the header of a file of statistics; `shared` says by kind under which name a tensor is stored.
+
+        Parameters
+        ----------
+        shared : mapping of str to Mapping[str, str]
+            The name under which each tensor is stored, by kind and name.
+        """
         facts = {
             "tokens": self.tokens,
             "samples": self.samples,
@@ -225,11 +286,16 @@ class Statistics:
         Parameters
         ----------
         path : path
-            The file.
+            The path of the file to read.
         modules : collection of str, optional
             Read only what is there of these. Default: everything.
         moments : bool, default True
             Whether full second moments are read where they are there.
+
+        Returns
+        -------
+        Statistics
+            The statistics that the file holds.
 
         Raises
         ------

@@ -32,7 +32,7 @@ def embedded_text(half: Literal["calibrate", "evaluate"]) -> str:
     Parameters
     ----------
     half : {"calibrate", "evaluate"}
-        Which half.
+        Which half of the text to return.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def dataset_texts(
     name : str, optional
         Configuration of the data set, for instance ``"en"``.
     split : str, default "train"
-        Split to read.
+        The split of the data set to read.
     column : str, optional
         Column that holds text, or messages for a chat template. Default: ``"text"`` where there is one, else
         ``"messages"``.
@@ -220,7 +220,7 @@ def token_windows(
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The model's own tokenizer.
+        The model's own tokenizer, which splits the text.
     text : str, or iterable of str or list of dict
         The text. Lists of messages are written out by the tokenizer's chat template. What an iterable has is joined by
         blank lines, and without `spread` no more is drawn than the windows need.
@@ -232,12 +232,12 @@ def token_windows(
         Whether to take windows from all over the text but its end, not its first ones. All of it is read: not for
         endless streams.
     name : str, default "text"
-        How errors call the text.
+        The name that errors use for the text.
 
     Returns
     -------
     torch.Tensor
-        int64, shape (count, length).
+        The windows: int64, shape (count, length).
 
     Raises
     ------
@@ -276,7 +276,15 @@ def token_windows(
 
 
 def evenly(count: int, available: int, /) -> torch.Tensor:
-    """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be."""
+    """Return the middles of `count` equal parts of a row of `available` things: int64, all different if they can be.
+
+    Parameters
+    ----------
+    count : int
+        The number of things to choose.
+    available : int
+        The number of things there are.
+    """
     return (2 * torch.arange(count) + 1) * available // max(2 * count, 1)
 
 

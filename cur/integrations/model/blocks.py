@@ -31,12 +31,12 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
     Parameters
     ----------
     output : tensor or tuple
-        What a block returned: the hidden state, or a tuple that begins with it.
+        The output of a block: the hidden state, or a tuple that begins with it.
 
     Returns
     -------
     hidden : Tensor
-        The hidden state.
+        The hidden state that the block returned.
     pack : callable
         Puts another hidden state into the form in which this one was returned.
 
@@ -58,9 +58,9 @@ class BlockCall:
     Attributes
     ----------
     rest : tuple
-        Positional arguments behind the hidden state.
+        Positional arguments after the hidden state.
     options : mapping of str
-        Keyword arguments.
+        The keyword arguments of the call.
     """
 
     rest: tuple[Any, ...]
@@ -68,24 +68,46 @@ class BlockCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
-        """Return the hidden state among the arguments of a block, and the others."""
+        """Return the hidden state among the arguments of a block, and the others.
+
+        Parameters
+        ----------
+        args : tuple[Any, ...]
+            The positional arguments of the block.
+        options : mapping
+            The keyword arguments of the block.
+        """
         if args:
             return args[0], cls(args[1:], dict(options))
         others = dict(options)
         return others.pop("hidden_states"), cls((), others)
 
     def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments with a hidden state among them."""
+        """Return positional and keyword arguments with a hidden state among them.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            The hidden state to call the block on.
+        """
         return (hidden, *self.rest), dict(self.options)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call a block on a hidden state; returns the one behind it."""
+        """Call a block on a hidden state and return the next one."""
         after: Tensor = unpack(block(hidden, *self.rest, **self.options))[0]
         return after
 
 
 def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], object]) -> list[Hook]:
-    """Return hooks that call ``see(number, hidden)`` with the hidden state behind every block, whenever it was run."""
+    """Return hooks that call ``see(number, hidden)`` with the hidden state after every block, whenever it was run.
+
+    Parameters
+    ----------
+    blocks : sequence of nn.Module
+        The blocks to watch, in order.
+    see : callable
+        Called as ``see(number, hidden)`` after each block.
+    """
 
     def tell(number: int) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -100,12 +122,12 @@ class BlockWalk:
     """The blocks of a model with one stack of them, entered as the model's own forward pass enters them.
 
     A walk calls the blocks itself: :meth:`enter` or :meth:`calls` say with what, :class:`BlockCall` takes a hidden
-    state through a block, and the hidden state behind it is what the next one gets.
+    state through a block, and the hidden state after it is the input of the next.
 
     Parameters
     ----------
     model : nn.Module
-        A transformer in evaluation mode.
+        The model to walk through: a transformer in evaluation mode.
     probe : mapping, optional
         A batch with which is found out in which form blocks return the hidden state. Default: the first one that is
         given to :meth:`calls`.
@@ -113,7 +135,7 @@ class BlockWalk:
     Attributes
     ----------
     blocks : list of (str, nn.Module)
-        As :func:`~cur.integrations.decoder_layers` has them.
+        Name and module of every block, as from :func:`~cur.integrations.decoder_layers`.
     """
 
     def __init__(self, model: nn.Module, probe: Batch | None = None) -> None:
@@ -125,7 +147,20 @@ class BlockWalk:
             self._learn(probe)
 
     def enter(self, batch: Batch, index: int = 0) -> tuple[Tensor, BlockCall]:
-        """Run the model on a batch up to a block, by default the first; returns what that is called with."""
+        """Run the model on a batch up to a block, by default the first; returns what that is called with.
+
+        Parameters
+        ----------
+        batch : Batch
+            The batch to run the model on.
+        index : int, default 0
+            The number of the block to stop before.
+
+        Returns
+        -------
+        tuple[Tensor, BlockCall]
+            The hidden state and the other arguments that the block would be called with.
+        """
         caught: list[tuple[Tensor, BlockCall]] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -141,6 +176,11 @@ class BlockWalk:
 
         The model runs on the batch, but for its blocks: each has arguments of its own, as where local and global
         attention take turns.
+
+        Parameters
+        ----------
+        batch : Batch
+            The batch to run the model on.
         """
         found: list[tuple[Tensor, BlockCall]] = []
 
@@ -154,7 +194,18 @@ class BlockWalk:
         return found[0][0], [call for _, call in found]
 
     def passing(self, count: int | None = None) -> AbstractContextManager[None]:
-        """Let the first `count` blocks, by default all, return the hidden state that they are called with."""
+        """Let the first `count` blocks, by default all, return the hidden state that they are called with.
+
+        Parameters
+        ----------
+        count : int, optional
+            The number of blocks that pass their input on; None for all.
+
+        Returns
+        -------
+        AbstractContextManager[None]
+            A context in which these blocks do nothing.
+        """
 
         def pass_on(*args: Any, **options: Any) -> Any:
             hidden, _ = BlockCall.of(args, options)

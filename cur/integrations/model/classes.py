@@ -30,6 +30,15 @@ _LAST = ("AutoModel", "AutoModelForPreTraining", "AutoModelForTextEncoding", "Au
 def model_class(config: Any, place: Path | str, *, trust_remote_code: bool = False) -> tuple[type[Any], Any]:
     """Return the class that the ``architectures`` of a configuration name, and the configuration it takes.
 
+    Parameters
+    ----------
+    config : Any
+        The configuration of the model.
+    place : Path or str
+        The directory, or the id on the hub, that remote code is loaded from.
+    trust_remote_code : bool, default False
+        Whether code of the checkpoint may be run.
+
     Raises
     ------
     ValueError
@@ -70,7 +79,13 @@ def model_class(config: Any, place: Path | str, *, trust_remote_code: bool = Fal
 
 
 def auto_class(model: PreTrainedModel) -> str:
-    """Return the name of the class in transformers that loads models such as this."""
+    """Return the name of the class in transformers that loads models such as this.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model to find the class for.
+    """
     kind = type(model)
     if own := getattr(kind, "_auto_class", None):
         return str(own)

@@ -26,7 +26,18 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_ga
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Say whether a module holds experts as three-dimensional parameters and keeps to transformers' interface."""
+    """Say whether a module holds experts as three-dimensional parameters and keeps to transformers' interface.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+
+    Returns
+    -------
+    bool
+        Whether its experts can be turned into linear layers.
+    """
     if isinstance(module, LinearExperts) or not all(hasattr(module, name) for name in _INTERFACE):
         return False
     if getattr(module, "_is_expert_parallel", False):
@@ -65,10 +76,16 @@ class LinearExperts(nn.Module):
         Parameters
         ----------
         hidden_states : Tensor, shape (tokens, width)
+            The hidden states of all tokens.
         top_k_index : Tensor, shape (tokens, k)
-            Experts of each token; the number of experts stands for none.
+            Experts of each token; the number of experts means none.
         top_k_weights : Tensor, shape (tokens, k)
-            Their weights in the sum.
+            The weights of the chosen experts in the sum.
+
+        Returns
+        -------
+        Tensor
+            The weighted sum of the experts' outputs, of shape (tokens, width).
         """
         up, down = (getattr(self, name) for name in self.names)
         total = torch.zeros_like(hidden_states)
@@ -88,7 +105,13 @@ class LinearExperts(nn.Module):
         return total
 
     def compressed(self) -> bool:
-        """Say whether any expert is."""
+        """Say whether any expert is.
+
+        Returns
+        -------
+        bool
+            Whether any expert is compressed.
+        """
         return any(isinstance(module, CompressedLinear) for module in self.modules())
 
     def rolled(self) -> nn.Module:
@@ -107,7 +130,18 @@ class LinearExperts(nn.Module):
 
 
 def unroll_(model: nn.Module) -> dict[str, tuple[nn.Module, LinearExperts]]:
-    """Turn all experts of a model into linear layers, in place; return by name what was there and what is now."""
+    """Turn all experts of a model into linear layers, in place; return by name what was there and what is now.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, which is changed in place.
+
+    Returns
+    -------
+    dict[str, tuple[nn.Module, LinearExperts]]
+        The module that was there and the one that is there now, by name.
+    """
     found = {name: module for name, module in model.named_modules() if name and is_experts(module)}
     pairs = {name: (module, LinearExperts(module)) for name, module in found.items()}
     swap_(model, {name: linear for name, (_, linear) in pairs.items()})
@@ -119,6 +153,16 @@ def unrolled(model: nn.Module) -> Iterator[None]:
     """Hold experts as linear layers for a while; those that got compressed meanwhile stay so.
 
     Nothing is copied, and where nothing was compressed the original modules come back.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, whose experts are linear layers while the context is open.
+
+    Yields
+    ------
+    None
+        Nothing; experts that are not compressed are put back at the end.
     """
     pairs = unroll_(model)
     try:
@@ -140,6 +184,16 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
     """Let transformers multiply with the experts one by one for a while, by products that every precision reaches.
 
     Its grouped products are its own: neither autocast nor a mode of PyTorch's functions knows them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model whose experts are run one by one.
+
+    Yields
+    ------
+    None
+        Nothing; the model's own way is put back at the end.
     """
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     changed = [config for config in configs.values() if getattr(config, _EXPERTS, None) not in (None, "eager")]
@@ -154,7 +208,13 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 def release_(model: nn.Module) -> None:
-    """Copy what is left of experts that were compressed in part, so that the memory of the rest is freed."""
+    """Copy what is left of experts that were compressed in part, so that the memory of the rest is freed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, which is changed in place.
+    """
     for module in model.modules():
         if isinstance(module, LinearExperts) and module.compressed():
             for layer in module.modules():
@@ -169,6 +229,13 @@ def rolled(model: nn.Module, *, compressed: bool = True) -> dict[str, nn.Module]
     """Return by name, for experts that are linear layers, the modules that transformers would have there.
 
     Those of which some are compressed are left out if `compressed` is False.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    compressed : bool, default True
+        Whether experts with compressed layers are among them.
     """
     return {
         name: module.rolled()

@@ -18,13 +18,27 @@ __all__ = ["all_finite", "check_finite_weights", "find_nonfinite", "finite_weigh
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return whether no entry is NaN or infinite, as a scalar on the device; one pass, and no array of answers."""
+    """Return whether no entry is NaN or infinite, as a scalar on the device; one pass, and no array of answers.
+
+    Parameters
+    ----------
+    x : Tensor
+        The tensor to look through.
+    """
     # `torch.isfinite` makes three arrays of the size of x: 20 times slower on a CPU.
     return torch.isfinite(torch.stack(torch.aminmax(x))).all() if x.numel() else torch.tensor(True, device=x.device)
 
 
 def check_finite_weights(model: nn.Module, names: Mapping[str, nn.Module] | None = None) -> str | None:
-    """Return the name of the first parameter that holds NaN or infinity, None if all are finite."""
+    """Return the name of the first parameter that holds NaN or infinity, None if all are finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    names : mapping of str to nn.Module, optional
+        The modules to look through instead of the model, by their names.
+    """
     modules = {"": model} if names is None else names
     for name, module in modules.items():
         for inner, parameter in module.named_parameters():
@@ -35,7 +49,22 @@ def check_finite_weights(model: nn.Module, names: Mapping[str, nn.Module] | None
 
 
 def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """Say where NaN or infinity first appears, by one more forward pass of `module`, a part of `model`."""
+    """Say where NaN or infinity first appears, by one more forward pass of `module`, a part of `model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, which has the names.
+    module : nn.Module
+        The part of the model that is run.
+    inputs : mapping
+        The keyword arguments to run it with.
+
+    Returns
+    -------
+    str
+        A sentence that names the place.
+    """
     weight = check_finite_weights(model)
     if weight is not None:
         return f"the weight {weight!r} holds NaN or infinity"
@@ -58,7 +87,20 @@ def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:
-    """Return the weight of a dense layer (out x in, a view), if it is finite; a NumericalError names it otherwise."""
+    """Return the weight of a dense layer (out x in, a view), if it is finite; a NumericalError names it otherwise.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer, whose weight is returned.
+    name : str
+        The name of the layer, for the error.
+
+    Raises
+    ------
+    NumericalError
+        If the weight is NaN or infinite somewhere.
+    """
     weight = dense_weight(module, name)[0].detach()
     if not bool(all_finite(weight)):
         raise NumericalError(f"the weight of {name} holds NaN or infinity; it cannot be factorized")

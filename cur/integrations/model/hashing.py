@@ -24,6 +24,18 @@ class Seen:
         """Count and hash one batch.
 
         Token ids count one by one; images, sounds and other inputs that are not token ids, as one token a sample.
+
+        Parameters
+        ----------
+        inputs : mapping
+            The keyword arguments that the model is called with.
+        mask : Tensor or None
+            The padding mask of the batch; None if it has no padding.
+
+        Raises
+        ------
+        ValueError
+            If the batch holds no token.
         """
         ids = inputs.get("input_ids")
         named = {"input_ids": ids} if ids is not None else _measured(inputs)

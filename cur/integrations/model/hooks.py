@@ -25,7 +25,12 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     Parameters
     ----------
     hooks : iterable of Hook
-        See :data:`Hook`. All of them are gone afterwards, whatever happens in between.
+        The hooks to set, see :data:`Hook`. All of them are removed afterwards, whatever happens in between.
+
+    Yields
+    ------
+    None
+        Nothing; the hooks are removed when the context ends.
 
     Examples
     --------
@@ -55,6 +60,11 @@ def forwards_replaced(wraps: Iterable[tuple[nn.Module, Callable[[Forward], Forwa
     ----------
     wraps : iterable of (nn.Module, callable)
         Modules, each with a function from its present `forward` to the one that takes its place.
+
+    Yields
+    ------
+    None
+        Nothing; the modules' own functions are put back when the context ends.
     """
     with ExitStack() as stack:
         for module, wrap in wraps:
@@ -72,7 +82,20 @@ def _put_back(module: Any, own: Forward | None) -> None:
 
 @contextmanager
 def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Gather what the named modules are called with, the last time if several."""
+    """Gather what the named modules are called with, the last time if several.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the names belong to.
+    names : Iterable[str]
+        The names of the modules to watch.
+
+    Yields
+    ------
+    dict[str, Tensor]
+        The inputs by name, which fill up as the model runs.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -88,7 +111,20 @@ def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torc
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Gather what the named modules return, the last time if several."""
+    """Gather what the named modules return, the last time if several.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the names belong to.
+    names : Iterable[str]
+        The names of the modules to watch.
+
+    Yields
+    ------
+    dict[str, Tensor]
+        The outputs by name, which fill up as the model runs.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -99,7 +135,17 @@ def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tor
 
 
 def call_groups(model: nn.Module, names: Iterable[str], forward: Callable[[], object]) -> list[list[str]]:
-    """Return names of modules in the order in which they are called, those called in turn with one tensor together."""
+    """Return names of modules in the order in which they are called, those called in turn with one tensor together.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the names belong to.
+    names : Iterable[str]
+        The names of the modules to watch.
+    forward : callable
+        Called once to run the model.
+    """
     groups: list[list[str]] = []
     last: list[torch.Tensor] = []
 

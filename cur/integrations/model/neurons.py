@@ -33,14 +33,15 @@ def neuron_groups(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str
     Parameters
     ----------
     model : nn.Module
-        Not changed.
+        The model, which is not changed.
     names : sequence of str
-        Linear layers.
+        The names of the linear layers to look among.
 
     Returns
     -------
     dict
-        By the name of the layer behind the neurons, the layers before them, all of which are needed to give one up.
+        The layers that produce the neurons, by the name of the next layer, which reads them; a neuron can be removed
+        from all of these together.
     """
     inside: dict[str, list[str]] = {}
     for name in names:

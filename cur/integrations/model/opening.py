@@ -56,11 +56,11 @@ def open_checkpoint(
     place : Path or str
         A directory in the format of transformers, or a hub id.
     source : str
-        How errors, the model and the tokenizer call it.
+        The name that errors, the model and the tokenizer use for the checkpoint.
     dtype : torch.dtype or "auto", default "auto"
-        Of the weights in memory; "auto" is that in which they are stored, float32 of a GGUF file.
+        The dtype of the weights in memory; "auto" is the one they are stored in, float32 of a GGUF file.
     device_map : optional
-        Passed on to ``from_pretrained``.
+        Where ``from_pretrained`` puts the parts of the model; passed on as it is.
     gguf : str, optional
         Name of a GGUF file in the directory.
     hollow : bool, default False
@@ -122,7 +122,13 @@ def open_checkpoint(
 
 
 def stored_dtype(directory: Path | str) -> torch.dtype:
-    """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say."""
+    """Return the dtype in which a directory stores its weights, float32 if neither weights nor configuration say.
+
+    Parameters
+    ----------
+    directory : Path or str
+        The directory of a model.
+    """
     found = _Stored(directory).dtype()
     if isinstance(found, torch.dtype):
         return found
@@ -138,7 +144,7 @@ class _Stored:
         self.tensors: Mapping[str, Any] = Shards(place, one_dtype=False).tensors if names_safetensors(place) else {}
 
     def dtype(self) -> torch.dtype | str:
-        """Return the dtype of most numbers, "auto" where that is none to compute in."""
+        """Return the dtype of most parameters, "auto" where that is none to compute in."""
         counts: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
@@ -148,7 +154,10 @@ class _Stored:
 
 
 def _refuse_method(method: str | None, hollow: bool) -> None:
-    """Refuse weights in the format of a quantizer where it would not be undone: they are no numbers of the model."""
+    """Refuse weights in the format of a quantizer where it would not be undone.
+
+    What it stored are not the parameters of the model.
+    """
     if method is not None and method not in AUTO_QUANTIZER_MAPPING:
         raise ValueError(f"its weights are quantized by {method!r}, which transformers does not know; take them dense")
     if method is not None and hollow:
@@ -256,7 +265,13 @@ def _loading(source: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
+    """Keep the progress bars of files that load in seconds off the terminal; warnings still show.
+
+    Yields
+    ------
+    None
+        Nothing; progress bars are shown again when the context ends.
+    """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     captured = StringIO()

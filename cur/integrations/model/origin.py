@@ -30,7 +30,7 @@ class Origin:
     unread : tuple of str
         Names of tensors in its files that are no part of the model.
     kept : str
-        Of a compressed model, the hash of what compression left as it was; empty if it is not known.
+        The hash of the tensors of a compressed model that compression left as they were; empty if it is not known.
     """
 
     source: str = ""
@@ -39,12 +39,26 @@ class Origin:
 
 
 def set_origin_(model: nn.Module, origin: Origin) -> None:
-    """Remember where a model came from; copies of it remember that, too."""
+    """Remember where a model came from; copies of it remember that, too.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, which is changed in place.
+    origin : Origin
+        The place that it came from.
+    """
     setattr(model, _MARK, origin)
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Return what is known of where a model came from; of one that transformers loaded, the path or the id."""
+    """Return what is known of where a model came from; of one that transformers loaded, the path or the id.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to ask about.
+    """
     found: Origin | None = getattr(model, _MARK, None)
     if found is not None:
         return found
@@ -62,7 +76,15 @@ class KeptDigest:
         self._parts: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor into account."""
+        """Take one tensor into account.
+
+        Parameters
+        ----------
+        name : str
+            The name of the tensor.
+        tensor : Tensor
+            The values of the tensor.
+        """
         plain = tensor.detach()
         if plain.is_floating_point():
             plain = plain.to(torch.bfloat16)
@@ -80,13 +102,37 @@ class KeptDigest:
 
 
 def kept_names(model: nn.Module, without: Iterable[str]) -> list[str]:
-    """Name the parameters of a model that are not inside these modules; one that has several names once."""
+    """Name the parameters of a model that are not inside these modules; one that has several names once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    without : Iterable[str]
+        The names of the modules to leave out.
+
+    Returns
+    -------
+    list of str
+        The names of the parameters.
+    """
     inside = tuple(f"{name}." for name in without)
     return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
 
 
 def changed_modules(model: nn.Module) -> Collection[str]:
-    """Name the modules of a compressed model that hold other parameters than those of the dense one."""
+    """Name the modules of a compressed model that hold other parameters than those of the dense one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The compressed model to look through.
+
+    Returns
+    -------
+    Collection[str]
+        The names of the modules.
+    """
     experts = {name for name, part in model.named_modules() if isinstance(part, LinearExperts)}
     return experts | compressed_modules(model).keys()
 
@@ -95,6 +141,13 @@ def kept_digest(model: nn.Module, without: Collection[str]) -> str:
     """Return the hash of all parameters of a model in memory but those inside these modules.
 
     Empty for a model of which parts are offloaded: nothing is known of those.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to hash, which is in memory.
+    without : Collection[str]
+        The names of the modules to leave out.
     """
     digest = KeptDigest()
     parameters: dict[str, Any] = dict(model.named_parameters())

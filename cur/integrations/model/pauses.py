@@ -1,6 +1,6 @@
 """Blocks that pause before layers, so that a layer can be made from what all batches bring to it.
 
-Each batch goes through the block once, and the layers behind one that was made see what that one gives.
+Each batch goes through the block once, and the layers after a replacement get its outputs as their inputs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
     Parameters
     ----------
     block : nn.Module
-        The block, which is run.
+        The block, which is run once.
     call : BlockCall
-        What it is called with besides the hidden state.
+        The arguments of the block besides the hidden state.
     hidden : Tensor
         The hidden state of one batch.
     names : sequence of str
@@ -56,6 +56,16 @@ class Course(greenlet):
     def to_layer(self, name: str) -> Tensor:
         """Go on to a layer, and pause before it is called; returns its input.
 
+        Parameters
+        ----------
+        name : str
+            The name of the layer within the block.
+
+        Returns
+        -------
+        Tensor
+            The input that the layer is about to be called with.
+
         Raises
         ------
         RuntimeError
@@ -68,7 +78,12 @@ class Course(greenlet):
         return x
 
     def to_the_end(self) -> Tensor:
-        """Go on to the end of the block; returns the hidden state behind it.
+        """Go on to the end of the block; returns the next hidden state.
+
+        Returns
+        -------
+        Tensor
+            The hidden state that the block returns.
 
         Raises
         ------
@@ -82,7 +97,15 @@ class Course(greenlet):
 
 
 def pauses(block: nn.Module, names: Iterable[str]) -> list[Hook]:
-    """Return hooks that pause a :class:`Course` before each of these layers of its block."""
+    """Return hooks that pause a :class:`Course` before each of these layers of its block.
+
+    Parameters
+    ----------
+    block : nn.Module
+        The block that the layers belong to.
+    names : Iterable[str]
+        The names of the layers within the block.
+    """
 
     def pause(name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:

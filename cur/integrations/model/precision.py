@@ -67,9 +67,9 @@ class Precision:
     name : str
         ``"float32"``, ``"bfloat16"``, or the dtype of the weights.
     dtype : torch.dtype
-        Of the weights.
+        The dtype of the weights.
     device : torch.device
-        Where the model runs.
+        The device that the model runs on.
     """
 
     name: str
@@ -78,7 +78,15 @@ class Precision:
 
     @classmethod
     def of(cls, model: nn.Module, asked: str = "auto") -> Precision:
-        """Return the precision for a model that is in memory, at least in part; see :meth:`on`."""
+        """Return the precision for a model that is in memory, at least in part; see :meth:`on`.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that is to run.
+        asked : str, default "auto"
+            The name of the precision that is asked for.
+        """
         parts = [part for part in model.parameters() if part.is_floating_point()]
         here = next((part for part in parts if not part.is_meta), None)
         dtype = parts[0].dtype if parts else torch.float32
@@ -91,9 +99,9 @@ class Precision:
         Parameters
         ----------
         device : torch.device
-            Where the model runs.
+            The device that the model runs on.
         dtype : torch.dtype
-            Of its weights.
+            The dtype of the model's weights.
         asked : str, default "auto"
             ``"float32"``, or half precision: ``"bfloat16"``, or that of the weights. ``"auto"`` is the faster of the
             two on the device: on a CPU by a measurement, see :func:`slowdown`, elsewhere by what the device reports.
@@ -121,12 +129,24 @@ class Precision:
 
     @classmethod
     def widest(cls, model: nn.Module) -> Precision:
-        """Return the precision for what must not be rounded more than the weights are."""
+        """Return the precision for what must not be rounded more than the weights are.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that is to run.
+        """
         own = cls.of(model).dtype
         return cls.of(model, "float32" if own in _HALVES else _name(own))
 
     def remark(self, asked: str = "auto") -> str:
-        """Return a sentence on what the precision costs or saves on this device, for who asked for one or for auto."""
+        """Return a sentence on what the precision costs or saves on this device, for who asked for one or for auto.
+
+        Parameters
+        ----------
+        asked : str, default "auto"
+            The name of the precision that was asked for.
+        """
         own = _name(self.dtype)
         text = f"Products in {self.name}" if self.name == own else f"Weights in {own}, products in {self.name}"
         if self.device.type != "cpu" or self.dtype == torch.float64:
@@ -207,7 +227,18 @@ def _narrowed(value: Any, dtype: torch.dtype) -> Any:
 
 
 def check(asked: str) -> None:
-    """Raise a ValueError if there is no precision of a name, whatever the weights; before they are loaded."""
+    """Raise a ValueError if there is no precision of a name, whatever the weights; before they are loaded.
+
+    Parameters
+    ----------
+    asked : str
+        The name of the precision that is asked for.
+
+    Raises
+    ------
+    ValueError
+        If there is no precision of that name.
+    """
     if asked not in NAMES:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {asked!r}")
 
@@ -218,16 +249,16 @@ def continued(asked: str, kept: str | None, where: Path) -> str:
     Parameters
     ----------
     asked : str
-        What is asked for now.
+        The precision that is asked for now.
     kept : str or None
-        What an unfinished run was begun in; None if there is none, or it does not say.
+        The precision that an unfinished run was begun in; None if there is none, or it does not say.
     where : Path
-        Where that run lies, for the error.
+        The place of that run, for the error.
 
     Raises
     ------
     ValueError
-        If another precision is named.
+        If another precision is named than the run was begun in.
     """
     if kept is None or asked == kept:
         return asked
@@ -280,7 +311,7 @@ def slowdown(half: torch.dtype, threads: int | None = None) -> float:
     Parameters
     ----------
     half : torch.dtype
-        bfloat16 or float16.
+        The dtype to time: bfloat16 or float16.
     threads : int, optional
         Number of threads, for the record alone: that of PyTorch counts.
 

@@ -21,14 +21,31 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 
 
 def body(model: nn.Module) -> nn.Module:
-    """Return the model without its output head, or the model itself where that cannot be told apart."""
+    """Return the model without its output head, or the model itself where that cannot be told apart.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look into.
+    """
     inner = getattr(model, "base_model", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off, and put every module back into its own mode afterwards."""
+    """Switch dropout and gradients off, and put every module back into its own mode afterwards.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, whose mode is changed for a while.
+
+    Yields
+    ------
+    None
+        Nothing; every module gets its own mode back when the context ends.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -42,7 +59,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator[None]:
-    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision."""
+    """Keep only the inputs of blocks for the backward pass, and run each block again then, in the same precision.
+
+    Parameters
+    ----------
+    blocks : sequence of nn.Module
+        The blocks that run a second time in the backward pass.
+    precision : Precision
+        The precision that both runs have.
+
+    Yields
+    ------
+    None
+        Nothing; blocks keep their results again when the context ends.
+    """
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
@@ -70,6 +100,25 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     A bare tensor is taken as ``input_ids``. Labels are left out, the key-value cache is switched off, and a
     batch padded on the left gets position ids that count real tokens only, where the module takes them: many
     models would otherwise count the padding as well, and the result would depend on it.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module that is to be called.
+    batch : mapping or Tensor
+        The batch, or a bare tensor of token ids.
+
+    Returns
+    -------
+    dict
+        The keyword arguments to call the module with.
+
+    Raises
+    ------
+    TypeError
+        If the batch is neither a mapping nor a tensor.
+    ValueError
+        If a batch for an encoder-decoder has no inputs of the decoder.
     """
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
@@ -119,7 +168,27 @@ def _left_padded(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Call the module; an input it does not take, and one that it fails for want of, is reported as such."""
+    """Call the module; an input it does not take, and one that it fails for want of, is reported as such.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to call.
+    inputs : mapping
+        The keyword arguments to call it with.
+
+    Returns
+    -------
+    Any
+        The output of the module.
+
+    Raises
+    ------
+    TypeError
+        If the module does not take an input, or cannot run with these.
+    OutOfMemoryError
+        If the device has too little memory.
+    """
     try:
         return module(**inputs)
     except TypeError as error:
@@ -146,7 +215,29 @@ def _cannot_run(module: nn.Module, inputs: Mapping[str, Any], error: Exception) 
 
 
 def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict[str, nn.Module]:
-    """Look up modules by full name; all names of a shared module are known."""
+    """Look up modules by full name; all names of a shared module are known.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    names : sequence of str
+        The full names of the modules.
+    parameter : str
+        The name of the parameter that errors speak of.
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        The modules by name, in the order of `names`.
+
+    Raises
+    ------
+    TypeError
+        If `names` is a string.
+    ValueError
+        If the model has no module of a name.
+    """
     if isinstance(names, str):
         raise TypeError(f"`{parameter}` must be a sequence of names, got the string {names!r}; write [{names!r}]")
     known = dict(model.named_modules(remove_duplicate=False))
@@ -157,7 +248,13 @@ def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict
 
 
 def total_samples(batches: Iterable[Any]) -> int | None:
-    """Return the number of samples in all batches, None where only a pass could tell."""
+    """Return the number of samples in all batches, None where only a pass could tell.
+
+    Parameters
+    ----------
+    batches : Iterable[Any]
+        The batches to count, which are not run through.
+    """
     if not isinstance(batches, Sequence):
         return None
     sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]

@@ -1,4 +1,4 @@
-"""How many numbers and bytes a model has, in memory and on disk."""
+"""How many parameters and bytes a model has, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Size:
     Attributes
     ----------
     parameters : int
-        Numbers in its parameters.
+        The number of parameters of the model.
     bytes : int
         Bytes of its parameters and buffers, in the dtype they have.
     file_bytes : int or None
@@ -30,7 +30,18 @@ class Size:
 
 
 def model_size(model: nn.Module) -> Size:
-    """Count the numbers and bytes of a model; what is tied counts once."""
+    """Count the parameters and bytes of a model; tied weights count once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to count.
+
+    Returns
+    -------
+    Size
+        The size in memory.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return Size(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -39,7 +50,13 @@ def model_size(model: nn.Module) -> Size:
 
 
 def weight_bytes(directory: str | Path) -> int | None:
-    """Return the bytes of the weight files in a directory, or of a weight file; None if there is none."""
+    """Return the bytes of the weight files in a directory, or of a weight file; None if there is none.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a model, or one weight file.
+    """
     path = Path(directory)
     # Not all that end so: some models are stored a second time, in `consolidated.safetensors`.
     for files in ([path] if path.is_file() else [], path.glob("*model*.safetensors"), path.glob("pytorch_model*.bin")):

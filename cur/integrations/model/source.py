@@ -16,6 +16,11 @@ def source_of(model: Any) -> Path | None:
     """Return the directory that a model was loaded from, None if it came from none, or from one file.
 
     Of the hub, it is what lies in the cache; what it lacks is fetched where the hub can be reached.
+
+    Parameters
+    ----------
+    model : Any
+        The model to ask about.
     """
     name = origin_of(model).source
     if not name:

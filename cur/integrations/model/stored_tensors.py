@@ -48,7 +48,7 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
     Parameters
     ----------
     directory : Path
-        With the configuration.
+        The directory with the configuration of the model.
     kind : type, optional
         Class of the model; default: the one that the configuration names.
 
@@ -71,7 +71,15 @@ def without_weights(directory: Path, kind: type[Any] | None = None) -> PreTraine
 
 
 def empty_model(kind: type[Any], config: Any) -> PreTrainedModel | None:
-    """Return the dense model of a configuration on the meta device, None if it cannot be made there."""
+    """Return the dense model of a configuration on the meta device, None if it cannot be made there.
+
+    Parameters
+    ----------
+    kind : type[Any]
+        The class of the model.
+    config : Any
+        The configuration of the model.
+    """
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
@@ -84,7 +92,13 @@ def empty_model(kind: type[Any], config: Any) -> PreTrainedModel | None:
 
 
 def conversions(model: Any) -> list[WeightTransform]:
-    """Return what transformers does to stored tensors, made anew: the entries remember what they converted."""
+    """Return what transformers does to stored tensors, made anew: the entries remember what they converted.
+
+    Parameters
+    ----------
+    model : Any
+        The model that the tensors are loaded into.
+    """
     found: list[WeightTransform] = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
     return found
 
@@ -93,6 +107,13 @@ def names_in_model(model: Any, names: Any) -> dict[str, tuple[str, bool]]:
     """Return by stored name the name in the model, and whether what lies there is converted, not renamed alone.
 
     A name for which the model has no place is among them, as transformers would call it.
+
+    Parameters
+    ----------
+    model : Any
+        The model that the tensors are loaded into.
+    names : Any
+        The names of the stored tensors.
     """
     mapping = conversions(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -108,6 +129,11 @@ def names_in_model(model: Any, names: Any) -> dict[str, tuple[str, bool]]:
 def open_weights(directory: str | os.PathLike[str]) -> Any:
     """Return the weight files of a directory: ``tensors`` with their dtype and shape by name, and ``read(name)``.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a model.
+
     Raises
     ------
     CheckpointError
@@ -119,12 +145,34 @@ def open_weights(directory: str | os.PathLike[str]) -> Any:
 
 
 def has_weights(directory: Path) -> bool:
-    """Say whether the weights of a directory have names by which they are found; variants have others."""
+    """Say whether the weights of a directory have names by which they are found; variants have others.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory of a model.
+
+    Returns
+    -------
+    bool
+        Whether weights are found there.
+    """
     return names_safetensors(directory) or any(directory.glob("pytorch_model*.bin"))
 
 
 def names_safetensors(place: Path) -> bool:
-    """Say whether a directory has a safetensors file, or an index of several, by the name that is looked for."""
+    """Say whether a directory has a safetensors file, or an index of several, by the name that is looked for.
+
+    Parameters
+    ----------
+    place : Path
+        The directory of a model.
+
+    Returns
+    -------
+    bool
+        Whether safetensors files are found there.
+    """
     named = weights_name(check_config(place))
     return (place / named).exists() or (place / f"{named}.index.json").exists()
 
@@ -135,7 +183,7 @@ class ModelFiles:
     Parameters
     ----------
     directory : Path
-        Of a model, compressed or not.
+        The directory of a model, compressed or not.
     hollow : PreTrainedModel or None
         The dense model without weights; None if it is not known, and names are taken as they are.
 
@@ -144,7 +192,7 @@ class ModelFiles:
     compressed : set of str
         Modules that hold factors, and those whose experts do.
     places : dict of str to list of str
-        By each name in the model, what is stored for it.
+        The stored tensors that belong to each name in the model.
     unread : list of str
         Stored tensors that the model has no place for.
     """
@@ -175,11 +223,33 @@ class ModelFiles:
                 self._converted.add(target)
 
     def holds(self, target: str) -> bool:
-        """Say whether a tensor of the model is stored under one name or several."""
+        """Say whether a tensor of the model is stored under one name or several.
+
+        Parameters
+        ----------
+        target : str
+            The name of the tensor in the model.
+
+        Returns
+        -------
+        bool
+            Whether the files hold the tensor.
+        """
         return target in self.places
 
     def read(self, target: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield one tensor of the model by its name there, and others that are made from the same stored ones."""
+        """Yield one tensor of the model by its name there, and others that are made from the same stored ones.
+
+        Parameters
+        ----------
+        target : str
+            The name of the tensor in the model.
+
+        Yields
+        ------
+        tuple[str, Tensor]
+            The name of a tensor in the model, and its values.
+        """
         names = self.places[target]
         if target not in self._converted or self.hollow is None:
             yield target, self.weights.read(names[0])

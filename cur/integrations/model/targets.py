@@ -21,6 +21,16 @@ def is_linear(module: nn.Module) -> bool:
     """Say whether a module is one matrix times a vector: ``nn.Linear``, or ``Conv1D`` as in GPT-2.
 
     ``Conv1D`` of transformers holds the transpose: its weight has shape (in, out).
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is a linear layer.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +47,7 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     Parameters
     ----------
     model : nn.Module
-        A transformer.
+        The model to look through: a transformer.
 
     Returns
     -------
@@ -94,6 +104,11 @@ def _is_matrix(module: nn.Module) -> bool:
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
     """Name the blocks of a transformer: those of :func:`block_stacks`, one stack after the other.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through: a transformer.
+
     Returns
     -------
     list of (str, nn.Module)
@@ -102,7 +117,7 @@ def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
     Raises
     ------
     ValueError
-        As :func:`block_stacks`.
+        If no stack of blocks is found, as in :func:`block_stacks`.
     """
     return [block for stack in block_stacks(model) for block in stack]
 
@@ -128,13 +143,13 @@ def linear_modules(
     Parameters
     ----------
     model : nn.Module
-        The model.
+        The model to look through.
     targets : str or sequence of str
         A sequence holds full names (``"model.layers.3.mlp.gate_proj"``) or dotted ends of names
         (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have
         names like ``"model.layers.3.mlp.experts.gate_up_proj.7"``; the end may leave out the number, for all of
         them. A string is a regular
-        expression that must match the full name; ``"all-linear"`` stands for every linear module. Neither
+        expression that must match the full name; ``"all-linear"`` means every linear module. Neither
         kind of string selects the output head: list it by name.
     exclude : str or sequence of str, default ()
         Modules to leave alone, by the same rules; it need not match anything.

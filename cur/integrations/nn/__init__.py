@@ -1,22 +1,22 @@
-"""Linear layers that hold fewer numbers than the dense ones they stand for.
+"""Linear layers that hold fewer parameters than the dense ones they replace.
 
 Three layouts of the same rank-r weight of an m x n layer (m outputs, n inputs), smallest last:
 
 ========================  ==========================================  ======================
-layout                    children                                    numbers kept
+layout                    children                                    parameters
 ========================  ==========================================  ======================
 :class:`CURLinear`        ``R`` (r x n), ``U`` (r x r), ``C`` (m x r)  ``r (m + n) + r^2``
 :class:`FoldedLinear`     ``R`` (r x n), ``CU`` (m x r)                ``r (m + n)``
 :class:`InterpolativeLinear`  ``R`` (r x n), ``T`` ((m - r) x r)       ``r (m + n - r)``
 ========================  ==========================================  ======================
 
-Two more layouts belong together, where neurons between layers are given up (r of k kept):
+Two more layouts belong together, where neurons between layers are removed (r of k kept):
 
 ========================  ==========================================  ======================
-layout                    children                                    numbers kept
+layout                    children                                    parameters
 ========================  ==========================================  ======================
 :class:`KeptOutputs`      ``R`` (r x n), of the layers before          ``r n``
-:class:`KeptInputs`       ``C`` (m x r), of the layer behind           ``r m``
+:class:`KeptInputs`       ``C`` (m x r), of the next layer             ``r m``
 ========================  ==========================================  ======================
 
 Instead of either child there may be an :class:`InterpolativeLinear` of an inner rank, ``inner``.

@@ -23,7 +23,7 @@ __all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
 
 
 class CompressedLinear(nn.Module):
-    """Stand in for a linear layer with a weight that takes fewer numbers.
+    """Replace a linear layer by one whose weight takes fewer parameters.
 
     The base of the layer types; it is not a layer by itself. A type is one class in one file, made known by
     :func:`~cur.integrations.nn.register`. It has a layout, the tensors that it stores, a largest rank, factors, a
@@ -35,16 +35,17 @@ class CompressedLinear(nn.Module):
     in_features, out_features, rank : int
         Sizes n, m and r; ``1 <= rank <= largest_rank(m, n)``. Of the layouts for neurons, r is how many are kept.
     inner_rank : int, optional
-        Of the layouts for neurons: the rank of what is kept, held as rows and coefficients. Default: held whole.
+        The rank of the kept part in layouts for neurons, held as rows and coefficients. By default that part is held
+        whole.
     bias : bool
         Whether the layer adds a bias of m entries.
     transposed : bool
-        Whether the dense layer it stands for is a transformers ``Conv1D`` (weight n x m), to be restored by
+        Whether the dense layer it replaces is a transformers ``Conv1D`` (weight n x m), to be restored by
         :meth:`to_dense`.
     int8 : bool
-        Whether its factors are :class:`~cur.integrations.nn.Int8Linear`.
+        Whether the factors are stored as :class:`~cur.integrations.nn.Int8Linear`.
     device, dtype : optional
-        Of the factors, which are random as in a new ``nn.Linear``.
+        The device and dtype of the factors, which are random as in a new ``nn.Linear``.
 
     Raises
     ------
@@ -63,7 +64,7 @@ class CompressedLinear(nn.Module):
     rows_are_outputs: bool = False
     """Whether the outputs of every factor are outputs of the layer, not only those of the last."""
     faster: ClassVar[tuple[int, float] | None] = None
-    """How many numbers, and which share of the dense ones besides, it has to save to be faster than the dense layer:
+    """The number of parameters, and the share of the dense ones, that it has to save to be faster than the dense layer:
     measured. None for a type that is not chosen for its speed."""
     stores: ClassVar[Stores]
     """What is stored, but for the bias."""
@@ -124,7 +125,13 @@ class CompressedLinear(nn.Module):
         return made  # type: ignore[no-any-return]
 
     def round_(self, factors: Mapping[str, Int8Linear]) -> None:
-        """Put rounded factors in the place of all those that are there, in place."""
+        """Put rounded factors in the place of all those that are there, in place.
+
+        Parameters
+        ----------
+        factors : mapping of str to Int8Linear
+            The rounded factors, by the names of the children that they replace.
+        """
         for name, factor in factors.items():
             self.set_submodule(name, factor.train(self.training))
         for part in self.modules():
@@ -133,17 +140,47 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
-        """Return the largest rank of an m x n layer in this layout."""
+        """Return the largest rank of an m x n layer in this layout.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        """
         raise NotImplementedError
 
     @classmethod
     def largest_inner_rank(cls, m: int, n: int, rank: int) -> int:
-        """Return the largest rank of what an m x n layer keeps; 0 if that has none of its own."""
+        """Return the largest rank of what an m x n layer keeps; 0 if that has none of its own.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        rank : int
+            The number of neurons kept.
+        """
         return 0
 
     @classmethod
     def sizes(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> dict[str, Any]:
-        """Return the sizes of an m x n layer by the names that :meth:`tensors` has for them; ranks may be arrays."""
+        """Return the sizes of an m x n layer by the names that :meth:`tensors` has for them; ranks may be arrays.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        rank : Any
+            The rank of the layer, or an array of ranks.
+        inner_rank : Any, optional
+            The rank of the kept part; None if it is whole.
+        """
         return {"outputs": m, "inputs": n, "rank": rank, "inner_rank": inner_rank, "one": 1}
 
     @classmethod
@@ -162,7 +199,24 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def numbers(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
-        """Count the numbers of an m x n layer of a rank, or of an array of ranks, but for the bias."""
+        """Count the parameters of an m x n layer of a rank, or of an array of ranks, without the bias.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        rank : Any
+            The rank of the layer, or an array of ranks.
+        inner_rank : Any, optional
+            The rank of the kept part; None if it is whole.
+
+        Returns
+        -------
+        Any
+            The number of parameters, an array for an array of ranks.
+        """
         sizes = cls.sizes(m, n, rank, inner_rank)
         found = cls.tensors(factored=inner_rank is not None).values()
         return sum(tensor.count(sizes) for tensor in found if tensor.dtype is None)
@@ -171,19 +225,57 @@ class CompressedLinear(nn.Module):
     def nbytes(
         cls, m: int, n: int, rank: Any, inner_rank: Any = None, *, dtype: torch.dtype, int8: bool = False
     ) -> Any:
-        """Count the bytes of the same in a dtype, or rounded to eight bits with steps in that dtype; with indices."""
+        """Count the bytes of the same in a dtype, or rounded to eight bits with steps in that dtype; with indices.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        rank : Any
+            The rank of the layer, or an array of ranks.
+        inner_rank : Any, optional
+            The rank of the kept part; None if it is whole.
+        dtype : torch.dtype
+            The dtype of the factors, or of the steps of rounded ones.
+        int8 : bool, default False
+            Whether the factors are rounded to eight bits.
+
+        Returns
+        -------
+        Any
+            The number of bytes, an array for an array of ranks.
+        """
         sizes = cls.sizes(m, n, rank, inner_rank)
         found = cls.tensors(factored=inner_rank is not None, int8=int8).values()
         return sum(tensor.count(sizes) * (tensor.dtype or dtype).itemsize for tensor in found)
 
     @classmethod
     def rank_within(cls, m: int, n: int, numbers: float) -> int:
-        """Return the largest rank at which an m x n layer takes at most so many numbers; 0 if none does."""
+        """Return the largest rank at which an m x n layer takes at most so many parameters; 0 if none does.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        numbers : float
+            The number of parameters that the layer may take.
+        """
         return bisect_right(range(1, cls.largest_rank(m, n) + 1), numbers, key=lambda rank: cls.numbers(m, n, rank))
 
     @classmethod
     def sized(cls, stored: Mapping[str, tuple[int, ...]], spec: Mapping[str, Any]) -> dict[str, int]:
         """Return the sizes of a layer from the shapes of its stored tensors, by name; what no tensor tells is left out.
+
+        Parameters
+        ----------
+        stored : mapping of str to tuple[int, ...]
+            The shapes of the stored tensors, by name.
+        spec : mapping
+            The description of the layer, as :meth:`spec` gives it.
 
         Raises
         ------
@@ -199,7 +291,19 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def cells(cls, m: int, n: int, rank: int, inner_rank: int | None = None) -> dict[str, str]:
-        """Return what tables, cards and pages say of an m x n layer."""
+        """Return what tables, cards and pages say of an m x n layer.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs.
+        n : int
+            The number of inputs.
+        rank : int
+            The rank of the layer.
+        inner_rank : int, optional
+            The rank of the kept part; None if it is whole.
+        """
         ranks = str(rank) if inner_rank is None else f"{rank}, {inner_rank}"
         return {"shape": f"{m} x {n}", "layout": cls.layout, "rank": ranks}
 
@@ -214,7 +318,18 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def is_spec(cls, spec: Mapping[str, Any]) -> bool:
-        """Tell whether such a description has the fields of this type, of the right kinds."""
+        """Tell whether such a description has the fields of this type, of the right kinds.
+
+        Parameters
+        ----------
+        spec : mapping
+            The description to look at.
+
+        Returns
+        -------
+        bool
+            Whether it describes a layer of this type.
+        """
         fields = {"layout", "rank", "int8"} | ({"inner_rank"} if cls.factored_stores else set())
         sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
         known = spec.keys() <= fields and spec.get("int8", True) is True
@@ -227,9 +342,9 @@ class CompressedLinear(nn.Module):
         Parameters
         ----------
         spec : mapping
-            What :meth:`spec` returned.
+            The description of the layer that :meth:`spec` returned.
         in_features, out_features : int
-            Sizes of the dense layer.
+            The sizes of the dense layer that is replaced.
         **options
             ``bias``, ``transposed``, ``device`` and ``dtype`` of the constructor.
         """
@@ -237,7 +352,13 @@ class CompressedLinear(nn.Module):
         return cls(in_features, out_features, spec["rank"], **known, **options)
 
     def fault(self) -> str | None:
-        """Say what is wrong with values that were loaded, the name of their tensor first; None if nothing is."""
+        """Say what is wrong with values that were loaded, the name of their tensor first; None if nothing is.
+
+        Returns
+        -------
+        str or None
+            A sentence that says what is wrong, None if nothing is.
+        """
         return None
 
     def trainable(self) -> Trainable | None:
@@ -252,11 +373,22 @@ class CompressedLinear(nn.Module):
         return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
 
     def among_dense(self) -> Callable[[Tensor], Tensor]:
-        """Return what stands for the layer while those around it are still dense: it takes and gives all features."""
+        """Return a replacement for use while the layers around it are still dense: it takes and gives all features."""
         return self.for_all_inputs
 
     def for_all_inputs(self, x: Tensor) -> Tensor:
-        """Apply the layer while those before it are still dense."""
+        """Apply the layer while those before it are still dense.
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         y: Tensor = self(x)
         return y
 
@@ -272,7 +404,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def stored(self) -> int:
-        """The numbers held, but for the bias."""
+        """The number of parameters, without the bias."""
         return int(self.numbers(*self.shape, *self.ranks))
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
@@ -291,11 +423,22 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def conversions(cls) -> tuple[str, ...]:
-        """Name the layouts that its layers can be brought to, its own among them."""
+        """Name the layouts that its layers can be brought to, its own among them.
+
+        Returns
+        -------
+        tuple[str, ...]
+            The names of the layouts.
+        """
         return (cls.layout,)
 
     def to_layout(self, layout: str) -> CompressedLinear:
         """Return the same function in another layout; a layer that has the layout already is returned itself.
+
+        Parameters
+        ----------
+        layout : str
+            The name of the layout to bring it to.
 
         Raises
         ------
@@ -321,7 +464,19 @@ class CompressedLinear(nn.Module):
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:
-        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device."""
+        """Build the layer whose weight is ``left @ right`` (m x r times r x n), in their dtype and device.
+
+        Parameters
+        ----------
+        left : Tensor
+            The left factor, of shape (m, r).
+        right : Tensor
+            The right factor, of shape (r, n).
+        bias : Tensor, optional
+            The bias of m entries.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+        """
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
@@ -349,18 +504,47 @@ class CompressedLinear(nn.Module):
 
 
 def fill_(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Give a linear layer a weight, and a copy of a bias if there is one."""
+    """Give a linear layer a weight, and a copy of a bias if there is one.
+
+    Parameters
+    ----------
+    linear : nn.Linear
+        The linear layer, which is changed in place.
+    weight : Tensor
+        The weight that it gets, copied only where it is not contiguous.
+    bias : Tensor, optional
+        The bias that is copied into it.
+    """
     linear.weight = nn.Parameter(weight.detach().contiguous())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return what products of a tensor are formed in: itself, or float32 for half precision."""
+    """Return what products of a tensor are formed in: itself, or float32 for half precision.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The tensor to widen.
+    """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def check_bias(bias: Tensor | None, m: int) -> None:
-    """Raise a ValueError if a bias does not have m entries."""
+    """Raise a ValueError if a bias does not have m entries.
+
+    Parameters
+    ----------
+    bias : Tensor or None
+        The bias to check; None is allowed.
+    m : int
+        The number of entries it must have.
+
+    Raises
+    ------
+    ValueError
+        If it has another shape.
+    """
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"`bias` must have shape {(m,)}, one entry for each output, got {tuple(bias.shape)}")

@@ -89,6 +89,19 @@ class CURLinear(FactoredLinear):
 
         The factors keep their dtype and device.
 
+        Parameters
+        ----------
+        C : Tensor
+            The kept columns, of shape (m, r).
+        U : Tensor
+            The core, of shape (r, r).
+        R : Tensor
+            The kept rows, of shape (r, n).
+        bias : Tensor, optional
+            The bias of m entries.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+
         Raises
         ------
         ValueError
@@ -135,14 +148,25 @@ class CURLinear(FactoredLinear):
         return self.C.bias if self.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         y: Tensor = self.C(self.U(self.R(x)))
         return y
 
 
 @register
 class FoldedLinear(FactoredLinear):
-    """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer numbers than :class:`CURLinear`."""
+    """Apply ``x -> (C U) (R x) + bias``: two products and r^2 fewer parameters than :class:`CURLinear`."""
 
     layout = "folded"
     bias_names = ("CU.bias",)
@@ -181,7 +205,18 @@ class FoldedLinear(FactoredLinear):
         return self.CU.bias if self.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         y: Tensor = self.CU(self.R(x))
         return y
 
@@ -239,7 +274,26 @@ class InterpolativeLinear(FactoredLinear):
         bias: Tensor | None = None,
         transposed: bool = False,
     ) -> Self:
-        """Build the layer from ``rows`` (r x n), ``coefficients`` ((m - r) x r), ``order`` (m, int64)."""
+        """Build the layer from ``rows`` (r x n), ``coefficients`` ((m - r) x r), ``order`` (m, int64).
+
+        Parameters
+        ----------
+        rows : Tensor
+            The kept rows, of shape (r, n).
+        coefficients : Tensor
+            The coefficients of the other rows, of shape (m - r, r).
+        order : Tensor
+            The places of the kept rows and then of the others: int64, of shape (m,).
+        bias : Tensor, optional
+            The bias of m entries.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+
+        Raises
+        ------
+        ValueError
+            If `coefficients` has another shape.
+        """
         m = order.shape[0]
         rank, n = rows.shape
         if tuple(coefficients.shape) != (m - rank, rank):
@@ -281,7 +335,18 @@ class InterpolativeLinear(FactoredLinear):
         return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         z: Tensor = self.R(x)
         y = z if self.T is None else torch.cat([z, self.T(z)], dim=-1)
         y = y.index_select(-1, self.order)

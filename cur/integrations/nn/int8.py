@@ -13,13 +13,13 @@ __all__ = ["Int8Linear"]
 class Int8Linear(nn.Module):
     """Apply a weight that is stored as integers, each row in multiples of a step of its own.
 
-    It computes in the dtype of the steps, with what the integers stand for, formed anew at every call. Nothing of it
-    learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
+    It computes in the dtype of the steps, with the weight that the integers represent, formed anew at every call.
+    None of it learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
 
     Attributes
     ----------
     integers : nn.Parameter, shape (m, n)
-        int8, from -127 to 127.
+        The rounded entries, int8 from -127 to 127.
     scale : Tensor, shape (m, 1)
         The step of each row, a buffer; its dtype is that of the layer.
     """
@@ -45,7 +45,22 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_integers(cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> Int8Linear:
-        """Build the layer of ``integers * scale``, m x n times m x 1, and a copy of a bias."""
+        """Build the layer of ``integers * scale``, m x n times m x 1, and a copy of a bias.
+
+        Parameters
+        ----------
+        integers : Tensor
+            The rounded entries, int8, of shape (m, n).
+        scale : Tensor
+            The step of each row, of shape (m, 1).
+        bias : Tensor, optional
+            The bias of m entries.
+
+        Returns
+        -------
+        Int8Linear
+            The layer of these integers.
+        """
         rows, columns = integers.shape
         layer = cls(columns, rows, bias=bias is not None, device="meta")
         layer.integers = nn.Parameter(integers, requires_grad=False)
@@ -56,11 +71,22 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the integers stand for, m x n, multiplied out at every access."""
+        """The weight that the integers represent, m x n, multiplied out at every access."""
         return self.integers.to(self.scale.dtype) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

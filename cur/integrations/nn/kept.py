@@ -1,4 +1,4 @@
-"""Layers around neurons that were given up: those before give fewer outputs, the one behind takes fewer inputs."""
+"""Layers around removed neurons: producers give fewer outputs, and the next layer takes fewer inputs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class KeptNeurons(CompressedLinear):
     Attributes
     ----------
     kept : Tensor, shape (neurons,)
-        One truth value for each.
+        One truth value for each neuron: whether it is kept.
     part : nn.Linear or InterpolativeLinear
-        Of the kept neurons alone; the latter of rank `inner_rank`.
+        The layer of the kept neurons alone: whole, or of rank `inner_rank`.
     """
 
     kept: Tensor
@@ -54,12 +54,32 @@ class KeptNeurons(CompressedLinear):
 
     @classmethod
     def shape_inside(cls, m: int, n: int, rank: int) -> tuple[int, int]:
-        """Return the outputs and inputs of what an m x n layer keeps."""
+        """Return the outputs and inputs of what an m x n layer keeps.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs of the dense layer.
+        n : int
+            The number of inputs of the dense layer.
+        rank : int
+            The number of neurons kept.
+        """
         raise NotImplementedError
 
     @classmethod
     def shape_outside(cls, m: int, n: int, width: int) -> tuple[int, int]:
-        """Return the outputs and inputs of the layer that keeps m x n of a number of neurons."""
+        """Return the outputs and inputs of the layer that keeps m x n of a number of neurons.
+
+        Parameters
+        ----------
+        m : int
+            The number of outputs of the kept part.
+        n : int
+            The number of inputs of the kept part.
+        width : int
+            The number of neurons of the dense layer.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -82,14 +102,14 @@ class KeptNeurons(CompressedLinear):
         Parameters
         ----------
         part : Tensor or InterpolativeLinear
-            What belongs to the kept neurons: r rows, or r columns, of the weight; or a layer of a lower rank, with its
-            bias.
+            The part of the weight that belongs to the kept neurons: r rows, or r columns; or a layer of a lower rank,
+            with its bias.
         kept : Tensor, shape (neurons,)
             Truth values, of which r are true.
         bias : Tensor, optional
             An entry for each output of `part`.
         transposed : bool
-            See :class:`CompressedLinear`.
+            Whether the weight is stored transposed, see :class:`CompressedLinear`.
         """
         options: dict[str, Any] = {"transposed": transposed, "device": "meta"}
         count, width = int(kept.sum()), len(kept)
@@ -107,7 +127,13 @@ class KeptNeurons(CompressedLinear):
         return layer
 
     def spread(self, part: Tensor) -> Tensor:
-        """Return m x n from what belongs to the kept neurons, and zeros."""
+        """Return m x n from what belongs to the kept neurons, and zeros.
+
+        Parameters
+        ----------
+        part : Tensor
+            The weight of the kept part.
+        """
         raise NotImplementedError
 
     @property
@@ -136,7 +162,18 @@ class KeptNeurons(CompressedLinear):
         return None if inside is None else f"inner.{inside}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them."""
+        """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them.
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs of the kept part.
+
+        Returns
+        -------
+        Tensor
+            The outputs of the kept part.
+        """
         y: Tensor = self.part(x)
         return y
 
@@ -145,7 +182,7 @@ class KeptNeurons(CompressedLinear):
 class KeptOutputs(KeptNeurons):
     """Apply the rows of a layer that belong to kept neurons; the output has r entries.
 
-    Its weight has zeros elsewhere, which is exact where the layer behind is a :class:`KeptInputs` of the same neurons.
+    Its weight has zeros elsewhere, which is exact where the next layer is a :class:`KeptInputs` of the same neurons.
     """
 
     layout = "outputs"

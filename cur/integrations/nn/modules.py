@@ -18,6 +18,13 @@ __all__ = ["compressed_modules", "dense_weight", "stand_in", "swap_"]
 def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
     """Return weight (out x in, a view), bias and whether the layer stores its weight transposed.
 
+    Parameters
+    ----------
+    module : nn.Module
+        The linear layer to look into.
+    name : str
+        The name of the layer, for errors.
+
     Raises
     ------
     TypeError
@@ -42,11 +49,11 @@ def stand_in(
     Parameters
     ----------
     dense : nn.Module
-        The layer it stands for, perhaps without its weight.
+        The layer that it replaces, whose weight may be missing.
     name : str
-        Of that layer, for messages.
+        The name of the layer, for messages.
     spec : mapping
-        As :meth:`CompressedLinear.spec` gives it.
+        The description of the layer, as :meth:`CompressedLinear.spec` gives it.
     device : optional
         Default: that of the dense layer.
 
@@ -72,6 +79,11 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return every compressed layer of a model by name; a layer shared by two parents appears once.
 
     What such a layer is made of is not listed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
     """
     found: dict[str, CompressedLinear] = {}
     for name, module in model.named_modules():
@@ -89,7 +101,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     Parameters
     ----------
     model : nn.Module
-        Changed in place.
+        The model, which is changed in place.
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
     """

@@ -19,6 +19,16 @@ _Type = TypeVar("_Type", bound="type[CompressedLinear]")
 def register(layer_type: _Type) -> _Type:
     """Make a layer type known under its layout; a class decorator.
 
+    Parameters
+    ----------
+    layer_type : _Type
+        The class of the layer type.
+
+    Returns
+    -------
+    _Type
+        The class, as it is.
+
     Raises
     ------
     ValueError
@@ -33,7 +43,18 @@ def register(layer_type: _Type) -> _Type:
 
 
 def layer_class(layout: str) -> type[CompressedLinear]:
-    """Return the layer type of a layout; a ValueError names the known ones."""
+    """Return the layer type of a layout; a ValueError names the known ones.
+
+    Parameters
+    ----------
+    layout : str
+        The name of the layout.
+
+    Raises
+    ------
+    ValueError
+        If no layer type has that layout.
+    """
     try:
         return LAYOUTS[layout]
     except KeyError:
@@ -59,6 +80,11 @@ class Described(Protocol):
 def cells(layer: Described) -> dict[str, str]:
     """Return what tables, cards and pages say of a layer: its shape, layout and rank, in the words of its type.
 
+    Parameters
+    ----------
+    layer : Described
+        The layer: its shape, layout and ranks.
+
     Examples
     --------
     >>> from cur.integrations.plan.methods import NeuronsEntry
@@ -69,5 +95,11 @@ def cells(layer: Described) -> dict[str, str]:
 
 
 def ranks_of(layer: Described) -> str:
-    """Return the rank of a layer as tables have it."""
+    """Return the rank of a layer as tables have it.
+
+    Parameters
+    ----------
+    layer : Described
+        The layer: its shape, layout and ranks.
+    """
     return cells(layer)["rank"]

@@ -21,14 +21,20 @@ class StoredTensor:
     axes : tuple of str
         The name of the size along each axis: ``"outputs"``, ``"inputs"``, ``"rank"``, or others that the type has.
     dtype : torch.dtype or None
-        Of what is no number of the weight, such as indices; None for the dtype of the layer.
+        The dtype of tensors that are not part of the weight, such as indices; None for the dtype of the layer.
     """
 
     axes: tuple[str, ...]
     dtype: torch.dtype | None = None
 
     def count(self, sizes: Mapping[str, Any]) -> Any:
-        """Return its number of entries; an array for sizes that are arrays."""
+        """Return its number of entries; an array for sizes that are arrays.
+
+        Parameters
+        ----------
+        sizes : mapping
+            The sizes of the layer, by name.
+        """
         return math.prod(sizes[axis] for axis in self.axes)
 
 
@@ -37,7 +43,13 @@ Stores: TypeAlias = Mapping[str, StoredTensor]
 
 
 def rounded(tensors: Stores) -> Stores:
-    """Return what is stored where every factor is an :class:`~cur.integrations.nn.Int8Linear`."""
+    """Return what is stored where every factor is an :class:`~cur.integrations.nn.Int8Linear`.
+
+    Parameters
+    ----------
+    tensors : Stores
+        The tensors that the layer stores otherwise.
+    """
     found: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
         factor = key.removesuffix(".weight")

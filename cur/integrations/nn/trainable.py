@@ -18,11 +18,12 @@ class Trainable:
     Attributes
     ----------
     factor : Tensor
-        The parameter that learns.
+        The parameter that is trained.
     left, right : Tensor
         ``L`` (m x r) and ``R`` (r x n), in the dtype of the layer, no views of `factor`.
     holds : {"core", "left", "right"}
-        What `factor` is: ``U`` itself, ``L U`` or ``U R``. Of the latter two ``U`` is the identity to begin with.
+        The product that `factor` stores: ``U`` itself, ``L U`` or ``U R``. In the latter two ``U`` begins as the
+        identity.
     """
 
     factor: Tensor
@@ -37,13 +38,25 @@ class Trainable:
         return torch.eye(len(self.right), dtype=torch.float64, device=self.right.device)
 
     def stored(self, U: Tensor) -> Tensor:
-        """Return what `factor` has to be for a core in float64."""
+        """Return what `factor` has to be for a core in float64.
+
+        Parameters
+        ----------
+        U : Tensor
+            The core, of shape (r, r), float64.
+        """
         if self.holds == "core":
             return U
         return self.left.double() @ U if self.holds == "left" else U @ self.right.double()
 
     def gradient(self, gradient: Tensor) -> Tensor:
-        """Return the gradient with respect to the core from that of `factor`, float32."""
+        """Return the gradient with respect to the core from that of `factor`, float32.
+
+        Parameters
+        ----------
+        gradient : Tensor
+            The gradient with respect to `factor`.
+        """
         gradient = gradient.float()
         if self.holds == "core":
             return gradient

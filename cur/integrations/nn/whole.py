@@ -31,7 +31,20 @@ class WholeLinear(CompressedLinear):
 
     @classmethod
     def from_int8(cls, W: Int8Linear, *, transposed: bool = False) -> WholeLinear:
-        """Build the layer of a rounded weight and its bias."""
+        """Build the layer of a rounded weight and its bias.
+
+        Parameters
+        ----------
+        W : Int8Linear
+            The rounded weight, with its bias.
+        transposed : bool, default False
+            Whether the dense layer stores its weight transposed.
+
+        Returns
+        -------
+        WholeLinear
+            The layer of this weight.
+        """
         m, n = W.integers.shape
         layer = cls(n, m, min(m, n), bias=W.bias is not None, transposed=transposed, device="meta")
         layer.round_({"W": W})
@@ -58,6 +71,17 @@ class WholeLinear(CompressedLinear):
         return self.W.bias if self.has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m)."""
+        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        x : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m).
+        """
         y: Tensor = self.W(x)
         return y

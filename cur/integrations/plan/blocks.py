@@ -18,6 +18,11 @@ def inner_blocks(stacks: Sequence[int]) -> list[int]:
 
     The blocks of all stacks are numbered through. The ends of a stack do what no other block does, and are never
     chosen.
+
+    Parameters
+    ----------
+    stacks : sequence of int
+        The number of blocks of each stack.
     """
     found: list[int] = []
     first = 0
@@ -46,7 +51,7 @@ def choose_layers(
         :meth:`Statistics.angular_spans` has it; for single blocks, :attr:`Statistics.angular`. Only for
         ``by="angular"``.
     count : int
-        How many blocks to choose; a multiple of `span`.
+        The number of blocks to choose; a multiple of `span`.
     by : {"angular", "random", "last"}, default "angular"
         ``"random"`` draws blocks without replacement from a generator seeded by `seed`.
     span : int, default 1
@@ -55,7 +60,7 @@ def choose_layers(
     stacks : sequence of int, optional
         Number of blocks in each stack; default one stack, of as many blocks as `distances` has.
     seed : int, default 0
-        For ``by="random"``.
+        The seed of the choice ``by="random"``.
 
     Returns
     -------

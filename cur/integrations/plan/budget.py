@@ -30,7 +30,7 @@ from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, Neu
 __all__ = ["error_curves", "joint_curves", "plan_budget"]
 
 
-# Share of the predicted loss that giving up neurons must save in all. What the calibration text never asks of a neuron
+# Share of the predicted loss that removing neurons must save in all. What the calibration text never asks of a neuron
 # is not in the prediction: SmolLM2-135M is better off without where they are predicted to save 3 percent of it, and on
 # other text where it is 16 percent.
 _LEAST_GAIN = 0.2
@@ -53,6 +53,24 @@ def error_curves(
 
     All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients` and `damping`
     alone, and not on the budget.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    names : sequence of str
+        The names of the layers.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every layer.
+
+    Returns
+    -------
+    list of LayerCurve
+        A curve for each layer, in the order of `names`.
 
     Raises
     ------
@@ -86,6 +104,24 @@ def joint_curves(
     """Compute the error at every number of neurons of the layers that have some between them, if the budget is for it.
 
     The complement of :func:`error_curves`, under the same conditions.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    names : sequence of str
+        The names of the layers.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every group of layers.
+
+    Returns
+    -------
+    list of NeuronCurve
+        A curve for each layer that reads neurons; empty if no neurons may be removed.
     """
     if not config.neurons or config.method != "best":
         return []
@@ -100,26 +136,26 @@ def plan_budget(
     curves: Sequence[LayerCurve],
     neurons: Sequence[NeuronCurve] = (),
 ) -> Plan:
-    """Share the budget among layers; those that are worth their numbers stay dense and have no entry.
+    """Share the budget among layers; those that are worth their parameters stay dense and have no entry.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Not changed.
+        The dense model, which is not changed.
     statistics : Statistics
-        What the curves come from.
+        The statistics that the curves come from.
     config : BudgetConfig
-        The budget.
+        The configuration, which has the budget.
     curves : sequence of LayerCurve
-        Of :func:`error_curves`, for the targeted layers.
+        The results of :func:`error_curves` for the targeted layers.
     neurons : sequence of NeuronCurve
-        Of :func:`joint_curves`, what some of these layers can do together instead.
+        The results of :func:`joint_curves`: options that remove neurons from a group of these layers.
 
     Returns
     -------
     Plan
-        With what each layer is predicted to cost. With gradients the sum is an estimate of the increase of the loss in
-        nats per token while that is small; otherwise it has no meaning beyond this allocation.
+        The plan, with the predicted cost of each layer. With gradients the sum is an estimate of the increase of the
+        loss in nats per token while that is small; otherwise it has no meaning beyond this allocation.
 
     Raises
     ------
@@ -176,17 +212,17 @@ class _Options:
     Attributes
     ----------
     names : sequence of str
-        The layers; of those around neurons the one behind first.
+        The names of the layers; of those around neurons the consumer comes first.
     shapes : sequence of (int, int)
-        Their outputs and inputs.
+        The numbers of outputs and inputs of each layer.
     neurons : array of int, shape (k,)
-        How many neurons are kept; 0 for all.
+        The number of neurons kept by each option; 0 for all.
     ranks : array of int, shape (k, layers)
-        Of each layer, or of what kept neurons leave of it; 0 for whole.
+        The rank of each layer, or of its part for the kept neurons, in each option; 0 for whole.
     predicted : array, shape (k, layers)
-        Errors.
+        The predicted error of each option, for each layer.
     costs : array, shape (k,)
-        Of all these layers together.
+        The cost of each option, of all these layers together.
     """
 
     names: Sequence[str]
@@ -250,7 +286,7 @@ def _lost(options: Sequence[_Options], chosen: Sequence[int]) -> float:
 
 
 class _Numbers:
-    """Counts numbers, where :class:`ByteCosts` counts bytes."""
+    """Counts parameters, where :class:`ByteCosts` counts bytes."""
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
         """Return what one layer takes at each rank, and dense."""
@@ -316,7 +352,7 @@ def _as_ranks(options: np.ndarray[Any, Any], curve: LayerCurve) -> np.ndarray[An
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:
-    """Return the numbers that the targeted layers may keep."""
+    """Return the number of parameters that the targeted layers may keep."""
     if config.keep is not None:
         budget, given = int(config.keep * targeted), f"`keep` must be at least {least / targeted:.4f}"
         got = f"{config.keep}"

@@ -72,7 +72,7 @@ class PlanEntry(metaclass=_Former):
     shape : tuple of int
         Outputs m and inputs n of the layer.
     layout : str
-        One of those that the method has.
+        The layout of the factors, one of those that the method has.
     predicted : float or None
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
         order; without, the squared relative error of its outputs. For the method "cur" the squared error that no
@@ -119,14 +119,26 @@ class PlanEntry(metaclass=_Former):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name the layouts that it can have."""
+        """Name the layouts that it can have.
+
+        Returns
+        -------
+        sequence of str
+            The names of the layouts.
+        """
         raise NotImplementedError
 
     def check(self) -> None:
         """Raise a PlanError if a value of its own is out of range."""
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Raise a PlanError if it does not belong together with the other entries of a plan, by name."""
+        """Raise a PlanError if it does not belong together with the other entries of a plan, by name.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+        """
 
     @property
     def layer_type(self) -> type[CompressedLinear]:
@@ -139,7 +151,13 @@ class PlanEntry(metaclass=_Former):
         raise NotImplementedError
 
     def found(self, rank: int) -> Self:
-        """Return the entry as carried out, with the rank that was found."""
+        """Return the entry as applied, with the rank that was found.
+
+        Parameters
+        ----------
+        rank : int
+            The rank that the factorization found.
+        """
         return self
 
     @property
@@ -159,7 +177,13 @@ class PlanEntry(metaclass=_Former):
 
     @classmethod
     def said(cls, entries: Sequence[Any]) -> str:
-        """Return in one sentence, for a model card, what was done by these entries of the method."""
+        """Return in one sentence, for a model card, what was done by these entries of the method.
+
+        Parameters
+        ----------
+        entries : sequence of Any
+            The entries of this method in the plan.
+        """
         return f"{len(entries)} layers were made by the method `{cls.method}`."
 
     @property
@@ -189,12 +213,33 @@ class PlanEntry(metaclass=_Former):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PlanEntry:
-        """Read an entry of any method; see :func:`read_entry`."""
+        """Read an entry of any method; see :func:`read_entry`.
+
+        Parameters
+        ----------
+        data : mapping
+            The fields of an entry, as JSON types.
+
+        Returns
+        -------
+        PlanEntry
+            The entry, of the class of its method.
+        """
         return read_entry(data)
 
 
 def register_method(entry_type: _Entry) -> _Entry:
     """Make a kind of entry known under its method, beside those of other layouts; a class decorator.
+
+    Parameters
+    ----------
+    entry_type : _Entry
+        The class of the entries.
+
+    Returns
+    -------
+    _Entry
+        The class, as it is.
 
     Raises
     ------
@@ -217,6 +262,16 @@ def read_entry(data: Mapping[str, Any]) -> PlanEntry:
 
     Fields that the method does not have must be as they are written of it. ``parameters`` follows from the rest and is
     not read, so that a rank can be edited alone.
+
+    Parameters
+    ----------
+    data : mapping
+        The fields of an entry, as JSON types.
+
+    Returns
+    -------
+    PlanEntry
+        The entry, of the class of its method.
 
     Raises
     ------
@@ -254,12 +309,42 @@ def _keys(kind: type[PlanEntry]) -> dict[str, Field[Any]]:
 
 
 def refuse_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:
-    """Raise a PlanError for fields that nothing here knows."""
+    """Raise a PlanError for fields that nothing here knows.
+
+    Parameters
+    ----------
+    data : mapping
+        The fields to look through.
+    known : set[str]
+        The names that are known.
+    what : str
+        The name that errors use for the fields' owner.
+
+    Raises
+    ------
+    PlanError
+        If a field is not known.
+    """
     if unknown := sorted(set(data) - known):
         raise PlanError(f"{what} has unknown fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
 def require(data: Mapping[str, Any], names: Sequence[str], what: str) -> None:
-    """Raise a PlanError for fields that are missing."""
+    """Raise a PlanError for fields that are missing.
+
+    Parameters
+    ----------
+    data : mapping
+        The fields to look through.
+    names : sequence of str
+        The names that must be there.
+    what : str
+        The name that errors use for the fields' owner.
+
+    Raises
+    ------
+    PlanError
+        If a field is missing.
+    """
     if missing := [name for name in names if name not in data]:
         raise PlanError(f"{what} lacks {', '.join(missing)}")

@@ -14,7 +14,7 @@ from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, Neu
 
 __all__ = ["ByteCosts"]
 
-# The longest description of a tensor in the header of a safetensors file, but for its name and numbers.
+# The longest description of a tensor in the header of a safetensors file, without its name and sizes.
 _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')
 # Length of the header, its metadata and padding, the guard that `save_pretrained` of a compressed model writes; a file.
 _FILE = 8 + len('{"__metadata__":{"format":"pt"}}') + 8
@@ -32,7 +32,7 @@ class ByteCosts:
     model : nn.Module
         The dense model. Tied weights are stored once.
     names : sequence of str
-        Layers that may be factored.
+        The names of the layers that may be factored.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -50,17 +50,37 @@ class ByteCosts:
         return self.fixed + sum(self._dense(name) for name in self._weights)
 
     def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
-        """Return the bytes of one layer at each rank of its curve, and dense."""
+        """Return the bytes of one layer at each rank of its curve, and dense.
+
+        Parameters
+        ----------
+        curve : LayerCurve
+            The curve of the layer.
+        """
         some = self._layer(SMALLEST, curve.name, curve.shape, np.arange(1, len(curve.costs)))
         return np.append(some, self._dense(curve.name))
 
     def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
-        """Return the bytes of layers for each number of neurons kept between them."""
+        """Return the bytes of layers for each number of neurons kept between them.
+
+        Parameters
+        ----------
+        curve : NeuronCurve
+            The curve of the layers around the neurons.
+        """
         count = np.arange(1, len(curve.costs) + 1)
         return np.asarray(sum(self._layer(kind, name, shape, count) for kind, name, shape in _around(curve)))
 
     def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
-        """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole."""
+        """Return the bytes of what kept neurons leave of each of these layers, at each rank, and whole.
+
+        Parameters
+        ----------
+        curve : NeuronCurve
+            The curve of the layers around the neurons.
+        cut : Cut
+            The remaining parts at one number of neurons kept.
+        """
         found = []
         for (kind, name, shape), layer in zip(_around(curve), cut.layers, strict=True):
             some = self._layer(kind, name, shape, cut.count, np.arange(1, len(layer.costs)))
@@ -71,13 +91,13 @@ class ByteCosts:
         self, kind: type[CompressedLinear], name: str, shape: tuple[int, int], rank: Any, inner_rank: Any = None
     ) -> Any:
         """Return the bytes of a layer, at each of some ranks, with its headers and that of the guard."""
-        numbers = kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype)
+        stored = kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype)
         # Whatever follows from a rank is no longer than the longer side.
         longest = {**dict.fromkeys(kind.sizes(*shape, 1, 1), max(shape)), "outputs": shape[0], "inputs": shape[1]}
         headers = self._entry(f"{name}.weight", (0,)) + max(map(len, kind.bias_names)) - len("bias")
         for key, tensor in kind.tensors(factored=inner_rank is not None).items():
             headers += self._entry(f"{name}.{key}", [longest[axis] for axis in tensor.axes])
-        return numbers + headers
+        return stored + headers
 
     def _dense(self, name: str) -> int:
         weight = self._weights[name]
@@ -88,7 +108,7 @@ class ByteCosts:
 
 
 def _around(curve: NeuronCurve) -> Iterator[tuple[type[CompressedLinear], str, tuple[int, int]]]:
-    """Yield type, name and shape of the layers around neurons, the one behind first."""
+    """Yield type, name and shape of the layers around neurons, their consumer first."""
     for place, (name, shape) in enumerate(zip(curve.names, curve.shapes, strict=True)):
         yield KeptOutputs if place else KeptInputs, name, shape
 

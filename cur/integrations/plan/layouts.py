@@ -16,10 +16,10 @@ _TRAINED = CURLinear
 
 
 def _within(shape: tuple[int, int], kind: type[FactoredLinear]) -> float:
-    """Return the most numbers that a layer of this shape may keep in a layout to be faster than dense.
+    """Return the most parameters that a layer of this shape may keep in a layout to be faster than dense.
 
     Two products cost more than one, and putting outputs into their places takes time that grows with the layer: for 1,
-    64 and 512 tokens at once a layer is faster if it saves a number of numbers and a share of the dense ones besides.
+    64 and 512 tokens at once a layer is faster if it saves a number of parameters and a share of the dense ones.
     From trials of benchmarks/inference.py on one core, 192 x 576 to 14336 x 4096.
     """
     if kind.faster is None:
@@ -37,18 +37,18 @@ def choose_layout(
     Parameters
     ----------
     shape : tuple of int
-        Outputs m and inputs n.
+        The numbers of outputs m and inputs n of the layer.
     purpose : {"inference", "training"}, default "inference"
         Training keeps the core ``U`` apart.
     rank : int
-        Of its weight.
+        The rank of the weight.
     among : collection of str, optional
         The layouts that it can have. Default: all of factored weights.
 
     Returns
     -------
     str or None
-        One of factored weights; None if no layout is faster, as in small layers at high ranks.
+        A layout of factored weights; None if no layout is faster, as in small layers at high ranks.
 
     Examples
     --------
@@ -65,6 +65,13 @@ def choose_layout(
 
 def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
     """Return the largest rank for which there is a layout, 0 if there is none.
+
+    Parameters
+    ----------
+    shape : tuple[int, int]
+        The numbers of outputs m and inputs n of the layer.
+    purpose : str, default "inference"
+        The purpose of the layer, ``"inference"`` or ``"training"``.
 
     Examples
     --------

@@ -47,11 +47,11 @@ class Layers:
     Parameters
     ----------
     model : PreTrainedModel
-        With its weights.
+        The dense model, with its weights.
     statistics : Statistics
-        Of the layers that are asked for.
+        Statistics of the layers that are asked for.
     progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+        Called as ``progress(stage, done, total)`` while the plan is made.
     """
 
     offloaded = False
@@ -68,16 +68,39 @@ class Layers:
         self.progress = progress
 
     def groups(self, names: list[str]) -> Iterator[tuple[list[str], Statistics]]:
-        """Yield names of layers, in order, while their weights are in memory, and statistics that cover them."""
+        """Yield names of layers, in order, while their weights are in memory, and statistics that cover them.
+
+        Parameters
+        ----------
+        names : list of str
+            The names of the layers, in order.
+
+        Yields
+        ------
+        tuple[list of str], Statistics
+            Names of layers that are in memory, and their statistics.
+        """
         with unrolled(self.model):
             yield names, self.statistics
 
     def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
-        """Return a callback for the steps of a stage within a group."""
+        """Return a callback for the steps of a stage within a group.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage.
+        """
         return None if self.progress is None else functools.partial(self.progress, stage)
 
     def gather(self, found: dict[str, T]) -> dict[str, T]:
-        """Return what was found for all groups, by their first layers, of all processes that share them."""
+        """Return what was found for all groups, by their first layers, of all processes that share them.
+
+        Parameters
+        ----------
+        found : dict[str, T]
+            The results of this process, by the first layer of each group.
+        """
         return found
 
 
@@ -98,15 +121,15 @@ def make_plan(
     Parameters
     ----------
     model : PreTrainedModel
-        Not changed.
+        The dense model, which is not changed.
     statistics : Statistics
-        Of the whole model; of its second moments only those that `layers` does not have.
+        Statistics of the whole model; it needs only the second moments that `layers` does not have.
     config : CompressConfig or BudgetConfig, optional
-        Default: the paper's setting.
+        How to plan; the setting of the paper by default.
     layers : Layers, optional
-        How the layers come into memory. Default: they are there.
+        The access to layers that are not in memory yet. By default all are in memory.
     progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+        Called as ``progress(stage, done, total)`` while the plan is made.
 
     Returns
     -------
@@ -158,6 +181,27 @@ def layer_entries(
     """Decide the rank of each of some layers.
 
     One that would not get smaller within a tolerance, or faster if the layout is "auto", has no entry.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, with the weights of these layers.
+    statistics : Statistics
+        Statistics that cover the layers.
+    config : CompressConfig
+        The configuration to plan by.
+    names : list of str
+        The names of the layers.
+
+    Returns
+    -------
+    list of PlanEntry
+        An entry for each layer, in the order of `names`.
+
+    Raises
+    ------
+    ValueError
+        If no input of a layer was ever different from zero, or a layer is too small for any rank to save anything.
     """
     moments = Moments(statistics)
     entries: list[PlanEntry] = []
@@ -209,7 +253,26 @@ def plan_of(
     entries: list[PlanEntry],
     names: list[str],
 ) -> Plan:
-    """Return the plan of these entries, for the layers `names`."""
+    """Return the plan of these entries, for the layers `names`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        The statistics that the entries come from.
+    config : CompressConfig
+        The configuration that the entries come from.
+    entries : list of PlanEntry
+        The entries of the plan.
+    names : list of str
+        The names of all layers that were looked at.
+
+    Raises
+    ------
+    ValueError
+        If there is no entry, as no layer would be smaller or faster.
+    """
     if not entries and config.tolerance is None:
         raise ValueError(
             f"`layout` 'auto' leaves all {len(names)} layers dense ({names[0]} first): none would be faster factored; "
@@ -273,7 +336,22 @@ def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
 
 
 def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
-    """Return the indices of the blocks that are compressed."""
+    """Return the indices of the blocks that are compressed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The dense model, which is not changed.
+    statistics : Statistics
+        The statistics, with angles if blocks are chosen by them.
+    config : CompressConfig
+        The configuration, which says how blocks are chosen.
+
+    Raises
+    ------
+    ValueError
+        If blocks are chosen by angles that the statistics do not hold.
+    """
     stacks = [len(stack) for stack in block_stacks(model)]
     if isinstance(config.layers, str):
         return list(range(sum(stacks)))
@@ -291,6 +369,25 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
     """Name the layers that could be chosen, refusing before any forward pass what could not be compressed.
 
     With `offloaded`, weights need not be in memory.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model to look through.
+    config : CompressConfig or BudgetConfig
+        The configuration, which names blocks and targets.
+    offloaded : bool, default False
+        Whether weights may be out of memory.
+
+    Returns
+    -------
+    list of str
+        The names of the layers.
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be compressed, or the configuration does not fit the model.
     """
     refuse_adapters(model)
     stacks = [len(stack) for stack in block_stacks(model)]

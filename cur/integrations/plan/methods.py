@@ -39,7 +39,7 @@ class RankEntry(PlanEntry):
     Parameters
     ----------
     rank : int
-        Of the weight, at most the largest that the layout has for the shape.
+        The rank of the weight, at most the largest that the layout has for the shape.
     """
 
     rank: int
@@ -174,7 +174,15 @@ class WeightedEntry(_UnderMoments, RankEntry):
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:
-        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side.
+
+        Parameters
+        ----------
+        W : Tensor
+            The weight of the layer.
+        **weights : Any
+            The weights of its rows and columns.
+        """
         return square_errors(W, **weights)
 
     @classmethod
@@ -199,7 +207,15 @@ class RowsEntry(_UnderMoments, RankEntry):
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:
-        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side."""
+        """Return the squares of its weighted errors at the ranks 0, 1, ..., the smaller side.
+
+        Parameters
+        ----------
+        W : Tensor
+            The weight of the layer.
+        **weights : Any
+            The weights of its rows and columns.
+        """
         return own_rows(W, **weights).square_errors
 
     @classmethod
@@ -210,12 +226,12 @@ class RowsEntry(_UnderMoments, RankEntry):
 
 @dataclass(frozen=True, kw_only=True)
 class _AroundNeurons(_UnderMoments):
-    """What the layers at both sides of neurons have that are given up.
+    """The entry of a layer on either side of removed neurons.
 
     Parameters
     ----------
     neurons : int
-        How many of them are kept; ``rank`` in the JSON.
+        The number of neurons kept; ``rank`` in the JSON.
     inner_rank : int or None
         The rank of what belongs to the kept neurons, if that is factored as well.
     """
@@ -255,17 +271,28 @@ class _AroundNeurons(_UnderMoments):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class NeuronsEntry(_AroundNeurons):
-    """Give up neurons before a layer, which chooses them and is fitted to those that are kept."""
+    """Remove inputs of a layer: it chooses the neurons to keep, and is fitted to them."""
 
     layout: str = KeptInputs.layout
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name that of the layer behind."""
+        """Return the layout of the next layer."""
         return (KeptInputs.layout,)
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Refuse to be without layers before."""
+        """Refuse to be without layers before.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+
+        Raises
+        ------
+        PlanError
+            If no entry of a producer names this one as its consumer.
+        """
         if not any(entry.made_with == self.name for entry in entries.values() if entry is not self):
             raise PlanError(
                 f"`entries` must hold, beside {self.name}, the layers before, whose `consumer` it is; make the plan "
@@ -276,12 +303,12 @@ class NeuronsEntry(_AroundNeurons):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class NeuronsBeforeEntry(_AroundNeurons):
-    """Give up neurons behind a layer, those that the layer behind them does without.
+    """Remove outputs of a layer: the neurons that the next layer does not keep.
 
     Parameters
     ----------
     consumer : str
-        The layer behind, whose entry keeps as many neurons.
+        The name of the next layer, whose entry keeps as many neurons.
     """
 
     layout: str = KeptOutputs.layout
@@ -289,27 +316,44 @@ class NeuronsBeforeEntry(_AroundNeurons):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name that of the layers before."""
+        """Return the layout of the layers that produce the neurons."""
         return (KeptOutputs.layout,)
 
     @property
     def made_with(self) -> str:
-        """The layer behind."""
+        """The name of the next layer."""
         return self.consumer
 
     def check(self) -> None:
-        """Refuse to have no layer behind."""
+        """Refuse an entry without a next layer.
+
+        Raises
+        ------
+        PlanError
+            If `consumer` is not the name of a layer.
+        """
         super().check()
         if not isinstance(self.consumer, str):
             raise PlanError(
-                f"`consumer` of {self.name} must name the layer behind in the layout {self.layout!r}, got "
+                f"`consumer` of {self.name} must name the next layer, in the layout {self.layout!r}, got "
                 f"{self.consumer!r}"
             )
 
     def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
-        """Refuse to keep other neurons than the layer behind."""
-        behind = entries.get(self.consumer)
-        kept = (behind.neurons, behind.shape[1]) if isinstance(behind, NeuronsEntry) else None
+        """Refuse to keep other neurons than the next layer.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+
+        Raises
+        ------
+        PlanError
+            If the next layer has no entry, or keeps another number of neurons.
+        """
+        consumer = entries.get(self.consumer)
+        kept = (consumer.neurons, consumer.shape[1]) if isinstance(consumer, NeuronsEntry) else None
         if kept != (self.neurons, self.shape[0]):
             got = "none" if kept is None else "{} of {}".format(*kept)
             raise PlanError(

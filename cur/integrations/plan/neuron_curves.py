@@ -31,11 +31,31 @@ def neuron_curves(
     damping: float,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[NeuronCurve]:
-    """Compute, for every layer behind neurons, the error at every number of neurons kept.
+    """Compute the error of every layer that reads neurons at every number of neurons kept.
 
     In the unit of :class:`~cur.integrations.plan.rate_distortion.LayerCurve`: the error of the outputs of the next
-    layer, predicted from the neurons that are kept. At some of these numbers also the errors of what is left of the
-    layers, at every rank: a little of both loses less than much of either.
+    layer, predicted from the neurons that are kept. For some of these numbers the curves also have the errors
+    of the remaining layers at every rank: a little of both loses less than much of either.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    moments : Moments
+        The statistics, as moments of layers.
+    names : sequence of str
+        The names of the layers to look among.
+    gradients : bool
+        Whether errors are weighted by output gradients.
+    damping : float
+        The share of its mean diagonal that is added to each moment.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every group of layers.
+
+    Returns
+    -------
+    list of NeuronCurve
+        A curve for each layer that reads neurons.
     """
     groups = neuron_groups(model, names)
     curves = []
@@ -55,12 +75,39 @@ def neuron_curves(
 
 
 def double_weight(model: nn.Module, name: str) -> Tensor:
-    """Return the weight of a dense layer in float64; a NumericalError names it if it is not finite."""
+    """Return the weight of a dense layer in float64; a NumericalError names it if it is not finite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the layer belongs to.
+    name : str
+        The name of the layer.
+    """
     return finite_weight(model.get_submodule(name), name).to(torch.float64)
 
 
 def neuron_order(model: nn.Module, moments: Moments, consumer: str, *, gradients: bool, damping: float) -> OwnInputs:
-    """Choose the order in which the inputs of a layer, the neurons before it, are kept."""
+    """Choose the order in which the inputs of a layer, the neurons before it, are kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    moments : Moments
+        The statistics, as moments of layers.
+    consumer : str
+        The name of the layer whose inputs are the neurons.
+    gradients : bool
+        Whether errors are weighted by output gradients.
+    damping : float
+        The share of its mean diagonal that is added to each moment.
+
+    Returns
+    -------
+    OwnInputs
+        The order, and the error at every number of neurons kept.
+    """
     W = double_weight(model, consumer)
     H, G = moments.weights(consumer, W, gradients=gradients, damping=damping)
     return own_inputs(W, row_weights=H, column_weights=G)
@@ -69,19 +116,19 @@ def neuron_order(model: nn.Module, moments: Moments, consumer: str, *, gradients
 def _cuts(
     model: nn.Module, moments: Moments, found: OwnInputs, names: Sequence[str], *, gradients: bool, damping: float
 ) -> tuple[Cut, ...]:
-    """Compute the curves of what some numbers of kept neurons leave of layers, the first of them the one behind."""
+    """Compute the curves of what remains of the consumer and of its producers at some numbers of kept neurons."""
     width = len(found.order)
     kept = [found.kept(count) for count in dict.fromkeys(round(share * width) for share in _SHARES) if count > 1]
     layers: list[list[LayerCurve]] = [[] for _ in kept]
     for name in names:
-        W, behind = double_weight(model, name), name == names[0]
+        W, is_consumer = double_weight(model, name), name == names[0]
         # Of a moment of which only a part will be used no factors are needed.
-        H, G = moments.weights(name, W, gradients=gradients and behind, damping=damping)
-        whole = float(found.square_errors[0] if behind else G.apply(W, 1).square().sum())
-        if gradients and not behind:
+        H, G = moments.weights(name, W, gradients=gradients and is_consumer, damping=damping)
+        whole = float(found.square_errors[0] if is_consumer else G.apply(W, 1).square().sum())
+        if gradients and not is_consumer:
             H = moments.outputs(name, W, damping=damping)
         for places, curves in zip(kept, layers, strict=True):
-            if behind:
+            if is_consumer:
                 inside, rows, columns = found.truncate(len(places)), H, found.moment[places][:, places]
             else:
                 inside, rows, columns = W[places], None if H is None else H[places][:, places], G

@@ -56,30 +56,32 @@ class Plan:
     Parameters
     ----------
     entries : tuple of PlanEntry
-        One for each layer to replace.
+        The entries, one for each layer to replace.
     fingerprint : str
-        :func:`fingerprint` of the dense model.
+        The :func:`fingerprint` of the dense model that the plan is for.
     model : str
-        Where the dense model came from, for the reader.
+        The place that the dense model came from, for the reader.
     seed : int
-        Seed of every random choice.
+        The seed of every random choice.
     precision : str
-        One of :data:`PRECISIONS`.
+        The dtype that factorizations compute in, one of :data:`PRECISIONS`.
     calibration : str or None
         SHA-256 of the calibration tokens, or None when it is not known.
     calibration_tokens : int
-        Their number.
+        The number of tokens that the model was measured on.
     calibration_precision : str
-        Of the products in the passes over them, ``"float32"`` for instance; empty where it is not known.
+        The precision of matrix products in the passes over that text, ``"float32"`` for instance; empty where it is not
+        known.
     angular : mapping of int to float
         Angular distance between the outputs of layer i - 1 and layer i, in units of pi.
     versions : mapping of str to str
         Versions of the libraries that made the plan.
     own_text : float
-        How much text the model wrote itself to be calibrated on that, too, as a multiple of what it was given.
+        The amount of text that the model wrote itself to be measured on as well, as a multiple of the text it was
+        given.
     correction : float
-        How much of the difference between what layers get in the dense model and what compressed ones before them give
-        is corrected, from 0 to 1; 0 fits no layer to that. Needs the text again when the plan is carried out.
+        The share, from 0 to 1, of the error in a layer's inputs, left by compressed layers before it, that the layer
+        corrects; 0 corrects nothing. Anything else needs the text again when the plan is applied.
     targeted_parameters : int or None
         Numbers in the dense weights of all layers that share a budget, those included that stay dense; None for a plan
         without a budget.
@@ -152,7 +154,13 @@ class Plan:
     batch_size = 1
 
     def as_done(self, layers: Iterable[Any]) -> Plan:
-        """Return the plan with the ranks that were found, from objects with a `rank` in the order of its entries."""
+        """Return the plan with the ranks that were found, from objects with a `rank` in the order of its entries.
+
+        Parameters
+        ----------
+        layers : Iterable[Any]
+            Objects with a ``rank``, in the order of the entries.
+        """
         entries = (entry.found(done.rank) for entry, done in zip(self.entries, layers, strict=True))
         return replace(self, entries=tuple(entries))
 
@@ -163,6 +171,11 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this architecture and these shapes.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that the plan should be for.
 
         Raises
         ------
@@ -214,6 +227,11 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read a plan from JSON types.
 
+        Parameters
+        ----------
+        data : mapping
+            The plan, as JSON types.
+
         Raises
         ------
         PlanError
@@ -241,19 +259,36 @@ class Plan:
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         with replace_file(path) as file:
             file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a plan from a JSON file; see :meth:`from_dict`."""
+        """Read a plan from a JSON file; see :meth:`from_dict`.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to read.
+
+        Raises
+        ------
+        PlanError
+            If the file does not hold a plan that can be applied.
+        """
         data = read_object(path, remedy="make it again, or name another", error=PlanError)
         try:
             return cls.from_dict(data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = error if isinstance(error, ValueError) else f"malformed ({error!r})"
-            raise PlanError(f"{path} cannot be carried out: {reason}; make it again, or name another") from error
+            raise PlanError(f"{path} cannot be applied: {reason}; make it again, or name another") from error
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -261,6 +296,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Weights and dtype do not enter, so that a plan made in float32 can be replayed on the same model in
     bfloat16.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to hash, whose values do not matter.
     """
     with unrolled(model):  # whether experts lie in one parameter or in many does not matter
         shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
@@ -268,5 +308,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def is_multiple(value: Any) -> bool:
-    """Tell whether a value is a finite number that is at least 0, and no truth value."""
+    """Tell whether a value is a finite number that is at least 0, and no truth value.
+
+    Parameters
+    ----------
+    value : Any
+        The value to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is such a number.
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < math.inf

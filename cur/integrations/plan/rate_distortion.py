@@ -1,4 +1,4 @@
-"""What layers offer to a budget: their errors at every rank or number of neurons, and the numbers these store."""
+"""Rate-distortion curves of layers: error and parameters at every rank, or number of neurons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cur.integrations.nn import InterpolativeLinear
 __all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "unit"]
 
 SMALLEST = InterpolativeLinear
-"""The type of factored layers with the fewest numbers: what they are stored as under a budget."""
+"""The type of factored layers with the fewest parameters: what they are stored as under a budget."""
 
 
 def unit(whole: float, *, gradients: bool) -> float:
@@ -20,24 +20,31 @@ def unit(whole: float, *, gradients: bool) -> float:
 
     With gradients they are halved, which makes them loss per token; without, they are divided by the square of the
     whole layer.
+
+    Parameters
+    ----------
+    whole : float
+        The squared weighted error of leaving out the whole layer.
+    gradients : bool
+        Whether errors are weighted by output gradients.
     """
     return 0.5 if gradients else 1.0 / (whole or 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCurve:
-    """What one layer offers to a budget.
+    """Options of one layer: its error and size at every rank.
 
     Attributes
     ----------
     name : str
-        Of the layer.
+        The name of the layer.
     shape : tuple of int
-        Outputs m and inputs n.
+        The numbers of outputs m and inputs n of the layer.
     errors : array
         Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
     costs : array
-        Numbers stored at the same.
+        The number of parameters stored at each of these ranks.
     """
 
     name: str
@@ -50,6 +57,17 @@ class LayerCurve:
         """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
 
         They are multiplied by `scale`, see :func:`unit`.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        shape : tuple[int, int]
+            The numbers of outputs m and inputs n of the layer.
+        squares : np.ndarray[Any, Any]
+            The squares of the weighted errors at the ranks 0, 1, ..., the smaller side.
+        scale : float
+            The factor that brings the squares to one unit for all layers, see :func:`unit`.
         """
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.
@@ -60,16 +78,16 @@ class LayerCurve:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What giving up neurons leaves of layers, and what these can do each for itself besides.
+    """The layers around neurons at one number of neurons kept, and their own options at that number.
 
     Attributes
     ----------
     count : int
-        Neurons kept.
+        The number of neurons kept.
     error : float
-        Of giving up the others.
+        The error of removing the other neurons.
     layers : tuple of LayerCurve
-        What is left of the consumer, and of the producers in order, at every rank.
+        The curves of what remains of the consumer, and of the producers in order.
     """
 
     count: int
@@ -79,7 +97,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class NeuronCurve:
-    """What giving up neurons offers to a budget, as more forms that several layers can take together.
+    """Options that remove neurons from a group of layers: error and size for every number of neurons kept.
 
     Attributes
     ----------
@@ -94,7 +112,7 @@ class NeuronCurve:
     costs : array
         Numbers stored in all these layers at the same.
     cuts : tuple of Cut
-        What is left at some of these counts, to be factored as well.
+        The remaining parts at some of these counts, which can be factored as well.
     """
 
     consumer: str

@@ -19,9 +19,9 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     Parameters
     ----------
     model : PreTrainedModel
-        The compressed model.
+        The compressed model, whose layers are listed.
     report : CompressionReport, optional
-        Where the figures come from; without it only the sizes of the layers are known.
+        The report that the figures come from; without it only the sizes of the layers are known.
 
     Returns
     -------

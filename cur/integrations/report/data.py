@@ -27,35 +27,35 @@ class LayerReport:
     Attributes
     ----------
     name : str
-        Name of the module.
+        The name of the layer's module.
     shape : tuple of int
-        Outputs m and inputs n.
+        The numbers of outputs m and inputs n of the layer.
     rank : int
-        Rows and columns kept.
+        The number of rows and columns kept.
     layout : str
-        How the factors are stored.
+        The layout in which the factors are stored.
     parameters_before, parameters_after : int
-        Numbers in the dense weight and in the factors.
+        The number of parameters of the dense weight and of the factors.
     certificate : mapping
         The certificate of the factorization as JSON types: ``norm``, ``value``, ``relative``, ``kind`` and
         the rest.
     relative_error : float
         ``||W - C U R||_F / ||W||_F``, of the factors in the precision of the factorization.
     weighted_error : float
-        The same with every input feature weighted by its norm over the calibration tokens.
+        The relative error with every input feature weighted by its norm over the calibration tokens.
     weighted_bound : float
         Certified bound on it: as computed, and the rounding of the computation.
     rows, columns : tuple of int
         Indices of the rows and columns of W that were kept, in the order of the factors.
     seconds : float
-        Time of the factorization.
+        The seconds that the factorization took.
     spectrum : tuple of (int, float)
         Some singular values of the weight with every input feature weighted by its norm, by their number from 1 on,
         relative to the largest. Empty for layers too large for an SVD.
     output : OutputChange or None
-        How much the layer's output changed on a batch of text; None unless it was measured.
+        The change of the layer's output on a batch of text; None unless it was measured.
     inner_rank : int or None
-        Of a layer that gave up neurons, the rank of what it keeps; None if that is held whole.
+        The rank of the part that a layer keeps after neurons are removed; None if that is held whole.
     """
 
     name: str
@@ -87,7 +87,13 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a report from JSON types."""
+        """Read a report from JSON types.
+
+        Parameters
+        ----------
+        data : mapping
+            The report, as JSON types.
+        """
         return cls(
             **{
                 **data,
@@ -107,29 +113,29 @@ class CompressionReport:
     Attributes
     ----------
     plan : Plan
-        The plan as carried out.
+        The plan as it was applied.
     layers : tuple of LayerReport
-        One for each entry of the plan.
+        The reports on layers, one for each entry of the plan.
     before, after : Size
-        Of the whole model.
+        The size of the whole model before and after.
     seconds : mapping of str to float
         Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``swap``.
     perplexity : mapping of str to float
-        By state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
+        The perplexity by state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
     precision : str
-        Of the products in passes over text, ``"float32"`` for instance; empty where it is not known. The plan names
-        that of the calibration, which may have been measured earlier.
+        The precision of matrix products in passes over text, ``"float32"`` for instance; empty where it is not known.
+        The plan names that of the calibration, which may have been measured earlier.
     versions : mapping of str to str
-        Python and libraries.
+        The versions of Python and of the libraries involved.
     source : str
-        What the dense model was loaded from: an absolute path, or a hub id; empty where it is not known.
+        The place that the dense model was loaded from: an absolute path, or a hub id; empty where it is not known.
     kept : str
         Hash of the parameters that both models have, by which another model is not taken for the dense one; empty where
         it is not known.
     unread : tuple of str
         Names of tensors in the files of the dense model that are no part of it.
     account : mapping
-        What the checkpoint that it lies in holds of the model it was made from, as JSON types; see
+        A comparison of the checkpoint with the model that it was made from, as JSON types; see
         :class:`~cur.integrations.store.account.Account`. Empty where that came from no directory.
     """
 
@@ -178,6 +184,16 @@ class CompressionReport:
         """Read a report from JSON types; a ValueError names what does not belong in one.
 
         Unlike a plan a report steers nothing, so there is no version to it beyond that of its plan.
+
+        Parameters
+        ----------
+        data : mapping
+            The report, as JSON types.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing, not known or of the wrong kind.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
@@ -198,13 +214,30 @@ class CompressionReport:
             raise ValueError(f"the report is malformed: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to write.
+        """
         with replace_file(path) as file:
             file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a report from a JSON file."""
+        """Read a report from a JSON file.
+
+        Parameters
+        ----------
+        path : path
+            The path of the file to read.
+
+        Raises
+        ------
+        CheckpointError
+            If the file does not hold a report.
+        """
         data = read_object(path, remedy="fetch it again, or delete it to go without")
         try:
             return cls.from_dict(data)

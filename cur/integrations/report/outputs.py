@@ -49,14 +49,14 @@ class OutputChange:
     Attributes
     ----------
     activation : str
-        What follows the layer, a key of :data:`cur.bounds.LIPSCHITZ`; ``"identity"`` if nothing that is known.
+        The activation that follows the layer, a key of :data:`cur.bounds.LIPSCHITZ`; ``"identity"`` if none is known.
     size : float
-        Of the dense layer's output.
+        The root mean square of the dense layer's output.
     change : float
-        Of the difference, measured.
+        The measured root mean square of the difference of the outputs.
     bound : float
-        Of the difference, by the theorem: Lipschitz constant times spectral norm of the error of the weight times the
-        root mean square of the input's norm.
+        The bound of the theorem on that difference: Lipschitz constant times spectral norm of the error of the weight
+        times the root mean square of the input's norm.
     worst : float
         Largest change of a token over its own bound.
     """
@@ -69,14 +69,31 @@ class OutputChange:
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """Return the key of :data:`cur.bounds.LIPSCHITZ` that an activation module has, None for any other module."""
+    """Return the key of :data:`cur.bounds.LIPSCHITZ` that an activation module has, None for any other module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+    """
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return _ACTIVATIONS.get(type(module))
 
 
 def spectral_norm_bound(E: Tensor) -> float:
-    """Bound the 2-norm of a matrix, rounding included: by its singular values, or for large ones by ``||E||_F``."""
+    """Bound the 2-norm of a matrix, rounding included: by its singular values, or for large ones by ``||E||_F``.
+
+    Parameters
+    ----------
+    E : Tensor
+        The matrix, of any floating dtype.
+
+    Returns
+    -------
+    float
+        A bound that the 2-norm does not exceed.
+    """
     E = E.to(torch.float64)
     total = float(torch.linalg.norm(E))
     if min(E.shape) > EXACT_UP_TO:
@@ -105,7 +122,7 @@ def output_changes(
     model : nn.Module
         The dense model; not changed.
     layers : mapping
-        By name, what would stand for its layers; those that keep some neurons, whose inputs or outputs are others, are
+        The replacements of its layers, by name; those that keep some neurons have other inputs or outputs and are
         passed over.
     batch : mapping
         Keyword arguments of the model, as for :func:`~cur.integrations.collect`.
@@ -113,7 +130,7 @@ def output_changes(
     Returns
     -------
     dict
-        By name; a layer that the batch did not reach has no entry.
+        The changes by the name of the layer; one that the batch did not reach has no entry.
     """
     layers = {name: layer for name, layer in layers.items() if layer.by_itself}
     inner = body(model)

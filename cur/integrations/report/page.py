@@ -40,7 +40,13 @@ figure { margin: 0; } svg { max-width: 100%; height: auto; }
 
 
 def can_draw() -> bool:
-    """Say whether matplotlib is installed."""
+    """Say whether matplotlib is installed.
+
+    Returns
+    -------
+    bool
+        Whether pages have pictures.
+    """
     return find_spec("matplotlib") is not None
 
 
@@ -50,7 +56,7 @@ def report_page(report: CompressionReport) -> str:
     Parameters
     ----------
     report : CompressionReport
-        What was done.
+        The report of the compression.
 
     Returns
     -------
@@ -61,7 +67,7 @@ def report_page(report: CompressionReport) -> str:
     Raises
     ------
     ImportError
-        If matplotlib is missing.
+        If matplotlib is not installed.
     """
     if not can_draw():
         raise ImportError('pictures need matplotlib; type: pip install "cur-decomposition[plots]"')

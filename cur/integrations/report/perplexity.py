@@ -24,7 +24,7 @@ from cur.integrations.model.running import Progress, body, evaluating, model_inp
 
 __all__ = ["Perplexity", "perplexity"]
 
-# Logits in memory at once, in numbers: 64 MB in float32.
+# Logits in memory at once: 64 MB in float32.
 _CHUNK = 1 << 24
 _PROBE = 8
 
@@ -36,17 +36,17 @@ class Perplexity:
     Attributes
     ----------
     value : float
-        ``exp(nll / tokens)``.
+        The perplexity ``exp(nll / tokens)``.
     nll : float
         Negative log-likelihood, summed over the scored tokens, in nats.
     tokens : int
         Scored tokens: all but the first of each window.
     windows : int
-        Windows scored.
+        The number of windows scored.
     seconds : float
-        Wall-clock time.
+        The seconds that the passes took.
     precision : str
-        Of the products in the passes, ``"float32"`` for instance.
+        The precision of matrix products in the passes, ``"float32"`` for instance.
     """
 
     value: float
@@ -89,9 +89,9 @@ def perplexity(
     batch_size : int, default 1
         Windows per forward pass; changes the result by rounding only.
     precision : str, default "auto"
-        Of the products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device; see
-        :class:`~cur.integrations.model.precision.Precision`. Logits are computed as the
-        weights of the head are, in any case.
+        The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
+        see :class:`~cur.integrations.model.precision.Precision`. Logits are computed as the weights of the head are, in
+        any case.
     progress : callable, optional
         Called as ``progress(done, total)`` after every batch, in windows.
 

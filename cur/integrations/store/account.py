@@ -36,7 +36,7 @@ class Account:
     same : int
         Tensors with the same values, bit by bit.
     same_bytes : int
-        Their bytes.
+        The bytes of the tensors that are the same.
     compressed : list of str
         Modules that hold factors in one of the two, or in both.
     rounded : list of str
@@ -187,6 +187,15 @@ def write_account(directory: Path, account: Account | None, *, kept: str = "") -
     """Write what is known of a directory that is complete.
 
     Hashes of its weights, what it holds of its source, and the hash of what compression left as it was.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory, which is complete.
+    account : Account or None
+        The comparison with the source; None if there is none.
+    kept : str, default ""
+        The hash of the tensors that compression left as they were.
     """
     hashes = {file.name: digest_of(file) for file in sorted(directory.glob("*.safetensors"))}
     said = None if account is None else account.to_dict()
@@ -198,10 +207,15 @@ def write_account(directory: Path, account: Account | None, *, kept: str = "") -
 def read_account(directory: str | os.PathLike[str]) -> Account | None:
     """Return the account that was written with a checkpoint, None if there is none.
 
+    Parameters
+    ----------
+    directory : path
+        The directory of a checkpoint.
+
     Raises
     ------
     CheckpointError
-        If the file is damaged.
+        If the file is damaged or not of this format.
     """
     path = Path(directory) / ACCOUNT
     if not path.exists():

@@ -79,12 +79,12 @@ def save(
     model : PreTrainedModel
         A model with compressed layers.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside it. One that is as it was loaded leaves its files to be copied.
+        The tokenizer, which is saved beside the model. One that is as it was loaded leaves its files to be copied.
     directory : path
-        What to create.
+        The directory to create.
     report : CompressionReport, optional
-        Written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where matplotlib is
-        installed, its pictures as ``report.html``.
+        The report, written as ``report.json``, its plan as ``plan.json``, its figures into the model card, and, where
+        matplotlib is installed, its pictures as ``report.html``.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced; it stays until the new one is complete.
     max_shard_size : int or str, default "5GB"
@@ -111,7 +111,7 @@ def save(
     FileExistsError
         If the directory exists, is not empty, and `overwrite` is False.
     OSError
-        If the disk is full.
+        If the disk is full or cannot be written.
     """
     if not compressed_modules(model):
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
@@ -150,7 +150,7 @@ def _complete(
     """Put beside weights of the default names whatever else belongs to a checkpoint, and account for all of it."""
     from cur.integrations.files.tensor_file import add_tensors
 
-    # What another quantizer stored are no numbers of the model, to be compared or copied.
+    # What another quantizer stored are not the parameters of the model, to be compared or copied.
     stored_here = source is not None and has_weights(source) and foreign_method(check_config(source)) is None
     if source is not None and stored_here:
         files = ModelFiles(source, without_weights(source, type(model)))
@@ -208,6 +208,26 @@ def dense_export(
     """Write a plain checkpoint, every compressed layer multiplied out, that loads without this package.
 
     The compressed model itself is unchanged. The parameters are those of :func:`save`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The compressed model, which is not changed.
+    tokenizer : Any
+        The tokenizer, which is saved beside the model; None saves none.
+    directory : path
+        The directory to create.
+    overwrite : bool, default False
+        Whether a directory that exists may be replaced.
+    max_shard_size : int or str, default "5GB"
+        The largest size of one file, in bytes or as text such as ``"5GB"``.
+    source : path, optional
+        The directory of the dense model, whose other files are carried over.
+
+    Returns
+    -------
+    Path
+        The directory that was created.
     """
     with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
@@ -217,6 +237,16 @@ def dense_export(
 
 def read_config(directory: str | os.PathLike[str]) -> CURConfig:
     """Read what a checkpoint says about its compressed layers, without its weights.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a compressed checkpoint.
+
+    Returns
+    -------
+    CURConfig
+        The configuration of its compressed layers.
 
     Raises
     ------

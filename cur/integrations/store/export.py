@@ -23,13 +23,13 @@ class Target:
     Attributes
     ----------
     name : str
-        What ``--to`` calls it.
+        The name of the target, which ``--to`` takes.
     summary : str
-        One sentence: what is written, and who reads it.
+        A sentence that says what is written, and who reads it.
     write : callable
-        Called with model, tokenizer and directory, and with ``overwrite``, ``max_shard_size`` and ``source`` of
-        :func:`~cur.integrations.save`; returns the directory. It writes all of it or nothing, and leaves the model as
-        it was.
+        Writes the target. Called with model, tokenizer and directory, and with ``overwrite``, ``max_shard_size`` and
+        ``source`` of :func:`~cur.integrations.save`; returns the directory. It writes all of it or nothing, and leaves
+        the model as it was.
     needs : tuple of str
         Packages that have to be installed for it, beside those of the ``transformers`` extra.
     """
@@ -47,10 +47,20 @@ TARGETS: dict[str, Target] = {}
 def register_target(target: Target) -> Target:
     """Make a target known.
 
+    Parameters
+    ----------
+    target : Target
+        The target to register.
+
+    Returns
+    -------
+    Target
+        The target, as it is.
+
     Raises
     ------
     ValueError
-        If another has the name.
+        If another target has the name already.
     """
     known = TARGETS.setdefault(target.name, target)
     if known is not target:
@@ -70,12 +80,17 @@ register_target(
 def check_export(to: str) -> Target:
     """Return a target by name, if all that it needs is there.
 
+    Parameters
+    ----------
+    to : str
+        The name of the target.
+
     Raises
     ------
     ValueError
-        If it is unknown.
+        If no target has that name.
     ImportError
-        If a package is missing.
+        If a package that the target needs is not installed.
     """
     if to not in TARGETS:
         raise ValueError(f"`to` must be one of {', '.join(TARGETS)}, got {to!r}")
@@ -99,10 +114,12 @@ def export(
 
     Parameters
     ----------
-    model, tokenizer, directory, overwrite, max_shard_size, source
-        As for :func:`~cur.integrations.save`.
+    model, tokenizer, directory
+        The model to write and its place, as for :func:`~cur.integrations.save`.
     to : str, default "dense"
-        One of :data:`TARGETS`.
+        The name of the target, one of :data:`TARGETS`.
+    overwrite, max_shard_size, source
+        Options of writing, as for :func:`~cur.integrations.save`.
 
     Returns
     -------

@@ -49,10 +49,10 @@ class CURConfig(QuantizationConfigMixin):
     Parameters
     ----------
     modules : mapping
-        By module name what :meth:`CompressedLinear.spec` says of the layer, its ``"layout"`` and what that takes; or
+        The result of :meth:`CompressedLinear.spec` by module name: its ``"layout"`` and what that takes; or
         ``{"shared_with": name}`` for a second name of a layer.
     format_version : int
-        See :data:`FORMAT_VERSION`.
+        The version of the checkpoint format, see :data:`FORMAT_VERSION`.
     experts : sequence of str
         Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
     weights : str or None
@@ -110,7 +110,13 @@ class CURQuantizer(HfQuantizer):
     quantization_config: CURConfig
 
     def is_serializable(self) -> bool:
-        """Allow `save_pretrained`."""
+        """Allow `save_pretrained`.
+
+        Returns
+        -------
+        bool
+            True, as every state can be saved.
+        """
         return True
 
     @property
@@ -129,7 +135,18 @@ class CURQuantizer(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one."""
+        """Name the weight file; the last hook of `from_pretrained` that runs before it looks for one.
+
+        Parameters
+        ----------
+        config : Any
+            The configuration of the model.
+
+        Returns
+        -------
+        Any
+            The configuration, with the name of the weight file.
+        """
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
         elif getattr(config, "transformers_weights", None) == ADVICE:
@@ -197,6 +214,11 @@ class CURQuantizer(HfQuantizer):
         layer initialised at random. An empty tensor under the name of each dense weight that is gone makes
         that an error about sizes, and the name of one more empty tensor, shown in its table, says what to do.
         This holds for every way of saving: `save_pretrained`, `push_to_hub`, `Trainer`.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model to save.
         """
         state: dict[str, torch.Tensor] = model.state_dict()
         for name, spec in describe(model).items():
@@ -227,7 +249,13 @@ class CURQuantizer(HfQuantizer):
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers."""
+    """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model with compressed layers.
+    """
     first: dict[int, str] = {}
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -242,7 +270,18 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def refuse_other_formats(model: PreTrainedModel) -> None:
-    """Raise a ValueError if a model is quantized by another method than ours."""
+    """Raise a ValueError if a model is quantized by another method than ours.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model to look at.
+
+    Raises
+    ------
+    ValueError
+        If another quantizer has changed it.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, CURQuantizer):
         raise ValueError(
@@ -253,6 +292,11 @@ def refuse_other_formats(model: PreTrainedModel) -> None:
 
 def mark_(model: PreTrainedModel) -> None:
     """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, whose configuration is changed in place.
 
     Raises
     ------
@@ -274,7 +318,7 @@ def mark_(model: PreTrainedModel) -> None:
 
 
 def _keep_names_(model: PreTrainedModel) -> None:
-    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they stand for."""
+    """Keep `save_pretrained` from converting the layers of experts as if they were the parameters they replace."""
     if any(isinstance(module, LinearExperts) for module in model.modules()):
         state: Any = model
         state._weight_conversions = []
@@ -289,7 +333,7 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
             return
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) and what "
-        "that takes: a positive integer `rank`, where neurons were given up perhaps an `inner_rank`, and perhaps "
+        "that takes: a positive integer `rank`, where neurons were removed perhaps an `inner_rank`, and perhaps "
         "`int8`: true; a type of your own has to be registered first"
     )
 

@@ -22,7 +22,22 @@ __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
 class LayerSummary:
     """One compressed layer: its name, shape (outputs, inputs), layout, rank and the dtype of its factors.
 
-    And the rank of what is kept of a layer that gave up neurons, where that is of a lower one.
+    Where neurons were removed and the rest was factored as well, also the inner rank.
+
+    Parameters
+    ----------
+    name : str
+        The name of the layer.
+    shape : tuple[int, int]
+        The numbers of outputs m and inputs n of the layer.
+    layout : str
+        The layout in which the factors are stored.
+    rank : int
+        The rank of the layer, or the number of neurons kept.
+    dtype : str
+        The dtype of the factors.
+    inner_rank : int, optional
+        The rank of the kept part; None if it is whole.
     """
 
     name: str
@@ -49,7 +64,7 @@ class LayerSummary:
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers in the weight they stand for."""
+        """The number of parameters of the dense weight."""
         return self.shape[0] * self.shape[1]
 
 
@@ -60,17 +75,17 @@ class CheckpointSummary:
     Attributes
     ----------
     directory : str
-        Where it lies.
+        The directory that the checkpoint lies in.
     format_version : int
-        Version of the format.
+        The version of the checkpoint format.
     layers : tuple of LayerSummary
-        Its compressed layers; one that has several names appears once.
+        The compressed layers; one that has several names appears once.
     parameters : int
         Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count.
     dense_parameters : int
-        The same if every compressed layer were dense.
+        The number of parameters if every compressed layer were dense.
     file_bytes : int
-        Bytes of the weight files.
+        The sum of the bytes of all weight files.
     """
 
     directory: str
@@ -81,7 +96,13 @@ class CheckpointSummary:
     file_bytes: int
 
     def in_layout(self, layout: str) -> int:
-        """Return the numbers that the factors of all factored layers would take in one layout at their ranks."""
+        """Return the number of parameters that all factored layers would take in one layout at their ranks.
+
+        Parameters
+        ----------
+        layout : str
+            The name of the layout.
+        """
         kind = layer_class(layout)
         return sum(
             int(kind.numbers(*layer.shape, *layer.ranks))
@@ -99,6 +120,16 @@ class CheckpointSummary:
 
 def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     """Read the summary of a compressed checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a compressed checkpoint.
+
+    Returns
+    -------
+    CheckpointSummary
+        The summary of its layers and sizes.
 
     Raises
     ------
@@ -121,7 +152,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
             raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch it again") from error
     check_hashes(directory)
     layers = tuple(_layer(name, spec, tensors) for name, spec in config.modules.items() if "shared_with" not in spec)
-    # Of neurons that were given up the entries of the bias are gone, too.
+    # Of removed neurons the entries of the bias are gone, too.
     biases = 0
     for layer in layers:
         stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)

@@ -5,12 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from cur.cli.app import app
-from cur.integrations.blockwise import Shards, available_memory, fits
-from cur.integrations.pipeline import place
 
 
 @pytest.fixture
@@ -77,20 +74,3 @@ def test_what_does_not_go_together(directory: Path, text: Path, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "leave out --in-memory" in command("compress", directory, "--in-memory", "--out", out, code=2)
     assert "runs in one process" in command("evaluate", directory, code=2)
-
-
-def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert place("cuda") == "cuda"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
-
-
-def test_what_fits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = Shards(directory)
-    assert (available_memory() or 1) > 0
-    for free, expected in ((shards.bytes, False), (2 * shards.bytes, True), (None, True)):
-        monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda free=free: free)
-        assert fits(shards, torch.float32) is expected
-    monkeypatch.setattr("cur.integrations.blockwise.memory.available_memory", lambda: shards.bytes)
-    assert fits(shards, torch.bfloat16)

@@ -68,7 +68,7 @@ def same_files(directory: Path) -> None:
 def same_layers(whole: CompressionReport, parts: CompressionReport) -> None:
     for one, other in zip(whole.layers, parts.layers, strict=True):
         assert (one.name, one.rank, one.rows, one.columns) == (other.name, other.rank, other.rows, other.columns)
-        # Around neurons that were given up layers take or return fewer numbers.
+        # Around removed neurons layers take or return fewer features.
         assert one.output is not None or one.layout in ("outputs", "inputs")
         assert one.output == other.output
     assert (whole.before, whole.after) == (parts.before, parts.after)

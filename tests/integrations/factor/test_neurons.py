@@ -40,7 +40,7 @@ from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.entry import PlanEntry, PlanError, read_entry
 from cur.integrations.plan.rate_distortion import NeuronCurve
 from cur.integrations.store.inspect import summarize
-from tests.integrations.architectures import make
+from tests.models import make
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -276,7 +276,7 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
     ("changes", "message"),
     [
         ({"rank": 97}, "between 1 and 96, the largest of 96 x 32 in the layout .outputs., got 97"),
-        ({"consumer": None}, "`consumer` of gate must name the layer behind"),
+        ({"consumer": None}, "`consumer` of gate must name the next layer"),
         ({"inner_rank": 33}, "`inner_rank` of gate must be null or an integer between 1 and 32"),
         ({"inner_rank": 0}, "`inner_rank` of gate must be null or an integer between 1 and 32"),
         (

@@ -72,6 +72,7 @@ def test_sums_are_those_of_the_inputs(any_model: PreTrainedModel, windows: torch
     for handle in handles:
         handle.remove()
     measured = collect(any_model, [windows], modules=modules, moments="full")
+    assert modules
     for name in modules:
         x = torch.cat(seen[name])
         assert measured.counts[name] == len(x) == windows.numel()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cur import NumericalError
 from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
 from cur.integrations.measure import gradients
-from tests.integrations.architectures import make
+from tests.models import make
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
 
@@ -58,6 +58,7 @@ def test_they_are_the_gradients_of_the_summed_loss(
     for handle in handles:
         handle.remove()
     loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).sum()
+    assert set(outputs) == set(modules)
     for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
         g = gradient.double().flatten(0, -2)
         expected = g.T @ g / len(g)

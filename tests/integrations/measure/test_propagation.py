@@ -131,6 +131,7 @@ def test_what_the_residual_stream_misses(
     swap_(student, made)
     dense, ours = (streams_of(one, WRITERS[kind], windows) for one in (model, student))
     Z = inputs_of(student, names, given)
+    assert any(name.endswith(WRITERS[kind]) for name in names)
     for name in names:
         missing = seen[name].missing
         if not name.endswith(WRITERS[kind]):
@@ -301,6 +302,7 @@ def test_statistics_alone_fit_nothing(make_model: Callable[..., PreTrainedModel]
     statistics = measure(models[0], batches(windows, batch_size=4), config)
     compress(models[0], statistics, config)
     compress(models[1], windows, BudgetConfig(keep=0.6, own_text=0, correction=0.0))
+    assert compressed_modules(models[0])
     ours, plain = (model.state_dict() for model in models)
     assert all(torch.equal(value, plain[key]) for key, value in ours.items())
 

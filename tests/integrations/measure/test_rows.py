@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cur.integrations import dataset_texts, read_text, token_windows
-from tests.integrations.checkpoints import tokenizer
+from tests.models import tokenizer
 
 TALK = [{"role": "user", "content": "w4 w5"}, {"role": "assistant", "content": "w6"}]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"

@@ -16,7 +16,7 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, collect, compress, load_model, perplexity
 from cur.integrations.blockwise import compress_blockwise, load_streamed, perplexity_blockwise
 from cur.integrations.model.limits import check_windows, positions
-from tests.integrations.checkpoints import TEXT, tokenizer, write
+from tests.models import TEXT, tokenizer, write
 
 SHORT: dict[str, Any] = {"vocab_size": 90, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
 

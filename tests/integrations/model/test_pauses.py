@@ -50,6 +50,7 @@ def test_layers_behind_one_that_was_changed_see_what_it_gives(llama: PreTrainedM
         block.get_submodule(names[0]).weight.mul_(2)
         second = [course.to_layer(names[1]) for course in courses]
         ends = [course.to_the_end() for course in courses]
+    assert entered
     for (hidden, calls), x, y, end in zip(entered, first, second, ends, strict=True):
         with inputs_of(block, names) as seen:
             assert torch.equal(calls[1](block, hidden), end)

@@ -29,7 +29,7 @@ from cur.integrations.model.precision import Precision, check, continued
 from cur.integrations.model.running import checkpointing
 from cur.integrations.model.targets import decoder_layers, linear_modules
 from cur.integrations.report.card import model_card
-from tests.integrations.architectures import FAMILIES
+from tests.models import FAMILIES
 
 CPU = torch.device("cpu")
 MEASURED = module.slowdown  # before the fixture of all tests puts a constant in its place

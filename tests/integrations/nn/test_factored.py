@@ -78,6 +78,7 @@ def test_full_rank_layers_of_any_shape(m: int, n: int) -> None:
     rank = min(m, n)
     left = torch.randn(m, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     right = torch.randn(rank, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert factored()
     for cls in (LAYOUTS[layout] for layout in factored()):
         layer = cls.from_two_factors(left, right)
         assert layer.rank == rank
@@ -121,6 +122,7 @@ def test_state_round_trip_through_the_meta_device(layout: str) -> None:
 def test_gradients_reach_every_factor(layout: str) -> None:
     layer = layer_of(layout)
     layer(torch.ones(2, N, dtype=torch.float64)).square().sum().backward()
+    assert list(layer.parameters())
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert torch.any(parameter.grad != 0), name

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cur.integrations import BudgetConfig, compress, save
 from cur.integrations.plan.file_size import ByteCosts
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 
 def on_disk(directory: Path) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, activations
 from cur.bounds import LIPSCHITZ
 from cur.integrations import CompressConfig, compress
 from cur.integrations.report.outputs import activation_of, spectral_norm_bound
-from tests.integrations.architectures import batch, make
+from tests.models import batch, make
 
 FUNCTIONS = {
     "silu": [nn.SiLU(), activations.SiLUActivation(), activations.QuickGELUActivation()],
@@ -53,6 +53,7 @@ def test_the_change_is_that_of_the_layer_and_obeys_the_theorem(
     with torch.no_grad():
         dense(windows[:4])  # the first batch of the calibration
     act = {"silu": nn.functional.silu, "gelu_tanh": activations.NewGELUActivation(), "relu": nn.functional.relu}
+    assert report.layers
     for layer in report.layers:
         assert layer.output is not None
         first = layer.name.endswith(targets[0])
@@ -76,6 +77,7 @@ def test_padding_counts_for_nothing() -> None:
         compress(make("bert"), [given], CompressConfig(layers=2, rank=6, targets=("intermediate.dense",)))
         for given in (fed, short)
     ]
+    assert reports[0].layers
     for one, other in zip(reports[0].layers, reports[1].layers, strict=True):
         assert one.output is not None
         assert other.output is not None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, compress, save
 from cur.integrations.report import page
 from cur.integrations.report.page import report_page
-from tests.integrations.architectures import FAMILIES, batch, make
+from tests.models import FAMILIES, batch, make
 
 
 class Reader(HTMLParser):
@@ -112,6 +112,7 @@ def test_what_was_not_measured_is_left_out(report: CompressionReport) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "t5", "vit"])
 def test_other_families(name: str) -> None:
     report = compress(make(name), [batch(name)], CompressConfig(layers=2, rank=3, targets=FAMILIES[name].targets))
+    assert report.layers
     assert all(layer.output is not None for layer in report.layers)
     text = " ".join(read(report_page(report)).text)
     if name == "t5":

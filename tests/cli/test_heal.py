@@ -16,7 +16,7 @@ from cur.cli.app import app
 from cur.cli.source import Source
 from cur.healing import HealingConfig
 from cur.integrations.nn import compressed_modules
-from tests.integrations.checkpoints import TEXT, write
+from tests.models import TEXT, write
 
 QUICK = ["--window-length", "12", "--steps", "3", "--held-out", "4", "--precision", "float32"]
 
