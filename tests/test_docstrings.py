@@ -236,7 +236,7 @@ def _sections_at_fault(found: list[Documented]) -> Iterator[str]:
             yield f"{one.name} takes {one.parameters} and describes {one.names('Parameters')}"
         returns = ast.unparse(one.node.returns) if one.node.returns else "None"
         if (
-            returns not in ("None", "Self")
+            returns not in ("None", "Self", "Iterator[None]")
             and not one.sections.keys() & {"Returns", "Yields"}
             and summary[:7] != "Return "
         ):

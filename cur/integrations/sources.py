@@ -56,11 +56,6 @@ class Clock:
         ----------
         name : str
             The name of the stage.
-
-        Yields
-        ------
-        None
-            Nothing; the seconds are counted when the context ends.
         """
         start = time.perf_counter()
         yield
@@ -447,11 +442,6 @@ def busy(progress: StageProgress | None, stage: str) -> Iterator[None]:
         Called with the stage; None to report nothing.
     stage : str
         The name of the stage.
-
-    Yields
-    ------
-    None
-        Nothing; the stage is done when the context ends.
     """
     if progress is not None:
         progress(stage, 0, None)
@@ -475,7 +465,7 @@ def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size:
 
     Parameters
     ----------
-    calibration : Tensor or Iterable[mapping of str to Tensor]
+    calibration : Tensor or iterable of mapping
         Windows of tokens, or batches of them.
     batch_size : int
         The number of windows in a batch, for windows.

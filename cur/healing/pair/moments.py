@@ -47,13 +47,7 @@ class LayerMoments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Add up what passes through the student while this lasts.
-
-        Yields
-        ------
-        None
-            Nothing; the sums grow while the context is open.
-        """
+        """Add up what passes through the student while this lasts."""
         model = self.pair.student.model
         with hooked([(model.get_submodule(name), "after", self._keep(name)) for name in self.pair.cores]):
             yield

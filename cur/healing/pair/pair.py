@@ -284,11 +284,6 @@ def only_cores(pair: TeacherStudentPair) -> Iterator[None]:
     ----------
     pair : TeacherStudentPair
         The student that learns and the teacher it learns from.
-
-    Yields
-    ------
-    None
-        Nothing; the other parameters ask for gradients again when the context ends.
     """
     asked = [p for stack in (pair.student, pair.teacher) for p in stack.model.parameters() if p.requires_grad]
     factors = [core.factor for core in pair.cores.values()]

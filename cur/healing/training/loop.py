@@ -109,7 +109,7 @@ class Comparison:
 
         Returns
         -------
-        dict[str, float]
+        dict of str to float
             The loss and its parts, by name.
         """
         loss = self.loss(batch, taught, learning=True)
@@ -239,7 +239,7 @@ def look(pair: TeacherStudentPair, comparisons: Sequence[Comparison], text: Text
 
     Returns
     -------
-    list of dict[str, float]
+    list of dict of str to float
         The loss and its parts by name, for each comparison.
     """
     found: list[list[dict[str, float]]] = []
@@ -386,7 +386,7 @@ def saving_memory(pair: TeacherStudentPair) -> AbstractContextManager[None]:
 
     Returns
     -------
-    AbstractContextManager[None]
+    context manager
         A context in which the student's blocks keep only their inputs for the backward pass, if asked for.
     """
     return checkpointing(_learning(pair) if pair.config.gradient_checkpointing else [], pair.precision)

@@ -80,11 +80,6 @@ class Bypass:
             The number of the block, counted from 0.
         recording : bool, default True
             Whether what it returns is stored.
-
-        Yields
-        ------
-        None
-            Nothing; the block is let go when the context ends.
         """
         self.streamed.load_block(index)
         self.active, self.recording = index, recording

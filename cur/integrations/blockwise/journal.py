@@ -141,11 +141,6 @@ class Journal:
         target : Path
             The directory that the run is to create.
 
-        Yields
-        ------
-        None
-            Nothing; errors inside the context are explained.
-
         Raises
         ------
         OSError

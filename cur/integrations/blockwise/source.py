@@ -353,7 +353,7 @@ class Streamed(Source):
 
         Parameters
         ----------
-        blocks : dict[int, list of str]
+        blocks : dict of int to list of str
             The names of layers by the number of their block.
         stage : str
             The name of the stage, for progress.
@@ -362,7 +362,7 @@ class Streamed(Source):
 
         Yields
         ------
-        tuple[int, list of str]
+        (int, list of str)
             The number of a block in memory, and the names of its layers.
         """
         own = self.group.share(list(blocks))

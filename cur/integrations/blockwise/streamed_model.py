@@ -155,7 +155,7 @@ class StreamedModel:
 
         Parameters
         ----------
-        without : Collection[str]
+        without : collection of str
             The names of the modules to leave out.
         """
         kept, digest = set(kept_names(self.model, without)), KeptDigest()

@@ -53,9 +53,9 @@ class Factored:
         The factors, in the dtype they were computed in.
     certificate : Certificate or None
         The certificate of the factorization; None if it has none.
-    rows : Any, default ()
+    rows : sequence of int, default ()
         Indices of the rows of the weight that the factors hold.
-    columns : Any, default ()
+    columns : sequence of int, default ()
         Indices of the columns of the weight that the factors hold.
     """
 
@@ -225,7 +225,7 @@ def report_on(
 
     Parameters
     ----------
-    errors : Iterable[tuple[Tensor, Tensor]]
+    errors : iterable of (Tensor, Tensor)
         Pairs of the rows of the weight and of their error, all of them in turn.
     entry : PlanEntry
         The entry of the plan that the layer was made by.
@@ -237,9 +237,9 @@ def report_on(
         The certificate of the factorization, as JSON types.
     rounding : float
         A bound on the rounding error of the product of the factors.
-    rows : tuple[int, ...]
+    rows : tuple of int
         Indices of the rows of the weight that were kept.
-    columns : tuple[int, ...]
+    columns : tuple of int
         Indices of the columns of the weight that were kept.
     seconds : float
         The seconds that the factorization took.

@@ -95,7 +95,7 @@ class Making:
 
         Returns
         -------
-        tuple[dict[str, CompressedLinear], list of LayerReport]
+        dict of str to CompressedLinear, list of LayerReport
             All layers by name, and a report on each, in the order of the plan.
         """
         for name, layer in self.layers.items():  # perhaps made while the model was in evaluation mode
@@ -173,7 +173,7 @@ def decompose(
 
     Returns
     -------
-    tuple[dict[str, CompressedLinear], list of LayerReport]
+    dict of str to CompressedLinear, list of LayerReport
         The replacements by the names of their layers, and a report on each.
     """
     plan.check(model)

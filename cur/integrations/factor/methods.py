@@ -80,7 +80,7 @@ def maker(*entry_types: type[PlanEntry]) -> Callable[[_Function], _Function]:
 
     Parameters
     ----------
-    *entry_types : type[PlanEntry]
+    *entry_types : type of PlanEntry
         The classes of the entries that the function makes layers of.
 
     Returns

@@ -57,7 +57,7 @@ class StoredTensor:
         The number of its bytes.
     dtype : torch.dtype
         The dtype that it is stored in.
-    shape : tuple[int, ...]
+    shape : tuple of int
         The shape of the tensor.
     """
 

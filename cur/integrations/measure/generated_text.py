@@ -113,7 +113,7 @@ def own_text(
     ----------
     model : PreTrainedModel
         The causal language model that writes.
-    given : sequence of Any
+    given : sequence
         The batches that were given, whose windows set the length.
     share : float
         The number of windows to write, as a multiple of those given.

@@ -75,13 +75,7 @@ class OutputGradients:
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
-        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory.
-
-        Yields
-        ------
-        None
-            Nothing; gradients flow while the context is open.
-        """
+        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             for parameter in learning:

@@ -31,21 +31,21 @@ def _versions() -> dict[str, str]:
     return packages("cur-decomposition", "torch", "transformers")
 
 
-def by_stack(layers: Sequence[str]) -> list[list[str]]:
+def by_stack(blocks: Sequence[str]) -> list[list[str]]:
     """Group the names of blocks by the list that holds them, as ``encoder.block`` holds ``encoder.block.0``.
 
     Parameters
     ----------
-    layers : sequence of str
+    blocks : sequence of str
         The names of the blocks, in order.
 
     Returns
     -------
-    list of list[str]
+    list of list of str
         The names of each stack, in order.
     """
     stacks: dict[str, list[str]] = {}
-    for name in layers:
+    for name in blocks:
         stacks.setdefault(name.rpartition(".")[0], []).append(name)
     return list(stacks.values())
 
@@ -128,7 +128,7 @@ class Statistics:
 
         Returns
         -------
-        dict[int, float]
+        dict of int to float
             The angular distance by the number of the first block; empty if no angles were measured.
 
         Raises
@@ -261,7 +261,7 @@ class Statistics:
 
         Parameters
         ----------
-        shared : mapping of str to Mapping[str, str]
+        shared : mapping of str to mapping
             The name under which each tensor is stored, by kind and name.
         """
         facts = {

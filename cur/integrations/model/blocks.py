@@ -72,7 +72,7 @@ class BlockCall:
 
         Parameters
         ----------
-        args : tuple[Any, ...]
+        args : tuple
             The positional arguments of the block.
         options : mapping
             The keyword arguments of the block.
@@ -158,7 +158,7 @@ class BlockWalk:
 
         Returns
         -------
-        tuple[Tensor, BlockCall]
+        Tensor, BlockCall
             The hidden state and the other arguments that the block would be called with.
         """
         caught: list[tuple[Tensor, BlockCall]] = []
@@ -203,7 +203,7 @@ class BlockWalk:
 
         Returns
         -------
-        AbstractContextManager[None]
+        context manager
             A context in which these blocks do nothing.
         """
 

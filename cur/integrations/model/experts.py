@@ -139,7 +139,7 @@ def unroll_(model: nn.Module) -> dict[str, tuple[nn.Module, LinearExperts]]:
 
     Returns
     -------
-    dict[str, tuple[nn.Module, LinearExperts]]
+    dict of str to (nn.Module, LinearExperts)
         The module that was there and the one that is there now, by name.
     """
     found = {name: module for name, module in model.named_modules() if name and is_experts(module)}
@@ -158,11 +158,6 @@ def unrolled(model: nn.Module) -> Iterator[None]:
     ----------
     model : nn.Module
         The model, whose experts are linear layers while the context is open.
-
-    Yields
-    ------
-    None
-        Nothing; experts that are not compressed are put back at the end.
     """
     pairs = unroll_(model)
     try:
@@ -189,11 +184,6 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
     ----------
     model : nn.Module
         The model whose experts are run one by one.
-
-    Yields
-    ------
-    None
-        Nothing; the model's own way is put back at the end.
     """
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     changed = [config for config in configs.values() if getattr(config, _EXPERTS, None) not in (None, "eager")]

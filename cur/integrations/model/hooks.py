@@ -27,11 +27,6 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     hooks : iterable of Hook
         The hooks to set, see :data:`Hook`. All of them are removed afterwards, whatever happens in between.
 
-    Yields
-    ------
-    None
-        Nothing; the hooks are removed when the context ends.
-
     Examples
     --------
     >>> from torch import nn
@@ -60,11 +55,6 @@ def forwards_replaced(wraps: Iterable[tuple[nn.Module, Callable[[Forward], Forwa
     ----------
     wraps : iterable of (nn.Module, callable)
         Modules, each with a function from its present `forward` to the one that takes its place.
-
-    Yields
-    ------
-    None
-        Nothing; the modules' own functions are put back when the context ends.
     """
     with ExitStack() as stack:
         for module, wrap in wraps:
@@ -88,12 +78,12 @@ def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torc
     ----------
     model : nn.Module
         The model that the names belong to.
-    names : Iterable[str]
+    names : iterable of str
         The names of the modules to watch.
 
     Yields
     ------
-    dict[str, Tensor]
+    dict of str to Tensor
         The inputs by name, which fill up as the model runs.
     """
     seen: dict[str, torch.Tensor] = {}
@@ -117,12 +107,12 @@ def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tor
     ----------
     model : nn.Module
         The model that the names belong to.
-    names : Iterable[str]
+    names : iterable of str
         The names of the modules to watch.
 
     Yields
     ------
-    dict[str, Tensor]
+    dict of str to Tensor
         The outputs by name, which fill up as the model runs.
     """
     seen: dict[str, torch.Tensor] = {}
@@ -141,7 +131,7 @@ def call_groups(model: nn.Module, names: Iterable[str], forward: Callable[[], ob
     ----------
     model : nn.Module
         The model that the names belong to.
-    names : Iterable[str]
+    names : iterable of str
         The names of the modules to watch.
     forward : callable
         Called once to run the model.

@@ -30,7 +30,7 @@ def check_windows(
     ----------
     model : nn.Module
         The model that is to read the text.
-    batches : Tensor or Iterable[mapping or Tensor]
+    batches : Tensor or iterable of mapping
         The windows of tokens, or batches of them.
     name : str, default "windows"
         The name that errors use for the text.

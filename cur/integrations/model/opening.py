@@ -265,13 +265,7 @@ def _loading(source: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars of files that load in seconds off the terminal; warnings still show.
-
-    Yields
-    ------
-    None
-        Nothing; progress bars are shown again when the context ends.
-    """
+    """Keep the progress bars of files that load in seconds off the terminal; warnings still show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     captured = StringIO()

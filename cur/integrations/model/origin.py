@@ -108,7 +108,7 @@ def kept_names(model: nn.Module, without: Iterable[str]) -> list[str]:
     ----------
     model : nn.Module
         The model to look through.
-    without : Iterable[str]
+    without : iterable of str
         The names of the modules to leave out.
 
     Returns
@@ -130,7 +130,7 @@ def changed_modules(model: nn.Module) -> Collection[str]:
 
     Returns
     -------
-    Collection[str]
+    collection of str
         The names of the modules.
     """
     experts = {name for name, part in model.named_modules() if isinstance(part, LinearExperts)}
@@ -146,7 +146,7 @@ def kept_digest(model: nn.Module, without: Collection[str]) -> str:
     ----------
     model : nn.Module
         The model to hash, which is in memory.
-    without : Collection[str]
+    without : collection of str
         The names of the modules to leave out.
     """
     digest = KeptDigest()

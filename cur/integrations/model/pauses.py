@@ -103,7 +103,7 @@ def pauses(block: nn.Module, names: Iterable[str]) -> list[Hook]:
     ----------
     block : nn.Module
         The block that the layers belong to.
-    names : Iterable[str]
+    names : iterable of str
         The names of the layers within the block.
     """
 

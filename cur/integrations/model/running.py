@@ -40,11 +40,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     ----------
     model : nn.Module
         The model, whose mode is changed for a while.
-
-    Yields
-    ------
-    None
-        Nothing; every module gets its own mode back when the context ends.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -67,11 +62,6 @@ def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator
         The blocks that run a second time in the backward pass.
     precision : Precision
         The precision that both runs have.
-
-    Yields
-    ------
-    None
-        Nothing; blocks keep their results again when the context ends.
     """
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,7 +218,7 @@ def find_modules(model: nn.Module, names: Sequence[str], parameter: str) -> dict
 
     Returns
     -------
-    dict[str, nn.Module]
+    dict of str to nn.Module
         The modules by name, in the order of `names`.
 
     Raises
@@ -252,7 +242,7 @@ def total_samples(batches: Iterable[Any]) -> int | None:
 
     Parameters
     ----------
-    batches : Iterable[Any]
+    batches : iterable
         The batches to count, which are not run through.
     """
     if not isinstance(batches, Sequence):

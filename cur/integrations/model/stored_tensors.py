@@ -75,7 +75,7 @@ def empty_model(kind: type[Any], config: Any) -> PreTrainedModel | None:
 
     Parameters
     ----------
-    kind : type[Any]
+    kind : type
         The class of the model.
     config : Any
         The configuration of the model.
@@ -247,7 +247,7 @@ class ModelFiles:
 
         Yields
         ------
-        tuple[str, Tensor]
+        (str, Tensor)
             The name of a tensor in the model, and its values.
         """
         names = self.places[target]

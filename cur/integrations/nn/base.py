@@ -272,7 +272,7 @@ class CompressedLinear(nn.Module):
 
         Parameters
         ----------
-        stored : mapping of str to tuple[int, ...]
+        stored : mapping of str to tuple of int
             The shapes of the stored tensors, by name.
         spec : mapping
             The description of the layer, as :meth:`spec` gives it.
@@ -427,7 +427,7 @@ class CompressedLinear(nn.Module):
 
         Returns
         -------
-        tuple[str, ...]
+        tuple of str
             The names of the layouts.
         """
         return (cls.layout,)

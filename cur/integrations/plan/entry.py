@@ -181,7 +181,7 @@ class PlanEntry(metaclass=_Former):
 
         Parameters
         ----------
-        entries : sequence of Any
+        entries : sequence
             The entries of this method in the plan.
         """
         return f"{len(entries)} layers were made by the method `{cls.method}`."
@@ -315,7 +315,7 @@ def refuse_unknown(data: Mapping[str, Any], known: set[str], what: str) -> None:
     ----------
     data : mapping
         The fields to look through.
-    known : set[str]
+    known : set of str
         The names that are known.
     what : str
         The name that errors use for the fields' owner.

@@ -68,7 +68,7 @@ def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:
 
     Parameters
     ----------
-    shape : tuple[int, int]
+    shape : (int, int)
         The numbers of outputs m and inputs n of the layer.
     purpose : str, default "inference"
         The purpose of the layer, ``"inference"`` or ``"training"``.

@@ -77,7 +77,7 @@ class Layers:
 
         Yields
         ------
-        tuple[list of str], Statistics
+        list of str, Statistics
             Names of layers that are in memory, and their statistics.
         """
         with unrolled(self.model):
@@ -98,7 +98,7 @@ class Layers:
 
         Parameters
         ----------
-        found : dict[str, T]
+        found : dict of str
             The results of this process, by the first layer of each group.
         """
         return found

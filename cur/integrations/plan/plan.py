@@ -158,7 +158,7 @@ class Plan:
 
         Parameters
         ----------
-        layers : Iterable[Any]
+        layers : iterable
             Objects with a ``rank``, in the order of the entries.
         """
         entries = (entry.found(done.rank) for entry, done in zip(self.entries, layers, strict=True))

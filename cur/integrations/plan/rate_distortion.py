@@ -62,9 +62,9 @@ class LayerCurve:
         ----------
         name : str
             The name of the layer.
-        shape : tuple[int, int]
+        shape : (int, int)
             The numbers of outputs m and inputs n of the layer.
-        squares : np.ndarray[Any, Any]
+        squares : ndarray
             The squares of the weighted errors at the ranks 0, 1, ..., the smaller side.
         scale : float
             The factor that brings the squares to one unit for all layers, see :func:`unit`.

@@ -28,7 +28,7 @@ class LayerSummary:
     ----------
     name : str
         The name of the layer.
-    shape : tuple[int, int]
+    shape : (int, int)
         The numbers of outputs m and inputs n of the layer.
     layout : str
         The layout in which the factors are stored.
