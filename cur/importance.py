@@ -3,6 +3,7 @@
 A weight of the rows `H` and of the columns `G` are positive semidefinite matrices; the weighted error of an
 approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands for a diagonal matrix. With
 ``G = E[x x^T]`` of the inputs `x` of a linear layer, the weighted error is the root mean square change of its output.
+The importances that a configuration of a model can name are in :mod:`cur.scores`.
 """
 
 from __future__ import annotations

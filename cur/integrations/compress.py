@@ -1,8 +1,11 @@
 """The one way through compression: text, statistics, plan, factors, replacement, report.
 
-:func:`compress_source` is that sequence. It takes a :class:`Source`, a model that is in memory as a whole or one of
-which a block is loaded at a time, and leaves to it how each step is done. :func:`compress` is the sequence for a model
-in memory.
+The sequence is :func:`compress_to`, from text to a checkpoint: :func:`planned` measures and plans, :func:`carry_out`
+factors, replaces and reports, and then the checkpoint is written. Each step is asked of a
+:class:`~cur.integrations.sources.Source`, a model that is in memory as a whole, or one of which a block is loaded at a
+time: that one never has all of its weights, also when it is compressed, until they are in files. :func:`compress` is
+the sequence for a model in memory, without the checkpoint; :func:`~cur.integrations.compress_model` opens the model
+first.
 """
 
 from __future__ import annotations

@@ -38,8 +38,11 @@ from cur.integrations.store.format import mark_
 __all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "silent"]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
-"""Called as ``progress(stage, done, total)``: ``sample`` and ``calibrate`` in samples, ``plan`` and
-``decompose`` in layers, ``neurons`` in feed-forward networks."""
+"""Called as ``progress(stage, done, total)``.
+
+``load`` and ``save`` have no steps; ``sample``, ``calibrate``, ``before`` and ``after`` count samples; ``plan`` and
+``decompose`` layers, ``neurons`` feed-forward networks, ``write`` blocks.
+"""
 
 
 class Clock:

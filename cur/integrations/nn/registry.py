@@ -11,7 +11,8 @@ __all__ = ["LAYOUTS", "Described", "cells", "layer_class", "ranks_of", "register
 
 LAYOUTS: dict[str, type[CompressedLinear]] = {}
 """Layer type of each layout. A type of your own is added by :func:`register`, and then known to plans, checkpoints,
-conversions, reports and healing."""
+conversions, reports and healing. Layers of a type that is no :class:`~cur.integrations.nn.FactoredLinear` are made by a
+method of your own: an entry of a plan (`plan/methods.py`) and its maker (`factor/`)."""
 
 _Type = TypeVar("_Type", bound="type[CompressedLinear]")
 

@@ -119,7 +119,8 @@ class CompressionReport:
     before, after : Size
         The size of the whole model before and after.
     seconds : mapping of str to float
-        Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``swap``.
+        Wall-clock time of each stage: ``calibrate``, ``plan``, ``decompose``, ``outputs``, and ``swap`` or, block by
+        block, ``write``.
     perplexity : mapping of str to float
         The perplexity by state and text, for instance ``{"before, held-out": 13.1}``; empty unless it was measured.
     precision : str
