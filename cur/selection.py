@@ -411,7 +411,7 @@ def osinsky(basis: Array, count: int | None = None, /, *, matrix: Array | None =
         if not usable.any():
             return convert(fill(chosen, count, basis.shape[0]), basis)
         ratio = np.full(distance.shape, np.inf)
-        np.divide(residual, distance, out=ratio, where=usable)
+        np.divide(residual, distance, out=ratio, where=usable, dtype=np.float64)
         i = int(np.argmin(ratio))
         chosen.append(i)
         v = V[i : i + 1, :]

@@ -408,3 +408,11 @@ def test_osinsky_refuses_sparse_matrices(rng):
 def test_bad_basis(basis, error, text):
     with pytest.raises(error, match=text):
         deim(basis)
+
+
+def test_osinsky_compares_ratios_beyond_single_precision():
+    """A large residual over a small distance is no number of single precision, and still one row is the best."""
+    V = np.array([[1e-10], [1e-10], [0]], dtype=np.float32)
+    A = np.array([[1e15, 0], [3e15, 1e15], [0, 1e14]], dtype=np.float32)
+    assert selection.osinsky(V, 1, matrix=A).tolist() == selection.osinsky(V.astype(float), 1, matrix=A * 1.0).tolist()
+    assert selection.osinsky(V, 1, matrix=A).tolist() == [0]
