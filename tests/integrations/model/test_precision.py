@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from cur.healing import HealingConfig, heal, twin
 from cur.healing.training.closed_form import LeastSquares
@@ -29,7 +29,7 @@ from cur.integrations.model.precision import Precision, check, continued
 from cur.integrations.model.running import checkpointing
 from cur.integrations.model.targets import decoder_layers, linear_modules
 from cur.integrations.report.card import model_card
-from tests.models import FAMILIES
+from tests.models import make
 
 CPU = torch.device("cpu")
 MEASURED = module.slowdown  # before the fixture of all tests puts a constant in its place
@@ -243,7 +243,7 @@ def watched(work: Callable[[], Any]) -> set[torch.dtype]:
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
 def test_experts_too(family: str, dtype: torch.dtype, name: str, windows: torch.Tensor) -> None:
     """transformers multiplies with all experts at once, by products that no context of PyTorch's reaches."""
-    model = AutoModelForCausalLM.from_config(FAMILIES[family].config()).eval().to(dtype)
+    model = make(family).to(dtype)
     way = model.config._experts_implementation
     assert watched(lambda: sample_windows(model, count=2, length=6, precision=name)) == {getattr(torch, name)}
     with Watch() as seen:
