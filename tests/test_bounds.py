@@ -41,7 +41,7 @@ def test_no_bound_fails_in_a_random_search():
 )
 def test_the_random_search_finds_false_bounds(name, false, caught, monkeypatch):
     monkeypatch.setattr(f"cur._driver.certify.{name}", false)
-    assert search(800, 7)[caught].violations
+    assert search(800, 8)[caught].violations
 
 
 def any_basis(seed: int, shrink: float) -> tuple[np.ndarray, ...]:

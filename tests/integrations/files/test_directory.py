@@ -1,36 +1,42 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cur.integrations.files.directory import check_target, new_directory
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are made by fork")
+WRITING = """
+import sys, time
+from cur.integrations.files.directory import new_directory
+
+with new_directory(sys.argv[1]) as scratch:
+    (scratch / "file").write_text("half")
+    print("x", flush=True)
+    time.sleep(60)
+"""
 
 
-def writing(target: Path) -> int:
-    """Start a process that is in the midst of writing a directory; return its number."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with new_directory(target) as scratch:
-            (scratch / "file").write_text("half")
-            os.write(write, b"x")
-            time.sleep(60)
-        os._exit(0)
-    os.read(read, 1)
-    os.close(read)
-    os.close(write)
+def writing(target: Path) -> subprocess.Popen[str]:
+    """Start a process that is in the midst of writing a directory."""
+    # Not by os.fork: other tests in this process may have started threads that do not survive it.
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITING, str(target)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "x\n"
     return child
 
 
-def killed(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+def killed(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.communicate()
 
 
 def partial(place: Path) -> list[str]:
