@@ -29,6 +29,7 @@ from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
 from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
+from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import quantizable, quantize_, save_quantized
 from cur.integrations.report.data import CompressionReport
@@ -99,11 +100,17 @@ def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_j
     output.print(tables.layers_table(report.layers), tables.size_table(report), tables.seconds_line(report.seconds))
     if report.plan.kept is not None:
         output.print(tables.budget_line(report.plan))
+    _show_dense(report.plan)
     for name, value in report.perplexity.items():
         output.print(f"Perplexity {name}: {value:.2f}")
     page = target / PAGE
     seen = f" What was done: {page}." if page.exists() else ""
     output.print(f"Saved to {out}.{seen} Next: cur evaluate {out}, or load it in Python as its README.md says.")
+
+
+def _show_dense(plan: Plan) -> None:
+    if remark := dense_remark(plan.dense):
+        output.print(remark, markup=False)
 
 
 def run_plan(given: Given, *, as_json: bool) -> None:
@@ -128,6 +135,7 @@ def run_plan(given: Given, *, as_json: bool) -> None:
         print_json(plan.to_dict())
         return
     output.print(tables.plan_table(plan))
+    _show_dense(plan)
     output.print(f"Saved to {out}. Next: cur compress --plan {out} --out DIR, with the same text.")
 
 

@@ -21,6 +21,7 @@ from cur._lib.moved import former_names
 from cur._lib.versions import versions
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
+from cur.integrations.plan.dense import check_reached
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
@@ -247,6 +248,7 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         The report on all layers and on the whole model.
     """
     plan.check(source.model)
+    check_reached(statistics, [entry.name for entry in plan.entries], gradients=plan.needs_gradients)
     layers = source.factor(plan, statistics)
     after = source.replace_layers()
     return CompressionReport(

@@ -374,6 +374,7 @@ class InMemory(Source):
                 layers=[name for name, _ in decoder_layers(self.model)],
                 gradients=list(names) if asked.needs_gradients else (),
                 gradient_checkpointing=asked.gradient_checkpointing,
+                partial=True,
                 seed=asked.seed,
                 precision=self.precision.name,
                 progress=self.watch("calibrate"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from cur.integrations.files.beside import REPORT
 from cur.integrations.files.hashes import check_hashes, read_kept
 from cur.integrations.files.reading import CheckpointError, read_object
+from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.origin import changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.report.data import CompressionReport
@@ -39,7 +40,8 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If the teacher is compressed itself, or its vocabulary, width or layers are others than the student's.
+        If the teacher is compressed itself, or its vocabulary, width or layers are others than the student's, or
+        experts are compressed.
     """
     ours, theirs = _sizes(student), _sizes(teacher)
     for what, mine in ours.items():
@@ -49,6 +51,12 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                 "the student was compressed from"
             )
     layers = compressed_modules(student)
+    inside = inside_experts(student)
+    if experts := [name for name in layers if name in inside]:
+        raise ValueError(
+            f"`student` has compressed experts ({experts[0]}, {len(experts)} layers in all), which are not healed: a "
+            'token may choose others in the dense model; compress with `exclude` "experts" to heal the other layers'
+        )
     dense = dict(teacher.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         if name not in dense:

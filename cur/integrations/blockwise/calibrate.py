@@ -207,6 +207,7 @@ class Calibration:
                     modules=[layer for layer in self.names if layer.startswith(f"{name}.")],
                     moments="full" if self.full else "diagonal",
                     layers=[name],
+                    partial=True,
                     precision=self.precision.name,
                     progress=step,
                 )

@@ -150,11 +150,18 @@ class ProcessGroup:
         )
 
     def _sums(self, tensors: Any) -> dict[str, torch.Tensor]:
-        done: dict[int, torch.Tensor] = {}  # modules that share their input share a tensor, and go on sharing it
-        for tensor in tensors.values():
-            if id(tensor) not in done:
-                done[id(tensor)] = self._sum(tensor)
-        return {name: done[id(tensor)] for name, tensor in tensors.items()}
+        owner: dict[int, str] = {}
+        shared = self.gather({name: owner.setdefault(id(tensor), name) for name, tensor in tensors.items()})
+        done: dict[tuple[str, ...], torch.Tensor] = {}
+        found = {}
+        for name, tensor in tensors.items():
+            # Modules that share their input share a tensor, and go on sharing it if they do so in all processes: of an
+            # expert that the text of one does not reach every layer has zeros of its own there.
+            key = tuple(part[name] for part in shared)
+            if key not in done:
+                done[key] = self._sum(tensor)
+            found[name] = done[key]
+        return found
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         total = tensor.to(self.device, copy=True)

@@ -47,6 +47,7 @@ def collect(
     layers: Sequence[str] | None = None,
     gradients: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    partial: bool = False,
     precision: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -91,6 +92,8 @@ def collect(
         Full names of the modules at whose outputs gradients are measured.
     gradient_checkpointing : bool, default False
         Whether the backward pass runs every block again instead of keeping its activations.
+    partial : bool, default False
+        Whether linear modules may receive nothing, as experts do that are never chosen; their sums and counts are zero.
     precision : str, default "auto"
         The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
         see :class:`~cur.integrations.model.precision.Precision`.
@@ -109,7 +112,8 @@ def collect(
     TypeError
         If gradients are asked for, and the model is an encoder-decoder or has no input embeddings or no logits.
     ValueError
-        If there is no batch, no token, no such module, a module that received nothing or that no gradient reached,
+        If there is no batch, no token, no such module, a module that received nothing or that no gradient reached
+        (unless `partial` allows it),
         a module whose input does not have one row per token although there is padding, or no such precision.
     NumericalError
         If a weight, an input, a hidden state or a gradient is NaN or infinite; the message names where it began.
@@ -120,7 +124,18 @@ def collect(
         blocks = [block for _, block in decoder_layers(model)] if gradients and gradient_checkpointing else []
         passes = Precision.of(model, precision)
         with checkpointing(blocks, passes):
-            return _collect(model, batches, modules, moments, tuple(layers or ()), gradients, passes, seed, progress)
+            return _collect(
+                model,
+                batches,
+                modules,
+                moments,
+                tuple(layers or ()),
+                gradients,
+                passes,
+                seed,
+                progress,
+                partial=partial,
+            )
 
 
 def collect_gradients(
@@ -199,6 +214,8 @@ def _collect(
     passes: Precision,
     seed: int,
     progress: Progress | None,
+    *,
+    partial: bool,
 ) -> Statistics:
     measured = find_modules(model, modules, "modules")
     blocks = find_modules(model, layers, "layers")
@@ -250,8 +267,8 @@ def _collect(
         raise ValueError(
             "`batches` holds one token: nothing can be said about what a model does from that; give more text"
         )
-    sums, products, counts = inputs_of.results()
-    output_products, output_counts = ({}, {}) if outputs_of is None else outputs_of.results()
+    sums, products, counts = inputs_of.results(partial=partial)
+    output_products, output_counts = ({}, {}) if outputs_of is None else outputs_of.results(partial=partial)
     config = getattr(model, "config", None)
     return Statistics(
         tokens=seen.tokens,

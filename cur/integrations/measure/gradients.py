@@ -17,6 +17,7 @@ from cur.integrations.model.finite import find_nonfinite
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
+from cur.integrations.nn import dense_weight
 
 __all__ = ["OutputGradients"]
 
@@ -143,17 +144,27 @@ class OutputGradients:
         add_gram_(self.products[key], rows.to(torch.float64))
         self.counts[key] += len(rows)
 
-    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    def results(self, *, partial: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """Return the sums and how many gradients are in each, by name.
+
+        Parameters
+        ----------
+        partial : bool, default False
+            Whether linear modules that no gradient reached are allowed; their sums and counts are zero.
 
         Raises
         ------
         ValueError
             If no gradient reached a module.
         """
-        silent = [names[0] for key, names in self.names.items() if key not in self.products]
-        if silent:
-            raise ValueError(f"no gradient reached {', '.join(silent[:5])}; leave out what the loss does not use")
+        silent = {key: names[0] for key, names in self.names.items() if key not in self.products}
+        if silent and not partial:
+            raise ValueError(
+                f"no gradient reached {', '.join(list(silent.values())[:5])}; leave out what the loss does not use"
+            )
+        for key, name in silent.items():
+            m = dense_weight(self.modules[key], name)[0].shape[0]
+            self.products[key], self.counts[key] = torch.zeros(m, m, dtype=torch.float64), 0
         products: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for key, names in self.names.items():

@@ -11,6 +11,7 @@ from torch import nn
 
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.masks import Masks, token_rows
+from cur.integrations.nn import dense_weight
 
 __all__ = ["InputSums", "add_gram_", "first_false", "mirror_"]
 
@@ -118,8 +119,15 @@ class InputSums:
         else:
             _add_squares_(self.sums[key], rows)
 
-    def results(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
+    def results(
+        self, *, partial: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, int]]:
         """Return sums of squares, second moments and counts by name; modules that share inputs share tensors.
+
+        Parameters
+        ----------
+        partial : bool, default False
+            Whether linear modules that no input reached are allowed; their sums and counts are zero.
 
         Raises
         ------
@@ -131,10 +139,16 @@ class InputSums:
             for key, names in self.names.items()
             if key not in self.leader or self.counts[self.leader[key]] == 0  # an expert that got padding alone
         ]
-        if silent:
+        if silent and not partial:
             raise ValueError(
                 f"no input reached {', '.join(silent[:5])}; give more text, or leave out modules that it does not use"
             )
+        for key in self.names.keys() - self.leader.keys():
+            n = dense_weight(self.modules[key], self.names[key][0])[0].shape[1]
+            self.leader[key], self.counts[key] = key, 0
+            self.sums[key] = torch.zeros(n, dtype=torch.float64)
+            if self.full:
+                self.products[key] = torch.zeros(n, n, dtype=torch.float64)
         for product in self.products.values():
             mirror_(product)
         sums: dict[str, torch.Tensor] = {}

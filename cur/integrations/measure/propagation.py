@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.blocks import BlockCall, BlockWalk
+from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked, inputs_of
 from cur.integrations.model.masks import padding_mask, token_rows
 from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
@@ -289,7 +290,12 @@ def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _, __, output: outputs.setdefault(name, []).append(output)
 
-    layers = [(name, module) for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    experts = inside_experts(block)
+    layers = [
+        (name, module)
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in experts
+    ]
     with hooked([(module, "after", keep(name)) for name, module in layers]):
         after = call(block, hidden)
     fitting = {

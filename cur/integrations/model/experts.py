@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from cur.integrations.nn import CompressedLinear, swap_
 
-__all__ = ["LinearExperts", "eager_experts", "is_experts", "release_", "rolled", "unroll_", "unrolled"]
+__all__ = [
+    "LinearExperts",
+    "eager_experts",
+    "inside_experts",
+    "is_experts",
+    "release_",
+    "rolled",
+    "unroll_",
+    "unrolled",
+]
 
 # What `transformers.integrations.moe.use_experts_implementation` puts on every class that keeps to its interface.
 # The attribute of a configuration that names the way in which experts are multiplied with.
@@ -127,6 +136,27 @@ class LinearExperts(nn.Module):
                 setattr(experts, f"{name}_bias", nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])))
         done: nn.Module = experts.train(self.training)
         return done
+
+
+def inside_experts(model: nn.Module) -> set[str]:
+    """Name the modules inside experts that are linear layers, which get some of the tokens of a batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, or a block of it.
+
+    Returns
+    -------
+    set of str
+        The names of these modules.
+    """
+    return {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts)
+        for inner, _ in module.named_modules()
+    }
 
 
 def unroll_(model: nn.Module) -> dict[str, tuple[nn.Module, LinearExperts]]:

@@ -15,6 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from cur.integrations.model.blocks import BlockCall
+from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.hooks import Hook, call_groups, inputs_of
 
 __all__ = ["Course", "layer_groups", "pauses"]
@@ -37,6 +38,9 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
         Layers, by their names in the block.
     """
     tokens = hidden.numel() // hidden.shape[-1]
+    # One that happens to get every token of this batch may get others of the next, or none.
+    experts = inside_experts(block)
+    names = [name for name in names if name not in experts]
     with inputs_of(block, names) as seen:
         groups = call_groups(block, names, lambda: call(block, hidden))
     calls = Counter(itertools.chain(*groups))

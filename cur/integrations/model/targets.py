@@ -12,7 +12,7 @@ from torch import nn
 from cur.integrations.model.experts import LinearExperts, unrolled
 from cur.integrations.nn import CompressedLinear
 
-__all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules"]
+__all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules", "targeted_singly"]
 
 ALL_LINEAR = "all-linear"
 
@@ -204,6 +204,32 @@ def linear_modules(
         if not chosen:
             raise ValueError(f"`targets` {targets!r} selects no linear module inside `layers` {sorted(layers)}")
     return [name for name in modules if name in chosen]
+
+
+def targeted_singly(model: nn.Module, targets: str | Sequence[str], /) -> set[str]:
+    """Name the linear modules that a target names by themselves: by their full name, or as all that it selects.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    targets : str or sequence of str
+        The targets, by the rules of :func:`linear_modules`.
+
+    Returns
+    -------
+    set of str
+        The full names of these modules.
+    """
+    with unrolled(model):
+        modules = {name: module for name, module in model.named_modules() if name}
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    family = _expert_families(modules)
+    found: set[str] = set()
+    for rule in [targets] if isinstance(targets, str) else [[target] for target in targets]:
+        hits = [name for name in linear if _matches(name, rule, "targets", family)]
+        found.update(hits if len(hits) == 1 else (name for name in hits if name in rule))
+    return found
 
 
 def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mapping[str, str] | None = None) -> bool:

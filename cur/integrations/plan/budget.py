@@ -5,7 +5,7 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,6 +135,7 @@ def plan_budget(
     config: BudgetConfig,
     curves: Sequence[LayerCurve],
     neurons: Sequence[NeuronCurve] = (),
+    dense: Mapping[str, str] | None = None,
 ) -> Plan:
     """Share the budget among layers; those that are worth their parameters stay dense and have no entry.
 
@@ -150,6 +151,8 @@ def plan_budget(
         The results of :func:`error_curves` for the targeted layers.
     neurons : sequence of NeuronCurve
         The results of :func:`joint_curves`: options that remove neurons from a group of these layers.
+    dense : mapping of str to str, optional
+        A sentence by the name of each layer that nothing could be gained or measured of. Default: none.
 
     Returns
     -------
@@ -202,6 +205,7 @@ def plan_budget(
         versions=versions(),
         targeted_parameters=targeted,
         model_parameters=whole,
+        dense=dense or {},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -26,11 +26,13 @@ from cur.integrations.nn import compressed_modules, dense_weight, layer_class
 from cur.integrations.plan.blocks import choose_layers, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.importance import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
 from cur.integrations.plan.methods import CUREntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
+from cur.integrations.plan.rate_distortion import LayerCurve
 
 __all__ = ["Layers", "candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
 
@@ -138,7 +140,8 @@ def make_plan(
     Raises
     ------
     ValueError
-        As :func:`compress`, or if the statistics have no angular distances or do not cover a target.
+        As :func:`compress`, or if the statistics have no angular distances or do not cover a target, or if no target,
+        or not one that the configuration names by itself, could be compressed: too small, or not reached by the text.
     """
     config = config or CompressConfig()
     layers = layers or Layers(model, statistics, progress)
@@ -147,6 +150,10 @@ def make_plan(
         if isinstance(config, CompressConfig):
             wanted = set(_selected(model, config, chosen_blocks(model, statistics, config)))
             names = [name for name in names if name in wanted]
+        dense = too_small(model, config, names) | unmeasured(statistics, names, gradients=config.needs_gradients)
+        refuse_named(model, config, dense)
+        refuse_all(names, dense)
+        targets, names = names, [name for name in names if name not in dense]
     if isinstance(config, CompressConfig):
         entries = _in_order(
             names,
@@ -155,7 +162,7 @@ def make_plan(
             ),
         )
         with unrolled(model):
-            return plan_of(model, statistics, config, [entry for some in entries for entry in some], names)
+            return plan_of(model, statistics, config, [entry for some in entries for entry in some], names, dense)
     curves = {}
     for group, part in layers.groups(names):
         one = error_curves(model, part, config, group, progress=layers.watch("plan"))
@@ -166,9 +173,20 @@ def make_plan(
             model,
             statistics,
             config,
-            [curve for one, _ in found for curve in one],
+            _with_dense(model, targets, [curve for one, _ in found for curve in one]),
             [n for _, two in found for n in two],
+            dense,
         )
+
+
+def _with_dense(model: nn.Module, names: list[str], curves: list[LayerCurve]) -> list[LayerCurve]:
+    """Return a curve for each of some layers: of those that have none yet, one that leaves them dense."""
+    found = {curve.name: curve for curve in curves}
+    for name in names:
+        if name not in found:
+            m, n = dense_weight(model.get_submodule(name), name)[0].shape
+            found[name] = LayerCurve.dense(name, (m, n))
+    return [found[name] for name in names]
 
 
 def _in_order(names: list[str], found: dict[str, T]) -> list[T]:
@@ -201,7 +219,7 @@ def layer_entries(
     Raises
     ------
     ValueError
-        If no input of a layer was ever different from zero, or a layer is too small for any rank to save anything.
+        If the statistics do not cover a layer.
     """
     moments = Moments(statistics)
     entries: list[PlanEntry] = []
@@ -209,8 +227,6 @@ def layer_entries(
         weight = finite_weight(model.get_submodule(name), name)
         m, n = weight.shape
         live = int((x_norm(statistics, name) > 0).sum())
-        if live == 0:
-            raise ValueError(f"no input of {name} was ever different from zero on the calibration text")
         if config.layout == "auto":
             limit = fastest_rank((m, n), config.purpose)
             if limit < 1:
@@ -218,8 +234,6 @@ def layer_entries(
         else:
             limit = layer_class(config.layout).rank_within(m, n, m * n - 1)
         limit = min(limit, live)
-        if limit < 1:
-            raise ValueError(f"{name} ({m} x {n}) is too small: no rank saves anything; exclude it")
         if config.largest_rank is not None:
             limit = min(limit, config.largest_rank)
         entry = CUREntry(
@@ -252,6 +266,7 @@ def plan_of(
     config: CompressConfig,
     entries: list[PlanEntry],
     names: list[str],
+    dense: Mapping[str, str] | None = None,
 ) -> Plan:
     """Return the plan of these entries, for the layers `names`.
 
@@ -267,6 +282,8 @@ def plan_of(
         The entries of the plan.
     names : list of str
         The names of all layers that were looked at.
+    dense : mapping of str to str, optional
+        A sentence by the name of each target that nothing could be gained or measured of. Default: none.
 
     Raises
     ------
@@ -294,6 +311,7 @@ def plan_of(
         calibration_precision=statistics.precision,
         angular=statistics.angular,
         versions=versions(),
+        dense=dense or {},
     )
 
 
@@ -419,6 +437,7 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
             )
         if min(weight.shape) > limit:
             limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
+    refuse_too_small(model, config, names)
     if isinstance(config, CompressConfig) and config.rank is not None and config.rank > limit:
         raise ValueError(
             f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"

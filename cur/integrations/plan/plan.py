@@ -87,6 +87,8 @@ class Plan:
         without a budget.
     model_parameters : int or None
         Numbers in the whole dense model, likewise.
+    dense : mapping of str to str
+        Why targets stay dense that nothing could be gained or measured of: a sentence by the name of each.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -103,6 +105,7 @@ class Plan:
     correction: float = 0.0
     targeted_parameters: int | None = None
     model_parameters: int | None = None
+    dense: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a module that is named twice, and other values that no plan has."""
@@ -220,6 +223,7 @@ class Plan:
             "model_parameters": self.model_parameters,
             "kept": self.kept,
             "model_kept": self.model_kept,
+            **({"dense": dict(self.dense)} if self.dense else {}),
             "entries": [entry.to_dict() for entry in self.entries],
         }
 

@@ -75,6 +75,19 @@ class LayerCurve:
         costs = np.append(SMALLEST.numbers(m, n, rank), m * n)
         return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
 
+    @classmethod
+    def dense(cls, name: str, shape: tuple[int, int]) -> LayerCurve:
+        """Return the curve of a layer that stays dense.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        shape : (int, int)
+            The numbers of outputs m and inputs n of the layer.
+        """
+        return cls(name, shape, np.zeros(1), np.array([shape[0] * shape[1]]))
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:

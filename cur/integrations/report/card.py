@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from cur.integrations.model.classes import auto_class
 from cur.integrations.model.size import Size, model_size
 from cur.integrations.nn import cells, compressed_modules
+from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
 
@@ -116,7 +117,7 @@ def _how(plan: Plan) -> list[str]:
     for method in sorted({entry.method for entry in plan.entries}):
         entries = [entry for entry in plan.entries if entry.method == method]
         lines.append(entries[0].said(entries))
-    return lines
+    return [*lines, *([dense_remark(plan.dense)] if plan.dense else [])]
 
 
 def _size(size: Size) -> str:

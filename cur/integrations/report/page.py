@@ -10,6 +10,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from cur.integrations.nn import cells
+from cur.integrations.plan.dense import dense_remark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,6 +130,8 @@ def _summary(report: CompressionReport) -> str:
     lines = [f"{len(report.layers)} linear layers factored; {kept:.1%} of the parameters of the model are left."]
     if plan.kept is not None:
         lines.append(f"The budget left {plan.kept:.2%} of the parameters of the targeted layers.")
+    if remark := dense_remark(plan.dense):
+        lines.append(remark)
     if report.perplexity:
         said = "; ".join(f"{name} {value:.2f}" for name, value in report.perplexity.items())
         lines.append(f"Perplexity: {said}.")

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur.healing import load_student, share_
+from cur.healing.pair.sharing import check_pair
 from cur.integrations import CompressConfig, compress, save
 from cur.integrations.files.reading import CheckpointError
 from cur.integrations.nn import compressed_modules, factored
+from tests.models import make
 
 Make = Callable[..., PreTrainedModel]
 
@@ -86,3 +88,16 @@ def test_another_model_of_the_same_shape_does_not_teach(
     other.model.norm.weight.data[0] = 2.0  # one number
     with pytest.raises(CheckpointError, match="is not the dense model"):
         load_student(tmp_path / "student", other.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_compressed_experts_are_refused_in_a_sentence(kind: str, windows: torch.Tensor) -> None:
+    student, teacher = make(kind), make(kind)
+    compress(student, windows, CompressConfig(layers=1, targets=("q_proj", "experts.down_proj"), rank=6))
+    with pytest.raises(
+        ValueError, match=r"`student` has compressed experts \(.*experts.down_proj.*`exclude` \"experts"
+    ):
+        check_pair(student, teacher)
+    others = make(kind)
+    compress(others, windows, CompressConfig(layers=1, targets=("q_proj",), rank=6))
+    check_pair(others, teacher)

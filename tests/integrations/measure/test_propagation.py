@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from cur.integrations import BudgetConfig, batches, compress, decoder_layers, linear_modules
 from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.nn import InterpolativeLinear, compressed_modules, dense_weight, swap_
+from tests.models import VOCABULARY, make
 
 
 def inside(model: PreTrainedModel) -> list[str]:
@@ -326,3 +327,16 @@ def test_text_for_a_fit_comes_from_all_over(monkeypatch: pytest.MonkeyPatch) -> 
 def test_corrections_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match="`correction` must be between 0 and 1"):
         BudgetConfig(keep=0.5, correction=value)
+
+
+@pytest.mark.parametrize(("kind", "chosen", "length"), [("mixtral", 3, 4), ("mixtral", 1, 2), ("qwen2_moe", 3, 4)])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_experts_that_get_every_token_of_the_first_batch_alone_are_left_out(
+    kind: str, chosen: int, length: int, gradients: bool
+) -> None:
+    model = make(kind, num_experts_per_tok=chosen)
+    tokens = torch.randint(3, VOCABULARY, (40, length), generator=torch.Generator().manual_seed(3))
+    # With so few tokens at a time some of the four experts gets all of them now and then.
+    report = compress(model, tokens, BudgetConfig(keep=0.7, own_text=0.0, gradients=gradients))
+    assert any(".experts." in layer.name for layer in report.layers)
+    assert torch.isfinite(model(tokens).logits).all()
