@@ -49,7 +49,8 @@ def compress_config(given: Given) -> CompressConfig | BudgetConfig:
         raise ValueError(f"--method {method} needs a budget: give --keep, for instance --keep 0.8")
     if own:
         names = ", ".join(each.flag for each in options_of(PaperSettings) if each.name in own)
-        raise ValueError(f"{names} belong to --method paper; with a budget ranks and layers are chosen for you")
+        belong = "belongs" if len(own) == 1 else "belong"
+        raise ValueError(f"{names} {belong} to --method paper; with a budget ranks and layers are chosen for you")
     return BudgetConfig(**budget, method=method)
 
 

@@ -146,8 +146,8 @@ def compress_model(
     if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
         streamed = load_streamed(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
         leads = ProcessGroup().leads
-        if leads and (remark := unread_remark(streamed.model)):
-            tell(remark)
+        if leads:
+            _tell_unread(streamed.model, tell)
         return compress_blockwise(
             streamed,
             _batches(text, streamed.tokenizer, asked),
@@ -254,6 +254,7 @@ def evaluate_model(
     """
     check(precision)
     where, tell = place(device), announce or silent
+    watch = None if progress is None else functools.partial(progress, "evaluate")
 
     def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         output_head(model)
@@ -266,20 +267,16 @@ def evaluate_model(
             raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
         streamed = load_streamed(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
         windows = read(streamed.model, streamed.tokenizer)
-        if remark := unread_remark(streamed.model):
-            tell(remark)
+        _tell_unread(streamed.model, tell)
         passes = Precision.on(streamed.device, streamed.dtype, precision)
         tell(passes.remark(precision))
-        watch = None if progress is None else functools.partial(progress, "evaluate")
         return perplexity_blockwise(streamed, windows, batch_size=batch_size, precision=passes.name, progress=watch)
     with busy(progress, "load"):
         loaded = _loaded(model, None, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
         windows = read(loaded.model, loaded.tokenizer)
-    if remark := unread_remark(loaded.model):
-        tell(remark)
+    _tell_unread(loaded.model, tell)
     passes = Precision.of(loaded.model, precision)
     tell(passes.remark(precision))
-    watch = None if progress is None else functools.partial(progress, "evaluate")
     return perplexity(loaded.model, windows, batch_size=batch_size, precision=passes.name, progress=watch)
 
 
@@ -385,10 +382,14 @@ def _in_memory(
         announce=tell,
     )
     source.check(asked)
-    if remark := unread_remark(loaded.model):
-        tell(remark)
+    _tell_unread(loaded.model, tell)
     tell(source.precision.remark(precision))
     return source
+
+
+def _tell_unread(model: PreTrainedModel, tell: Callable[[str], object]) -> None:
+    if remark := unread_remark(model):
+        tell(remark)
 
 
 def _loaded(
