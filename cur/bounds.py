@@ -5,7 +5,7 @@ The theorems (letters as in the documentation's page on the mathematics):
 - (S) Sorensen and Embree, SIAM J. Sci. Comput. 38 (2016): exact leading singular vectors, optimal core.
 - (B1) any orthonormal bases, optimal core, 2-norm and Frobenius norm.
 - (B2) cross core with rows chosen so that ``gamma`` is finite.
-- (B4) a Gaussian sketch drawn after the choice (Gratton and Titley-Peloquin, SIAM J. Matrix Anal. Appl. 39, 2018).
+- (B4) a Gaussian sketch drawn after the choice, by Chernoff's bound; the proof is on the page on the mathematics.
 - (B5) rounding of the evaluation itself, added to every value.
 - (B6) the 2-norm from products with random starts (after Hochstenbach, J. Sci. Comput. 57, 2013).
 - (L) the output of a layer behind a Lipschitz activation (arXiv 2501.04211, Theorem 4.1).
@@ -34,6 +34,7 @@ __all__ = [
     "layer_output_bound",
     "projection_bound",
     "sketch_factor",
+    "sketch_shrinkage",
     "sketch_size",
     "sorensen_embree",
 ]
@@ -276,10 +277,10 @@ def sketch_size(failure_probability: float, inflation: float = 1.25, /) -> int:
     --------
     >>> from cur import bounds
     >>> bounds.sketch_size(1e-6)
-    427
+    321
     """
-    slack = 1.0 - 1.0 / inflation**2
-    return math.ceil(4.0 * -math.log(failure_probability) / slack**2)
+    t = inflation**-2
+    return math.ceil(-2.0 * math.log(failure_probability) / (t - 1.0 - math.log(t)))
 
 
 def sketch_factor(count: int, failure_probability: float, /) -> float:
@@ -295,26 +296,70 @@ def sketch_factor(count: int, failure_probability: float, /) -> float:
     Returns
     -------
     float
-        The factor, above 1.
+        The factor, above 1; infinite where it is beyond the range of a double.
 
     Raises
     ------
     ValueError
-        If there are too few rows for the probability, ``count <= -4 ln(failure_probability)``.
+        If `count` is not positive.
 
     Examples
     --------
     >>> from cur import bounds
     >>> round(bounds.sketch_factor(500, 1e-6), 4)
-    1.2239
+    1.1924
     """
-    t = 2.0 * math.sqrt(-math.log(failure_probability) / count)
-    if t >= 1.0:
-        least = math.floor(-4.0 * math.log(failure_probability)) + 1
-        raise ValueError(
-            f"`count` must be at least {least} for a failure probability of {failure_probability:g}; got {count}"
-        )
-    return 1.0 / math.sqrt(1.0 - t)
+    level = _level(count, failure_probability)
+    exponent = -_root(level, -1.0 - level) / 2.0
+    return math.exp(exponent) if exponent < 709.0 else math.inf
+
+
+def sketch_shrinkage(count: int, failure_probability: float, /) -> float:
+    """Return the g of (B4): ``||X||_F >= g ||G X||_F`` for `count` rows of iid N(0, 1/count) entries in G.
+
+    Parameters
+    ----------
+    count : int
+        The number of rows of the sketch.
+    failure_probability : float
+        The chance that the bound fails, between 0 and 1.
+
+    Returns
+    -------
+    float
+        The factor, below 1.
+
+    Raises
+    ------
+    ValueError
+        If `count` is not positive.
+
+    Examples
+    --------
+    >>> from cur import bounds
+    >>> round(bounds.sketch_shrinkage(500, 1e-6), 4)
+    0.8543
+    """
+    level = _level(count, failure_probability)
+    return math.exp(-_root(level, math.sqrt(2.0 * level)) / 2.0)
+
+
+def _level(count: int, failure_probability: float) -> float:
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}; it is the number of rows of the sketch")
+    return -2.0 * math.log(failure_probability) / count
+
+
+def _root(level: float, x: float) -> float:
+    """Return the root of ``e^x - 1 - x = level`` on the side of zero of `x`, by Newton's iteration from beyond it.
+
+    The function is convex, so that all iterates are beyond the root: but for rounding, the last errs on the safe side.
+    """
+    while True:
+        following = x - (math.expm1(x) - x - level) / math.expm1(x)
+        if not abs(following) < abs(x):
+            return x
+        x = following
 
 
 LIPSCHITZ = {

@@ -184,7 +184,7 @@ def _assemble(problem: Problem, choice: Choice, failure: float, rng: np.random.G
         error.kind,
         error.failure_probability,
         str(Z.dtype).rsplit(".", 1)[-1],
-        problem.total if problem.total is not None else frobenius(Zw),
+        error.norm,
         error.rounding,
         eta_columns=eta_columns,
         sigma_next=sigma_next,

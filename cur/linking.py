@@ -129,8 +129,8 @@ def core(QC: Orthogonal, QR: Orthogonal, M: Array, dtype: Any = None) -> Array:
     best = sorted(found.values(), key=lambda pair: pair[0])[:MEASURED]
     if len(best) == 1:
         return best[0][1]
-    single = u > 2.0**-50
-    return min((U for _, U in best), key=lambda U: Residual(M, T, (U, S), Weights(), single=single).norm())
+    split = u < 2.0**-50
+    return min((U for _, U in best), key=lambda U: Residual(M, T, (U, S), Weights(), split=split).norm())
 
 
 CUTS = 11

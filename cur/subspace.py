@@ -49,6 +49,14 @@ and singular values that fall as ``i**-0.35``, as those of layers of language mo
 """
 
 
+FLAT_ITERATIONS = 4
+"""Power iterations by default for sparse matrices and operators of flat spectrum.
+
+Without, DEIM of a random sparse matrix kept a third of the energy that `lupp` keeps; two iterations were not enough
+(20,000 x 5,000 with 5 entries a row, rank 60: 0.40, 0.98, 1.01 and 1.40 percent with 0, 1, 2 and 4, `lupp` 1.29).
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class Subspace:
     """Bases of a leading left and right singular subspace.
@@ -236,14 +244,13 @@ def randomised(
     rank: int,
     /,
     *,
-    power_iterations: int = 0,
+    power_iterations: int | None = 0,
     rng: np.random.Generator | int | None = 0,
     total: float | None = None,
 ) -> Subspace:
     """Return approximate leading singular vectors by a Gaussian sketch with power iterations.
 
-    ``2 + 2 power_iterations`` products of `A` with ``rank + 10`` vectors; `A` may be dense, sparse, lazy or an
-    operator.
+    ``2 + 2 power_iterations`` products of `A` with ``rank + 10`` vectors.
 
     Parameters
     ----------
@@ -251,9 +258,10 @@ def randomised(
         The matrix, dense, sparse, lazy or an operator.
     rank : int
         The number of vectors wanted.
-    power_iterations : int, default 0
+    power_iterations : int or None, default 0
         How many power iterations to take. Each one costs two products and damps what lies beyond the wanted
-        vectors by the square of the ratio of the singular values.
+        vectors by the square of the ratio of the singular values. None takes four where `A` is sparse or an operator
+        and the sketch shows a flat spectrum, else none.
     rng : Generator, int or None, default 0
         The seed of the sketch; None draws fresh entropy.
     total : float, optional
@@ -287,10 +295,16 @@ def randomised(
     A, exponent, total = _near(A, total)
     width = min(rank + OVERSAMPLING, *A.shape)
     Q, _ = qr(sketch(A, width, rng=rng))
+    P, T = qr(adjoint_product(A, Q))
+    if power_iterations is None:
+        found = _rotated(Q, P, T, rank, total)
+        if not ((is_sparse(A) or is_operator(A)) and found.is_flat()):
+            return found.scaled(exponent)
+        power_iterations = FLAT_ITERATIONS
     for _ in range(power_iterations):
-        Q, _ = qr(adjoint_product(A, Q))
-        Q, _ = qr(product(A, Q))
-    return _project(A, Q, rank, total).scaled(exponent)
+        Q, _ = qr(product(A, P))
+        P, T = qr(adjoint_product(A, Q))
+    return _rotated(Q, P, T, rank, total).scaled(exponent)
 
 
 def lanczos(
@@ -351,7 +365,7 @@ def lanczos(
             f"Lanczos did not converge for `rank` {rank}: {error}; use subspace='randomised'"
         ) from error
     Q, _ = qr(np.ascontiguousarray(V[:, ::-1]))
-    return _project(near, Q, rank, total).scaled(exponent)
+    return _rotated(Q, *qr(adjoint_product(near, Q)), rank, total).scaled(exponent)
 
 
 def _checked_rank(rank: Any, A: Array) -> int:
@@ -366,10 +380,9 @@ def _near(A: Array, total: float | None = None) -> tuple[Array, int, float | Non
     return near, exponent, norm
 
 
-def _project(A: Array, Q: Array, rank: int, total: float | None) -> Subspace:
-    """Rotate an orthonormal `Q` so that ``V^H A = diag(s) W^H`` holds for its leading columns."""
-    # the SVD of Q^H A through the QR of its adjoint: only a small square matrix is left
-    P, T = qr(adjoint_product(A, Q))
+def _rotated(Q: Array, P: Array, T: Array, rank: int, total: float | None) -> Subspace:
+    """Rotate the bases of ``A^H Q = P T`` so that ``V^H A = diag(s) W^H`` holds for their leading columns."""
+    # the SVD of Q^H A: only a small square matrix is left
     X, s, Yh = svd(T)
     # as adjoints, so that vectors are contiguous, as selection reads them
     V, W = adjoint(Yh[:rank, :] @ adjoint(Q)), adjoint(adjoint(X[:, :rank]) @ adjoint(P))

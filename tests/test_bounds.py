@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bounds import BOUNDS, search
-from cur import bounds, cur, deim
+from cur import bounds, cur, deim, interpolative
 from cur.linking import cross, optimal
 from tests.families import orthonormal, random, with_spectrum
 
@@ -148,13 +149,15 @@ def test_eta(dense, rng):
 
 def test_the_sketch_fails_no_more_often_than_it_says(rng):
     """(B4) at a failure chance that can be counted; a factor of 1 would fail half of the time."""
-    chance, count, trials = 0.05, 40, 2000
-    X = with_spectrum(30, 20, 0.3 ** np.arange(20), rng)
-    sketched = np.linalg.norm(rng.standard_normal((trials, count, 30)) / math.sqrt(count) @ X, axis=(1, 2))
-    true = np.linalg.norm(X)
-    failures = np.mean(true > bounds.sketch_factor(count, chance) * sketched)
-    assert failures <= chance
-    assert np.mean(true > sketched) > 0.4
+    chance, trials = 0.05, 2000
+    # a norm along one direction is seen worst
+    for ratio, count in ((0.3, 40), (1e-3, 40), (1e-3, 3), (1.0, 3)):
+        X = with_spectrum(30, 20, ratio ** np.arange(20), rng)
+        sketched = np.linalg.norm(rng.standard_normal((trials, count, 30)) / math.sqrt(count) @ X, axis=(1, 2))
+        true = np.linalg.norm(X)
+        assert np.mean(true > bounds.sketch_factor(count, chance) * sketched) <= chance
+        assert np.mean(true < bounds.sketch_shrinkage(count, chance) * sketched) <= chance
+        assert 0.3 < np.mean(true > sketched) < 0.7
 
 
 def test_sketch_size_and_factor_agree():
@@ -163,8 +166,40 @@ def test_sketch_size_and_factor_agree():
             count = bounds.sketch_size(chance, inflation)
             assert bounds.sketch_factor(count, chance) <= inflation
             assert bounds.sketch_factor(count - 2, chance) > inflation
-    with pytest.raises(ValueError, match="`count` must be at least 56 for a failure probability of 1e-06; got 55"):
-        bounds.sketch_factor(55, 1e-6)
+    for function in (bounds.sketch_factor, bounds.sketch_shrinkage):
+        with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
+            function(0, 1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 321, 10**6])
+@pytest.mark.parametrize("chance", [0.5, 1e-6, 5e-324])
+def test_sketch_factors_have_the_chance_asked_for(count, chance):
+    """(B4) in 50 digits, but for the rounding of doubles."""
+    with localcontext(prec=50):
+        level = -2 * Decimal(chance).ln() / count
+        for factor in (bounds.sketch_factor(count, chance), bounds.sketch_shrinkage(count, chance)):
+            if factor == math.inf:
+                continue
+            t = Decimal(factor) ** -2
+            assert abs((t - 1 - t.ln()) / level - 1) < 1e-9
+
+
+@pytest.mark.parametrize("driver", [cur, interpolative])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_error_of_an_operator_is_relative_to_the_norm_of_the_matrix(driver, weighted, rng):
+    """And not to that of the part that was chosen, which is small where the spectrum is flat."""
+    A = rng.standard_normal((500, 450))
+    options = {"column_weights": rng.uniform(0.5, 2.0, 450)} if weighted else {}
+    weights = np.sqrt(options.get("column_weights", np.ones(450)))
+    for shape in (A.shape, (90, 80)):  # of which every row is seen
+        part, roots = A[: shape[0], : shape[1]], weights[: shape[1]]
+        options = {name: value[: shape[1]] for name, value in options.items()}
+        result = driver(scipy.sparse.linalg.aslinearoperator(part), rank=5, **options)
+        norm = np.linalg.norm(part * roots)
+        true = np.linalg.norm((part - result.toarray()) * roots) / norm
+        certificate = result.certificate
+        assert 0.8 * norm < certificate.scale <= norm
+        assert true <= certificate.relative < (1.6 if certificate.kind == "probabilistic" else 1 + 1e-9) * true
 
 
 def test_reusing_the_sketch_would_estimate_low(rng):
@@ -258,7 +293,7 @@ def test_activations_that_are_not_known() -> None:
 @pytest.mark.parametrize("shape", [(900, 700), (300, 2000)])
 @pytest.mark.parametrize("at_once", [1, 7, 100])
 def test_sketches_of_operators_are_made_in_parts(shape, at_once, rng, monkeypatch):
-    """Of 427 vectors, as long as the matrix has rows, only some are held at once, and the certificate stays."""
+    """Of 337 vectors, as long as the matrix has rows, only some are held at once, and the certificate stays."""
     A = random(*shape, rng)
     widths = []
 

@@ -226,14 +226,8 @@ def test_flat_spectra_are_iterated_on(kind, shape, rng):
         C, U, R = cur(A, rank=25, **options).factors
         return 1 - (np.linalg.norm(S.toarray() - (C @ U) @ R) / size) ** 2
 
-    assert kept() == kept(power_iterations=4, rng=_after_a_sketch(shape[1], 35)) > 1.3 * kept(power_iterations=0)
+    assert kept() == kept(power_iterations=4) > 1.3 * kept(power_iterations=0)
     assert subspace.randomised(A, 25).is_flat()
-
-
-def _after_a_sketch(n, width):
-    rng = np.random.default_rng(0)
-    rng.standard_normal((n, width))
-    return rng
 
 
 @pytest.mark.parametrize("family", ["geometric", "slow_decay", "low_rank_plus_noise", "rank_deficient"])

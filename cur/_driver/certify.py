@@ -22,6 +22,7 @@ from cur.bounds import (
     eta,
     projection_bound,
     sketch_factor,
+    sketch_shrinkage,
     sketch_size,
     sorensen_embree,
 )
@@ -29,6 +30,9 @@ from cur.linking import Orthogonal
 
 DIRECT_ENTRIES = 1 << 27
 """Up to this many entries, zeros included, sparse matrices are subtracted in blocks where Pythagoras is too coarse."""
+
+SMALL_PART = 0.02
+"""Part of an error that a bound on rounding may be before a more accurate way is worth its time."""
 
 LEAST_AT_ONCE = 16
 """Vectors of a sketch that an operator is always given at once, however long they are: products with few are slow."""
@@ -67,12 +71,14 @@ def reduce(problem: Problem, Cw: Array, Rw: Array) -> Reduced:
 class Error:
     """The Frobenius norm of a residual: its value, what of it is rounding, and how it was obtained.
 
-    `evaluation` bounds the rounding with which the factors, multiplied in the working precision, miss their product.
+    `evaluation` bounds the rounding with which the factors, multiplied in the working precision, miss their product,
+    and `norm` is the norm of the matrix that the error belongs to, or a lower bound on it, the failure included.
     """
 
     value: float
     rounding: float
     evaluation: float
+    norm: float
     kind: Literal["exact", "bound", "probabilistic"] = "exact"
     failure_probability: float = 0.0
 
@@ -131,19 +137,27 @@ def _measured(
         missed = max(squares - kept**2, 0.0)
         slack = problem.pythagorean_rounding
         plain = math.hypot(math.sqrt(missed), gap)
-        if (slack <= 0.05 * plain**2 and inner <= 0.02 * plain) or squares == 0.0:
+        if (slack <= 0.05 * plain**2 and inner <= SMALL_PART * plain) or squares == 0.0:
             value = math.sqrt(missed + slack + gap**2) + inner
-            return Error(value, value - plain, inner)
+            return Error(value, value - plain, inner, problem.total)
         if not is_sparse(problem.B) or m * n <= DIRECT_ENTRIES:
-            E = Residual(problem.near, factors[0], factors[1:], problem.weights, single=_is_single(problem))
-            plain = E.norm()
-            rounding = E.rounding(plain)
-            return Error(plain + rounding, rounding, inner)
-    return _sketched(problem, factors, inner, failure, rng)
+            plain, rounding = _evaluated(problem, problem.near, factors, problem.weights)
+            return Error(plain + rounding, rounding, inner, problem.total)
+    return _sketched(problem, factors, kept, inner, failure, rng)
 
 
-def _is_single(problem: Problem) -> bool:
-    return problem.unit > 1e-12
+def _evaluated(
+    problem: Problem, A: Array, factors: tuple[Array, ...], weights: Weights, sketch: Array = None
+) -> tuple[float, float]:
+    """Return the norm of a residual and a bound on its rounding: in double precision, and wider where that counts."""
+    single = problem.unit > 1e-12
+    for split in (False,) if single else (False, True):
+        E = Residual(A, factors[0], factors[1:], weights, split=split, sketch=sketch)
+        norm = E.norm()
+        rounding = E.rounding(norm)
+        if rounding <= SMALL_PART * norm:
+            break
+    return norm, rounding
 
 
 def leftover(problem: Problem, kept: float, factors: Callable[[], tuple[Array, Array]]) -> float:
@@ -188,32 +202,40 @@ def _spread(X: Array, norms: Array) -> float:
 
 
 def _sketched(
-    problem: Problem, factors: tuple[Array, ...], inner: float, failure: float, rng: np.random.Generator
+    problem: Problem,
+    factors: tuple[Array, ...],
+    kept: float,
+    inner: float,
+    failure: float,
+    rng: np.random.Generator,
 ) -> Error:
     m, n = problem.shape
-    C, *chain = factors
-    count = sketch_size(failure)
+    like = factors[0]
+    chance = failure / 2  # half for the error, half for the norm of the matrix
+    count = sketch_size(chance)
     whole = count >= m  # fewer rows than a sketch would need: the residual itself
-    factor = 1.0 if whole else sketch_factor(count, failure)
+    factor, shrinkage = (1.0, 1.0) if whole else (sketch_factor(count, chance), sketch_shrinkage(count, chance))
     weights = Weights(None, problem.column_weight, problem.shift)
     most = max(LEAST_AT_ONCE, BLOCK_ENTRIES // max(problem.shape))
-    norms, roundings = [], []
+    sizes, norms, roundings = [], [], []
     for start in range(0, m if whole else count, most):
         if whole:
-            X = convert(np.eye(m, min(most, m - start), -start), C, C.dtype)
+            X = convert(np.eye(m, min(most, m - start), -start), like, like.dtype)
         else:
-            X = gaussian((m, min(most, count - start)), C, C.dtype, rng) / math.sqrt(count)
+            X = gaussian((m, min(most, count - start)), like, like.dtype, rng) / math.sqrt(count)
         Y = X if problem.row_weight is None else problem.row_weight.adjoint_apply(X)
         Z = adjoint(adjoint_product(problem.near, Y))
-        E = Residual(Z, C, chain, weights, single=_is_single(problem), sketch=adjoint(Y))
-        norms.append(E.norm())
+        norm, rounding = _evaluated(problem, Z, factors, weights, sketch=adjoint(Y))
+        sizes.append(frobenius(weights.apply(Z)))
+        norms.append(norm)
         # of the products with the matrix: partial sums are of the size of the parts of the matrix that they see, since
         # the random numbers do not depend on it; what an operator does inside is not known, and taken to be the same
-        of_products = 2 * (m + n) * problem.unit * frobenius(weights.apply(Z))
-        roundings.append(E.rounding(norms[-1]) + of_products)
+        roundings.append(rounding + 2 * (m + n) * problem.unit * sizes[-1])
     rounding = factor * math.hypot(*roundings)
     value = factor * math.hypot(*norms) + rounding
-    return Error(value, rounding, inner) if whole else Error(value, rounding, inner, "probabilistic", failure)
+    lower = max(kept, shrinkage * math.hypot(*sizes) - rounding)
+    size = lower if problem.total is None else problem.total
+    return Error(value, rounding, inner, size, *(() if whole else ("probabilistic", failure)))
 
 
 def certify(
@@ -264,7 +286,7 @@ def certify(
             cut = frobenius(reduced.C.T @ (U @ S) - ideal.left_divide(adjoint(ideal.Q) @ S))
             known["cross"] = cross_bound(gamma, math.sqrt(max(missed, 0.0) + slack) + rounding) + cut + error.evaluation
     value, kind, failure = error.value, error.kind, error.failure_probability
-    scale = problem.total if problem.total is not None else frobenius(reduced.Z)
+    scale = error.norm
     if spectral is not None:
         scale = float(svdvals(reduced.M)[0])
         if spectrum is not None and spectrum.is_exact:

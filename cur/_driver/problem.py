@@ -24,13 +24,6 @@ from cur.bounds import eta
 from cur.importance import Weight, unit_weight
 from cur.selection import SELECTORS, Selector
 
-FLAT_ITERATIONS = 4
-"""Power iterations by default for sparse matrices and operators of flat spectrum.
-
-Without, DEIM of a random sparse matrix kept a third of the energy that `lupp` keeps; two iterations were not enough
-(20,000 x 5,000 with 5 entries a row, rank 60: 0.40, 0.98, 1.01 and 1.40 percent with 0, 1, 2 and 4, `lupp` 1.29).
-"""
-
 SUBSPACES = ("auto", "exact", "randomised", "lanczos")
 
 
@@ -227,10 +220,7 @@ def find_subspace(
     total = problem.total if S is problem.B else None
     if kind == "lanczos":
         return subspaces.lanczos(S, rank, rng=rng, total=total)
-    found = subspaces.randomised(S, rank, power_iterations=power_iterations or 0, rng=rng, total=total)
-    if power_iterations is None and (is_sparse(S) or is_operator(S)) and found.is_flat():
-        return subspaces.randomised(S, rank, power_iterations=FLAT_ITERATIONS, rng=rng, total=total)
-    return found
+    return subspaces.randomised(S, rank, power_iterations=power_iterations, rng=rng, total=total)
 
 
 def choose(

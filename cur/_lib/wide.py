@@ -79,14 +79,14 @@ class Residual:
     W : sequence of arrays
         One, or two of which `W` is the product.
     weights : Weights
-    single : bool
-        Whether the entries have the precision of single, so that products in double are accurate enough.
+    split : bool
+        Whether products are to be more accurate than in double precision.
     sketch : array, optional
         `Y`, where `A` stands for ``Y A`` and `C` for ``Y C``.
     """
 
     def __init__(
-        self, A: Array, C: Array, W: Sequence[Array], weights: Weights, *, single: bool, sketch: Array = None
+        self, A: Array, C: Array, W: Sequence[Array], weights: Weights, *, split: bool, sketch: Array = None
     ) -> None:
         on_device = bool(compat.is_torch_array(A)) and A.device.type in ("cpu", "cuda")
         if not (on_device or is_sparse(A) or is_dask(A)):
@@ -95,7 +95,7 @@ class Residual:
         self.is_complex = namespace(C).isdtype(C.dtype, "complex floating")
         rows, columns = (_in_double(weight, on_device) for weight in (weights.rows, weights.columns))
         self.weights = replace(weights, rows=rows, columns=columns)
-        self.split = not single
+        self.split = split
         C, *chain = (_embedded(_double(X, on_device)) for X in (C, *W))
         xp = namespace(C)
         missed = 0.0

@@ -131,7 +131,7 @@ def test_the_whole_search_fails_as_rarely_as_one_sketch(rng, monkeypatch):
     A = with_spectrum(500, 450, 0.9 ** np.arange(450), rng)
     result = cur(scipy.sparse.linalg.aslinearoperator(A), tol=1e-2, failure_probability=1e-4)
     assert len(shares) > 1
-    assert sum(shares) < 1e-4
+    assert 2 * sum(shares) < 1e-4  # the norm of the matrix has as much
     assert result.certificate.failure_probability == 1e-4
 
 

@@ -33,7 +33,7 @@ def test_the_rounding_is_bounded_however_much_cancels(seed, dtype, sizes, power)
     U = U * U.dtype.type(10.0**power)
     A = (C @ (U @ R)).astype(C.dtype)  # nothing but rounding is left
     root = 10.0 ** rng.uniform(-8, 0, n)
-    E = Residual(A, C, (U, R), Weights(None, diagonal(root**2), 3), single="32" in dtype or dtype == "complex64")
+    E = Residual(A, C, (U, R), Weights(None, diagonal(root**2), 3), split=dtype in ("float64", "complex128"))
     value = E.norm()
     truth = 8 * exact_norm(remainder(A, C, U, R) * root.astype(np.longdouble))
     assert abs(value - truth) <= E.rounding(value)
