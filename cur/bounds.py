@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cur._lib.array import Array
+from cur._lib.host import through_numpy
 from cur._lib.linalg import svdvals
 from cur._lib.products import frobenius
 from cur._lib.promotion import promote
@@ -135,6 +136,7 @@ class Certificate:
         )
 
 
+@through_numpy
 def eta(chosen: Array, /) -> float:
     """Return ``1 / smin(chosen)`` for the chosen rows of an orthonormal basis, shape (r, k) with r >= k.
 

@@ -17,6 +17,7 @@ import numpy as np
 from cur._lib import array as _array
 from cur._lib import linalg, promotion
 from cur._lib.array import Array, adjoint, namespace
+from cur._lib.host import through_numpy
 from cur._lib.products import largest, scale, transform
 from cur._lib.scale import times_power
 from cur._lib.validate import check_companion, check_dense
@@ -80,6 +81,7 @@ class Weight:
         return adjoint(Q) @ basis
 
 
+@through_numpy
 def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     """Make a weight from the diagonal of `H` or `G`.
 
@@ -124,6 +126,7 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     return Weight(size=weights.shape[0], root=xp.sqrt(weights))
 
 
+@through_numpy
 def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") -> Weight:
     """Make a weight from a positive semidefinite matrix, singular ones included.
 
@@ -182,6 +185,7 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     return _damped(xp.where(values > 0, values, xp.zeros_like(values)), vectors, damping)
 
 
+@through_numpy
 def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") -> Weight:
     """Make a weight ``F F^H`` from its factor, more accurately than from the product.
 
@@ -335,6 +339,7 @@ def in_dtype(X: Array, dtype: Any, name: str) -> Array:
     return Y
 
 
+@through_numpy
 def wanda(W: Array, x_norm: Array, /) -> Array:
     """Score the weights of a linear layer by magnitude times the norm of what they multiply.
 

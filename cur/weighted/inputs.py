@@ -13,6 +13,7 @@ import numpy as np
 
 from cur._lib.array import Array, adjoint, convert, namespace, take, to_numpy, unit_roundoff
 from cur._lib.errors import NumericalError
+from cur._lib.host import through_numpy
 from cur._lib.promotion import promote
 from cur._lib.scale import brought_near_one, times_power
 from cur._lib.validate import check_rank
@@ -77,6 +78,7 @@ class OwnInputs:
         return f"A {m} x {n} matrix from its own inputs, {self.matrix.dtype}"
 
 
+@through_numpy
 def fit(cross: Array, moment: Array, kept: Array) -> Array:
     """Return the `B` that minimises ``E |y - B x[kept]|^2``, for ``cross = E[y x^H]`` and ``moment = E[x x^H]``.
 
@@ -95,6 +97,7 @@ def fit(cross: Array, moment: Array, kept: Array) -> Array:
     return adjoint(namespace(moment).linalg.solve(block, adjoint(take(cross, kept, axis=1))))
 
 
+@through_numpy
 def own_inputs(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> OwnInputs:
     r"""Order the inputs of a matrix so that the first r give what it does, for every r.
 

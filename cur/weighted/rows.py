@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cur._lib.array import Array, adjoint, convert, namespace, real_dtype, take, to_numpy, unit_roundoff
+from cur._lib.host import through_numpy
 from cur._lib.linalg import lu_pivots, qr
 from cur._lib.promotion import promote
 from cur._lib.scale import times_power
@@ -75,6 +76,7 @@ class OwnRows:
         return f"A {m} x {n} matrix by its own rows, {self.matrix.dtype}"
 
 
+@through_numpy
 def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> OwnRows:
     r"""Order the rows of a matrix so that the first r give the others well, for every r.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from cur._lib import array as _array
 from cur._lib.array import Array, adjoint, namespace, to_numpy
+from cur._lib.host import through_numpy
 from cur._lib.products import frobenius, largest
 from cur._lib.promotion import check_promoted
 from cur._lib.scale import brought_near_one, times_power
@@ -72,6 +73,7 @@ class WeightedSVD:
         return f"Weighted SVD of a {m} x {n} matrix, {self.left.dtype}"
 
 
+@through_numpy
 def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> WeightedSVD:
     r"""Compute the minimisers of ``||H^(1/2) (A - B) G^(1/2)||_F`` over matrices `B` of rank r, for every r.
 
@@ -116,6 +118,7 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     return _svd(A, row_weights, column_weights, axes=(0, 1), exponent=exponent)
 
 
+@through_numpy
 def square_errors(A: Array, /, *, row_weights: Any = None, column_weights: Any = None) -> np.ndarray[Any, Any]:
     """Compute :attr:`WeightedSVD.square_errors` alone, without singular vectors, which are most of the time.
 

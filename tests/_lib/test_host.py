@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cur
-from cur import linking, selection, subspace
+from cur import bounds, importance, linking, selection, subspace, weighted
 from tests.backends import use
 from tests.families import geometric
 
@@ -31,6 +31,16 @@ CALLS = {
     "qdeim": lambda A, put: selection.qdeim(put(A[:, :6])),
     "ldeim": lambda A, put: selection.ldeim(put(A[:, :6]), 9),
     "oversample": lambda A, put: selection.oversample(put(A[:, :4]), put(np.arange(5)), 3),
+    "own_rows": lambda A, put: weighted.own_rows(put(A), column_weights=put(A.T @ A)),
+    "own_inputs": lambda A, put: weighted.own_inputs(put(A), row_weights=put(A @ A.T)),
+    "weighted_svd": lambda A, put: weighted.weighted_svd(put(A), column_weights=put(A[0] ** 2)),
+    "weighted core": lambda A, put: linking.weighted(put(A), put(A[:, :3]), put(A[:4]), None, put(A.T @ A)),
+    "cross": lambda A, put: linking.cross(put(A[:5, :5])),
+    "diagonal": lambda A, put: importance.diagonal(put(A[0] ** 2)),
+    "matrix": lambda A, put: importance.matrix(put(A @ A.T)),
+    "factor": lambda A, put: importance.factor(put(A)),
+    "wanda": lambda A, put: importance.wanda(put(A), put(A[0] ** 2)),
+    "eta": lambda A, put: bounds.eta(put(A[:9, :6])),
 }
 
 
