@@ -26,6 +26,9 @@ ROUNDS = 11
 SHORTEST = 0.05
 """Seconds that a measurement takes at least: shorter calls are repeated."""
 
+PAUSE = 0.2
+"""Seconds between calls: threads of a BLAS wait actively for the next product, and take the cores from another process."""
+
 
 def cases() -> dict[str, Callable[[Any], object]]:
     """Return calls of the drivers of a package, by what they are."""
@@ -101,6 +104,7 @@ def _process(tree: Path) -> Iterator[subprocess.Popen[str]]:
 def _ask(process: subprocess.Popen[str], name: str) -> float:
     assert process.stdin is not None
     assert process.stdout is not None
+    time.sleep(PAUSE)
     print(name, file=process.stdin, flush=True)
     answer = process.stdout.readline()
     if not answer:
