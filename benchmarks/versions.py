@@ -27,7 +27,7 @@ SHORTEST = 0.05
 """Seconds that a measurement takes at least: shorter calls are repeated."""
 
 PAUSE = 0.2
-"""Seconds between calls: threads of a BLAS wait actively for the next product, and take the cores from another process."""
+"""Seconds between calls: threads of a BLAS wait actively for the next product, and take the cores of the other."""
 
 
 def cases() -> dict[str, Callable[[Any], object]]:
