@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scipy.sparse.linalg import aslinearoperator
 
 from cur import CUR, NumericalError, RankWarning, cur, interpolative, stream_cur
-from cur.importance import factor
 from cur.selection import SELECTORS
+from cur.weights import factor
 from tests.families import DTYPES, FAMILIES, SHAPES, cast, frobenius, remainder, spectral
 
 RESULTS = Path(__file__).parent / "results" / "bounds.json"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.environment import add_precision, environment
 from benchmarks.quality import BOTH, DEFAULT, KEEP, WIKITEXT, calibrate, calibration_windows, count
-from cur import importance, ranks
+from cur import ranks, weights
 from cur.integrations import Statistics, decoder_layers, linear_modules, load_model
 from cur.integrations.model.precision import Precision
 from cur.integrations.plan.budget import error_curves, joint_curves
@@ -213,7 +213,7 @@ def eliminate(
 
     Returns the groups by importance, and the squares of the weighted error with the first 0, 1, ... kept.
     """
-    V, inverse = importance.matrix(H).apply(A, 0), torch.linalg.inv(G)
+    V, inverse = weights.matrix(H).apply(A, 0), torch.linalg.inv(G)
     gone: list[int] = []
     costs: list[float] = []
     left, place = np.arange(len(groups)), np.arange(A.shape[1])

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from environment import add_precision, environment, precision_of
 
-from cur import cur, importance, ranks
+from cur import cur, ranks, scores
 from cur.integrations import (
     batches,
     choose_layers,
@@ -165,7 +165,7 @@ def approximate(
     guide = {
         "magnitude": lambda: W.abs(),
         "DEIM on W": lambda: W if weighted else None,
-        "WANDA": lambda: importance.wanda(W, norm),
+        "WANDA": lambda: scores.wanda(W, norm),
         # with the weighted core the weighted matrix is what guides anyway
         "activation": lambda: None if weighted else W * norm,
         "covariance": lambda: None if root is None else W @ root.to(W),

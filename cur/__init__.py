@@ -8,7 +8,7 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, importance, linking, ranks, scores, selection, subspace
+from cur import bounds, linking, ranks, scores, selection, subspace, weights
 from cur._lib import moved as _moved
 from cur._lib.errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
@@ -20,6 +20,7 @@ from cur.streaming import stream_cur
 from cur.weighted import own_inputs, own_rows, truncation
 
 _moved.install()
+__getattr__ = _moved.former_modules(__name__)
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,6 @@ __all__ = [
     "cur",
     "deim",
     "deim_cur",
-    "importance",
     "interpolative",
     "linking",
     "own_inputs",
@@ -47,4 +47,5 @@ __all__ = [
     "stream_cur",
     "subspace",
     "truncation",
+    "weights",
 ]

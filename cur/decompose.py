@@ -177,7 +177,7 @@ def cur(
     importance : array, shape (m, n), optional
         Scores whose leading singular subspaces choose rows and columns in place of those of `A`.
     row_weights, column_weights : array or Weight, optional
-        Positive semidefinite ``H`` and ``G``, as vectors (diagonals), matrices or `cur.importance.factor`: selection,
+        Positive semidefinite ``H`` and ``G``, as vectors (diagonals), matrices or `cur.weights.factor`: selection,
         core and certificate are those of ``||H^(1/2) (A - CUR) G^(1/2)||``.
     oversample : int, default 0
         How many rows to add beyond the number of columns, where the cross core is weakest (Park and Nakatsukasa).

@@ -224,7 +224,7 @@ def weighted(A: Array, C: Array, R: Array, row_weights: object, column_weights: 
     >>> bool(np.allclose(same, linking.optimal(A, C, R)))
     True
     """
-    from cur.importance import unit_weight
+    from cur.weights import unit_weight
 
     A = check_promoted(A)
     dtype = A.dtype

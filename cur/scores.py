@@ -1,4 +1,4 @@
-"""What matters in the weight of a linear layer, by what is known of its inputs and outputs.
+"""Importances and links by name: what rows and columns of a layer are chosen for, and what its core minimises.
 
 For a layer ``y = W x`` an importance turns the weight ``W`` (m x n) into the matrix whose leading singular subspaces
 choose rows and columns, and a link gives the weights of the columns under which the core between them is the best one.
@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from cur._lib.array import Array, adjoint
-from cur.importance import Weight, wanda
+from cur._lib import promotion
+from cur._lib.array import Array, adjoint, namespace
+from cur._lib.host import through_numpy
+from cur._lib.validate import check_companion, check_dense
+from cur.weights import Weight
 
-__all__ = ["IMPORTANCES", "LINKS", "Importance", "Known", "Link", "importance", "link", "listed", "needs"]
+__all__ = ["IMPORTANCES", "LINKS", "Importance", "Known", "Link", "importance", "link", "listed", "needs", "wanda"]
 
 NEEDS = ("norms", "moments", "gradients")
 
@@ -236,6 +239,59 @@ def listed(entries: Mapping[str, Importance] | Mapping[str, Link]) -> str:
     'wanda: |W| ||x||; magnitude: |W|'
     """
     return "; ".join(f"{name}: {entry.formula}" for name, entry in entries.items())
+
+
+@through_numpy
+def wanda(W: Array, x_norm: Array, /) -> Array:
+    """Score the weights of a linear layer by magnitude times the norm of what they multiply.
+
+    Parameters
+    ----------
+    W : array, shape (m, n)
+        Weight of the layer, output by input features.
+    x_norm : array, shape (n,)
+        Euclidean norm of each input feature over the calibration tokens, non-negative.
+
+    Returns
+    -------
+    array, shape (m, n)
+        ``|W| * x_norm``, to be passed as `importance` to `cur.deim_cur`: it guides the choice of rows and columns,
+        which are taken from `W` itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes or libraries do not match, or a norm is negative or not finite.
+
+    References
+    ----------
+    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024; used for CUR in
+    "CURing Large Models", arXiv 2501.04211.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> wanda(np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([1.0, 10.0])).tolist()
+    [[1.0, 20.0], [3.0, 5.0]]
+    """
+    check_dense(W, "W")
+    check_dense(x_norm, "x_norm", (1,), "a vector")
+    check_companion(x_norm, W, "x_norm")
+    W, x_norm = promotion.promote(W), promotion.promote(x_norm)
+    xp = namespace(W, x_norm)
+    if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
+        raise ValueError(
+            f"`x_norm` must have one entry per column of `W`, shape ({W.shape[-1]},); got shape {tuple(x_norm.shape)}"
+        )
+    if not bool(xp.all(xp.isfinite(x_norm))) or float(xp.min(x_norm)) < 0:
+        raise ValueError(
+            "`x_norm` must be finite and non-negative; it holds NaN, inf or negative entries; check the calibration"
+        )
+    score = xp.abs(W)
+    if score.dtype == x_norm.dtype:
+        score *= x_norm[None, :]  # a second matrix of this size takes as long as the product with it
+        return score
+    return score * x_norm[None, :]
 
 
 def _checked(name: str, needs: str | tuple[str, ...], taken: Mapping[str, Any]) -> tuple[str, ...]:

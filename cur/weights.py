@@ -1,9 +1,9 @@
-"""Weights that turn "close to A" into "close where it matters".
+"""Weights of rows and columns, which turn "close to A" into "close where it matters".
 
 A weight of the rows `H` and of the columns `G` are positive semidefinite matrices; the weighted error of an
 approximation `B` of `A` is ``||H^(1/2) (A - B) G^(1/2)||_F``. A vector stands for a diagonal matrix. With
 ``G = E[x x^T]`` of the inputs `x` of a linear layer, the weighted error is the root mean square change of its output.
-The importances that a configuration of a model can name are in :mod:`cur.scores`.
+What only says which rows and columns to choose, and changes no error, is an importance: see :mod:`cur.scores`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cur._lib.products import largest, scale, transform
 from cur._lib.scale import times_power
 from cur._lib.validate import check_companion, check_dense
 
-__all__ = ["Weight", "diagonal", "factor", "matrix", "wanda"]
+__all__ = ["Weight", "diagonal", "factor", "matrix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +105,14 @@ def diagonal(weights: Array, /, *, name: str = "weights") -> Weight:
     Examples
     --------
     >>> import numpy as np
-    >>> from cur import importance
-    >>> importance.diagonal(np.array([4.0, 9.0])).root.tolist()
+    >>> from cur import weights
+    >>> weights.diagonal(np.array([4.0, 9.0])).root.tolist()
     [2.0, 3.0]
     """
     weights, xp = floating(weights, name)
     if weights.ndim != 1:
         raise ValueError(
-            f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `importance.matrix` for a matrix"
+            f"`{name}` must be a vector; got shape {tuple(weights.shape)}; use `cur.weights.matrix` for a matrix"
         )
     if xp.isdtype(weights.dtype, "complex floating"):
         raise TypeError(f"`{name}` must be real, as a diagonal; got dtype {weights.dtype}; pass squares or magnitudes")
@@ -154,8 +154,8 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     Examples
     --------
     >>> import numpy as np
-    >>> from cur import importance
-    >>> weight = importance.matrix(np.diag([4.0, 9.0]))
+    >>> from cur import weights
+    >>> weight = weights.matrix(np.diag([4.0, 9.0]))
     >>> weight.roots.round(6).tolist()
     [2.0, 3.0]
     """
@@ -163,7 +163,7 @@ def matrix(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(
             f"`{name}` must be a square matrix; got shape {tuple(weights.shape)}; "
-            "use `importance.factor` for a factor of one"
+            "use `cur.weights.factor` for a factor of one"
         )
     if not bool(xp.all(xp.isfinite(weights))):
         raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
@@ -211,8 +211,8 @@ def factor(weights: Array, /, *, damping: float = 0.0, name: str = "weights") ->
     Examples
     --------
     >>> import numpy as np
-    >>> from cur import importance
-    >>> weight = importance.factor(np.diag([2.0, 3.0]))
+    >>> from cur import weights
+    >>> weight = weights.factor(np.diag([2.0, 3.0]))
     >>> sorted(weight.roots.round(6).tolist())
     [2.0, 3.0]
     """
@@ -234,7 +234,7 @@ def floating(weights: Any, name: str) -> tuple[Array, Any]:
     if not _array.is_dense(weights):
         remedy = "convert it with numpy.asarray" if isinstance(weights, (list, tuple)) else "convert it to an array"
         raise TypeError(
-            f"`{name}` must be an array (vector, positive semidefinite matrix) or an `importance.Weight`; "
+            f"`{name}` must be an array (vector, positive semidefinite matrix) or a `cur.weights.Weight`; "
             f"got {type(weights).__name__}; {remedy}"
         )
     check_dense(weights, name, (1, 2), "a vector or a square matrix")
@@ -337,56 +337,3 @@ def in_dtype(X: Array, dtype: Any, name: str) -> Array:
             "entry, or convert `A` to double precision"
         )
     return Y
-
-
-@through_numpy
-def wanda(W: Array, x_norm: Array, /) -> Array:
-    """Score the weights of a linear layer by magnitude times the norm of what they multiply.
-
-    Parameters
-    ----------
-    W : array, shape (m, n)
-        Weight of the layer, output by input features.
-    x_norm : array, shape (n,)
-        Euclidean norm of each input feature over the calibration tokens, non-negative.
-
-    Returns
-    -------
-    array, shape (m, n)
-        ``|W| * x_norm``, to be passed as `importance` to `cur.deim_cur`: it guides the choice of rows and columns,
-        which are taken from `W` itself.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If shapes or libraries do not match, or a norm is negative or not finite.
-
-    References
-    ----------
-    Sun et al., "A simple and effective pruning approach for large language models", ICLR 2024; used for CUR in
-    "CURing Large Models", arXiv 2501.04211.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> wanda(np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([1.0, 10.0])).tolist()
-    [[1.0, 20.0], [3.0, 5.0]]
-    """
-    check_dense(W, "W")
-    check_dense(x_norm, "x_norm", (1,), "a vector")
-    check_companion(x_norm, W, "x_norm")
-    W, x_norm = promotion.promote(W), promotion.promote(x_norm)
-    xp = namespace(W, x_norm)
-    if W.ndim != 2 or tuple(x_norm.shape) != (W.shape[1],):
-        raise ValueError(
-            f"`x_norm` must have one entry per column of `W`, shape ({W.shape[-1]},); got shape {tuple(x_norm.shape)}"
-        )
-    if not bool(xp.all(xp.isfinite(x_norm))) or float(xp.min(x_norm)) < 0:
-        raise ValueError(
-            "`x_norm` must be finite and non-negative; it holds NaN, inf or negative entries; check the calibration"
-        )
-    score = xp.abs(W)
-    if score.dtype == x_norm.dtype:
-        score *= x_norm[None, :]  # a second matrix of this size takes as long as the product with it
-        return score
-    return score * x_norm[None, :]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cur import scores
-from cur.importance import Weight, matrix
+from cur.weights import Weight, matrix
+from tests.backends import to_numpy
 from tests.families import random
 
 
@@ -92,3 +93,23 @@ def test_names_and_needs_are_checked():
         scores.link("optimal", "")
     with pytest.raises(ValueError, match="`needs` must name some of norms, moments, gradients, got 'angles'"):
         scores.link("new", "", needs="angles")
+
+
+def test_wanda(dense, rng):
+    W, x = rng.standard_normal((7, 5)), rng.uniform(size=5)
+    found = scores.wanda(dense.asarray(W), dense.asarray(x))
+    np.testing.assert_allclose(to_numpy(found), np.abs(W) * x, rtol=1e-6)
+    for bad in (np.full(5, np.nan), -x, np.full(5, np.inf)):
+        with pytest.raises(ValueError, match=r"`x_norm` must be finite and non-negative.*check the calibration"):
+            scores.wanda(W, bad)
+    with pytest.raises(ValueError, match=r"`x_norm` must have one entry per column of `W`, shape \(5,\)"):
+        scores.wanda(W, rng.uniform(size=7))
+
+
+def test_wanda_of_integers_and_lists(rng):
+    W = np.array([[-128, 2], [3, 4]], dtype=np.int8)
+    np.testing.assert_array_equal(scores.wanda(W, np.array([1, 2])), [[128, 4], [3, 8]])
+    with pytest.raises(TypeError, match="`W` must be a dense array; got list"):
+        scores.wanda(W.tolist(), np.ones(2))
+    with pytest.raises(TypeError, match="`x_norm` must be a plain array; got MaskedArray"):
+        scores.wanda(W, np.ma.masked_greater(np.ones(2), 0))

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 from scipy.linalg import sqrtm
 
-from cur import cur, importance, interpolative, select
+from cur import cur, interpolative, select, weights
 from cur.weighted import own_inputs, own_rows
 from cur.weighted.truncation import weighted_svd
 from tests.backends import to_numpy
@@ -71,7 +71,7 @@ def test_weighted_beats_unweighted_in_the_weighted_norm_and_only_there(rng):
 
 def test_a_vector_is_its_diagonal_matrix_and_its_factor(rng):
     A, w = random(24, 16, rng), rng.uniform(0.1, 3, 16)
-    forms = (w, np.diag(w), importance.factor(np.diag(np.sqrt(w))), importance.diagonal(w))
+    forms = (w, np.diag(w), weights.factor(np.diag(np.sqrt(w))), weights.diagonal(w))
     # a sketch would mix the columns otherwise for each form
     results = [cur(A, rank=5, column_weights=form, row_weights=np.ones(24), subspace="exact") for form in forms]
     for other in results[1:]:
@@ -116,15 +116,15 @@ def test_tolerance_is_that_of_the_weighted_norm(rng):
     assert result.rank < cur(A, tol=0.1).rank
 
 
-@pytest.mark.parametrize("make", [importance.matrix, lambda G: importance.factor(np.real(sqrtm(G)))])
+@pytest.mark.parametrize("make", [weights.matrix, lambda G: weights.factor(np.real(sqrtm(G)))])
 def test_a_weight_applies_its_root(make, dense, rng):
     G = moments(9, 30, rng)
     A = random(6, 9, rng)
     weight = make(G)
     np.testing.assert_allclose(np.linalg.norm(weight.apply(A, 1)), weighted_norm(A, G=G), rtol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(weight.apply(A.T, 0)), weighted_norm(A.T, H=G), rtol=1e-9)
-    if make is importance.matrix:
-        other = importance.matrix(dense.asarray(G))
+    if make is weights.matrix:
+        other = weights.matrix(dense.asarray(G))
         found = np.linalg.norm(to_numpy(other.apply(dense.asarray(A), 1)))
         assert found == pytest.approx(weighted_norm(A, G=G), rel=1e-5)
 
@@ -132,22 +132,22 @@ def test_a_weight_applies_its_root(make, dense, rng):
 def test_wide_and_narrow_factors(rng):
     for p in (3, 9, 50):
         F, A = rng.standard_normal((9, p)), random(6, 9, rng)
-        assert np.linalg.norm(importance.factor(F).apply(A, 1)) == pytest.approx(np.linalg.norm(A @ F), rel=1e-7)
+        assert np.linalg.norm(weights.factor(F).apply(A, 1)) == pytest.approx(np.linalg.norm(A @ F), rel=1e-7)
 
 
 def test_damping_adds_a_multiple_of_the_mean_eigenvalue(rng):
     G, A = moments(9, 4, rng), random(6, 9, rng)
     damped = G + 0.1 * np.trace(G) / 9 * np.eye(9)
-    found = np.linalg.norm(importance.matrix(G, damping=0.1).apply(A, 1))
+    found = np.linalg.norm(weights.matrix(G, damping=0.1).apply(A, 1))
     assert found == pytest.approx(weighted_norm(A, G=damped))
     with pytest.raises(ValueError, match="`damping` must be non-negative; got -1"):
-        importance.matrix(G, damping=-1)
+        weights.matrix(G, damping=-1)
 
 
 def test_weighted_bases_interpolate(rng):
     """(B1) in weighted coordinates: eta of the weighted problem is that of the oblique projector."""
     G = moments(9, 30, rng)
-    weight = importance.matrix(G)
+    weight = weights.matrix(G)
     W = orthonormal(9, 3, rng)
     columns = np.array([1, 4, 8])
     F = weight.vectors * weight.roots
@@ -157,23 +157,12 @@ def test_weighted_bases_interpolate(rng):
     assert np.linalg.norm(projector, 2) == pytest.approx(1 / smallest)
 
 
-def test_wanda(dense, rng):
-    W, x = rng.standard_normal((7, 5)), rng.uniform(size=5)
-    found = importance.wanda(dense.asarray(W), dense.asarray(x))
-    np.testing.assert_allclose(to_numpy(found), np.abs(W) * x, rtol=1e-6)
-    for bad in (np.full(5, np.nan), -x, np.full(5, np.inf)):
-        with pytest.raises(ValueError, match=r"`x_norm` must be finite and non-negative.*check the calibration"):
-            importance.wanda(W, bad)
-    with pytest.raises(ValueError, match=r"`x_norm` must have one entry per column of `W`, shape \(5,\)"):
-        importance.wanda(W, rng.uniform(size=7))
-
-
 @pytest.mark.parametrize(
     ("weights", "error", "text"),
     [
         (np.ones(15), ValueError, "`column_weights` must have one weight per column of `A`, 16; got 15"),
         (np.ones((15, 15)), ValueError, "`column_weights` must have one weight per column of `A`, 16; got 15"),
-        (np.ones((16, 3)), ValueError, "`column_weights` must be a square matrix.*use `importance.factor`"),
+        (np.ones((16, 3)), ValueError, "`column_weights` must be a square matrix.*use `cur.weights.factor`"),
         (np.ones((2, 2, 2)), ValueError, "`column_weights` must be a vector or a square matrix"),
         (-np.ones(16), ValueError, "`column_weights` must be non-negative; its smallest entry is -1"),
         (-np.eye(16), ValueError, "`column_weights` must have no negative eigenvalue; its smallest is -1"),
@@ -209,7 +198,7 @@ def test_weights_of_any_dtype_serve_matrices_of_any_other(dense, made, used, kin
     w = (rng.integers(0, 2 if made == "bool" else 5, 16)).astype(float)
     given = {"diagonal": w, "matrix": np.diag(w), "factor": np.diag(w)}[kind]
     X = dense.asarray(given.astype(np.float32 if made == "float16" and dense.name == "jax" else made))
-    weight = getattr(importance, kind)(X)
+    weight = getattr(weights, kind)(X)
     for result in (
         cur(dense.asarray(A), rank=4, column_weights=weight),
         interpolative(dense.asarray(A), rank=4, column_weights=weight),
@@ -234,14 +223,14 @@ def test_weights_of_another_library_are_refused(kind, rng):
     for matrix, other in pairs:
         for driver in (cur, interpolative, select):
             with pytest.raises(TypeError, match="`column_weights` must be an array of the same library as `A`"):
-                driver(matrix, rank=2, column_weights=getattr(importance, kind)(other))
+                driver(matrix, rank=2, column_weights=getattr(weights, kind)(other))
 
 
-@pytest.mark.parametrize("make", [importance.diagonal, importance.matrix, importance.factor, "driver"])
+@pytest.mark.parametrize("make", [weights.diagonal, weights.matrix, weights.factor, "driver"])
 def test_what_is_no_plain_array_of_weights(make, rng):
     A = random(24, 16, rng)
     w = np.linspace(0, 1, 16)
-    given = w if make in (importance.diagonal, "driver") else np.diag(w)
+    given = w if make in (weights.diagonal, "driver") else np.diag(w)
     function = (lambda x: cur(A, rank=3, column_weights=x)) if make == "driver" else make
     name = "column_weights" if make == "driver" else "weights"
     with pytest.raises(TypeError, match=f"`{name}` must be a plain array; got MaskedArray"):
@@ -273,12 +262,3 @@ def test_weights_of_complex_entries_keep_them(rng):
     for function in (weighted_svd, own_rows, own_inputs):
         with pytest.raises(TypeError, match="`row_weights` must be real for a real `A`"):
             function(A, row_weights=moments(24, 40, rng, is_complex=True))
-
-
-def test_wanda_of_integers_and_lists(rng):
-    W = np.array([[-128, 2], [3, 4]], dtype=np.int8)
-    np.testing.assert_array_equal(importance.wanda(W, np.array([1, 2])), [[128, 4], [3, 8]])
-    with pytest.raises(TypeError, match="`W` must be a dense array; got list"):
-        importance.wanda(W.tolist(), np.ones(2))
-    with pytest.raises(TypeError, match="`x_norm` must be a plain array; got MaskedArray"):
-        importance.wanda(W, np.ma.masked_greater(np.ones(2), 0))

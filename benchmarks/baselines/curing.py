@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cur import deim_cur, importance
+from cur import deim_cur, scores
 
 __all__ = ["cur_factors"]
 
@@ -21,5 +21,5 @@ def cur_factors(W: Tensor, x_norm: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank : int
         Rows and columns to keep.
     """
-    C, U, R = deim_cur(W, rank=rank, importance=importance.wanda(W, x_norm))
+    C, U, R = deim_cur(W, rank=rank, importance=scores.wanda(W, x_norm))
     return C @ U, R

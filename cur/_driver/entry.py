@@ -15,8 +15,8 @@ from cur._lib.host import is_host_jax, on_device, on_host
 from cur._lib.products import columns_of, largest, rows_of
 from cur._lib.validate import check_companion, check_matrix
 from cur.factors import CUR, Interpolative
-from cur.importance import Weight
 from cur.selection import SELECTORS
+from cur.weights import Weight
 
 __all__ = ["economical"]
 

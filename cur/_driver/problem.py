@@ -21,8 +21,8 @@ from cur._lib.scale import brought_near_one, of_the_size_of_reciprocals, times_p
 from cur._lib.validate import check_choice, check_companion, check_finite_norm, check_matrix
 from cur._lib.wide import Weights
 from cur.bounds import eta
-from cur.importance import Weight, unit_weight
 from cur.selection import SELECTORS, Selector
+from cur.weights import Weight, unit_weight
 
 SUBSPACES = ("auto", "exact", "randomised", "lanczos")
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from cur._lib.errors import warn
 
-__all__ = ["MOVED", "former_names", "install", "renamed"]
+__all__ = ["MOVED", "former_modules", "former_names", "install", "renamed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -50,7 +50,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.factorize": (
         "cur.integrations.factor.layer",
         "cur.integrations.model.finite",
-        "cur.integrations.plan.importance",
+        "cur.integrations.plan.guide",
     ),
     "cur.integrations.gradients": (
         "cur.integrations.measure.gradients",
@@ -113,6 +113,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.healing.state": ("cur.healing.training.state", "cur.healing.pair.hashing"),
     "cur.healing.logs": ("cur.healing.training.logs",),
     "cur.truncation": ("cur.weighted.truncation",),
+    "cur.importance": ("cur.weights", "cur.scores"),
+    "cur.integrations.plan.importance": ("cur.integrations.plan.guide",),
     "cur.own_rows": ("cur.weighted.rows",),
     "cur.own_inputs": ("cur.weighted.inputs",),
 }
@@ -193,6 +195,29 @@ def former_names(package: str, places: Sequence[str]) -> Callable[[str], Any]:
         found, place = _find(package, name, places)
         warn(f"{package}.{name} has moved to {place}", DeprecationWarning)
         return found
+
+    return find
+
+
+def former_modules(package: str) -> Callable[[str], ModuleType]:
+    """Return the ``__getattr__`` of a package for modules that were moved out of it: ``import cur; cur.importance``.
+
+    Parameters
+    ----------
+    package : str
+        The name of the package.
+
+    Returns
+    -------
+    callable
+        The function, which imports a module by its former name, with a warning.
+    """
+
+    def find(name: str) -> ModuleType:
+        former = f"{package}.{name}"
+        if former not in MOVED:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return import_module(former)
 
     return find
 

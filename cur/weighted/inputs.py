@@ -17,8 +17,8 @@ from cur._lib.host import through_numpy
 from cur._lib.promotion import promote
 from cur._lib.scale import brought_near_one, times_power
 from cur._lib.validate import check_rank
-from cur.importance import unit_weight
 from cur.weighted.truncation import beyond, prepared, weighed, within
+from cur.weights import unit_weight
 
 __all__ = ["STEPS", "OwnInputs", "own_inputs"]
 
@@ -113,7 +113,7 @@ def own_inputs(A: Array, /, *, row_weights: Any = None, column_weights: Any = No
     ----------
     A : array, shape (m, n)
         Dense; half precisions are computed in single, integers in double precision.
-    row_weights, column_weights : array or `importance.Weight`, optional
+    row_weights, column_weights : array or `weights.Weight`, optional
         `H` and `G`, as for `cur.weighted.truncation.weighted_svd`. To the eigenvalues of `G` the root of the unit
         roundoff, relative to their mean, is added, which makes it invertible.
 

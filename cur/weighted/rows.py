@@ -14,9 +14,9 @@ from cur._lib.promotion import promote
 from cur._lib.scale import times_power
 from cur._lib.validate import check_rank
 from cur.factors import Interpolative
-from cur.importance import Weight, size_of, unit_weight
 from cur.linking import Orthogonal
 from cur.weighted.truncation import beyond, prepared, weighed, weighted_svd
+from cur.weights import Weight, size_of, unit_weight
 
 __all__ = ["OwnRows", "own_rows"]
 
@@ -89,7 +89,7 @@ def own_rows(A: Array, /, *, row_weights: Any = None, column_weights: Any = None
     ----------
     A : array, shape (m, n)
         Dense; half precisions are computed in single, integers in double precision.
-    row_weights, column_weights : array or `importance.Weight`, optional
+    row_weights, column_weights : array or `weights.Weight`, optional
         `H` and `G`, as for `cur.weighted.truncation.weighted_svd`.
 
     Returns

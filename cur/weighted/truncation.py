@@ -21,7 +21,7 @@ from cur._lib.promotion import check_promoted
 from cur._lib.scale import brought_near_one, times_power
 from cur._lib.validate import check_companion, check_finite_norm, check_rank
 from cur.factors import Folded
-from cur.importance import Weight, floating, in_dtype, size_of, unit_weight
+from cur.weights import Weight, floating, in_dtype, size_of, unit_weight
 
 __all__ = ["WeightedSVD", "square_errors", "weighted_svd"]
 
@@ -86,7 +86,7 @@ def weighted_svd(A: Array, /, *, row_weights: Any = None, column_weights: Any = 
     ----------
     A : array, shape (m, n)
         Dense; half precisions are computed in single, integers in double precision.
-    row_weights, column_weights : array or `importance.Weight`, optional
+    row_weights, column_weights : array or `weights.Weight`, optional
         `H` and `G` as for `cur.cur`: positive semidefinite matrices, or vectors for diagonal ones. Directions of weight
         zero cost nothing: there the approximation is zero.
 

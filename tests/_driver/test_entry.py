@@ -52,7 +52,7 @@ def test_the_factorization_is_that_of_what_is_left(select, form, dtype, rng):
 def test_weights_go_with_their_rows_and_columns(rng):
     A, inner, rows, columns = padded(rng)
     h, g = rng.uniform(1, 2, 200), rng.uniform(1, 2, 900)
-    for given in ((h, g), tuple(cur.importance.diagonal(w) for w in (h, g))):
+    for given in ((h, g), tuple(cur.weights.diagonal(w) for w in (h, g))):
         found = cur.deim_cur(A, rank=5, row_weights=given[0], column_weights=given[1])
         expected = cur.deim_cur(inner, rank=5, row_weights=h[rows], column_weights=g[columns])
         assert found.rows.tolist() == rows[expected.rows].tolist()

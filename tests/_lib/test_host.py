@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cur
-from cur import bounds, importance, linking, selection, subspace, weighted
+from cur import bounds, linking, scores, selection, subspace, weighted, weights
 from tests.backends import use
 from tests.families import geometric
 
@@ -36,10 +36,10 @@ CALLS = {
     "weighted_svd": lambda A, put: weighted.weighted_svd(put(A), column_weights=put(A[0] ** 2)),
     "weighted core": lambda A, put: linking.weighted(put(A), put(A[:, :3]), put(A[:4]), None, put(A.T @ A)),
     "cross": lambda A, put: linking.cross(put(A[:5, :5])),
-    "diagonal": lambda A, put: importance.diagonal(put(A[0] ** 2)),
-    "matrix": lambda A, put: importance.matrix(put(A @ A.T)),
-    "factor": lambda A, put: importance.factor(put(A)),
-    "wanda": lambda A, put: importance.wanda(put(A), put(A[0] ** 2)),
+    "diagonal": lambda A, put: weights.diagonal(put(A[0] ** 2)),
+    "matrix": lambda A, put: weights.matrix(put(A @ A.T)),
+    "factor": lambda A, put: weights.factor(put(A)),
+    "wanda": lambda A, put: scores.wanda(put(A), put(A[0] ** 2)),
     "eta": lambda A, put: bounds.eta(put(A[:9, :6])),
 }
 

@@ -369,6 +369,17 @@ FORMER = {
     "cur.healing.logs": [
         "Log",
     ],
+    "cur.importance": [
+        "Weight",
+        "diagonal",
+        "factor",
+        "matrix",
+        "wanda",
+    ],
+    "cur.integrations.plan.importance": [
+        "guide",
+        "link_weights",
+    ],
     "cur.truncation": [
         "WeightedSVD",
         "square_errors",
@@ -432,6 +443,16 @@ def test_a_function_can_be_called_whatever_was_imported_before():
         assert cur.own_rows(np.eye(3)[:, :2]).shape == function(np.eye(3)[:, :2]).shape
     finally:
         cur.own_rows = function
+
+
+def test_a_former_module_is_an_attribute_of_its_package():
+    sys.modules.pop("cur.importance", None)
+    vars(cur).pop("importance", None)
+    with pytest.warns(DeprecationWarning, match=r"cur\.importance has moved to cur\.weights and cur\.scores"):
+        assert cur.importance.factor is cur.weights.factor
+    assert cur.importance.wanda is cur.scores.wanda
+    with pytest.raises(AttributeError, match="module 'cur' has no attribute 'nothing'"):
+        cur.nothing  # noqa: B018
 
 
 def test_former_options_are_taken():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from cur import NumericalError, cur, deim_cur, importance, interpolative, linking, select, selection, stream_cur
+from cur import NumericalError, cur, deim_cur, interpolative, linking, select, selection, stream_cur, weights
 from cur._lib.array import to_numpy
 from cur.weighted import own_inputs, own_rows, truncation
 from tests.families import cast, frobenius, random, remainder, spectral
@@ -206,7 +206,7 @@ def test_weight_objects_of_any_size(rng):
     F = rng.standard_normal((8, 8))
     for power in (-140, 140):
         for dtype in ("float32", "float64"):
-            weight = importance.factor(F * 10.0**power)
+            weight = weights.factor(F * 10.0**power)
             result = deim_cur(A.astype(dtype), rank=3, column_weights=weight)
             E = remainder(A.astype(dtype), *result.factors) @ (F * np.longdouble(10.0) ** power)
             assert frobenius(E) <= result.certificate.value <= 1.01 * frobenius(E)
@@ -294,11 +294,11 @@ def test_weights_of_any_size_for_all_ranks(power, rng):
     A, G = random(14, 9, rng), GRADED * 10.0**power
     w = np.linspace(1, 2, 14)
     for function in (truncation.weighted_svd, own_rows):
-        for weights in ({"column_weights": G}, {"column_weights": np.diag(G)}, {"row_weights": w * 10.0**power}):
-            at_one = {key: value / 10.0**power for key, value in weights.items()}
-            ours, theirs = (function(A, **given).truncate(3).toarray() for given in (weights, at_one))
+        for large in ({"column_weights": G}, {"column_weights": np.diag(G)}, {"row_weights": w * 10.0**power}):
+            at_one = {key: value / 10.0**power for key, value in large.items()}
+            ours, theirs = (function(A, **given).truncate(3).toarray() for given in (large, at_one))
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    found = own_inputs(A, column_weights=importance.diagonal(np.diag(G)), row_weights=w * 10.0**power)
+    found = own_inputs(A, column_weights=weights.diagonal(np.diag(G)), row_weights=w * 10.0**power)
     expected = own_inputs(A, column_weights=np.diag(GRADED), row_weights=w)
     np.testing.assert_allclose(found.truncate(4), expected.truncate(4), atol=1e-8)
     A = A.astype(np.float32)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cur import NumericalError, cur, deim_cur, importance, interpolative
+from cur import NumericalError, cur, deim_cur, interpolative, weights
 from cur._lib.array import to_numpy
 from cur._lib.products import RUN, frobenius
 from cur._lib.wide import Residual, Weights
-from cur.importance import diagonal
+from cur.weights import diagonal
 from tests.families import FAMILIES, cast, remainder
 from tests.families import frobenius as exact_norm
 
@@ -141,7 +141,7 @@ def test_weights_do_not_hide_the_rounding(rng):
     F = rng.standard_normal((40, 40)) / 6
     for dtype in ("float64", "float32"):
         X = A.astype(dtype)
-        result = cur(X, rank=25, select="lupp", row_weights=importance.factor(F), column_weights=w)
+        result = cur(X, rank=25, select="lupp", row_weights=weights.factor(F), column_weights=w)
         E = F.T.astype(np.longdouble) @ remainder(X, *result.factors) * np.sqrt(w.astype(np.longdouble))
         assert exact_norm(E) <= result.certificate.value
         assert result.certificate.value <= 1e3 * np.finfo(dtype).eps ** 0.5 * result.certificate.scale

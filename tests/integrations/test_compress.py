@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cur import NumericalError, cur, deim_cur, importance, ranks
+from cur import NumericalError, cur, deim_cur, ranks, scores
 from cur.integrations import Statistics, batches, collect, decoder_layers
 from cur.integrations.compress import apply_plan_, compress
 from cur.integrations.model.size import model_size
@@ -86,7 +86,7 @@ def test_it_is_wanda_and_deim(llama: PreTrainedModel, windows: torch.Tensor) -> 
     assert report.layers
     for layer in report.layers:
         weight = dense.get_parameter(f"{layer.name}.weight").detach()
-        score = importance.wanda(weight, statistics.x_norm(layer.name).float())
+        score = scores.wanda(weight, statistics.x_norm(layer.name).float())
         expected = deim_cur(weight, rank=layer.rank, importance=score, subspace="exact")
         assert layer.rows == tuple(int(i) for i in expected.rows)
         assert layer.columns == tuple(int(j) for j in expected.columns)
@@ -151,7 +151,7 @@ def test_importances_choose_differently(kind: str, llama: PreTrainedModel, windo
     layer = report.layers[0]
     weight = dense.get_parameter(f"{layer.name}.weight").detach()
     score = {
-        "wanda": importance.wanda(weight, measure(dense, windows).x_norm(layer.name).float()),
+        "wanda": scores.wanda(weight, measure(dense, windows).x_norm(layer.name).float()),
         "magnitude": weight.abs(),
         "weights": None,
     }[kind]
@@ -167,14 +167,14 @@ def test_every_selector_serves_models(
     statistics = measure(dense, windows)
     for layer in report.layers:
         weight = dense.get_parameter(f"{layer.name}.weight").detach()
-        score = importance.wanda(weight, statistics.x_norm(layer.name).float())
+        score = scores.wanda(weight, statistics.x_norm(layer.name).float())
         expected = cur(weight, rank=6, select=name, importance=score, subspace="exact")
         assert (layer.rows, layer.columns) == (tuple(expected.rows.tolist()), tuple(expected.columns.tolist()))
         assert layer.relative_error <= layer.certificate["relative"] * (1 + 1e-4)
     within = make_plan(dense, statistics, replace(config, rank=None, tolerance=0.9, layout="interpolative"))
     for entry in within.entries:
         weight = dense.get_parameter(f"{entry.name}.weight").detach()
-        score = importance.wanda(weight, statistics.x_norm(entry.name).float())
+        score = scores.wanda(weight, statistics.x_norm(entry.name).float())
         assert entry.rank == cur(weight, tol=0.9, select=name, importance=score, subspace="exact", bounds=False).rank
     assert within.entries
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cur import importance, interpolative
+from cur import interpolative, weights
 from cur.weighted.truncation import square_errors, weighted_svd
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (5, 1), (1, 5)]
@@ -76,8 +76,8 @@ def test_vectors_and_weights_stand_for_matrices() -> None:
     expected = weighted_svd(A, row_weights=np.diag(h), column_weights=np.diag(g)).truncate(3).toarray()
     pairs: list[tuple[Any, Any]] = [
         (h, g),
-        (importance.diagonal(h), importance.matrix(np.diag(g))),
-        (importance.matrix(np.diag(h)), importance.diagonal(g)),
+        (weights.diagonal(h), weights.matrix(np.diag(g))),
+        (weights.matrix(np.diag(h)), weights.diagonal(g)),
     ]
     for H, G in pairs:
         found = weighted_svd(A, row_weights=H, column_weights=G).truncate(3).toarray()

@@ -23,7 +23,7 @@ from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.nn import CompressedLinear, CURLinear, InterpolativeLinear, dense_weight, layer_class
 from cur.integrations.plan.entry import PlanEntry
-from cur.integrations.plan.importance import guide, link_weights
+from cur.integrations.plan.guide import guide, link_weights
 from cur.integrations.plan.methods import CUREntry, RowsEntry, WeightedEntry
 from cur.integrations.report.data import LayerReport
 from cur.weighted.rows import own_rows

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cur import importance
 from cur.integrations.measure.statistics import Statistics
+from cur.weights import Weight, matrix
 
 __all__ = ["Measured", "Moments", "x_norm"]
 
@@ -49,7 +49,7 @@ class Moments:
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        self._latest: tuple[tuple[int, float, torch.dtype, torch.device], importance.Weight] | None = None
+        self._latest: tuple[tuple[int, float, torch.dtype, torch.device], Weight] | None = None
 
     def weights(self, name: str, W: Tensor, *, gradients: bool, damping: float) -> tuple[Any, Any]:
         """Return the weights ``H`` of the rows and ``G`` of the columns of a layer's matrix.
@@ -106,7 +106,7 @@ class Moments:
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
 
-    def input_weight(self, name: str, W: Tensor) -> importance.Weight:
+    def input_weight(self, name: str, W: Tensor) -> Weight:
         """Return the second moment of a layer's inputs as a factored weight of the columns of its matrix.
 
         Parameters
@@ -127,10 +127,10 @@ class Moments:
             raise ValueError(str(error.args[0])) from error
         return self._factored(moment, self.statistics.products[name], W, 0.0)
 
-    def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> importance.Weight:
+    def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> Weight:
         key = (id(shared), damping, W.dtype, W.device)
         if self._latest is None or self._latest[0] != key:
-            self._latest = key, importance.matrix(moment.to(W), damping=damping)
+            self._latest = key, matrix(moment.to(W), damping=damping)
         return self._latest[1]
 
 
@@ -156,7 +156,7 @@ class Measured:
         return x_norm(self._of.statistics, self._name).to(self._W)
 
     @property
-    def moments(self) -> importance.Weight:
+    def moments(self) -> Weight:
         """The second moments of the inputs, as a factored weight of the columns."""
         return self._of.input_weight(self._name, self._W)
 

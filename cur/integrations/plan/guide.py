@@ -1,4 +1,4 @@
-"""The matrices that guide the choice of rows and columns, and the weights of the core, from what was measured."""
+"""The importance and the link that an entry of a plan names, formed from what was measured of its layer."""
 
 from __future__ import annotations
 

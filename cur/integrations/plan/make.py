@@ -28,7 +28,7 @@ from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
 from cur.integrations.plan.entry import PlanEntry
-from cur.integrations.plan.importance import guide, link_weights
+from cur.integrations.plan.guide import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
 from cur.integrations.plan.methods import CUREntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
