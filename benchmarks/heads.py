@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer, source = load_model()
-    names = linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+    names = linear_modules(model, "all-linear", blocks=range(len(decoder_layers(model))))
     precision = Precision.of(model, options.precision).name
     windows, rest = calibration_windows(tokenizer, options.wikitext, options.calibration)
     statistics = calibrate(model, windows, rest, names, options.cache, precision)[0].statistics[BOTH]

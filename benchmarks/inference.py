@@ -137,7 +137,7 @@ def measure_model(dtype: torch.dtype) -> list[dict[str, Any]]:
     """Time prefill and decoding of the real model; of its compressed form only the shapes matter here."""
     dense, tokenizer, source = load_model(None, dtype=dtype)
     window = token_windows(tokenizer, embedded_text("calibrate"), length=512, count=1)
-    names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
+    names = linear_modules(dense, "all-linear", blocks=range(len(decoder_layers(dense))))
     rows = []
     for keep in KEEPS:
         for layout, kind in ((layout, LAYOUTS[layout]) for layout in factored()):

@@ -33,7 +33,7 @@ from environment import add_precision, environment, precision_of
 from cur import cur, ranks, scores
 from cur.integrations import (
     batches,
-    choose_layers,
+    choose_blocks,
     collect,
     decoder_layers,
     load_model,
@@ -106,7 +106,7 @@ class Bench:
 
     def chosen(self, count: int = LAYERS) -> list[int]:
         """Return the blocks of smallest angular distance."""
-        return choose_layers(self.inputs.angular, count)
+        return choose_blocks(self.inputs.angular, count)
 
     def row(self, names: Sequence[str], *, inputs: Inputs | None = None, **how: Any) -> dict[str, Any]:
         """Approximate these layers, score the model, and put the weights back."""

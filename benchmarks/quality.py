@@ -338,7 +338,7 @@ def main() -> None:
     options = parser.parse_args()
 
     dense, tokenizer, source = load_model()
-    names = linear_modules(dense, "all-linear", layers=range(len(decoder_layers(dense))))
+    names = linear_modules(dense, "all-linear", blocks=range(len(decoder_layers(dense))))
     windows, rest = calibration_windows(tokenizer, options.wikitext, options.calibration)
     held_out = {
         name: token_windows(tokenizer, text, length=1024, count=options.windows, name=name)

@@ -130,6 +130,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "cur.integrations.blockwise.streamed_model": {"Skeleton": "StreamedModel", "load_skeleton": "load_streamed"},
     "cur.integrations.measure.propagation": {"Arriving": "InputMoments"},
     "cur.integrations.model.blocks": {"Entry": "BlockCall"},
+    "cur.integrations.plan.blocks": {"choose_layers": "choose_blocks"},
 }
 """By module, what its names are called that had others before."""
 
@@ -223,7 +224,13 @@ def former_modules(package: str) -> Callable[[str], ModuleType]:
 
 
 def renamed(**options: str) -> Callable[[Function], Function]:
-    """Return a decorator that lets a function be called with the former names of options: ``former="new"``."""
+    """Return a decorator that lets a function be called with the former names of options: ``former="new"``.
+
+    Parameters
+    ----------
+    **options : str
+        The new names of options, by their former ones.
+    """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)

@@ -4,8 +4,9 @@ Importing this package needs the ``transformers`` extra. It also registers the c
 ``import cur.integrations`` a compressed directory loads with ``AutoModelForCausalLM.from_pretrained``.
 """
 
+from cur._lib.moved import former_names
 from cur.integrations import _requirements  # noqa: F401  (first: it explains what is missing)
-from cur.integrations.compress import apply_plan_, compress
+from cur.integrations.compress import carry_out_, compress
 from cur.integrations.measure.collect import collect, collect_gradients
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, read_text, token_windows
@@ -13,13 +14,15 @@ from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_mode
 from cur.integrations.model.targets import block_stacks, decoder_layers, linear_modules
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
-from cur.integrations.plan.blocks import choose_layers
+from cur.integrations.plan.blocks import choose_blocks
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import Plan, PlanEntry
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.perplexity import Perplexity, perplexity
 from cur.integrations.store.checkpoint import dense_export, save
+
+__getattr__ = former_names(__name__, ("cur.integrations.compress", "cur.integrations.plan.blocks"))
 
 __all__ = [
     "BudgetConfig",
@@ -35,10 +38,10 @@ __all__ = [
     "Plan",
     "PlanEntry",
     "Statistics",
-    "apply_plan_",
     "batches",
     "block_stacks",
-    "choose_layers",
+    "carry_out_",
+    "choose_blocks",
     "collect",
     "collect_gradients",
     "compress",

@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cur._lib.errors import warn
 from cur._lib.moved import former_names
 from cur._lib.versions import versions
 from cur.integrations.measure.statistics import Statistics
@@ -316,7 +317,7 @@ def apply_plan_(
     *,
     progress: StageProgress | None = None,
 ) -> list[LayerReport]:
-    """Carry out a plan, in place; see :func:`carry_out_`, which reports on the whole model.
+    """Carry out a plan, in place: the former name of :func:`carry_out_`, which reports on the whole model.
 
     Parameters
     ----------
@@ -334,4 +335,5 @@ def apply_plan_(
     list of LayerReport
         A report on each layer, in the order of the plan.
     """
+    warn("apply_plan_ is carry_out_ now, whose report has the list as its `layers`", DeprecationWarning)
     return list(carry_out_(model, plan, statistics, progress=progress).layers)

@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import cur
 from cur._lib.moved import MOVED
+from cur.integrations import linear_modules
 
 FORMER = {
     "cur.integrations.account": [
@@ -18,6 +20,10 @@ FORMER = {
         "compare",
         "read_account",
         "write_account",
+    ],
+    "cur.integrations": [
+        "apply_plan_",
+        "choose_layers",
     ],
     "cur.integrations.adapters": [
         "refuse_adapter_directory",
@@ -185,6 +191,9 @@ FORMER = {
         "PlanError",
         "fingerprint",
         "is_multiple",
+    ],
+    "cur.integrations.plan.blocks": [
+        "choose_layers",
     ],
     "cur.integrations.planning": [
         "candidates",
@@ -462,3 +471,6 @@ def test_former_options_are_taken():
     assert (rows.tolist(), columns.tolist()) == ([1, 2], [1, 2])
     with pytest.raises(TypeError, match="`method` is the former name of `select`; give one of them"):
         cur.select(A, rank=2, method="norm", select="norm")
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)})
+    with pytest.warns(DeprecationWarning, match="`layers` of linear_modules is `blocks` now"):
+        assert linear_modules(model, "all-linear", layers=[1]) == linear_modules(model, "all-linear", blocks=[1])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cur import NumericalError, cur, deim_cur, ranks, scores
 from cur.integrations import Statistics, batches, collect, decoder_layers
-from cur.integrations.compress import apply_plan_, compress
+from cur.integrations.compress import apply_plan_, carry_out_, compress
 from cur.integrations.model.size import model_size
 from cur.integrations.nn import CURLinear, compressed_modules, factored
 from cur.integrations.plan import make as planning
@@ -192,7 +192,7 @@ def test_what_is_measured_is_what_is_needed(
     assert bool(statistics.products) == config.needs_moments
     plan = make_plan(llama, statistics, config)
     assert (plan.needs_moments, plan.needs_gradients) == (config.needs_moments, config.needs_gradients)
-    assert len(apply_plan_(llama, plan, statistics)) == 2
+    assert len(carry_out_(llama, plan, statistics).layers) == 2
 
 
 def test_activation_link_lowers_the_weighted_error(
@@ -251,11 +251,19 @@ def test_a_plan_can_be_replayed_and_edited(make_model: Callable[..., PreTrainedM
     plan = make_plan(model, statistics, SMALL)
     first = replace(plan.entries[0], rank=2)
     edited = replace(plan, entries=(first, *plan.entries[1:3]))
-    reports = apply_plan_(model, edited, statistics)
+    reports = carry_out_(model, edited, statistics).layers
     assert [report.rank for report in reports] == [2, plan.entries[1].rank, plan.entries[2].rank]
     assert list(compressed_modules(model)) == [entry.name for entry in edited.entries]
     with pytest.raises(PlanError):
-        apply_plan_(make_model("gpt2"), edited, statistics)
+        carry_out_(make_model("gpt2"), edited, statistics)
+
+
+def test_a_plan_is_carried_out_by_the_former_name_for_a_release(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    statistics = measure(llama, windows)
+    plan = make_plan(llama, statistics, SMALL)
+    with pytest.warns(DeprecationWarning, match="apply_plan_ is carry_out_ now, whose report has the list"):
+        reports = apply_plan_(llama, plan, statistics)
+    assert [report.name for report in reports] == [entry.name for entry in plan.entries]
 
 
 def test_progress_covers_both_long_stages(llama: PreTrainedModel, windows: torch.Tensor) -> None:
@@ -339,6 +347,8 @@ def test_rank_above_every_layer_is_refused_before_any_forward_pass(llama: PreTra
 
 
 def test_too_many_layers(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="`layers` must be between 0 and 4 for this model, got 5"):
+        compress(llama, windows, replace(SMALL, layers=(1, 5)))
     with pytest.raises(ValueError, match="`layers` must be between 1 and 3 for a model of 5 blocks"):
         compress(llama, windows, replace(SMALL, layers=4))
 

@@ -77,7 +77,7 @@ def test_auto_leaves_dense_what_no_layout_makes_faster(wide: PreTrainedModel, wi
     statistics = collect(
         wide,
         [windows],
-        modules=linear_modules(wide, "all-linear", layers=range(3)),
+        modules=linear_modules(wide, "all-linear", blocks=range(3)),
         layers=[name for name, _ in decoder_layers(wide)],
     )
     for options in ({"rank": 300}, {"energy": 0.999}):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from cur._lib.moved import renamed
 from cur.integrations.model.experts import LinearExperts, unrolled
 from cur.integrations.nn import CompressedLinear
 
@@ -130,13 +131,14 @@ def _num_hidden_layers(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
+@renamed(layers="blocks")
 def linear_modules(
     model: nn.Module,
     targets: str | Sequence[str],
     /,
     *,
     exclude: str | Sequence[str] = (),
-    layers: Sequence[int] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> list[str]:
     r"""Name the linear modules that a target selects.
 
@@ -153,8 +155,8 @@ def linear_modules(
         kind of string selects the output head: list it by name.
     exclude : str or sequence of str, default ()
         Modules to leave alone, by the same rules; it need not match anything.
-    layers : sequence of int, optional
-        Only modules inside these blocks of :func:`decoder_layers`.
+    blocks : sequence of int, optional
+        The indices of the blocks of :func:`decoder_layers` in which modules are named. By default all modules are.
 
     Returns
     -------
@@ -164,7 +166,7 @@ def linear_modules(
     Raises
     ------
     ValueError
-        If a target selects nothing, with the reason: no such name, not a linear module, outside `layers`,
+        If a target selects nothing, with the reason: no such name, not a linear module, outside `blocks`,
         everything excluded; or if it selects experts that cannot be taken apart.
     """
     listed = not isinstance(targets, str)
@@ -199,10 +201,10 @@ def linear_modules(
     if not chosen - excluded:
         raise ValueError(f"`exclude` {exclude!r} leaves none of the {len(chosen)} modules that `targets` selects")
     chosen -= excluded
-    if layers is not None:
-        chosen &= _inside(model, layers, modules)
+    if blocks is not None:
+        chosen &= _inside(model, blocks, modules)
         if not chosen:
-            raise ValueError(f"`targets` {targets!r} selects no linear module inside `layers` {sorted(layers)}")
+            raise ValueError(f"`targets` {targets!r} selects no linear module inside the blocks {sorted(blocks)}")
     return [name for name in modules if name in chosen]
 
 
@@ -302,10 +304,10 @@ def _output_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]
     return {name for name, module in modules.items() if head is not None and module is head}
 
 
-def _inside(model: nn.Module, layers: Sequence[int], modules: Iterable[str]) -> set[str]:
-    blocks = decoder_layers(model)
-    wrong = [index for index in layers if not 0 <= index < len(blocks)]
+def _inside(model: nn.Module, blocks: Sequence[int], modules: Iterable[str]) -> set[str]:
+    names = [name for name, _ in decoder_layers(model)]
+    wrong = [index for index in blocks if not 0 <= index < len(names)]
     if wrong:
-        raise ValueError(f"`layers` must be between 0 and {len(blocks) - 1} for this model, got {wrong}")
-    prefixes = tuple(blocks[index][0] + "." for index in layers)
+        raise ValueError(f"`blocks` must be between 0 and {len(names) - 1} for this model, got {wrong}")
+    prefixes = tuple(f"{names[index]}." for index in blocks)
     return {name for name in modules if name.startswith(prefixes)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cur._lib.errors import warn
 from cur.integrations.nn.int8 import Int8Linear
 from cur.integrations.nn.tensors import Stores, rounded
 
@@ -198,7 +199,7 @@ class CompressedLinear(nn.Module):
         return rounded(found) if int8 else found
 
     @classmethod
-    def numbers(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
+    def parameter_count(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
         """Count the parameters of an m x n layer of a rank, or of an array of ranks, without the bias.
 
         Parameters
@@ -220,6 +221,18 @@ class CompressedLinear(nn.Module):
         sizes = cls.sizes(m, n, rank, inner_rank)
         found = cls.tensors(factored=inner_rank is not None).values()
         return sum(tensor.count(sizes) for tensor in found if tensor.dtype is None)
+
+    @classmethod
+    def numbers(cls, *sizes: Any) -> Any:
+        """Return :meth:`parameter_count`, with a warning: it was called this before.
+
+        Parameters
+        ----------
+        *sizes : Any
+            The arguments of :meth:`parameter_count`.
+        """
+        warn(f"{cls.__name__}.numbers is parameter_count now", DeprecationWarning)
+        return cls.parameter_count(*sizes)
 
     @classmethod
     def nbytes(
@@ -252,7 +265,7 @@ class CompressedLinear(nn.Module):
         return sum(tensor.count(sizes) * (tensor.dtype or dtype).itemsize for tensor in found)
 
     @classmethod
-    def rank_within(cls, m: int, n: int, numbers: float) -> int:
+    def rank_within(cls, m: int, n: int, parameters: float) -> int:
         """Return the largest rank at which an m x n layer takes at most so many parameters; 0 if none does.
 
         Parameters
@@ -261,10 +274,11 @@ class CompressedLinear(nn.Module):
             The number of outputs.
         n : int
             The number of inputs.
-        numbers : float
+        parameters : float
             The number of parameters that the layer may take.
         """
-        return bisect_right(range(1, cls.largest_rank(m, n) + 1), numbers, key=lambda rank: cls.numbers(m, n, rank))
+        ranks = range(1, cls.largest_rank(m, n) + 1)
+        return bisect_right(ranks, parameters, key=lambda rank: cls.parameter_count(m, n, rank))
 
     @classmethod
     def sized(cls, stored: Mapping[str, tuple[int, ...]], spec: Mapping[str, Any]) -> dict[str, int]:
@@ -405,7 +419,7 @@ class CompressedLinear(nn.Module):
     @property
     def stored(self) -> int:
         """The number of parameters, without the bias."""
-        return int(self.numbers(*self.shape, *self.ranks))
+        return int(self.parameter_count(*self.shape, *self.ranks))
 
     def two_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left`` (m x r) and ``right`` (r x n) with ``weight == left @ right``."""

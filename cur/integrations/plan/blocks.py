@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["CHOICES", "choose_layers", "inner_blocks"]
+from cur._lib.moved import former_names
+
+__all__ = ["CHOICES", "choose_blocks", "inner_blocks"]
+
+__getattr__ = former_names(__name__, (__name__,))
 
 CHOICES = ("angular", "random", "last")
 """How a number of blocks is chosen: those that turn the hidden state least, any, or the last ones."""
@@ -32,7 +36,7 @@ def inner_blocks(stacks: Sequence[int]) -> list[int]:
     return found
 
 
-def choose_layers(
+def choose_blocks(
     distances: Mapping[int, float] | None,
     count: int,
     /,
@@ -75,10 +79,10 @@ def choose_layers(
 
     Examples
     --------
-    >>> from cur.integrations import choose_layers
-    >>> choose_layers({0: 0.01, 1: 0.3, 2: 0.1, 3: 0.2, 4: 0.02}, 2)
+    >>> from cur.integrations import choose_blocks
+    >>> choose_blocks({0: 0.01, 1: 0.3, 2: 0.1, 3: 0.2, 4: 0.02}, 2)
     [2, 3]
-    >>> choose_layers(None, 2, by="last", stacks=[5])
+    >>> choose_blocks(None, 2, by="last", stacks=[5])
     [2, 3]
     """
     if by not in CHOICES:
@@ -93,7 +97,7 @@ def choose_layers(
     if not 1 <= count <= len(inner) or count % span:
         multiple = "" if span == 1 else f", and a multiple of `span`, {span},"
         raise ValueError(
-            f"`count` must be between 1 and {len(inner)}{multiple} for a model of {total} layers "
+            f"`count` must be between 1 and {len(inner)}{multiple} for a model of {total} blocks "
             f"(the first and the last of a stack are never chosen), got {count}"
         )
     if by == "last":
@@ -117,7 +121,7 @@ def _least(
         )
     bad = [index for index in sorted(distances) if not math.isfinite(distances[index])]
     if bad:
-        raise ValueError(f"`distances` must be finite, they are not for layer(s) {bad}")
+        raise ValueError(f"`distances` must be finite, they are not for block(s) {bad}")
     if span == 1:
         return sorted(sorted(starts, key=lambda index: (distances[index], index))[:count])
     # table[stop][j]: the cheapest j runs among the blocks before `stop`

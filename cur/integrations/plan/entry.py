@@ -189,7 +189,7 @@ class PlanEntry(metaclass=_Former):
     @property
     def parameters(self) -> int:
         """Numbers kept in the factors (the bias, which stays, is not counted)."""
-        return int(self.layer_type.numbers(*self.shape, *self.ranks))
+        return int(self.layer_type.parameter_count(*self.shape, *self.ranks))
 
     @property
     def dense_parameters(self) -> int:

@@ -58,9 +58,9 @@ def choose_layout(
     if purpose == "training":
         return _TRAINED.layout if among is None or _TRAINED.layout in among else None
     kinds = {layout: kind for layout, kind in factored().items() if among is None or layout in among}
-    numbers = {layout: kind.numbers(*shape, rank) for layout, kind in kinds.items()}
-    faster = [layout for layout, kind in kinds.items() if numbers[layout] <= _within(shape, kind)]
-    return min(faster, key=lambda layout: numbers[layout], default=None)
+    counts = {layout: kind.parameter_count(*shape, rank) for layout, kind in kinds.items()}
+    faster = [layout for layout, kind in kinds.items() if counts[layout] <= _within(shape, kind)]
+    return min(faster, key=lambda layout: counts[layout], default=None)
 
 
 def fastest_rank(shape: tuple[int, int], purpose: str = "inference", /) -> int:

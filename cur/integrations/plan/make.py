@@ -23,7 +23,7 @@ from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, linear_modules
 from cur.integrations.nn import compressed_modules, dense_weight, layer_class
-from cur.integrations.plan.blocks import choose_layers, inner_blocks
+from cur.integrations.plan.blocks import choose_blocks, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
@@ -380,7 +380,7 @@ def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: Compre
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
     distances = statistics.angular_spans(config.span) if config.choose == "angular" else None
-    return choose_layers(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+    return choose_blocks(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
 
 
 def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:
@@ -420,6 +420,8 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
             )
     elif not isinstance(asked, str):
         inside = sorted(set(asked))
+        if inside[-1] >= sum(stacks):
+            raise ValueError(f"`layers` must be between 0 and {sum(stacks) - 1} for this model, got {inside[-1]}")
     names = _selected(model, config, inside)
     tied = _tied_weights(model)
     factored = tuple(f"{name}." for name in compressed_modules(model))
@@ -445,10 +447,10 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
     return names
 
 
-def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, layers: list[int]) -> list[str]:
+def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, blocks: list[int]) -> list[str]:
     """Name the linear layers of some blocks that a configuration selects."""
     try:
-        return linear_modules(model, config.targets, exclude=config.exclude, layers=layers)
+        return linear_modules(model, config.targets, exclude=config.exclude, blocks=blocks)
     except ValueError as error:
         done = list(compressed_modules(model))
         if not done:

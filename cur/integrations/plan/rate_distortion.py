@@ -72,7 +72,7 @@ class LayerCurve:
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.
         rank = np.arange(1, min(SMALLEST.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
-        costs = np.append(SMALLEST.numbers(m, n, rank), m * n)
+        costs = np.append(SMALLEST.parameter_count(m, n, rank), m * n)
         return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
 
     @classmethod

@@ -60,7 +60,7 @@ class LayerSummary:
     @property
     def parameters(self) -> int:
         """Numbers in the factors."""
-        return int(layer_class(self.layout).numbers(*self.shape, *self.ranks))
+        return int(layer_class(self.layout).parameter_count(*self.shape, *self.ranks))
 
     @property
     def dense_parameters(self) -> int:
@@ -105,7 +105,7 @@ class CheckpointSummary:
         """
         kind = layer_class(layout)
         return sum(
-            int(kind.numbers(*layer.shape, *layer.ranks))
+            int(kind.parameter_count(*layer.shape, *layer.ranks))
             for layer in self.layers
             if layout in layer_class(layer.layout).conversions()
         )

@@ -17,7 +17,6 @@ from cur.integrations import (
     BudgetConfig,
     Plan,
     Statistics,
-    apply_plan_,
     batches,
     collect,
     collect_gradients,
@@ -48,7 +47,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 @pytest.fixture
 def statistics(llama: PreTrainedModel, windows: Tensor) -> Statistics:
     given = list(batches(windows, batch_size=3))
-    names = linear_modules(llama, "all-linear", layers=range(len(decoder_layers(llama))))
+    names = linear_modules(llama, "all-linear", blocks=range(len(decoder_layers(llama))))
     return collect_gradients(llama, given, collect(llama, given, modules=names, moments="full"), modules=names)
 
 
@@ -75,7 +74,7 @@ def whole(plan: Plan) -> Plan:
 def test_the_neurons_of_feed_forward_networks_are_found(name: str) -> None:
     model = make(name)
     blocks = decoder_layers(model)
-    groups = neuron_groups(model, linear_modules(model, "all-linear", layers=range(len(blocks))))
+    groups = neuron_groups(model, linear_modules(model, "all-linear", blocks=range(len(blocks))))
     assert len(groups) == len(blocks)
     for consumer, producers in groups.items():
         width = consumer.rpartition(".")[0]
@@ -112,7 +111,7 @@ def test_only_neurons_that_nothing_else_needs(kind: str) -> None:
 
 
 def test_not_where_one_of_the_layers_is_left_out(llama: PreTrainedModel) -> None:
-    names = linear_modules(llama, ("up_proj", "down_proj"), layers=range(len(decoder_layers(llama))))
+    names = linear_modules(llama, ("up_proj", "down_proj"), blocks=range(len(decoder_layers(llama))))
     assert neuron_groups(llama, names) == {}
 
 
@@ -130,7 +129,7 @@ def test_a_budget_takes_them_where_they_pay(llama: PreTrainedModel, statistics: 
 
 def test_a_budget_takes_none_where_they_save_little(llama: PreTrainedModel, statistics: Statistics) -> None:
     config = in_feed_forward(0.6)
-    names = linear_modules(llama, MLP, layers=range(len(decoder_layers(llama))))
+    names = linear_modules(llama, MLP, blocks=range(len(decoder_layers(llama))))
     curves = error_curves(llama, statistics, config, names)
     joint = joint_curves(llama, statistics, config, names)
 
@@ -149,7 +148,7 @@ def test_a_budget_takes_none_where_they_save_little(llama: PreTrainedModel, stat
 def test_rows_are_the_models_own_and_columns_fit(llama: PreTrainedModel, statistics: Statistics) -> None:
     dense = copy.deepcopy(llama)
     plan = whole(make_plan(llama, statistics, in_feed_forward(0.5)))
-    apply_plan_(llama, plan, statistics)
+    carry_out_(llama, plan, statistics)
     layers = kept(llama)
     assert layers
     for name, layer in layers.items():
@@ -264,11 +263,11 @@ def test_a_plan_is_edited_in_all_its_layers(llama: PreTrainedModel, statistics: 
     gate = next(entry for entry in plan.entries if entry.made_with == consumer != entry.name)
     fewer = replace(plan, entries=tuple(entry for entry in plan.entries if entry is not gate))
     with pytest.raises(PlanError, match="cut all of the layers that give them, or none"):
-        apply_plan_(llama, fewer, statistics)
+        carry_out_(llama, fewer, statistics)
     assert not compressed_modules(llama)
     for entry in group:
         entry["rank"] = 7
-    apply_plan_(llama, Plan.from_dict(json.loads(json.dumps(data))), statistics)
+    carry_out_(llama, Plan.from_dict(json.loads(json.dumps(data))), statistics)
     assert [layer.rank for name, layer in kept(llama).items() if name in [entry["name"] for entry in group]] == [7] * 3
 
 
@@ -363,13 +362,13 @@ def test_a_little_of_both_loses_what_the_plan_says(
 ) -> None:
     dense = copy.deepcopy(llama)
     config = replace(in_feed_forward(0.6), gradients=gradients)
-    names = linear_modules(llama, MLP, layers=range(len(decoder_layers(llama))))
+    names = linear_modules(llama, MLP, blocks=range(len(decoder_layers(llama))))
     curves, groups = (make(llama, statistics, config, names) for make in (error_curves, joint_curves))
     plan = plan_budget(llama, statistics, config, curves, groups)
     without = plan_budget(llama, statistics, config, curves, [replace(group, cuts=()) for group in groups])
     total, other = (sum(entry.predicted or 0.0 for entry in one.entries) for one in (plan, without))
     assert total < 0.98 * other
-    apply_plan_(llama, plan, statistics)
+    carry_out_(llama, plan, statistics)
     layers = kept(llama)
     both = [entry for entry in plan.entries if entry.ranks[1]]
     assert {entry.layout for entry in both} == {"inputs", "outputs"}

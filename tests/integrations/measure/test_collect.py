@@ -19,7 +19,7 @@ LENGTHS = (24, 5, 17, 1, 11, 24)
 
 def names_of(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     blocks = [name for name, _ in decoder_layers(model)]
-    return linear_modules(model, "all-linear", layers=range(len(blocks))), blocks
+    return linear_modules(model, "all-linear", blocks=range(len(blocks))), blocks
 
 
 def unpadded(windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:

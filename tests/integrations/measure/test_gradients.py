@@ -16,7 +16,7 @@ LENGTHS = (24, 5, 17, 1, 11, 24)
 
 
 def names_of(model: PreTrainedModel) -> list[str]:
-    return linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+    return linear_modules(model, "all-linear", blocks=range(len(decoder_layers(model))))
 
 
 @pytest.fixture

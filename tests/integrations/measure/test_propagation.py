@@ -19,7 +19,7 @@ from tests.models import VOCABULARY, make
 
 
 def inside(model: PreTrainedModel) -> list[str]:
-    return linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+    return linear_modules(model, "all-linear", blocks=range(len(decoder_layers(model))))
 
 
 def halved(model: PreTrainedModel, name: str) -> nn.Linear:

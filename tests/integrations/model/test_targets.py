@@ -108,7 +108,7 @@ def test_a_string_is_a_regular_expression_for_the_full_name(llama: PreTrainedMod
 
 
 def test_layers_and_exclude_narrow(llama: PreTrainedModel) -> None:
-    found = linear_modules(llama, "all-linear", layers=[3, 1], exclude=["mlp.up_proj", "o_proj"])
+    found = linear_modules(llama, "all-linear", blocks=[3, 1], exclude=["mlp.up_proj", "o_proj"])
     parts = [part for part in PARTS if part not in ("up_proj", "o_proj")]
     assert [name.rpartition(".")[2] for name in found] == parts * 2
     assert {name.split(".")[2] for name in found} == {"1", "3"}
@@ -139,10 +139,10 @@ def test_the_head_is_taken_when_listed(llama: PreTrainedModel) -> None:
         (["q_proj"], {"exclude": ["self_attn", "q_proj"]}, "`exclude` .* leaves none of the 5 modules"),
         (
             ["layers.0.self_attn.q_proj"],
-            {"layers": [1, 2]},
-            r"selects no linear module inside `layers` \[1, 2\]",
+            {"blocks": [1, 2]},
+            r"selects no linear module inside the blocks \[1, 2\]",
         ),
-        (["q_proj"], {"layers": [5]}, r"`layers` must be between 0 and 4 for this model, got \[5\]"),
+        (["q_proj"], {"blocks": [5]}, r"`blocks` must be between 0 and 4 for this model, got \[5\]"),
         ("q_proj[", {}, "`targets` .* is not a regular expression"),
         (["q_proj"], {"exclude": "(("}, "`exclude` .* is not a regular expression"),
     ],
@@ -163,7 +163,7 @@ def test_experts_have_names_of_their_own(mixtral: MixtralForCausalLM) -> None:
     every = linear_modules(mixtral, "all-linear")
     assert len(every) == 2 * (4 + 2 * 3)
     assert every[4:6] == [f"model.layers.0.mlp.experts.gate_up_proj.{index}" for index in range(2)]
-    assert linear_modules(mixtral, ["down_proj"], layers=[1]) == [
+    assert linear_modules(mixtral, ["down_proj"], blocks=[1]) == [
         f"model.layers.1.mlp.experts.down_proj.{index}" for index in range(3)
     ]
     assert linear_modules(mixtral, ["layers.1.mlp.experts.down_proj.2"]) == ["model.layers.1.mlp.experts.down_proj.2"]

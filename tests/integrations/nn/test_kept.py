@@ -36,7 +36,7 @@ def test_together_they_are_the_dense_layers_with_zeros(bias: bool) -> None:
 def test_numbers_are_those_of_kept_neurons() -> None:
     for layer in sides(bias=False):
         stored = sum(p.numel() for p in layer.parameters())
-        assert layer.numbers(layer.out_features, layer.in_features, layer.rank) == stored
+        assert layer.parameter_count(layer.out_features, layer.in_features, layer.rank) == stored
 
 
 @pytest.mark.parametrize("side", [0, 1])

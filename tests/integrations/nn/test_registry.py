@@ -71,7 +71,9 @@ def test_ranks_within_numbers_are_those_of_the_core(layout: str, m: int, n: int)
     for numbers in (0, 0.5, *range(1, m * n + 20, 3)):
         assert kind.rank_within(m, n, numbers) == ranks.rank_for(m, n, numbers, layout=layout)
     for rank in range(1, min(m, n) + 1):
-        assert kind.numbers(m, n, rank) == ranks.parameters(m, n, rank, layout=layout)
+        assert kind.parameter_count(m, n, rank) == ranks.parameters(m, n, rank, layout=layout)
+    with pytest.warns(DeprecationWarning, match=f"{kind.__name__}.numbers is parameter_count now"):
+        assert kind.numbers(m, n, 1) == kind.parameter_count(m, n, 1)
 
 
 @pytest.mark.parametrize(("layout", "inner"), EVERY)

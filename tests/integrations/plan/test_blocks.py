@@ -6,29 +6,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cur.integrations import choose_layers
+from cur.integrations import choose_blocks
 from cur.integrations.plan.blocks import inner_blocks
 
 
 def test_the_smallest_inside() -> None:
     distances = {0: 0.0, 1: 0.4, 2: 0.1, 3: 0.3, 4: 0.1, 5: 0.0}
-    assert choose_layers(distances, 1) == [2]
-    assert choose_layers(distances, 3) == [2, 3, 4]
-    assert choose_layers(distances, 4) == [1, 2, 3, 4]
+    assert choose_blocks(distances, 1) == [2]
+    assert choose_blocks(distances, 3) == [2, 3, 4]
+    assert choose_blocks(distances, 4) == [1, 2, 3, 4]
 
 
 def test_ends_of_every_stack_are_left_out() -> None:
     assert inner_blocks([4, 3]) == [1, 2, 5]
-    assert choose_layers(dict.fromkeys(range(7), 0.0), 3, stacks=[4, 3]) == [1, 2, 5]
+    assert choose_blocks(dict.fromkeys(range(7), 0.0), 3, stacks=[4, 3]) == [1, 2, 5]
     with pytest.raises(ValueError, match="`count` must be between 1 and 3"):
-        choose_layers(dict.fromkeys(range(7), 0.0), 4, stacks=[4, 3])
+        choose_blocks(dict.fromkeys(range(7), 0.0), 4, stacks=[4, 3])
 
 
 def test_last_and_random() -> None:
-    assert choose_layers(None, 2, by="last", stacks=[6]) == [3, 4]
-    assert choose_layers(None, 2, by="last", stacks=[4, 4]) == [5, 6]
-    draws = [choose_layers(None, 3, by="random", stacks=[10], seed=seed) for seed in range(20)]
-    assert draws[0] == choose_layers(None, 3, by="random", stacks=[10], seed=0)
+    assert choose_blocks(None, 2, by="last", stacks=[6]) == [3, 4]
+    assert choose_blocks(None, 2, by="last", stacks=[4, 4]) == [5, 6]
+    draws = [choose_blocks(None, 3, by="random", stacks=[10], seed=seed) for seed in range(20)]
+    assert draws[0] == choose_blocks(None, 3, by="random", stacks=[10], seed=0)
     assert len({tuple(draw) for draw in draws}) > 5
     assert all(draw == sorted(set(draw)) and len(draw) == 3 and set(draw) <= set(range(1, 9)) for draw in draws)
 
@@ -50,20 +50,20 @@ def test_runs_have_the_smallest_sum(span: int, stacks: list[int]) -> None:
             possible = [chosen for chosen in combinations(runs, number) if len(set().union(*chosen)) == span * number]
             if not possible:
                 with pytest.raises(ValueError, match="leave room for runs"):
-                    choose_layers(distances, span * number, span=span, stacks=stacks)
+                    choose_blocks(distances, span * number, span=span, stacks=stacks)
                 continue
             best = min(possible, key=lambda chosen: sum(distances[min(run)] for run in chosen))
-            assert choose_layers(distances, span * number, span=span, stacks=stacks) == sorted(set().union(*best))
+            assert choose_blocks(distances, span * number, span=span, stacks=stacks) == sorted(set().union(*best))
 
 
 @pytest.mark.parametrize(
     ("distances", "count", "options", "message"),
     [
-        ({0: 0.1, 1: 0.1, 2: 0.1}, 2, {}, "`count` must be between 1 and 1 for a model of 3 layers"),
+        ({0: 0.1, 1: 0.1, 2: 0.1}, 2, {}, "`count` must be between 1 and 1 for a model of 3 blocks"),
         ({0: 0.1, 1: 0.1, 2: 0.1}, 0, {}, "got 0"),
         ({0: 0.1}, 1, {}, "between 1 and 0"),
         ({1: 0.1, 2: 0.1, 3: 0.1}, 1, {}, "one entry per block"),
-        ({0: 0.1, 1: float("nan"), 2: 0.1}, 1, {}, r"not for layer\(s\) \[1\]"),
+        ({0: 0.1, 1: float("nan"), 2: 0.1}, 1, {}, r"not for block\(s\) \[1\]"),
         ({0: 0.1, 1: 0.1, 2: 0.1}, 1, {"by": "luck"}, "`by` must be one of angular, random, last, got 'luck'"),
         (None, 1, {}, "one of `distances` and `stacks`"),
         (dict.fromkeys(range(5), 0.1), 3, {"span": 2}, "a multiple of `span`, 2,"),
@@ -72,4 +72,4 @@ def test_runs_have_the_smallest_sum(span: int, stacks: list[int]) -> None:
 )
 def test_refusals(distances: dict[int, float] | None, count: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_layers(distances, count, **options)
+        choose_blocks(distances, count, **options)

@@ -19,8 +19,8 @@ from cur.integrations import (
     BudgetConfig,
     Plan,
     Statistics,
-    apply_plan_,
     batches,
+    carry_out_,
     collect,
     collect_gradients,
     compress,
@@ -35,7 +35,7 @@ VARIANTS = list(itertools.product(("best", "rows"), (True, False)))
 
 
 def inside(model: PreTrainedModel) -> list[str]:
-    return linear_modules(model, "all-linear", layers=range(len(decoder_layers(model))))
+    return linear_modules(model, "all-linear", blocks=range(len(decoder_layers(model))))
 
 
 def numbers(model: PreTrainedModel, names: list[str]) -> int:
@@ -91,7 +91,7 @@ def test_a_plan_replayed_gives_the_same_model(
     report.plan.save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == report.plan
-    apply_plan_(replayed, plan, statistics)
+    carry_out_(replayed, plan, statistics)
     with torch.no_grad():
         assert torch.equal(llama(windows).logits, replayed(windows).logits)
 
@@ -153,8 +153,8 @@ def test_it_is_better_than_uniform_ranks(llama: PreTrainedModel, windows: torch.
         m, n = llama.get_submodule(name).weight.shape
         rank = ranks.rank_for(m, n, 0.8 * m * n, layout="interpolative")
         entries.append(replace(entry, name=name, shape=(m, n), rank=rank, gradients=False))
-    apply_plan_(models["shared"], plan, statistics)
-    apply_plan_(models["uniform"], replace(plan, entries=tuple(entries)), statistics)
+    carry_out_(models["shared"], plan, statistics)
+    carry_out_(models["uniform"], replace(plan, entries=tuple(entries)), statistics)
     divergence = {}
     with torch.no_grad():
         expected = llama(held_out).logits.log_softmax(-1)
@@ -195,7 +195,7 @@ def test_coefficients_stay_moderate(llama: PreTrainedModel, statistics: Statisti
 def test_ranks_can_be_edited_before_the_swap(llama: PreTrainedModel, statistics: Statistics) -> None:
     plan = make_plan(llama, statistics, BudgetConfig(keep=0.7))
     edited = replace(plan, entries=(replace(plan.entries[0], rank=3),))
-    apply_plan_(llama, edited, statistics)
+    carry_out_(llama, edited, statistics)
     assert {name: layer.rank for name, layer in compressed_modules(llama).items()} == {plan.entries[0].name: 3}
 
 
