@@ -109,7 +109,13 @@ class Certificate:
         return replace(self, eta_rows=self.eta_columns, eta_columns=self.eta_rows)
 
     def scaled(self, factor: float) -> Certificate:
-        """Return the certificate of the same factorization of the matrix times `factor`, a power of two."""
+        """Return the certificate of the same factorization of the matrix times `factor`, a power of two.
+
+        Parameters
+        ----------
+        factor : float
+            The power of two, positive; another factor would round the values.
+        """
         names = ("value", "scale", "rounding", "sigma_next", "sorensen_embree", "projection", "cross")
         values: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name) * factor for name in names
@@ -117,7 +123,14 @@ class Certificate:
         return replace(self, **values)
 
     def shifted(self, exponent: int) -> Certificate:
-        """Return the certificate of the same factorization of the matrix times ``2^exponent``, whatever its size."""
+        """Return the certificate of the same factorization of the matrix times ``2^exponent``, whatever its size.
+
+        Parameters
+        ----------
+        exponent : int
+            The exponent, which may be beyond those of a double: values that leave the range become 0 or infinite, and
+            `relative` stays.
+        """
         if exponent == 0:
             return self
         step = max(-1000, min(exponent, 1000))

@@ -37,7 +37,7 @@ class CUR(Factorization):
     C : array, shape (m, c)
         Columns of A, exactly.
     U : array, shape (c, r)
-        The linking matrix.
+        The matrix that links them, in the precision that was computed in.
     R : array, shape (r, n)
         Rows of A, exactly.
     rows : array of int, shape (r,)
@@ -109,7 +109,9 @@ class Folded(Factorization):
     Attributes
     ----------
     left : array, shape (m, k)
+        The left factor; of :meth:`CUR.folded` the columns times the core.
     right : array, shape (k, n)
+        The right factor; of :meth:`CUR.folded` the rows that were kept.
     """
 
     left: Array
@@ -137,6 +139,11 @@ class Folded(Factorization):
 
         The rows are chosen by DEIM on a basis of the range, and exchanged until no coefficient is larger than 1.01
         (Goreinov et al., "How to find a good submatrix", 2010), so that rounding the rows harms the others little.
+
+        Raises
+        ------
+        ValueError
+            If the rank exceeds the number of rows.
         """
         if self.rank > self.shape[0]:
             raise ValueError(
@@ -172,7 +179,9 @@ class Interpolative(Factorization):
     others : array of int
         Positions of all the others, ascending.
     side : "rows" or "columns"
+        Whether rows of the matrix are kept, or columns.
     certificate : Certificate or None
+        The bound on the error; None for one that was loaded or converted.
     """
 
     skeleton: Array

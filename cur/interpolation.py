@@ -59,12 +59,18 @@ def interpolative(
 
     Parameters
     ----------
-    A, tol, select, subspace, importance, row_weights, column_weights, power_iterations, failure_probability, rng
-        The matrix and how it is factored, as for `cur.cur`.
+    A : matrix, shape (m, n)
+        The matrix, of any of the kinds that `cur.cur` takes.
     rank : int, optional
         The number of columns (or rows) to keep. Either this or `tol` is given.
+    tol : float, optional
+        In place of `rank`: the relative error to reach in the Frobenius norm, with the smallest rank that is certified
+        to.
     side : {"columns", "rows"}, default "columns"
         Whether columns are kept, or rows.
+    select, subspace, importance, row_weights, column_weights, power_iterations, failure_probability, rng
+        The selector, where singular vectors come from, what counts as large, and what the randomised parts do, as for
+        `cur.cur`.
 
     Returns
     -------
@@ -221,10 +227,14 @@ def select(
 
     Parameters
     ----------
-    A, rank, subspace, importance, row_weights, column_weights, power_iterations, rng
-        The matrix and what counts as large in it, as for `cur.cur`.
+    A : matrix, shape (m, n)
+        The matrix, of any of the kinds that `cur.cur` takes.
+    rank : int or (int, int)
+        The number of rows and columns to choose, or (rows, columns).
     select : str, default "lupp"
         What chooses rows and columns, by its name in `cur.selection.SELECTORS`. The default reads the matrix once.
+    subspace, importance, row_weights, column_weights, power_iterations, rng
+        Where singular vectors come from, what counts as large, and the source of chance, as for `cur.cur`.
 
     Returns
     -------

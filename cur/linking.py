@@ -32,9 +32,11 @@ class Orthogonal:
     Parameters
     ----------
     X : array, shape (m, k)
+        The matrix, with no fewer rows than columns.
     cutoff : float, optional
-        By default the root of the unit roundoff, where one side of a core begins to lose more by rounding than by
-        cutting; see `core`. Coefficients of one side alone lose nothing down to the unit roundoff.
+        The ratio to the largest singular value of `T` up to which others are dropped. By default the root of the unit
+        roundoff, where one side of a core begins to lose more by rounding than by cutting; see `core`. Coefficients of
+        one side alone lose nothing down to the unit roundoff.
     """
 
     def __init__(self, X: Array, cutoff: float | None = None) -> None:
@@ -45,7 +47,13 @@ class Orthogonal:
         self.is_regular = condition < WELL or 4 * self.T.shape[0] * condition * self.cutoff < 1
 
     def left_divide(self, M: Array) -> Array:
-        """Return ``T^+ M``."""
+        """Return ``T^+ M``.
+
+        Parameters
+        ----------
+        M : array, shape (k, p)
+            The right-hand sides, as columns.
+        """
         if self.is_regular:
             return solve_triangular(self.T, M)
         return _truncated_inverse(self.T, self.cutoff) @ M

@@ -281,8 +281,10 @@ def combinations(
 
     Parameters
     ----------
-    errors, costs : sequence of arrays
-        For each matrix the errors and the costs of its options, as for `allocate`.
+    errors : sequence of arrays
+        The errors of the options of each matrix, in one unit for all, as for :func:`allocate`.
+    costs : sequence of arrays
+        The costs of the same options.
 
     Returns
     -------

@@ -66,10 +66,15 @@ class Importance(_Entry):
 
     Attributes
     ----------
-    name, formula, needs
-        As for `Link`.
+    name : str
+        What configurations and commands call it.
+    formula : str
+        The matrix as a formula, for a line of help.
+    needs : tuple of str
+        What has to be measured: some of ``"norms"``, ``"moments"`` and ``"gradients"``.
     score : callable
-        Called as ``score(W, known)`` with the weight and what is `Known` of the layer; returns a matrix of its shape.
+        The function, called as ``score(W, known)`` with the weight and what is `Known` of the layer; it returns a
+        matrix of the shape of the weight.
     link : str or None
         The link under which the weight itself is chosen from in the same way, so that no matrix has to be formed.
     """
@@ -85,14 +90,14 @@ class Link(_Entry):
     Attributes
     ----------
     name : str
-        What configurations call it.
+        What configurations and commands call it.
     formula : str
-        What it is, for a line of help.
+        The norm that it makes smallest, for a line of help.
     needs : tuple of str
         What has to be measured: some of ``"norms"``, ``"moments"`` and ``"gradients"``.
     weights : callable
-        Called as ``weights(W, known)`` with the weight and what is `Known` of the layer; returns `column_weights` of
-        `cur.cur`, None if every column counts the same.
+        The function, called as ``weights(W, known)`` with the weight and what is `Known` of the layer; it returns
+        `column_weights` of `cur.cur`, None if every column counts the same.
     """
 
     weights: Callable[[Array, Known], Any]
@@ -197,8 +202,10 @@ def needs(importance: str, link: str) -> frozenset[str]:
 
     Parameters
     ----------
-    importance, link : str
-        Names in `IMPORTANCES` and `LINKS`.
+    importance : str
+        The importance, by its name in `IMPORTANCES`.
+    link : str
+        The link, by its name in `LINKS`.
 
     Returns
     -------

@@ -64,9 +64,9 @@ class Subspace:
     Attributes
     ----------
     V : array, shape (m, k)
-        Orthonormal columns.
+        The left basis, of orthonormal columns, the most important first.
     W : array, shape (n, k)
-        Orthonormal columns.
+        The right basis, of orthonormal columns, the most important first.
     s : ndarray of float64
         Singular values, on the host: of the matrix (all of them) if `is_exact`, else of ``V^H A``, lower estimates.
     total : float or None
@@ -86,6 +86,11 @@ class Subspace:
 
         Exact bases: the root of the sum of the remaining squares. Else by Pythagoras, ``||A||^2 - sum of s_i^2``,
         with the rounding of that difference added (it floors near the root of the unit roundoff).
+
+        Parameters
+        ----------
+        k : int
+            The number of vectors that are used, at most those there are.
         """
         u = unit_roundoff(self.V.dtype, self.V)
         shape = (self.V.shape[0], self.W.shape[0])
@@ -102,7 +107,13 @@ class Subspace:
         return math.sqrt(max(left, 0.0) + pythagorean_rounding(shape, u)) * self.total
 
     def sigma_next(self, k: int) -> float | None:
-        """Return the (k+1)-th singular value where the subspace is exact."""
+        """Return the (k+1)-th singular value where the subspace is exact.
+
+        Parameters
+        ----------
+        k : int
+            The number of singular values before it.
+        """
         if not self.is_exact:
             return None
         return float(self.s[k]) if k < len(self.s) else 0.0
@@ -111,6 +122,12 @@ class Subspace:
         """Tell whether the singular values hardly fall where the subspace ends, and most of the matrix lies beyond.
 
         The bases then are as good as random, but for power iterations.
+
+        Returns
+        -------
+        bool
+            True where there are directions beyond the subspace, its last singular value is above :data:`FLAT` times the
+            middle one, and it holds less than half of the squared norm, if that is known.
         """
         s = self.s
         if len(s) >= min(self.V.shape[0], self.W.shape[0]) or s[-1] <= FLAT * s[len(s) // 2]:
@@ -124,6 +141,20 @@ class Subspace:
         million single-precision numbers that is a tenth of the largest one, and what it really makes grows with the
         shorter side: a direction below is measured, by one product whose sums are as long as that side, and counts if
         what the matrix has there beyond the certain directions is above `rounding_level`.
+
+        Parameters
+        ----------
+        A : matrix, shape (m, n)
+            The matrix that the subspace belongs to.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no matrix of numbers, or has other sides than the bases.
+
+        References
+        ----------
+        "Numerical rank" in the documentation's page on the mathematics.
         """
         s, most = self.s, min(self.V.shape[1], self.W.shape[1])
         eps = 2 * unit_roundoff(self.V.dtype, self.V)
@@ -144,7 +175,13 @@ class Subspace:
         return certain + int(np.count_nonzero(found > math.ldexp(level, -exponent)))
 
     def scaled(self, exponent: int) -> Subspace:
-        """Return the subspace of the matrix times ``2^exponent``, whose norm may be beyond the range."""
+        """Return the subspace of the matrix times ``2^exponent``, whose norm may be beyond the range.
+
+        Parameters
+        ----------
+        exponent : int
+            The exponent, which may be beyond those of a double.
+        """
         with np.errstate(over="ignore"):
             total = None if self.total is None else float(times_power(np.float64(self.total), exponent))
             return replace(self, s=times_power(self.s, exponent), total=total)
@@ -405,13 +442,13 @@ class RowSpace:
     dropped : float
         Norm of all that was dropped, the root of the trace of `D`.
     total : float
-        ``||A||_F``.
+        The Frobenius norm ``||A||_F`` of all rows.
     rows : ndarray of int, shape (k,)
         Positions of the rows that won the elimination, in the order of importance.
     R : ndarray, shape (k, n)
-        These rows.
+        The rows that won, as they came.
     shape : tuple of int
-        Rows seen, columns.
+        The number of rows seen and that of columns, (m, n).
     unit : float
         The coarsest unit roundoff of the precisions that the blocks came in.
     rounding : float
@@ -429,7 +466,13 @@ class RowSpace:
     rounding: float
 
     def left_by(self, Q: np.ndarray[Any, Any]) -> float:
-        """Return a proven upper bound on ``||A - A Q Q^H||_F`` for any orthonormal `Q`, without the matrix."""
+        """Return a proven upper bound on ``||A - A Q Q^H||_F`` for any orthonormal `Q`, without the matrix.
+
+        Parameters
+        ----------
+        Q : ndarray, shape (n, k)
+            The basis, of orthonormal columns.
+        """
         if self.total == 0.0:
             return 0.0
         # in units of the norm, whose square may leave the range

@@ -47,13 +47,28 @@ class Weight:
     roots: Array = None
 
     def apply(self, A: Array, axis: int) -> Array:
-        """Return ``F^H A`` (axis 0) or ``A F`` (axis 1), where ``F F^H`` is the weight."""
+        """Return ``F^H A`` (axis 0) or ``A F`` (axis 1), where ``F F^H`` is the weight.
+
+        Parameters
+        ----------
+        A : matrix, shape (m, n)
+            The matrix, in any form; the result has the same, or is an operator for a sparse matrix and a matrix of
+            weights.
+        axis : int
+            The side that is weighed: 0 for the rows, 1 for the columns.
+        """
         if self.root is not None:
             return scale(A, self.root, axis)
         return transform(A, self.vectors * self.roots[None, :], axis)
 
     def adjoint_apply(self, X: Array) -> Array:
-        """Return ``F X``, where ``F F^H`` is the weight."""
+        """Return ``F X``, where ``F F^H`` is the weight.
+
+        Parameters
+        ----------
+        X : array, shape (size, k)
+            The vectors, as columns.
+        """
         if self.root is not None:
             return scale(X, self.root, 0)
         return (self.vectors * self.roots[None, :]) @ X
@@ -64,6 +79,16 @@ class Weight:
         The bound (B1) of the weighted problem has ``eta = ||L (basis^H L)^-1||`` with ``L = F^-1[:, indices]``. It is
         small when the rows of ``F^-H basis``, each divided by the norm of its column of ``F^-1``, are well conditioned;
         those are returned. For a diagonal weight they are the rows of the basis itself.
+
+        Parameters
+        ----------
+        basis : array, shape (size, k)
+            The basis of a leading singular subspace of the weighted matrix, orthonormal.
+
+        Returns
+        -------
+        array, shape (size, k)
+            What a selector is handed in the place of the basis.
         """
         if self.root is not None:
             return basis
@@ -73,7 +98,15 @@ class Weight:
         return inverse @ basis / lengths[:, None]
 
     def interpolate(self, basis: Array, indices: Array) -> Array:
-        """Return the matrix whose smallest singular value is ``1 / eta`` of the weighted problem."""
+        """Return the matrix whose smallest singular value is ``1 / eta`` of the weighted problem.
+
+        Parameters
+        ----------
+        basis : array, shape (size, k)
+            The basis of a leading singular subspace of the weighted matrix, orthonormal.
+        indices : array of int, shape (r,)
+            The positions that were chosen.
+        """
         if self.root is not None:
             return _array.take(basis, indices, axis=0)
         inverse = _array.take(self.vectors, indices, axis=0) / self.roots[None, :]

@@ -30,6 +30,16 @@ def economical(driver: Driver) -> Driver:
     """Hand a driver a JAX array of the host as NumPy's, and a sparse matrix without its empty rows and columns.
 
     What JAX would compile is in `cur._lib.host`. Rows and columns without an entry contribute nothing but their length.
+
+    Parameters
+    ----------
+    driver : callable
+        The driver, called as ``driver(A, **options)``.
+
+    Returns
+    -------
+    callable
+        The driver for any matrix, which returns a result that speaks of the matrix as it was given.
     """
 
     @functools.wraps(driver)

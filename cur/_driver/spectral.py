@@ -41,9 +41,9 @@ class SpectralError:
     Attributes
     ----------
     value : float
-        Upper bound, rounding included.
+        An upper bound on the norm, rounding included.
     failure_probability : float
-        Chance that it is none; 0 where it comes from singular values.
+        The chance that the bound is none; 0 where it comes from singular values.
     """
 
     value: float
@@ -56,6 +56,28 @@ def spectral_error(
     """Bound ``||B - L R||_2`` for thin dense `L` and `R`.
 
     By singular values where `B` is dense and either small or `direct` is asked for; else by `norm_bounds`.
+
+    Parameters
+    ----------
+    B : matrix, shape (m, n)
+        The matrix, in any form that can be multiplied with.
+    L : array, shape (m, k)
+        The left factor, dense and in memory.
+    R : array, shape (k, n)
+        The right factor, dense and in memory.
+    direct : bool
+        Whether a dense matrix gets all of its singular values, however large it is.
+    rounding : float
+        A bound on the rounding of the residual in the 2-norm, which is added to the result.
+    failure : float
+        The chance that a bound by products is below the norm, between 0 and 1.
+    rng : Generator
+        The source of the vectors that the products begin with, on which none of the matrices may depend.
+
+    Returns
+    -------
+    SpectralError
+        An upper bound on the norm, and the chance that it is none.
     """
     m, n = (int(side) for side in B.shape)
     if is_dense(B) and (direct or m * n * min(m, n) <= DIRECT_WORK):
@@ -74,7 +96,15 @@ def spectral_error(
 
 
 def spectral_norm(B: Array, like: Array) -> float:
-    """Return a lower bound of ``||B||_2``, but for the rounding of products, from the same iterations."""
+    """Return a lower bound of ``||B||_2``, but for the rounding of products, from the same iterations.
+
+    Parameters
+    ----------
+    B : matrix, shape (m, n)
+        The matrix, in any form that can be multiplied with.
+    like : array
+        An array of the library, device and dtype that the vectors are to have.
+    """
     m, n = (int(side) for side in B.shape)
 
     def forward(X: Array) -> Array:
@@ -118,11 +148,16 @@ def norm_bounds(
     size : int
         Length of the vectors.
     is_complex : bool
-        Whether they are.
+        Whether the vectors are complex.
     failure : float
         Chance that the upper bound is below the norm.
     rng : Generator
         Source of the vectors to begin with.
+
+    Returns
+    -------
+    tuple of float
+        The lower bound, and the upper bound.
 
     Notes
     -----

@@ -13,7 +13,23 @@ __all__ = ["replace_file", "umask"]
 
 @contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a temporary file in the directory of `path` and move it there when the block ends without an error."""
+    """Open a temporary file in the directory of `path` and move it there when the block ends without an error.
+
+    Parameters
+    ----------
+    path : path
+        The file to write, whose directory has to exist; what was there before stays until the block ends.
+
+    Yields
+    ------
+    binary file
+        The temporary file, open for writing.
+
+    Raises
+    ------
+    OSError
+        If the directory is missing or cannot be written to, or the disk is full; nothing is left beside the old file.
+    """
     target = os.path.abspath(os.fspath(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
     try:

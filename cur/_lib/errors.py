@@ -31,7 +31,13 @@ _gathered: ContextVar[list[str] | None] = ContextVar("_gathered", default=None)
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[str]]:
-    """Gather what this package would warn of, in this thread alone: filters of warnings belong to the whole process."""
+    """Gather what this package would warn of, in this thread alone: filters of warnings belong to the whole process.
+
+    Yields
+    ------
+    list of str
+        The texts of the warnings, in the order in which they came; it grows while the block runs.
+    """
     found: list[str] = []
     token = _gathered.set(found)
     try:
@@ -41,7 +47,15 @@ def collected() -> Iterator[list[str]]:
 
 
 def warn(message: str, category: type[Warning] = RankWarning) -> None:
-    """Warn at the line of the user's that called the package, through however many functions of ours."""
+    """Warn at the line of the user's that called the package, through however many functions of ours.
+
+    Parameters
+    ----------
+    message : str
+        The text of the warning.
+    category : type, default RankWarning
+        The class of the warning.
+    """
     found = _gathered.get()
     if found is not None:
         found.append(message)

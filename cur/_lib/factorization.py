@@ -120,7 +120,18 @@ class Factorization:
         return _full(other) - self.toarray()
 
     def norm(self, ord: Literal["fro", 2] = "fro") -> float:
-        """Return the Frobenius norm or the 2-norm of the approximation, from its factors by QR."""
+        """Return the Frobenius norm or the 2-norm of the approximation, from its factors by QR.
+
+        Parameters
+        ----------
+        ord : {"fro", 2}, default "fro"
+            The norm: ``"fro"`` for that of Frobenius, 2 for the largest singular value.
+
+        Raises
+        ------
+        ValueError
+            If `ord` is another one.
+        """
         check_choice(ord, ("fro", 2), "ord")
         first, *middle, last = (promotion.promote(thin(f)) for f in self.factors)
         M = qr(first)[1]
@@ -139,7 +150,12 @@ class Factorization:
         Parameters
         ----------
         dtype : dtype or str
-            Of the library of the factors, such as ``torch.float16``, or its name.
+            The floating dtype, of the library of the factors, such as ``torch.float16``, or the name of one.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is not floating, or real for a complex matrix.
         """
         first = self.factors[-1]
         xp = namespace(first) if _array.is_dense(first) else np
@@ -164,6 +180,14 @@ class Factorization:
         Parameters
         ----------
         device : str or device
+            The device, as the library of the factors names it.
+
+        Raises
+        ------
+        TypeError
+            If a dtype is given, which is for `astype`.
+        ValueError
+            If factors of NumPy, SciPy or Dask are to leave the host.
         """
         if "dtype" in type(device).__name__.lower() or isinstance(device, type):
             raise TypeError(f"`device` must be a device; got {device!r}; use astype for a dtype")
@@ -193,7 +217,13 @@ class Factorization:
         return xp.reshape(x @ y if crossed else xp.sum(x * y.T, axis=1), shape)
 
     def aslinearoperator(self) -> scipy.sparse.linalg.LinearOperator:
-        """Return SciPy's operator for the approximation, for its iterative solvers. NumPy and SciPy factors only."""
+        """Return SciPy's operator for the approximation, for its iterative solvers. NumPy and SciPy factors only.
+
+        Raises
+        ------
+        TypeError
+            If a factor is neither NumPy's nor SciPy's.
+        """
         if not all(isinstance(f, np.ndarray) or is_sparse(f) for f in self.factors):
             raise TypeError("a LinearOperator needs NumPy or SciPy factors; move the factors to the host first")
         chain = [scipy.sparse.linalg.aslinearoperator(f) for f in self.factors]
@@ -203,7 +233,13 @@ class Factorization:
         return product
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the factorization as ``.npz``; beside the target first, then renamed."""
+        """Write the factorization as ``.npz``; beside the target first, then renamed.
+
+        Parameters
+        ----------
+        path : path
+            The file to write; one that is there is replaced when all is written.
+        """
         arrays: dict[str, Any] = {name: to_numpy(value) for name, value in vars(self).items() if _is_array(value)}
         with replace_file(path) as stream:
             np.savez(stream, kind=np.asarray(type(self).__name__), **arrays, **self._labels())
@@ -213,6 +249,23 @@ class Factorization:
         """Read a factorization written by `save`, as NumPy arrays; nothing is unpickled.
 
         The certificate is not stored: it speaks of a matrix that is not in the file.
+
+        Parameters
+        ----------
+        path : path
+            The file that `save` wrote.
+
+        Returns
+        -------
+        CUR, Folded or Interpolative
+            The factorization, of the kind that was saved.
+
+        Raises
+        ------
+        ValueError
+            If the file was not written by `save`, or holds another kind than the class that it is loaded by.
+        OSError
+            If there is no such file.
         """
         with np.load(path, allow_pickle=False) as data:
             kind = str(data["kind"]) if "kind" in data else None

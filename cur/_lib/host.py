@@ -23,7 +23,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def through_numpy(function: Function) -> Function:
-    """Let a function whose first argument is an array compute on the host what lives there."""
+    """Let a function whose first argument is an array compute on the host what lives there.
+
+    Parameters
+    ----------
+    function : callable
+        A function of arrays, the first of which says where the others live.
+
+    Returns
+    -------
+    callable
+        The function, which for JAX arrays in the memory of the host is called with NumPy's and gives JAX's back.
+    """
 
     @functools.wraps(function)
     def entry(first: Any, *others: Any, **options: Any) -> Any:
@@ -36,7 +47,18 @@ def through_numpy(function: Function) -> Function:
 
 
 def is_host_jax(A: Any) -> bool:
-    """Tell whether `A` is such an array; a tracer has no values."""
+    """Tell whether `A` is such an array; a tracer has no values.
+
+    Parameters
+    ----------
+    A : object
+        What may be such an array.
+
+    Returns
+    -------
+    bool
+        True for an array of JAX that has values, all of them in the memory of the host.
+    """
     if not compat.is_jax_array(A):
         return False
     import jax
@@ -51,14 +73,33 @@ def _is_native(value: Any) -> bool:
 
 
 def on_host(value: Any) -> Any:
-    """Return arrays of JAX, alone or as the parts of a weight, as those of NumPy."""
+    """Return arrays of JAX, alone or as the parts of a weight, as those of NumPy.
+
+    Parameters
+    ----------
+    value : object
+        An array, a dataclass whose fields are arrays, or anything else, which is returned as it is.
+    """
     if is_host_jax(value):
         return to_numpy(detach(value) if _is_native(value) else promote(value))
     return _mapped(value, on_host) if is_dataclass(value) else value
 
 
 def on_device(result: Any, like: Any) -> Any:
-    """Bring the arrays of a result to the library of the matrix."""
+    """Bring the arrays of a result to the library of the matrix.
+
+    Parameters
+    ----------
+    result : object
+        An array of NumPy, or a tuple or a dataclass of them; anything else is returned as it is.
+    like : array
+        The matrix, to whose library and device the arrays are brought.
+
+    Returns
+    -------
+    object
+        The result with all of its arrays in that library.
+    """
     if isinstance(result, np.ndarray):
         return convert(result, like)
     if isinstance(result, tuple):

@@ -16,13 +16,34 @@ Positions = np.ndarray[Any, Any]
 def positions(key: Any, shape: tuple[int, int]) -> tuple[Positions, Positions, bool, tuple[int, ...]]:
     """Return the rows and columns that ``A[key]`` reads of an m x n matrix, how they meet, and its shape.
 
+    Parameters
+    ----------
+    key : object
+        What stands between the brackets: integers, slices, arrays of positions or masks, for one dimension or for both.
+    shape : tuple of int
+        The shape (m, n) of the matrix.
+
     Returns
     -------
     rows, columns : ndarray of int, one-dimensional
+        The positions that are read, not negative.
     crossed : bool
         Whether every row meets every column; else the i-th row meets the i-th column alone.
     shape : tuple of int
-        Of ``A[key]``, whose entries these are in order.
+        The shape of ``A[key]``, whose entries these are in order.
+
+    Raises
+    ------
+    IndexError
+        If there are more than two indices, one is out of range, or those of rows and columns do not go together.
+
+    Examples
+    --------
+    >>> rows, columns, crossed, shape = positions((slice(2), [0, -1]), (5, 4))
+    >>> rows.tolist(), columns.tolist(), crossed, shape
+    ([0, 1], [0, 3], True, (2, 2))
+    >>> positions(([1, 2], [3, 0]), (5, 4))[2:]
+    (False, (2,))
     """
     (i, i_sliced), (j, j_sliced) = (_along(k, n) for k, n in zip(_pair(key), shape, strict=True))
     if i_sliced or j_sliced:

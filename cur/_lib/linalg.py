@@ -22,6 +22,23 @@ def qr(X: Array) -> tuple[Array, Array]:
     first time is not orthogonal to rounding; by Householder reflections, which take several times as long on any
     device, where the matrix is far from that. SciPy's LAPACK would be as fast alone, but its threads and NumPy's wait
     for each other: calls that alternate between the two took up to six times as long.
+
+    Parameters
+    ----------
+    X : array, shape (m, k)
+        The matrix, in a dtype that its library decomposes.
+
+    Returns
+    -------
+    Q, R : array, shape (m, k) and (k, k)
+        Orthonormal columns and an upper triangle, with ``X = Q R``; of a wide matrix m columns and m rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Q, R = qr(np.array([[3.0], [4.0]]))
+    >>> (np.abs(Q).round(3).tolist(), np.abs(R).round(3).tolist())
+    ([[0.6], [0.8]], [[5.0]])
     """
     if (compat.is_numpy_array(X) or compat.is_torch_array(X)) and X.shape[0] >= X.shape[1]:
         Q, R, condition = _cholesky_qr(X)
@@ -35,13 +52,32 @@ def qr(X: Array) -> tuple[Array, Array]:
 
 
 def svd(X: Array, *, full_matrices: bool = False) -> tuple[Array, Array, Array]:
-    """Return ``V, s, W^H`` of the singular value decomposition."""
+    """Return ``V, s, W^H`` of the singular value decomposition.
+
+    Parameters
+    ----------
+    X : array, shape (m, n)
+        The matrix, in a dtype that its library decomposes.
+    full_matrices : bool, default False
+        Whether V and W are square, completed to orthonormal bases of the whole spaces.
+
+    Returns
+    -------
+    V, s, Wh : array
+        The left vectors, the singular values, non-increasing, and the right vectors as rows.
+    """
     V, s, Wh = _finite(lambda xp, Y: xp.linalg.svd(Y, full_matrices=full_matrices), X)
     return V, s, Wh
 
 
 def svdvals(X: Array) -> Array:
-    """Return the singular values, non-increasing."""
+    """Return the singular values, non-increasing.
+
+    Parameters
+    ----------
+    X : array, shape (m, n)
+        The matrix, in a dtype that its library decomposes.
+    """
     return _finite(lambda xp, Y: (xp.linalg.svdvals(Y),), X)[0]
 
 
@@ -97,7 +133,26 @@ def _cholesky_qr(X: Any) -> tuple[Any, Any, float]:
 
 
 def solve_triangular(T: Array, B: Array) -> Array:
-    """Solve `T X = B` for an upper triangular `T`."""
+    """Solve `T X = B` for an upper triangular `T`.
+
+    Parameters
+    ----------
+    T : array, shape (k, k)
+        The triangle, with no zero on its diagonal.
+    B : array, shape (k, p)
+        The right-hand sides, as columns.
+
+    Returns
+    -------
+    array, shape (k, p)
+        The solutions, as columns.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> solve_triangular(np.array([[1.0, 1.0], [0.0, 2.0]]), np.array([[3.0], [4.0]])).tolist()
+    [[1.0], [2.0]]
+    """
     if compat.is_torch_array(T):
         import torch
 
@@ -119,6 +174,17 @@ def lu_pivots(X: Array) -> Array:
     The pivot is the entry of largest modulus, and ties go to the lowest row. LAPACK compares ``|Re| + |Im|`` for
     complex numbers, so those take our own elimination; so does NumPy, which has no LU, since SciPy's threads would
     get in the way of NumPy's (see `qr`).
+
+    Parameters
+    ----------
+    X : array, shape (m, k)
+        The matrix, with no more columns than rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lu_pivots(np.array([[1.0, 0.0], [2.0, 2.0], [0.0, 3.0]])).tolist()
+    [1, 2]
     """
     m, k = X.shape
     if not namespace(X).isdtype(X.dtype, "complex floating"):

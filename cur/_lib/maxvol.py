@@ -20,18 +20,26 @@ def dominant(basis: Array, rows: Array) -> Array:
     Parameters
     ----------
     basis : array, shape (m, k)
-        Orthonormal columns.
+        The basis, of orthonormal columns.
     rows : array of int, shape (k,)
         Positions to begin with, at which the basis is regular; pivots of LU.
 
     Returns
     -------
     array of int, shape (k,)
+        The positions of the rows that are kept, in the places of those that they were exchanged for.
 
     References
     ----------
     Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", in Matrix Methods:
     Theory, Algorithms and Applications (2010).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> basis = np.linalg.qr(np.array([[1.0], [4.0], [-2.0]]))[0]
+    >>> dominant(basis, np.array([0])).tolist()
+    [1]
     """
     # Thin, and looked at once for every exchange; which rows are chosen has no derivative.
     basis, chosen = to_numpy(basis) if is_dask(basis) else detach(basis), to_numpy(rows).copy()

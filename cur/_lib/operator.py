@@ -23,6 +23,22 @@ class CheckedOperator(scipy.sparse.linalg.LinearOperator):
     Nothing else says whether the two products that a user wrote belong to the same matrix, and what is certified of an
     operator rests on both. One product with a random `x` is kept; every product with the adjoint is compared with it,
     ``<A x, y> = <x, A^H y>``, which takes no further product.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        The operator that a user gave.
+    name : str, default "A"
+        The argument's name in errors.
+    dtype : numpy.dtype, optional
+        The dtype that products are to have. By default the working precision of the operator.
+
+    Raises
+    ------
+    TypeError
+        If its products are complex beside a real dtype, in less than single precision, or its adjoint is missing.
+    ValueError
+        If a product is not finite, or the adjoint contradicts the operator; the latter at its first product.
     """
 
     def __init__(
@@ -113,6 +129,22 @@ def checked(
     """Return the operator in its working precision, or in `dtype`, its adjoint checked.
 
     What was made of such an operator is returned as it is.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        The operator that a user gave, or one that was made of a checked one.
+    name : str, default "A"
+        The argument's name in errors.
+    dtype : numpy.dtype, optional
+        The dtype that products are to have. By default the working precision of the operator.
+
+    Raises
+    ------
+    TypeError
+        If its products are complex beside a real dtype, or in less than single precision.
+    ValueError
+        If a product is not finite. An adjoint that contradicts the operator is found later, at its products.
     """
     return operator if _is_checked(operator) else CheckedOperator(operator, name, dtype)
 

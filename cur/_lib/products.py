@@ -33,7 +33,13 @@ BLOCK_ENTRIES = 1 << 23
 
 
 def thin(X: Array) -> Array:
-    """Return a dense array in memory from a slice that may be sparse or lazy."""
+    """Return a dense array in memory from a slice that may be sparse or lazy.
+
+    Parameters
+    ----------
+    X : array or sparse matrix
+        The slice or product, small enough to be dense.
+    """
     if is_sparse(X):
         return np.asarray(X.toarray())
     if is_dask(X):
@@ -43,12 +49,38 @@ def thin(X: Array) -> Array:
 
 
 def product(A: Array, X: Array) -> Array:
-    """Return ``A @ X`` for a thin dense `X`."""
+    """Return ``A @ X`` for a thin dense `X`.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense, sparse, lazy or an operator.
+    X : array, shape (n, k)
+        The vectors, as columns.
+
+    Raises
+    ------
+    ValueError
+        If the product of an operator is not finite.
+    """
     return _finite_product(A, X)
 
 
 def adjoint_product(A: Array, X: Array) -> Array:
-    """Return ``A^H @ X`` for a thin dense `X`."""
+    """Return ``A^H @ X`` for a thin dense `X`.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense, sparse, lazy or an operator.
+    X : array, shape (m, k)
+        The vectors, as columns.
+
+    Raises
+    ------
+    ValueError
+        If the product of an operator is not finite.
+    """
     return _finite_product(adjoint(A), X)
 
 
@@ -63,14 +95,42 @@ def _finite_product(A: Array, X: Array) -> Array:
 
 
 def rows_of(A: Array, indices: Array) -> Array:
-    """Return the chosen rows of `A`, in the form of `A`."""
+    """Return the chosen rows of `A`, in the form of `A`.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix; of an operator the rows are products with unit vectors, and dense.
+    indices : array of int, shape (r,)
+        The positions of the rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows_of(np.array([[1, 2], [3, 4], [5, 6]]), np.array([2, 0])).tolist()
+    [[5, 6], [1, 2]]
+    """
     if is_operator(A):
         return adjoint(adjoint_product(A, _unit_columns(A.shape[0], indices, A.dtype)))
     return take(A, indices, axis=0)
 
 
 def columns_of(A: Array, indices: Array) -> Array:
-    """Return the chosen columns of `A`, in the form of `A`."""
+    """Return the chosen columns of `A`, in the form of `A`.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix; of an operator the columns are products with unit vectors, and dense.
+    indices : array of int, shape (c,)
+        The positions of the columns.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> columns_of(np.array([[1, 2], [3, 4], [5, 6]]), np.array([1])).tolist()
+    [[2], [4], [6]]
+    """
     if is_operator(A):
         return product(A, _unit_columns(A.shape[1], indices, A.dtype))
     return take(A, indices, axis=1)
@@ -91,7 +151,19 @@ off by at most ``RUN u``, and was not slower than the whole row. In double preci
 
 
 def frobenius(A: Array) -> float:
-    """Return the Frobenius norm, with a relative error below ``8 RUN u`` however many entries there are."""
+    """Return the Frobenius norm, with a relative error below ``8 RUN u`` however many entries there are.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense, sparse or lazy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> frobenius(np.array([[3.0, 0.0], [0.0, 4.0]]))
+    5.0
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         if is_sparse(A):
             return _norm_of_runs(_entries(A)[None, :])
@@ -131,7 +203,19 @@ def _entries(A: Any) -> np.ndarray[Any, Any]:
 
 
 def largest(A: Array) -> float:
-    """Return the largest modulus of real and imaginary parts, which unlike that of the entries does not overflow."""
+    """Return the largest modulus of real and imaginary parts, which unlike that of the entries does not overflow.
+
+    Parameters
+    ----------
+    A : matrix
+        The matrix, dense, sparse or lazy; 0 comes back for a sparse one without entries.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> largest(np.array([[3.0 - 4.0j, 1.0]]))
+    4.0
+    """
     if is_sparse(A):
         A = _entries(A)
         if A.size == 0:
@@ -153,12 +237,35 @@ def pythagorean_rounding(shape: tuple[int, int], unit: float) -> float:
     is a projection of a part of B; twice that for the square, for either side, and as much as half of it for what Q
     misses in norm and orthogonality. The constant is for very small matrices, where that of the QR outweighs the
     dimensions.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The shape (m, n) of B.
+    unit : float
+        The unit roundoff u of the precision that B is computed with in.
     """
     return 4 * (sum(shape) + 20) * unit
 
 
 def residual_norm(A: Array, L: Array, R: Array) -> float:
-    """Return ``||A - L R||_F`` for thin dense `L` and `R`, block by block."""
+    """Return ``||A - L R||_F`` for thin dense `L` and `R`, block by block.
+
+    Parameters
+    ----------
+    A : matrix, shape (m, n)
+        The matrix, dense, sparse or lazy.
+    L : array, shape (m, k)
+        The left factor, dense and in memory.
+    R : array, shape (k, n)
+        The right factor, dense and in memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> residual_norm(np.diag([3.0, 4.0]), np.array([[1.0], [0.0]]), np.array([[3.0, 0.0]]))
+    4.0
+    """
     if is_dask(A):
         return frobenius(A - namespace(A).asarray(L, chunks=(A.chunks[0], -1)) @ thin(R))
     m, n = A.shape

@@ -19,6 +19,26 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
 
     Of SciPy's sparse formats only two can all that is asked of a matrix: products, slices and entries. `dtype` is that
     of a matrix it goes with, by default its own `working_dtype`.
+
+    Parameters
+    ----------
+    A : matrix
+        The matrix, as `check_matrix` accepts it.
+    name : str, default "A"
+        The argument's name in errors.
+    dtype : dtype, optional
+        The dtype of a matrix it goes with. By default its own `working_dtype`.
+
+    Returns
+    -------
+    matrix
+        The matrix itself, where it has that form and dtype; a sparse one as CSR or CSC, an operator with its adjoint
+        checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an operator does not fit the dtype, or gives products that are not finite.
     """
     if _array.is_operator(A):
         return checked(A, name, dtype)
@@ -33,7 +53,27 @@ def promote(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
 
 
 def is_rounded(A: Any, promoted: Any) -> bool:
-    """Tell whether a matrix lost digits when it was promoted: integers that are too long, or extended precision."""
+    """Tell whether a matrix lost digits when it was promoted: integers that are too long, or extended precision.
+
+    Parameters
+    ----------
+    A : matrix
+        The matrix as it was given.
+    promoted : matrix
+        The matrix that :func:`promote` made of it.
+
+    Returns
+    -------
+    bool
+        False for operators, of which only products are known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.array([[2**53 + 1]])
+    >>> is_rounded(A, promote(A)), is_rounded(A - 2**53, promote(A - 2**53))
+    (True, False)
+    """
     if _array.is_operator(A) or A.dtype == promoted.dtype:
         return False
     dtype = np.dtype(A.dtype) if _array.is_sparse(A) or isinstance(A, np.ndarray) or _array.is_dask(A) else None
@@ -52,13 +92,37 @@ def as_given(A: Any, promoted: Any) -> Any:
     """Return the matrix that rows and columns are taken from: the promoted one, where nothing of it was lost.
 
     Of other libraries too, which multiply arrays of one dtype only.
+
+    Parameters
+    ----------
+    A : matrix
+        The matrix as it was given.
+    promoted : matrix
+        The matrix that :func:`promote` made of it.
     """
     own = isinstance(A, np.ndarray) or _array.is_sparse(A) or _array.is_dask(A)
     return promote(A, dtype=A.dtype) if own and is_rounded(A, promoted) else promoted
 
 
 def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
-    """Return a checked matrix in the form and dtype to compute in."""
+    """Return a checked matrix in the form and dtype to compute in.
+
+    Parameters
+    ----------
+    A : matrix
+        What was given as a matrix.
+    name : str, default "A"
+        The argument's name in errors.
+    dtype : dtype, optional
+        The dtype of a matrix it goes with. By default its own `working_dtype`.
+
+    Raises
+    ------
+    TypeError
+        If it is no matrix of numbers, or complex beside a real dtype.
+    ValueError
+        If it has not two dimensions, or none of some length.
+    """
     check_matrix(A, name)
     if "complex" in str(A.dtype) and dtype is not None and "complex" not in str(dtype):
         raise TypeError(f"`{name}` must be real for a real `A`; got dtype {A.dtype}; convert `A` to complex")

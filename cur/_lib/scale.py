@@ -26,10 +26,20 @@ def brought_near_one(
 
     Parameters
     ----------
+    A : matrix, shape (m, n)
+        The matrix, in the dtype to compute in; of an operator the size is judged by one product.
     make : callable, optional
-        Makes ``2^-e A``, for an `A` that is a product in which small entries may have vanished.
+        A function that makes ``2^-e A`` anew, called with `e`, for an `A` that is a product in which small entries may
+        have vanished.
     total : float, optional
-        The norm of `A`, where it is known.
+        The Frobenius norm of `A`, where it is known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> near, exponent, total = brought_near_one(np.array([[2.0**-700]]))
+    >>> near.tolist(), exponent, total
+    ([[1.0]], -700, 1.0)
     """
     if total is None and not is_operator(A):
         total = frobenius(A)
@@ -81,7 +91,21 @@ def _most(A: Array) -> int:
 
 
 def times_power(A: Array, exponent: int) -> Array:
-    """Return ``2^exponent A``, whatever the exponent, in the dtype of `A`."""
+    """Return ``2^exponent A``, whatever the exponent, in the dtype of `A`.
+
+    Parameters
+    ----------
+    A : matrix
+        The matrix, in any form; a lazy one stays lazy, and an operator is wrapped.
+    exponent : int
+        The exponent, which may be beyond those of the dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> times_power(np.array([3.0]), -1).tolist()
+    [1.5]
+    """
     if exponent == 0:
         return A
     if is_operator(A):
@@ -98,7 +122,22 @@ def times_power(A: Array, exponent: int) -> Array:
 
 
 def of_the_size_of_reciprocals(U: Array, exponent: int, name: str = "A") -> Array:
-    """Return the core ``2^exponent U`` of a matrix, which for very small ones is out of the range."""
+    """Return the core ``2^exponent U`` of a matrix, which for very small ones is out of the range.
+
+    Parameters
+    ----------
+    U : array
+        The core of the matrix that was brought near one.
+    exponent : int
+        The power of two by which the core of the matrix itself is larger.
+    name : str, default "A"
+        The matrix's name in the error.
+
+    Raises
+    ------
+    NumericalError
+        If the core has entries beyond the range of its dtype.
+    """
     if exponent == 0:
         return U
     xp = namespace(U)
@@ -115,6 +154,13 @@ class ScaledOperator(scipy.sparse.linalg.LinearOperator):
     """A power of two times an operator, which sees half of it before the product and half of it afterwards.
 
     So neither the product inside leaves the range, whatever the size of the operator, nor do the vectors.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        The operator, in its working precision.
+    exponent : int
+        The exponent of the power of two, which may be beyond those of the dtype.
     """
 
     def __init__(self, operator: scipy.sparse.linalg.LinearOperator, exponent: int) -> None:
@@ -144,6 +190,13 @@ def seen(operator: scipy.sparse.linalg.LinearOperator, dtype: np.dtype[Any]) -> 
     """Return a random `x`, ``2^-e A x`` and `e`, which is 0 where the product stays in the range.
 
     The product is not finite where no scale makes it so.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        The operator, of any scale.
+    dtype : numpy.dtype
+        The dtype of the random vector.
     """
 
     def multiply(x: Vectors) -> Vectors:

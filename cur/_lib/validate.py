@@ -31,7 +31,22 @@ __all__ = [
 
 
 def check_matrix(A: Any, name: str = "A") -> None:
-    """Accept a non-empty two-dimensional numeric array of a known library, a sparse matrix or a linear operator."""
+    """Accept a non-empty two-dimensional numeric array of a known library, a sparse matrix or a linear operator.
+
+    Parameters
+    ----------
+    A : object
+        What was given as a matrix.
+    name : str, default "A"
+        The argument's name in errors.
+
+    Raises
+    ------
+    TypeError
+        If it is of an unknown kind, masked, traced, or holds no numbers.
+    ValueError
+        If it has not two dimensions, a side of length zero, or chunks of unknown size.
+    """
     known = _array.is_sparse(A) or _array.is_operator(A) or _array.is_dense(A) or _array.is_dask(A)
     if not known:
         raise TypeError(
@@ -65,7 +80,21 @@ def _remedy(A: Any) -> str:
 
 
 def check_plain(A: Any, name: str) -> None:
-    """Refuse arrays of a known library whose entries are masked, absent, or multiplied in another way."""
+    """Refuse arrays of a known library whose entries are masked, absent, or multiplied in another way.
+
+    Parameters
+    ----------
+    A : array
+        The array, of a known library.
+    name : str
+        The argument's name in errors.
+
+    Raises
+    ------
+    TypeError
+        If it is a sparse tensor, a masked array, a ``numpy.matrix``, a lazy array of other chunks than NumPy's, or one
+        without values.
+    """
     if _array.is_sparse_tensor(A):
         raise TypeError(f"`{name}` must be dense, or sparse of SciPy; got a tensor of layout {A.layout}; convert it")
     chunk = A._meta if _array.is_dask(A) else A
@@ -87,7 +116,26 @@ def check_plain(A: Any, name: str) -> None:
 
 
 def check_dense(A: Any, name: str, dimensions: tuple[int, ...] = (2,), what: str = "a matrix") -> None:
-    """Accept a plain dense numeric array in memory that is not empty."""
+    """Accept a plain dense numeric array in memory that is not empty.
+
+    Parameters
+    ----------
+    A : object
+        What was given as an array.
+    name : str
+        The argument's name in errors.
+    dimensions : tuple of int, default (2,)
+        The numbers of dimensions that are allowed.
+    what : str, default "a matrix"
+        A description of such an array, for errors.
+
+    Raises
+    ------
+    TypeError
+        If it is not dense, not plain, or holds no numbers.
+    ValueError
+        If it is empty or has another number of dimensions.
+    """
     if not _array.is_dense(A):
         raise TypeError(f"`{name}` must be a dense array; got {type(A).__name__}; {_remedy(A)}")
     check_plain(A, name)
@@ -119,7 +167,20 @@ def _half_precisions(xp: Any) -> tuple[Any, ...]:
 
 
 def check_basis(basis: Any) -> None:
-    """Accept a dense two-dimensional floating array with at least one column."""
+    """Accept a dense two-dimensional floating array with at least one column.
+
+    Parameters
+    ----------
+    basis : object
+        What was given as a basis.
+
+    Raises
+    ------
+    TypeError
+        If it is no dense array of floating-point numbers.
+    ValueError
+        If it has not two dimensions, is empty, or not finite.
+    """
     check_dense(basis, "basis")
     xp = _array.namespace(basis)
     if not xp.isdtype(basis.dtype, ("real floating", "complex floating")):
@@ -139,7 +200,35 @@ def _as_int(value: Any, name: str) -> int:
 
 
 def check_count(count: Any, *, default: int, most: int, what: str, least: int = 1, name: str = "count") -> int:
-    """Return the number of indices to choose, between `least` and `most`."""
+    """Return the number of indices to choose, between `least` and `most`.
+
+    Parameters
+    ----------
+    count : object
+        What was given as a number; None for the default.
+    default : int
+        The number where none is given, or `most` where that is less.
+    most : int
+        The largest number that is allowed.
+    what : str
+        A description of what `most` counts, for errors.
+    least : int, default 1
+        The smallest number that is allowed.
+    name : str, default "count"
+        The argument's name in errors.
+
+    Raises
+    ------
+    TypeError
+        If it is not an integer.
+    ValueError
+        If it is out of range.
+
+    Examples
+    --------
+    >>> check_count(None, default=5, most=3, what="rows"), check_count(2, default=5, most=3, what="rows")
+    (3, 2)
+    """
     if count is None:
         return min(default, most)
     count = _as_int(count, name)
@@ -149,13 +238,37 @@ def check_count(count: Any, *, default: int, most: int, what: str, least: int = 
 
 
 def check_power_iterations(value: Any) -> None:
-    """Require a non-negative integer, or None for the default."""
+    """Require a non-negative integer, or None for the default.
+
+    Parameters
+    ----------
+    value : object
+        What was given as `power_iterations`.
+
+    Raises
+    ------
+    TypeError
+        If it is not an integer.
+    ValueError
+        If it is negative.
+    """
     if value is not None and _as_int(value, "power_iterations") < 0:
         raise ValueError(f"`power_iterations` must not be negative; got {value!r}; 0, 1 or 2 are usual")
 
 
 def check_probability(value: Any) -> None:
-    """Require a chance of failure that a sketch can have."""
+    """Require a chance of failure that a sketch can have.
+
+    Parameters
+    ----------
+    value : object
+        What was given as `failure_probability`.
+
+    Raises
+    ------
+    ValueError
+        If it is no number between 0 and 1, or below 1e-300.
+    """
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not 0.0 < value < 1.0:
         raise ValueError(
@@ -166,7 +279,20 @@ def check_probability(value: Any) -> None:
 
 
 def check_rank_or_tol(rank: Any, tol: Any) -> None:
-    """Require exactly one of `rank` and `tol`."""
+    """Require exactly one of `rank` and `tol`.
+
+    Parameters
+    ----------
+    rank : object
+        What was given as `rank`; None if it was not.
+    tol : object
+        What was given as `tol`; None if it was not.
+
+    Raises
+    ------
+    TypeError
+        If both are given, or neither.
+    """
     if rank is None and tol is None:
         raise TypeError(
             "one of `rank` and `tol` must be given: `rank=k` for a size, `tol=1e-3` for an accuracy; got neither"
@@ -176,7 +302,27 @@ def check_rank_or_tol(rank: Any, tol: Any) -> None:
 
 
 def check_rank(rank: Any, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the numbers of rows and columns to choose."""
+    """Return the numbers of rows and columns to choose.
+
+    Parameters
+    ----------
+    rank : object
+        What was given as `rank`: one number for both, or a pair (rows, columns).
+    shape : tuple of int
+        The shape of the matrix.
+
+    Raises
+    ------
+    TypeError
+        If a number is not an integer.
+    ValueError
+        If it is not between 1 and the smaller side, or the pair is none.
+
+    Examples
+    --------
+    >>> check_rank(2, (5, 4)), check_rank((3, 2), (5, 4))
+    ((2, 2), (3, 2))
+    """
     if isinstance(rank, (tuple, list)):
         if len(rank) != 2:
             raise ValueError(f"`rank` must be an integer or a pair (rows, columns); got {rank!r}")
@@ -192,7 +338,20 @@ def check_rank(rank: Any, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_tol(tol: Any) -> float:
-    """Return a relative tolerance in (0, 1)."""
+    """Return a relative tolerance in (0, 1).
+
+    Parameters
+    ----------
+    tol : object
+        What was given as `tol`.
+
+    Raises
+    ------
+    TypeError
+        If it is no number.
+    ValueError
+        If it is not between 0 and 1, both excluded.
+    """
     if isinstance(tol, bool) or not isinstance(tol, (int, float, np.integer, np.floating)):
         raise TypeError(f"`tol` must be a number; got {tol!r} of type {type(tol).__name__}")
     value = float(tol)
@@ -205,14 +364,46 @@ def check_tol(tol: Any) -> float:
 
 
 def check_choice(value: Any, choices: Collection[Any], name: str) -> None:
-    """Require one of the listed values."""
+    """Require one of the listed values.
+
+    Parameters
+    ----------
+    value : object
+        The value that was given.
+    choices : collection
+        The values that are allowed.
+    name : str
+        The argument's name in errors.
+
+    Raises
+    ------
+    ValueError
+        If the value is none of them.
+    """
     plain = value is None or isinstance(value, (str, int, float, np.number))  # arrays are compared entry by entry
     if not plain or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_companion(B: Any, A: Any, name: str) -> None:
-    """Require that `B` lives in the library and on the device of `A`."""
+    """Require that `B` lives in the library and on the device of `A`.
+
+    Parameters
+    ----------
+    B : array
+        The array that goes with the matrix, such as its weights.
+    A : matrix
+        The matrix; beside a sparse, a lazy one or an operator the array has to be NumPy's.
+    name : str
+        The array's name in errors.
+
+    Raises
+    ------
+    TypeError
+        If the array is of another library.
+    ValueError
+        If it is on another device.
+    """
     if not _array.is_dense(B) and not _array.is_dense(A):
         return
     # sparse, lazy and abstract matrices keep their thin factors in NumPy
@@ -229,7 +420,22 @@ def check_companion(B: Any, A: Any, name: str) -> None:
 
 
 def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
-    """Turn a non-finite norm into the error that says why it is not finite."""
+    """Turn a non-finite norm into the error that says why it is not finite.
+
+    Parameters
+    ----------
+    value : float
+        The norm of the matrix, as computed.
+    A : matrix
+        The matrix, whose entries are looked at if the norm is not finite.
+    name : str, default "A"
+        The matrix's name in errors.
+
+    Raises
+    ------
+    ValueError
+        If the norm is not finite; the text says how many entries are to blame, and where the first is.
+    """
     if math.isfinite(value):
         return
     where = ", or entries so large that its norm overflows"
@@ -245,7 +451,20 @@ def check_finite_norm(value: float, A: Any, name: str = "A") -> None:
 
 
 def check_finite_product(Y: Any, name: str = "A") -> None:
-    """Require that a product with an operator is finite: nobody has seen its entries."""
+    """Require that a product with an operator is finite: nobody has seen its entries.
+
+    Parameters
+    ----------
+    Y : ndarray
+        The product with the operator.
+    name : str, default "A"
+        The operator's name in errors.
+
+    Raises
+    ------
+    ValueError
+        If the product holds NaN or inf.
+    """
     if not np.isfinite(Y).all():
         raise ValueError(
             f"`{name}` must be finite; a product with this LinearOperator holds NaN or inf; check the operator, "
@@ -254,7 +473,18 @@ def check_finite_product(Y: Any, name: str = "A") -> None:
 
 
 def as_generator(rng: Any) -> np.random.Generator:
-    """Return NumPy's generator for a seed, a generator, or None (fresh entropy)."""
+    """Return NumPy's generator for a seed, a generator, or None (fresh entropy).
+
+    Parameters
+    ----------
+    rng : object
+        What was given as `rng`; a generator is returned as it is, and goes on from where it is.
+
+    Raises
+    ------
+    TypeError
+        If it is no seed, generator or None.
+    """
     if isinstance(rng, bool):
         raise TypeError(f"`rng` must be a seed, a numpy.random.Generator or None; got {rng!r}")
     try:

@@ -14,7 +14,13 @@ def versions() -> dict[str, str]:
 
 
 def packages(*names: str) -> dict[str, str]:
-    """Return the versions of packages, of those that are installed."""
+    """Return the versions of packages, of those that are installed.
+
+    Parameters
+    ----------
+    *names : str
+        The names of the distributions, as installers have them.
+    """
     found = {}
     for name in names:
         try:

@@ -28,21 +28,48 @@ UNIT = 2.0**-53
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of the rows and columns of a residual, each a `Weight` or None, and a power of two to multiply it by."""
+    """Weights of the rows and columns of a residual, each a `Weight` or None, and a power of two to multiply it by.
+
+    Attributes
+    ----------
+    rows : Weight or None
+        The weight of the rows; None for the identity.
+    columns : Weight or None
+        The weight of the columns; None for the identity.
+    exponent : int
+        The power of two that the residual is multiplied by.
+    """
 
     rows: Any = None
     columns: Any = None
     exponent: int = 0
 
     def apply(self, E: Array) -> Array:
-        """Return the residual in weighted coordinates."""
+        """Return the residual in weighted coordinates.
+
+        Parameters
+        ----------
+        E : array, shape (m, n)
+            The residual, dense or lazy.
+        """
         if self.rows is not None:
             E = self.rows.apply(E, 0)
         E = times_power(E, self.exponent)
         return E if self.columns is None else self.columns.apply(E, 1)
 
     def touch(self, A: Array) -> bool:
-        """Tell whether any entry of a matrix has a weight in both directions, however small all of them are."""
+        """Tell whether any entry of a matrix has a weight in both directions, however small all of them are.
+
+        Parameters
+        ----------
+        A : matrix, shape (m, n)
+            The matrix, in any form that has entries.
+
+        Returns
+        -------
+        bool
+            False where every entry that is not zero has the weight zero.
+        """
         xp = namespace(A)
         signs = replace(self, exponent=0)
         for name in ("rows", "columns"):
@@ -75,12 +102,19 @@ class Residual:
     ----------
     A : matrix
         Dense, sparse or lazy.
-    C : array
+    C : array, shape (m, c)
+        The left factor, the columns that are kept.
     W : sequence of arrays
-        One, or two of which `W` is the product.
+        The right factor: one array, or two of which it is the product.
     weights : Weights
+<<<<<<< HEAD
     split : bool
         Whether products are to be more accurate than in double precision.
+=======
+        The weights under which the residual is measured.
+    single : bool
+        Whether the entries have the precision of single, so that products in double are accurate enough.
+>>>>>>> 5b5bb48 (All docstrings say what parameters are, what is returned and raised; the check knows no exceptions)
     sketch : array, optional
         `Y`, where `A` stands for ``Y A`` and `C` for ``Y C``.
     """
@@ -136,7 +170,13 @@ class Residual:
         return self.weights if rows is None else replace(self.weights, rows=replace(rows, root=rows.root[i:j]))
 
     def rounding(self, value: float) -> float:
-        """Return a bound on the rounding of `norm`, which gave `value`."""
+        """Return a bound on the rounding of `norm`, which gave `value`.
+
+        Parameters
+        ----------
+        value : float
+            The norm, as it was computed.
+        """
         relative = 10.0 * RUN  # of the norm
         if any(w is not None and w.root is None for w in (self.weights.rows, self.weights.columns)):
             # a product with a full matrix of weights may cancel
@@ -147,7 +187,15 @@ class Residual:
         return float(self.absolute + relative * UNIT * value)
 
     def block(self, i: int, j: int) -> Array:
-        """Return rows `i` to `j` of the residual, in double precision."""
+        """Return rows `i` to `j` of the residual, in double precision.
+
+        Parameters
+        ----------
+        i : int
+            The position of the first row.
+        j : int
+            The position behind the last row; of a lazy matrix all rows come back.
+        """
         A = self.A
         if is_dask(A):
             xp = namespace(A)

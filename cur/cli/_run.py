@@ -67,17 +67,39 @@ class Stages(ABC):
         """Show that `done` of `total` steps of a stage are done."""
 
     def describe(self, stage: str, description: str) -> None:
-        """Say something else of a stage from its next report on."""
+        """Say something else of a stage from its next report on.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage, as callers of the library report it.
+        description : str
+            The text that is shown in the place of the name.
+        """
         self._descriptions[stage] = description
 
     def of(self, stage: str, total: int | None = None) -> Callable[[int, int | None], None]:
-        """Return a callback for one stage, which is shown at once."""
+        """Return a callback for one stage, which is shown at once.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage.
+        total : int, optional
+            The number of its steps, if it is known.
+        """
         self(stage, 0, total)
         return lambda done, known: self(stage, done, known)
 
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
-        """Show a stage without steps while something of unknown length runs."""
+        """Show a stage without steps while something of unknown length runs.
+
+        Parameters
+        ----------
+        description : str
+            The text that is shown while it runs.
+        """
         self(description, 0, None)
         yield
         self(description, 1, 1)
@@ -127,7 +149,13 @@ class Lines(Stages):
 
 @contextmanager
 def bars() -> Iterator[Stages]:
-    """Show progress on standard error while the block runs: bars on a terminal, lines elsewhere."""
+    """Show progress on standard error while the block runs: bars on a terminal, lines elsewhere.
+
+    Yields
+    ------
+    Stages
+        The object that is told how far each stage is, callable as ``stages(stage, done, total)``.
+    """
     if not note.is_terminal:
         yield Lines()
         return
@@ -145,6 +173,17 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
     """Make a command end a user's error with one sentence and code 2, and Ctrl-C with code 130.
 
     With the environment variable ``CUR_DEBUG`` set the error keeps its traceback.
+
+    Parameters
+    ----------
+    command : callable
+        The function that does what the command is for.
+
+    Returns
+    -------
+    callable
+        The function that typer calls, of the same parameters; while ``as_json`` is given, standard output has results
+        alone.
     """
 
     @functools.wraps(command)
@@ -168,7 +207,13 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print a result as one line of JSON."""
+    """Print a result as one line of JSON.
+
+    Parameters
+    ----------
+    data : mapping
+        The result, of values that JSON has.
+    """
     print(json.dumps(data), file=_RESULTS.get() or sys.stdout)
 
 

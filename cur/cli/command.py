@@ -41,6 +41,11 @@ def command(
         What the end of the help shows.
     gone : mapping, optional
         Former options, with what is said to those who type one.
+
+    Returns
+    -------
+    callable
+        The decorator, which returns the function itself.
     """
     options = _distinct(groups)
 

@@ -58,7 +58,26 @@ _DTYPES: dict[str, torch.dtype | str] = {
 
 
 def run_compress(given: Given, *, save_config: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Run `cur compress`, by a configuration or by the plan in a file."""
+    """Run `cur compress`, by a configuration or by the plan in a file.
+
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+    save_config : Path or None
+        The TOML file that the options are written to afterwards; None for no file.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+    as_json : bool
+        Whether the result is printed as one line of JSON instead of tables.
+
+    Raises
+    ------
+    ValueError
+        If options contradict each other, or the model, the text or the plan cannot be used; before anything is written.
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    """
     how = compress_config(given)
     source, held_out, loading = given.build(Source), given.build(HeldOut), given.build(Loading)
     model, place, planned = given.build(Model), given.build(Destination), given.build(PlanSource)
@@ -114,7 +133,20 @@ def _show_dense(plan: Plan) -> None:
 
 
 def run_plan(given: Given, *, as_json: bool) -> None:
-    """Run `cur plan`."""
+    """Run `cur plan`.
+
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+    as_json : bool
+        Whether the plan is printed as one line of JSON instead of a table.
+
+    Raises
+    ------
+    ValueError
+        If options contradict each other, or the model or the text cannot be used.
+    """
     config, source = compress_config(given), given.build(Source)
     out = Path(given.values["out"])
     check_file(out, "the JSON file to write")
@@ -142,7 +174,30 @@ def run_plan(given: Given, *, as_json: bool) -> None:
 def run_convert(
     directory: Path, out: Path, *, layout: str, purpose: str, trust_remote_code: bool, overwrite: bool
 ) -> None:
-    """Run `cur convert`."""
+    """Run `cur convert`.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory of the compressed checkpoint.
+    out : Path
+        The directory to create.
+    layout : str
+        The layout that factored layers are to have, or ``"auto"``.
+    purpose : str
+        What ``"auto"`` is to serve, ``"inference"`` or ``"training"``.
+    trust_remote_code : bool
+        Whether code that the checkpoint brings is run.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+
+    Raises
+    ------
+    ValueError
+        If the directory is no compressed checkpoint, or the layout is unknown.
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    """
     check_target(out, overwrite=overwrite)
     before = summarize(directory)
     with bars() as bar:
@@ -163,7 +218,24 @@ def run_convert(
 
 
 def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
-    """Run `cur quantize`."""
+    """Run `cur quantize`.
+
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+    as_json : bool
+        Whether the result is printed as one line of JSON instead of sentences.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is rounded already, or it or the text cannot be used.
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    """
     directory, out = Path(given.values["directory"]), Path(given.values["out"])
     source, passes = given.build(Source), given.build(Passes)
     precision, trust_remote_code = passes.precision, passes.trust_remote_code
@@ -196,7 +268,20 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
 
 
 def run_evaluate(given: Given, *, as_json: bool) -> None:
-    """Run `cur evaluate`."""
+    """Run `cur evaluate`.
+
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+    as_json : bool
+        Whether the result is printed as one line of JSON instead of a sentence.
+
+    Raises
+    ------
+    ValueError
+        If a column is named without a text, or the model or the text cannot be used.
+    """
     model, scored = given.build(Model).model, given.build(ScoredText)
     if scored.column is not None and scored.text is None:
         raise ValueError("--column is for a --text of rows")
@@ -222,7 +307,22 @@ def run_evaluate(given: Given, *, as_json: bool) -> None:
 
 
 def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None:
-    """Run `cur inspect`."""
+    """Run `cur inspect`.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory of the checkpoint.
+    against : Path or None
+        The dense model to compare it with, tensor by tensor; None for what was written when it was made.
+    as_json : bool
+        Whether everything is printed as one line of JSON instead of a table.
+
+    Raises
+    ------
+    ValueError
+        If the directory is no compressed checkpoint, unless a dense one is compared.
+    """
     if against is not None and not (check_config(directory).get("quantization_config") or {}):
         account = compare(directory, against)  # of a dense checkpoint there is nothing else to say
         if as_json:
@@ -263,7 +363,28 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
 
 
 def run_export(directory: Path, out: Path, *, to: str, trust_remote_code: bool, overwrite: bool) -> None:
-    """Run `cur export`."""
+    """Run `cur export`.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory of the compressed checkpoint.
+    out : Path
+        The directory to create.
+    to : str
+        The target of export, by its name.
+    trust_remote_code : bool
+        Whether code that the checkpoint brings is run.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+
+    Raises
+    ------
+    ValueError
+        If the target is unknown, or the directory is no compressed checkpoint.
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    """
     check_export(to)
     check_target(out, overwrite=overwrite)
     summarize(directory)  # a clear error for what is not a compressed checkpoint, before anything is loaded
@@ -278,7 +399,13 @@ def run_export(directory: Path, out: Path, *, to: str, trust_remote_code: bool, 
 
 
 def show_account(directory: Path) -> None:
-    """Say what a checkpoint that was just written holds of what it was made from."""
+    """Say what a checkpoint that was just written holds of what it was made from.
+
+    Parameters
+    ----------
+    directory : Path
+        The directory of the checkpoint; one without an account is passed over in silence.
+    """
     account = read_account(directory)
     for line in [] if account is None else account.lines():
         note.print(line, markup=False, soft_wrap=True)

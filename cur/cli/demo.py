@@ -67,7 +67,24 @@ print(json.dumps({"identical": torch.equal(logits, expected["logits"]),
 
 
 def run_demo(out: Path | None, *, overwrite: bool, as_json: bool) -> None:
-    """Run `cur demo`."""
+    """Run `cur demo`.
+
+    Parameters
+    ----------
+    out : Path or None
+        The directory to create for the checkpoint; None for a temporary one.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+    as_json : bool
+        Whether the result is printed as one line of JSON instead of tables.
+
+    Raises
+    ------
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    RuntimeError
+        If the reloaded checkpoint does not compute what the model in memory does.
+    """
     if out is not None:
         check_target(out, overwrite=overwrite)
         _run(out, overwrite=overwrite, as_json=as_json)

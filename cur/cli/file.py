@@ -36,11 +36,11 @@ def read_file(path: Path, command: str, options: Sequence[Named]) -> dict[str, A
     Parameters
     ----------
     path : Path
-        A TOML file.
+        The TOML file to read.
     command : str
-        Whose options they are, for errors.
+        The command that the options belong to, for errors.
     options : sequence of Named
-        What the command knows.
+        The options that the command knows.
 
     Raises
     ------
@@ -73,7 +73,20 @@ def read_file(path: Path, command: str, options: Sequence[Named]) -> dict[str, A
 
 
 def save_file(path: Path, groups: Iterable[Any]) -> None:
-    """Write groups of settings as a configuration file; what has no value is left out."""
+    """Write groups of settings as a configuration file; what has no value is left out.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; one that is there is replaced.
+    groups : iterable of objects
+        The groups, each of a dataclass with fields of :func:`~cur.settings.option.setting`.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
     data: dict[str, dict[str, Any]] = {}
     for group in groups:
         for each in options_of(type(group)):

@@ -22,11 +22,11 @@ class Given:
     Parameters
     ----------
     values : mapping
-        What was given.
+        The values that were given, by the names of their fields.
     named : mapping
         The options that these are values of, for errors.
     file : Path, optional
-        The configuration file.
+        The configuration file that some of them are from.
     of_file : frozenset
         The names of the values that are from it.
     """
@@ -37,15 +37,38 @@ class Given:
     of_file: frozenset[str] = frozenset()
 
     def only(self, group: type) -> dict[str, Any]:
-        """Return what was given of a group of settings."""
+        """Return what was given of a group of settings.
+
+        Parameters
+        ----------
+        group : type
+            The dataclass of the settings.
+        """
         return {each.name: self.values[each.name] for each in options_of(group) if each.name in self.values}
 
     def build(self, group: type[T]) -> T:
-        """Return a group of settings."""
+        """Return a group of settings.
+
+        Parameters
+        ----------
+        group : type
+            The dataclass of the settings; what was not given of it has its default.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the group refuses a value.
+        """
         return group(**self.only(group))
 
     def placed(self, error: Exception) -> Exception:
-        """Return an error together with where in the file the value stands that it names first, if it is from there."""
+        """Return an error together with where in the file the value stands that it names first, if it is from there.
+
+        Parameters
+        ----------
+        error : Exception
+            The error, whose text may name options or fields.
+        """
         text, places = str(error), dict[int, str]()
         for name in self.values:
             flags = "|".join(self.named[name].flags)
@@ -67,6 +90,17 @@ def merged(
     """Return what was given, where what was typed goes before what is stored in a file.
 
     What excludes something that was typed goes with what it would have had a value for.
+
+    Parameters
+    ----------
+    options : sequence of Named
+        The options that the command knows.
+    typed : mapping
+        The values that were typed, by the names of their fields.
+    stored : mapping, optional
+        The values of a configuration file, by the same names.
+    file : Path, optional
+        The path of that file, for errors.
     """
     named = {each.name: each for each in options}
     decided = {named[name].option.excludes for name, value in typed.items() if value not in (None, False)} - {None}

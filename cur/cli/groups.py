@@ -73,7 +73,9 @@ class Destination:
 
     out: Path | None = field(
         default=None,
-        metadata=setting("Directory to create.", short="-o", basic=True, required="name the directory to create"),
+        metadata=setting(
+            "Directory to create for the result.", short="-o", basic=True, required="name the directory to create"
+        ),
     )
 
 
@@ -117,9 +119,11 @@ class Text:
         ),
     )
     dataset_config: str | None = field(
-        default=None, metadata=setting("Its configuration, for instance en.", shown="en for allenai/c4")
+        default=None, metadata=setting("Configuration of the data set, for instance en.", shown="en for allenai/c4")
     )
-    split: str | None = field(default=None, metadata=setting("Its split, for instance validation.", shown="train"))
+    split: str | None = field(
+        default=None, metadata=setting("Split of the data set, for instance validation.", shown="train")
+    )
     column: str | None = field(default=None, metadata=setting(_COLUMN, shown="text, or messages"))
     windows: int | None = field(
         default=None,
@@ -128,7 +132,7 @@ class Text:
             shown="64, or 128 with --dataset",
         ),
     )
-    window_length: int = field(default=512, metadata=setting("Tokens in each."))
+    window_length: int = field(default=512, metadata=setting("Tokens in each window."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class HealingText(Text):
             shown="all there are, or 512 with --dataset",
         ),
     )
-    window_length: int = field(default=256, metadata=setting("Tokens in each."))
+    window_length: int = field(default=256, metadata=setting("Tokens in each window."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +185,7 @@ class ScoredText:
     )
     column: str | None = field(default=None, metadata=setting(_COLUMN, shown="text, or messages"))
     windows: int = field(default=40, metadata=setting("Windows of text to score, each on its own.", basic=True))
-    window_length: int = field(default=1024, metadata=setting("Tokens in each.", basic=True))
+    window_length: int = field(default=1024, metadata=setting("Tokens in each window.", basic=True))
     batch_size: int = field(default=1, metadata=setting("Windows in one forward pass."))
 
 
@@ -221,7 +225,9 @@ class Passes(Trust):
 
     precision: str = field(
         default="auto",
-        metadata=setting("Of products in passes over text: float32, bfloat16, or auto, the faster on the device."),
+        metadata=setting(
+            "Precision of products in passes over text: float32, bfloat16, or auto, the faster on the device."
+        ),
     )
 
 
@@ -232,8 +238,8 @@ class Opening(Passes):
     dtype: str = field(
         default="auto",
         metadata=setting(
-            "Of the weights in memory and in the checkpoint: float32, bfloat16, float16, or auto, that in which they "
-            "are stored.",
+            "Dtype of the weights in memory and in the checkpoint: float32, bfloat16, float16, or auto, that in which "
+            "they are stored.",
         ),
     )
 

@@ -25,7 +25,25 @@ _STAGES = {"closed form": "Least squares", "natural steps": "Natural gradient", 
 
 
 def run_heal(given: Given, *, overwrite: bool, as_json: bool) -> None:
-    """Run `cur heal`."""
+    """Run `cur heal`.
+
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+    overwrite : bool
+        Whether a directory that is not empty may be replaced.
+    as_json : bool
+        Whether the report is printed as one line of JSON instead of a sentence.
+
+    Raises
+    ------
+    ValueError
+        If options contradict each other, the checkpoint is rounded to int8 or does not say what it was made from, or
+        the models or the text cannot be used.
+    FileExistsError
+        If the directory is not empty and `overwrite` is False.
+    """
     from cur.cli.commands import show_account
     from cur.cli.source import Source
     from cur.healing import HealingConfig, Objectives
@@ -181,7 +199,13 @@ def _teacher(directory: Path, given: str | None) -> str | None:
 
 
 def show_status(bar: Stages) -> Callable[[Status], None]:
-    """Return a callback that shows where healing is, with loss and perplexity."""
+    """Return a callback that shows where healing is, with loss and perplexity.
+
+    Parameters
+    ----------
+    bar : Stages
+        The stages that are shown.
+    """
 
     def show(status: Status) -> None:
         text = _STAGES[status.stage]

@@ -17,6 +17,11 @@ PAPER = "paper"
 def compress_config(given: Given) -> CompressConfig | BudgetConfig:
     """Return the configuration that the options mean.
 
+    Parameters
+    ----------
+    given : Given
+        The values of the options, typed or from a file.
+
     Raises
     ------
     ValueError
@@ -60,7 +65,18 @@ def _typed(flags: tuple[str, ...], value: Any) -> str:
 
 
 def refuse_with_plan(config: CompressConfig | BudgetConfig) -> None:
-    """Raise a ValueError if options were given that a plan has decided."""
+    """Raise a ValueError if options were given that a plan has decided.
+
+    Parameters
+    ----------
+    config : CompressConfig or BudgetConfig
+        The configuration that the options mean.
+
+    Raises
+    ------
+    ValueError
+        If it is not the default, which means that options were given.
+    """
     if config != CompressConfig():
         raise ValueError(
             "--plan has decided which layers are compressed and how; leave out the options that decide it, or edit the "

@@ -25,24 +25,64 @@ T = TypeVar("T", torch.Tensor, list[Any])
 
 
 def read_for(model: PreTrainedModel, given: T) -> T:
-    """Return windows or batches of tokens, if the model can take them; a ValueError says why not."""
+    """Return windows or batches of tokens, if the model can take them; a ValueError says why not.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that is to read them.
+    given : Tensor or list
+        The windows of tokens, or batches of them.
+
+    Raises
+    ------
+    ValueError
+        If the windows are longer than the model has positions for, or hold tokens that it does not know.
+    """
     check_windows(model, given)
     return given
 
 
 def tell(sentence: str) -> None:
-    """Say something beside the results."""
+    """Say something beside the results.
+
+    Parameters
+    ----------
+    sentence : str
+        The sentence, which is printed on standard error as it is.
+    """
     note.print(sentence, markup=False, soft_wrap=True)
 
 
 def show_unread(model: PreTrainedModel) -> None:
-    """Say which tensors of a checkpoint are no part of the model that was loaded from it."""
+    """Say which tensors of a checkpoint are no part of the model that was loaded from it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that was loaded.
+    """
     if remark := unread_remark(model):
         tell(remark)
 
 
 def check_file(path: Path, called: str) -> None:
-    """Refuse, before hours of work, a file that cannot be written."""
+    """Refuse, before hours of work, a file that cannot be written.
+
+    Parameters
+    ----------
+    path : Path
+        The file that is to be written.
+    called : str
+        What should have been named instead of a directory, for the error.
+
+    Raises
+    ------
+    ValueError
+        If there is a directory of that name.
+    FileExistsError, PermissionError
+        If the directory that it is to lie in cannot be made or written to.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name {called}")
     check_parent(path)
@@ -69,14 +109,38 @@ class Source(CompressionText):
             check_file(self.stats, "the file of statistics with --stats")
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Return windows of tokens to calibrate on."""
+        """Return windows of tokens to calibrate on.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+            The tokenizer of the model.
+
+        Raises
+        ------
+        ValueError
+            If the text has fewer windows than are asked for.
+        """
         source, name = self._open()
         count = (128 if self.dataset is not None else 64) if self.windows is None else self.windows
         spread = self.dataset is None  # a data set is drawn no further than needed
         return token_windows(tokenizer, source, length=self.window_length, count=count, spread=spread, name=name)
 
     def to_heal(self, tokenizer: PreTrainedTokenizerBase, *, held_out: int) -> torch.Tensor:
-        """Return windows of tokens to heal on, and behind them those to watch: the last of a text."""
+        """Return windows of tokens to heal on, and behind them those to watch: the last of a text.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+            The tokenizer of the model.
+        held_out : int
+            The number of windows to watch.
+
+        Raises
+        ------
+        ValueError
+            If the text has fewer windows than are asked for.
+        """
         source, name = self._open()
         if self.dataset is not None:
             count = 512 if self.windows is None else self.windows
@@ -94,7 +158,13 @@ class Source(CompressionText):
         return torch.cat([every[evenly(self.windows - watched, learnt)], every[learnt:]])
 
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-        """Return batches of windows of tokens."""
+        """Return batches of windows of tokens.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+            The tokenizer of the model.
+        """
         return batches(self.read(tokenizer), batch_size=self.batch_size)
 
     def _open(self) -> tuple[str | Iterable[str | Conversation], str]:
@@ -122,7 +192,20 @@ class HeldOut(HeldOutText):
         return None if self.held_out is None else self.read
 
     def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Return windows of 1024 tokens, or as many as the model has positions for; a ValueError says why not."""
+        """Return windows of 1024 tokens, or as many as the model has positions for; a ValueError says why not.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model that is to read them.
+        tokenizer : PreTrainedTokenizerBase
+            The tokenizer of the model.
+
+        Raises
+        ------
+        ValueError
+            If the model has no output head, or the text has too few windows.
+        """
         output_head(model)
         name = str(self.held_out)
         text = embedded_text("evaluate") if name == "reference" else read_text(name)

@@ -45,7 +45,13 @@ def _alike(values: Sequence[str]) -> bool:
 
 
 def layers_table(layers: Sequence[LayerReport]) -> Table:
-    """Return one line for each compressed layer."""
+    """Return one line for each compressed layer.
+
+    Parameters
+    ----------
+    layers : sequence of LayerReport
+        The reports on the layers, one a line.
+    """
     from cur.integrations.nn import cells
 
     table, names = _of_layers("Compressed layers", [layer.name for layer in layers])
@@ -79,7 +85,13 @@ def _bound(layer: LayerReport) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return one line for each layer of a plan."""
+    """Return one line for each layer of a plan.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan, whose entries are the lines.
+    """
     from cur.integrations.nn import cells
 
     table, names = _of_layers("Plan", [entry.name for entry in plan.entries], show_footer=True)
@@ -109,7 +121,13 @@ def plan_table(plan: Plan) -> Table:
 
 
 def size_table(report: CompressionReport) -> Table:
-    """Return parameters and bytes of the whole model and of the compressed weights."""
+    """Return parameters and bytes of the whole model and of the compressed weights.
+
+    Parameters
+    ----------
+    report : CompressionReport
+        The report on the whole model.
+    """
     table = Table(title="Size", title_justify="left")
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(heading, justify="left" if justify == "left" else "right", no_wrap=True)
@@ -123,12 +141,24 @@ def size_table(report: CompressionReport) -> Table:
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
-    """Return the seconds of each stage in one line."""
+    """Return the seconds of each stage in one line.
+
+    Parameters
+    ----------
+    seconds : mapping
+        The seconds by the names of the stages.
+    """
     return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
 
 
 def budget_line(plan: Plan) -> str:
-    """Return in one sentence what a plan with a budget keeps."""
+    """Return in one sentence what a plan with a budget keeps.
+
+    Parameters
+    ----------
+    plan : Plan
+        The plan, made for a budget.
+    """
     return (
         f"Kept: {plan.kept or 0:.2%} of the parameters of the targeted layers, {plan.model_kept or 0:.2%} of the "
         "model; "
@@ -137,7 +167,15 @@ def budget_line(plan: Plan) -> str:
 
 
 def perplexity_table(values: Mapping[str, float], title: str) -> Table:
-    """Return a table of perplexities by name."""
+    """Return a table of perplexities by name.
+
+    Parameters
+    ----------
+    values : mapping
+        The perplexities by what they are of.
+    title : str
+        The line above the table.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("perplexity", justify="right")
@@ -147,7 +185,13 @@ def perplexity_table(values: Mapping[str, float], title: str) -> Table:
 
 
 def checkpoint_table(summary: CheckpointSummary) -> Table:
-    """Return one line for each compressed layer of a checkpoint, and the totals."""
+    """Return one line for each compressed layer of a checkpoint, and the totals.
+
+    Parameters
+    ----------
+    summary : CheckpointSummary
+        The checkpoint, as :func:`~cur.integrations.store.inspect.summarize` has it.
+    """
     from cur.integrations.nn import cells
 
     title = f"Compressed layers of {summary.directory}"

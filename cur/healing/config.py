@@ -30,11 +30,11 @@ class Objectives(ObjectiveSettings):
         channel in the teacher: 1 is as bad as predicting zero. The mean over blocks. The paper (arXiv 2501.04211) has
         0.9, with 0.1 of `next_token`, for a distance that is not relative.
     modules : float, default 0.0
-        The same distance for the output of every compressed layer, their mean.
+        Distance of the outputs of every compressed layer, relative as in `hidden`; the mean over layers.
     next_token : float, default 0.0
         Negative log-likelihood of the text, in nats per token. For the scope ``"model"`` only.
     temperature : float, default 1.0
-        Of both distributions in `kl`.
+        Temperature by which the logits of teacher and student are divided in `kl`.
 
     Raises
     ------
@@ -94,10 +94,10 @@ class HealingConfig(HealingSettings):
     warmup : int, default 5
         Steps over which the rate rises; it falls to zero as a cosine afterwards.
     betas : tuple of float, default (0.9, 0.95)
-        Of AdamW.
+        Decay rates of the two running means of AdamW.
     precision : {"auto", "float32", "bfloat16"}, default "auto"
-        Of the products in forward and backward passes; cores, losses and least squares are float32 or float64.
-        ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.model.precision.Precision`;
+        Precision of the products in forward and backward passes; cores, losses and least squares are float32 or
+        float64. ``"auto"`` is what is faster on the device, see :class:`~cur.integrations.model.precision.Precision`;
         reports, logs and states name it, and a run that goes on does so in the precision in which it was begun.
     gradient_checkpointing : bool, default False
         Whether blocks are run a second time in the backward pass instead of keeping their activations.
@@ -114,7 +114,7 @@ class HealingConfig(HealingSettings):
     workers : int, default 1
         Blocks healed at the same time, with the scope ``"block"``. The result does not depend on it.
     seed : int, default 0
-        Of the order of the windows.
+        Seed of the order of the windows.
 
     Raises
     ------

@@ -20,7 +20,7 @@ _TARGETS = setting(
     shown="all-linear with a budget, else q_proj,k_proj,gate_proj",
 )
 _EXCLUDE = setting("Linear layers to leave alone, separated by commas.", heading=_METHOD, read=parse_names)
-_SEED = setting("Of every random choice.", heading=_METHOD)
+_SEED = setting("Seed of every random choice.", heading=_METHOD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class PaperSettings:
     select: str = field(default="deim", metadata=setting(f"What chooses rows and columns: {', '.join(SELECTORS)}."))
     importance: str = field(
         default="wanda",
-        metadata=setting(f"Whose singular subspaces they are chosen for ({listed(IMPORTANCES)})."),
+        metadata=setting(f"Matrix whose singular subspaces they are chosen for ({listed(IMPORTANCES)})."),
     )
     link: str = field(default="optimal", metadata=setting(f"What U minimises ({listed(LINKS)})."))
     subspace: str = "auto"

@@ -18,8 +18,13 @@ def former(**constants: Any) -> Callable[[type[T]], type[T]]:
 
     Parameters
     ----------
-    **constants
+    **constants : Any
         The one value that each former field still has.
+
+    Returns
+    -------
+    callable
+        The decorator of the class, whose constructor then takes these fields, too.
     """
 
     def decorate(cls: type[T]) -> type[T]:

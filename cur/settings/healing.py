@@ -25,7 +25,7 @@ class ObjectiveSettings:
     )
     modules: float = field(default=0.0, metadata=setting("Weight of the distance of each compressed layer's output."))
     next_token: float = field(default=0.0, metadata=setting("Weight of the negative log-likelihood of the text."))
-    temperature: float = field(default=1.0, metadata=setting("Of the predictions that are compared."))
+    temperature: float = field(default=1.0, metadata=setting("Temperature of the predictions that are compared."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,14 @@ class HealingSettings:
     precision: str = field(
         default="auto",
         metadata=setting(
-            "Of products in passes over text: float32, bfloat16, or auto, the faster on the device.",
+            "Precision of products in passes over text: float32, bfloat16, or auto, the faster on the device.",
             heading="Loading",
         ),
     )
     gradient_checkpointing: bool = field(default=False, metadata=setting("Less memory, more time."))
     held_out: int = field(default=8, metadata=setting("Windows at the end that are watched, not healed on."))
-    evaluate_every: int = field(default=25, metadata=setting("Steps between looks at them."))
+    evaluate_every: int = field(default=25, metadata=setting("Steps between looks at what is watched."))
     patience: int = field(default=0, metadata=setting("Looks without improvement before it stops; 0: never."))
-    save_every: int = field(default=25, metadata=setting("Steps between states."))
+    save_every: int = field(default=25, metadata=setting("Steps between states on disk."))
     workers: int = field(default=1, metadata=setting("Blocks healed at the same time, with --scope block."))
-    seed: int = field(default=0, metadata=setting("Of the order of the windows."))
+    seed: int = field(default=0, metadata=setting("Seed of the order of the windows."))

@@ -18,9 +18,10 @@ class Option:
     Parameters
     ----------
     help : str
-        A sentence or two.
+        A sentence or two on what the option does.
     flag : str, optional
-        By default the name of the field, and its opposite if it is a switch.
+        What is typed, and after a slash its opposite. By default the name of the field, and its opposite if it is a
+        switch.
     short : str, optional
         A letter for it, such as "-o".
     argument : str, optional
@@ -28,11 +29,12 @@ class Option:
     basic : bool, default False
         Whether `--help` shows it, and not `--help-all` alone.
     heading : str, optional
-        Instead of that of the class.
+        The heading it stands under, instead of that of the class.
     shown : str, optional
         What help says of the default, where the value alone does not say it.
     read : callable, optional
-        From what is typed to the value of the field, where the type of the field is not that of a single value.
+        A function from what is typed to the value of the field, where the type of the field is not that of a single
+        value.
     required : str, optional
         Why it has to be given, as the end of a sentence that says that it is missing.
     excludes : str, optional
@@ -53,14 +55,28 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """An option with what follows from its field: name, default and type."""
+    """An option with what follows from its field: name, default and type.
+
+    Attributes
+    ----------
+    name : str
+        The name of the field.
+    default : Any
+        The value that the field has if nothing is given.
+    kinds : tuple of type
+        The types that a value can have, None left out.
+    items : tuple of type
+        The types of what is in a tuple, where a value can be one.
+    heading : str
+        The heading that it stands under.
+    option : Option
+        What the command line says of it.
+    """
 
     name: str
     default: Any
     kinds: tuple[type, ...]
-    """Types of a value, None left out."""
     items: tuple[type, ...]
-    """Types of what is in a tuple."""
     heading: str
     option: Option
 
@@ -100,12 +116,31 @@ class Named:
 
 
 def setting(help: str, **options: Any) -> dict[str, Option]:
-    """Return the metadata of a field that the command line has as an option, by the parameters of :class:`Option`."""
+    """Return the metadata of a field that the command line has as an option, by the parameters of :class:`Option`.
+
+    Parameters
+    ----------
+    help : str
+        A sentence or two on what the option does.
+    **options : Any
+        The other parameters of :class:`Option`.
+    """
     return {"option": Option(help=help, **options)}
 
 
 def options_of(group: type) -> Iterator[Named]:
-    """Return the options among the fields of a class, whose attribute ``heading`` stands above them."""
+    """Return the options among the fields of a class, whose attribute ``heading`` stands above them.
+
+    Parameters
+    ----------
+    group : type
+        The dataclass; its fields without a :func:`setting` are passed over.
+
+    Yields
+    ------
+    Named
+        The options, in the order of the fields.
+    """
     hints = typing.get_type_hints(group)
     for each in fields(group):
         option = each.metadata.get("option")

@@ -10,6 +10,16 @@ __all__ = ["parse_layers", "parse_names", "parse_size"]
 def parse_size(text: str) -> int:
     """Return a size such as "200MB", "1.5 GiB" or "123456" in bytes.
 
+    Parameters
+    ----------
+    text : str
+        The size as it was typed: a number, perhaps with k, m, g or t, an i for powers of 1024, and a B.
+
+    Raises
+    ------
+    ValueError
+        If it is no such size.
+
     Examples
     --------
     >>> parse_size("200MB"), parse_size("1.5 KiB"), parse_size("12")
@@ -24,6 +34,16 @@ def parse_size(text: str) -> int:
 
 def parse_layers(text: str) -> int | str | tuple[int, ...]:
     """Return a number of blocks ("10"), "all", or indices ("3,5-8"; of a single block "3,").
+
+    Parameters
+    ----------
+    text : str
+        The blocks as they were typed.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
 
     Examples
     --------
@@ -48,6 +68,11 @@ def parse_layers(text: str) -> int | str | tuple[int, ...]:
 
 def parse_names(text: str) -> str | tuple[str, ...]:
     """Return names that are separated by commas; "all-linear" stands for itself.
+
+    Parameters
+    ----------
+    text : str
+        The names as they were typed.
 
     Examples
     --------

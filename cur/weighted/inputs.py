@@ -34,9 +34,9 @@ class OwnInputs:
     Attributes
     ----------
     matrix : array, shape (m, n)
-        The matrix.
+        The matrix, in the precision that was computed in.
     moment : array, shape (n, n)
-        `G`.
+        The weight `G` of the columns with what was added to make it invertible, times a power of two.
     order : array of int, shape (n,)
         The inputs by importance: the first r are those kept.
     square_errors : array, shape (n + 1,)
@@ -52,6 +52,16 @@ class OwnInputs:
     def kept(self, count: int) -> Array:
         """Return the inputs that are kept, ascending.
 
+        Parameters
+        ----------
+        count : int
+            The number of inputs to keep, between 1 and n.
+
+        Returns
+        -------
+        array of int, shape (count,)
+            The positions of the inputs.
+
         Raises
         ------
         TypeError, ValueError
@@ -64,10 +74,15 @@ class OwnInputs:
     def truncate(self, count: int) -> Array:
         """Return the m x `count` matrix that gives ``A x`` from the kept entries of `x` with least error.
 
+        Parameters
+        ----------
+        count : int
+            The number of inputs to keep, between 1 and n.
+
         Raises
         ------
         TypeError, ValueError
-            As for :meth:`kept`.
+            If the count is not an integer between 1 and n.
         """
         near, exponent, _ = brought_near_one(self.matrix)
         moment, _, _ = brought_near_one(self.moment)

@@ -28,7 +28,7 @@ class OwnRows:
     Attributes
     ----------
     matrix : array, shape (m, n)
-        The matrix.
+        The matrix, in the precision that was computed in.
     order : array of int, shape (k,)
         Its rows in the order of choice: the first r are those kept at rank r. ``k = min(m, n)``.
     coordinates : array, shape (m, k)
@@ -55,6 +55,11 @@ class OwnRows:
 
     def truncate(self, rank: int) -> Interpolative:
         """Return the matrix by `rank` of its rows, and the coefficients of the others that lose least.
+
+        Parameters
+        ----------
+        rank : int
+            The number of rows to keep, between 1 and ``min(m, n)``.
 
         Raises
         ------

@@ -33,10 +33,12 @@ class WeightedSVD:
     Attributes
     ----------
     left : array, shape (m, k)
+        The left factor, ``k = min(m, n)``: its first r columns times the first r rows of `right` are the best
+        approximation of rank r.
     right : array, shape (k, n)
-        The first r columns of `left` times the first r rows of `right` are the best approximation of rank r.
+        The right factor, whose rows are in the order of importance.
     singular_values : array, shape (k,)
-        Of the matrix in weighted coordinates, ``H^(1/2) A G^(1/2)``, non-increasing.
+        The singular values of the matrix in weighted coordinates, ``H^(1/2) A G^(1/2)``, non-increasing.
     """
 
     left: Array
@@ -59,6 +61,11 @@ class WeightedSVD:
 
     def truncate(self, rank: int) -> Folded:
         """Return the best approximation of a rank.
+
+        Parameters
+        ----------
+        rank : int
+            The rank, between 1 and ``min(m, n)``.
 
         Raises
         ------

@@ -143,8 +143,8 @@ class Measured:
         The statistics of the model.
     name : str
         The name of the layer.
-    W : Tensor
-        Its weight.
+    W : Tensor, shape (m, n)
+        The weight of the layer.
     """
 
     def __init__(self, moments: Moments, name: str, W: Tensor) -> None:

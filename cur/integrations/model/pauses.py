@@ -52,6 +52,15 @@ class Course(greenlet):
     """The way of one batch through a block, which pauses at the hooks of :func:`pauses`.
 
     Between its layers a block must keep nothing but local variables, as other batches take their way meanwhile.
+
+    Parameters
+    ----------
+    call : BlockCall
+        What the model calls the block with, for this batch.
+    block : nn.Module
+        The block, whose layers have the hooks.
+    hidden : Tensor
+        The hidden state that goes into the block.
     """
 
     def __init__(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> None:

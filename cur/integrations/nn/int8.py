@@ -16,6 +16,19 @@ class Int8Linear(nn.Module):
     It computes in the dtype of the steps, with the weight that the integers represent, formed anew at every call.
     None of it learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
 
+    Parameters
+    ----------
+    in_features : int
+        The number n of inputs.
+    out_features : int
+        The number m of outputs.
+    bias : bool, default True
+        Whether there is a bias, of zeros at first.
+    device : torch.device or str, optional
+        The device of the tensors. By default torch's own.
+    dtype : torch.dtype, optional
+        The dtype of the steps and of the bias, in which the layer computes. By default torch's own.
+
     Attributes
     ----------
     integers : nn.Parameter, shape (m, n)

@@ -33,8 +33,8 @@ class CompressConfig(PaperSettings):
     choose : {"angular", "random", "last"}, default "angular"
         Whether a number of blocks means those of smallest angular distance, any, or the last ones.
     span : int, default 1
-        For "angular": blocks are chosen in runs of this many, by the angle between the input of the first and the
-        output of the last.
+        Length of the runs that "angular" chooses blocks in, by the angle between the input of the first and the output
+        of the last.
     targets : str or tuple of str
         Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
     exclude : str or tuple of str, default ()
@@ -55,11 +55,11 @@ class CompressConfig(PaperSettings):
         How the factors are stored. ``"auto"``: the smallest that serves the purpose. For inference that is one in which
         the layer is faster than dense, at ranks up to where there is one; layers for which no rank is stay dense.
     purpose : {"inference", "training"}, default "inference"
-        For the layout "auto": training keeps U apart.
+        Use that the layout "auto" is to serve: training keeps U apart.
     select : str, default "deim"
         What chooses rows and columns, by its name in :data:`cur.selection.SELECTORS`.
     importance : str, default "wanda"
-        Whose leading singular subspaces choose rows and columns, by its name in :data:`cur.scores.IMPORTANCES`:
+        Matrix whose leading singular subspaces choose rows and columns, by its name in :data:`cur.scores.IMPORTANCES`:
         ``|W| ||x||``, for instance, or ``W`` itself.
     link : str, default "optimal"
         What the core U minimises, by its name in :data:`cur.scores.LINKS`: ``||W - C U R||_F``, or the same with each
@@ -69,12 +69,12 @@ class CompressConfig(PaperSettings):
         Where singular subspaces come from. ``"auto"``: an SVD for layers whose smaller side is at most 2048, a seeded
         random sketch for larger ones, whose SVD takes minutes.
     precision : {"float32", "float64"}, default "float32"
-        Of the factorizations; the factors are stored in the dtype of the weight.
+        Precision of the factorizations; the factors are stored in the dtype of the weight.
     batch_size : int, default 1
         Windows per forward pass of the calibration: more of them take more memory for activations, and keep a GPU
         busy; the statistics change by rounding only.
     seed : int, default 0
-        Of every random choice.
+        Seed of every random choice.
 
     Raises
     ------
@@ -189,7 +189,7 @@ class BudgetConfig(BudgetSettings):
         Windows per pass of the calibration: more of them take more memory for activations, and keep a GPU busy; the
         statistics change by rounding only.
     seed : int, default 0
-        Of every random choice.
+        Seed of every random choice.
 
     Raises
     ------

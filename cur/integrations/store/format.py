@@ -57,6 +57,10 @@ class CURConfig(QuantizationConfigMixin):
         Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
     weights : str or None
         Name of the weight file, or of the index of its shards, when it is not transformers' own default.
+    quant_method : str
+        The name by which transformers finds this class.
+    **unknown : Any
+        The fields that ``config.json`` has besides, each of which is refused.
 
     Raises
     ------
