@@ -65,12 +65,12 @@ from cur.integrations import (
     read_text,
     token_windows,
 )
-from cur.integrations.compress import carry_out_
+from cur.integrations.compress import carry_out, planned
 from cur.integrations.measure.generated_text import own_text, sample_windows
 from cur.integrations.measure.text import evenly
 from cur.integrations.nn import Int8Linear
-from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.quantize import quantizable, quantize_
+from cur.integrations.sources import InMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -217,18 +217,11 @@ def ours(text: str = BOTH, **options: Any) -> Callable[[Known, float], Made]:
     """Make our method, as ``cur compress`` has it."""
 
     def run(known: Known, keep: float) -> Made:
-        config, statistics = BudgetConfig(keep=keep, **options), known.statistics[text]
-        key = f"curves {text} {config.method} {config.gradients} {config.neurons}"
-        if key not in known.memory:
-            known.memory.clear()
-            known.memory[key] = (
-                error_curves(known.dense, statistics, config, known.names, progress=count("curves")),
-                joint_curves(known.dense, statistics, config, known.names, progress=count("neurons")),
-            )
         model = copy.deepcopy(known.dense)
-        plan = plan_budget(model, statistics, config, *known.memory[key])
-        given = batches(known.windows[text], batch_size=4)
-        carry_out_(model, plan, statistics, text=given, precision=known.precision, progress=_stage)
+        given = list(batches(known.windows[text], batch_size=4))
+        source = InMemory(model, given, statistics=known.statistics[text], precision=known.precision, progress=_stage)
+        statistics, plan = planned(source, BudgetConfig(keep=keep, **options))
+        carry_out(source, plan, statistics)
         chosen = {entry.name: entry.parameters for entry in plan.entries}
         return model, 2 * sum(chosen.get(name, m * n) for name, (m, n) in known.shapes().items())
 
@@ -472,7 +465,10 @@ def _file(cache: Path | None, name: str) -> Path | None:
 
 
 def _together(one: Statistics, other: Statistics) -> Statistics:
-    """Return the statistics of two texts as if measured at once; layers that share a sum go on doing so."""
+    """Return the statistics of two texts as if measured at once; layers that share a sum go on doing so.
+
+    They do not say that some of it is the model's own, which is among the batches already and not to be written again.
+    """
     made: dict[tuple[int, int], Tensor] = {}
 
     def add(a: Any, b: Any) -> dict[str, Any]:
@@ -486,7 +482,6 @@ def _together(one: Statistics, other: Statistics) -> Statistics:
     kinds = ("square_sums", "products", "output_products", "counts", "output_counts")
     sums = {kind: add(getattr(one, kind), getattr(other, kind)) for kind in kinds}
     totals = {"tokens": one.tokens + other.tokens, "samples": one.samples + other.samples}
-    totals["own_text"] = other.samples / one.samples
     return dataclasses.replace(one, **sums, **totals)
 
 

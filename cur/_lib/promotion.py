@@ -121,7 +121,7 @@ def check_promoted(A: Any, name: str = "A", dtype: Any | None = None) -> Any:
     TypeError
         If it is no matrix of numbers, or complex beside a real dtype.
     ValueError
-        If it has not two dimensions, or none of some length.
+        If it has not two dimensions, or a side of length zero.
     """
     check_matrix(A, name)
     if "complex" in str(A.dtype) and dtype is not None and "complex" not in str(dtype):

@@ -74,7 +74,7 @@ def run_compress(given: Given, *, save_config: Path | None, overwrite: bool, as_
     Raises
     ------
     ValueError
-        If options contradict each other, or the model, the text or the plan cannot be used; before anything is written.
+        If options contradict each other, or the model, the text or the plan cannot be used.
     FileExistsError
         If the directory is not empty and `overwrite` is False.
     """

@@ -37,7 +37,8 @@ def read_for(model: PreTrainedModel, given: T) -> T:
     Raises
     ------
     ValueError
-        If the windows are longer than the model has positions for, or hold tokens that it does not know.
+        If the windows are longer than the model has positions for, hold tokens that it has no embedding for, or the
+        model does not read text.
     """
     check_windows(model, given)
     return given
