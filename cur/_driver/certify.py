@@ -46,10 +46,10 @@ class Reduced:
     ----------
     C, R : Orthogonal
         QR of the columns, and of the adjoint of the rows, in weighted coordinates.
-    Z : array
-        ``Q_C^H B``.
-    M : array
-        ``Z Q_R``.
+    Z : array, shape (c, n)
+        The matrix in the basis of the columns, ``Q_C^H B``.
+    M : array, shape (c, r)
+        The matrix in the bases of both, ``Z Q_R``.
     """
 
     C: Orthogonal
@@ -97,16 +97,20 @@ def measure(
 
     Parameters
     ----------
+    problem : Problem
+        The problem, which has the matrix and its weights.
     factors : tuple of arrays
-        Those of `near`, as they are returned: C and U and R, or C and coefficients.
+        The factors of `near`, as they are returned: C and U and R, or C and coefficients.
     kept : float
         Norm of the orthogonal projection of `B` that the best coefficients would reproduce.
     gap : float
         Norm of the difference between that projection and the approximation.
     inner : float
         Bound on the rounding of the evaluation of the product in the working precision, that of `gap` included.
-    failure, rng
-        Of the sketch, where one is needed.
+    failure : float
+        The chance that a sketch fails to bound the error, where one is needed.
+    rng : Generator
+        The source of chance of that sketch.
 
     Notes
     -----

@@ -40,19 +40,23 @@ class Problem:
         The user's, detached and promoted to the working dtype where that loses nothing: what rows and columns are taken
         from.
     near : matrix
-        ``2^-exponent A``; `A` itself where squares of its entries stay in the range.
+        The matrix ``2^-exponent A``; `A` itself where squares of its entries stay in the range.
     exponent : int
+        The power of two that was taken from the matrix.
     B : matrix
-        `near` in weighted coordinates, ``2^shift F_H^H near F_G``; `near` itself without weights.
+        The matrix `near` in weighted coordinates, ``2^shift F_H^H near F_G``; `near` itself without weights.
     target : matrix
-        Whose leading singular subspaces guide the choice: `B`, or the importance given.
-    row_weight, column_weight : Weight or None
-        Of size one.
+        The matrix whose leading singular subspaces guide the choice: `B`, or the importance given.
+    row_weight : Weight or None
+        The weight `H` of the rows, of size one; None for the identity.
+    column_weight : Weight or None
+        The weight `G` of the columns, of size one; None for the identity.
     shift : int
+        The power of two by which `B` was multiplied besides.
     weight_exponent : int
-        What was taken from both weights.
+        The power of two that was taken from both weights.
     total : float or None
-        ``||B||_F``; None for an operator.
+        The norm ``||B||_F``; None for an operator.
     bounds : bool
         Whether bounds that take products of their own are wanted.
     lost : float

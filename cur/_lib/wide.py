@@ -107,14 +107,9 @@ class Residual:
     W : sequence of arrays
         The right factor: one array, or two of which it is the product.
     weights : Weights
-<<<<<<< HEAD
+        The weights under which the residual is measured.
     split : bool
         Whether products are to be more accurate than in double precision.
-=======
-        The weights under which the residual is measured.
-    single : bool
-        Whether the entries have the precision of single, so that products in double are accurate enough.
->>>>>>> 5b5bb48 (All docstrings say what parameters are, what is returned and raised; the check knows no exceptions)
     sketch : array, optional
         `Y`, where `A` stands for ``Y A`` and `C` for ``Y C``.
     """

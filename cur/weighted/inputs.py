@@ -100,13 +100,16 @@ def fit(cross: Array, moment: Array, kept: Array) -> Array:
     Parameters
     ----------
     cross : array, shape (m, n)
+        The second moments of outputs and inputs.
     moment : array, shape (n, n)
-        Positive definite on the kept entries.
+        The second moments of the inputs, positive definite on the kept entries.
     kept : array of int, shape (r,)
+        The positions of the inputs that are kept.
 
     Returns
     -------
     array, shape (m, r)
+        The matrix `B`.
     """
     block = take(take(moment, kept, axis=0), kept, axis=1)
     return adjoint(namespace(moment).linalg.solve(block, adjoint(take(cross, kept, axis=1))))
