@@ -471,6 +471,7 @@ def test_former_options_are_taken():
     assert (rows.tolist(), columns.tolist()) == ([1, 2], [1, 2])
     with pytest.raises(TypeError, match="`method` is the former name of `select`; give one of them"):
         cur.select(A, rank=2, method="norm", select="norm")
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)})
+    blocks = [torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2)]
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(blocks)})
     with pytest.warns(DeprecationWarning, match="`layers` of linear_modules is `blocks` now"):
-        assert linear_modules(model, "all-linear", layers=[1]) == linear_modules(model, "all-linear", blocks=[1])
+        assert linear_modules(model, "all-linear", layers=[1]) == ["layers.1.0"]
