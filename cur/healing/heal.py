@@ -28,6 +28,7 @@ from cur.healing.training.natural import natural_step_
 from cur.healing.training.state import StateFile
 from cur.integrations.measure.collect import collect_gradients
 from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.masks import padding_mask
@@ -93,8 +94,9 @@ def heal(
     Raises
     ------
     ValueError
-        If the teacher has another vocabulary, width or shape of layers than the student, there is too little text, or
-        the directory `state` holds a run in another precision than the one that is named.
+        If the teacher has another vocabulary, width or shape of layers than the student, either of them carries an
+        adapter, there is too little text, or the directory `state` holds a run in another precision than the one that
+        is named.
     NumericalError
         If a loss, a gradient or an activation is not finite; the best state so far is in the student then.
     StateError
@@ -119,6 +121,8 @@ def heal(
     >>> report.trainable, report.steps
     (128, 5)
     """
+    refuse_adapters(student, "student")
+    refuse_adapters(teacher, "teacher")
     config = config or HealingConfig()
     check_windows(student, batches, name="batches")
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)

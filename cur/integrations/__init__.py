@@ -10,6 +10,7 @@ from cur.integrations.compress import carry_out_, compress
 from cur.integrations.measure.collect import collect, collect_gradients
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, read_text, token_windows
+from cur.integrations.model.learning import trainable
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.targets import block_stacks, decoder_layers, linear_modules
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
@@ -59,4 +60,5 @@ __all__ = [
     "read_text",
     "save",
     "token_windows",
+    "trainable",
 ]

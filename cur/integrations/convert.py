@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.nn import compressed_modules, factored, swap_
 from cur.integrations.plan.layouts import PURPOSES, choose_layout
 from cur.integrations.store.format import mark_
@@ -34,12 +35,13 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     Raises
     ------
     ValueError
-        If the layout or the purpose is unknown, or the model has no factored layers or is rounded to int8.
+        If the layout or the purpose is unknown, or the model has no factored layers, an adapter, or is rounded to int8.
     """
     if layout not in ("auto", *factored()):
         raise ValueError(f"`layout` must be one of auto, {', '.join(factored())}, got {layout!r}")
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` must be one of {', '.join(PURPOSES)}, got {purpose!r}")
+    refuse_adapters(model)
     found = compressed_modules(model)
     possible = set(factored()) if layout == "auto" else {layout}
     layers = {name: layer for name, layer in found.items() if not possible.isdisjoint(layer.conversions())}

@@ -79,7 +79,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
     Raises
     ------
     ValueError
-        If some layers are rounded already or offloaded, or there is none to round.
+        If the model has an adapter, some layers are rounded already or offloaded, or there is none to round.
     """
     refuse_adapters(model)
     layers = compressed_modules(model)
@@ -148,18 +148,16 @@ def quantize_(
     Raises
     ------
     TypeError
-        If the model is not one of transformers' own, or has adapters.
+        If the model is not one of transformers' own.
     ValueError
         As :func:`quantizable`; if the model is quantized by another method, the statistics do not cover a layer, or
         `damping` is negative.
     NumericalError
         If a weight is NaN or infinite, or a damped second moment is not positive definite.
     """
+    refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a PreTrainedModel, got {type(model).__name__}; unwrap it, adapters merged")
-    adapted = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
-    if adapted:
-        raise TypeError(f"{adapted[0]} of `model` has an adapter; merge adapters before rounding")
+        raise TypeError(f"`model` must be a PreTrainedModel, got {type(model).__name__}; unwrap it")
     refuse_other_formats(model)
     if not 0 <= damping < math.inf:
         raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")

@@ -19,6 +19,7 @@ from cur.integrations.measure.collect import collect
 from cur.integrations.measure.generated_text import own_text
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
+from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import release_, unrolled
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of, set_origin_
@@ -319,6 +320,7 @@ class InMemory(Source):
         progress: StageProgress | None = None,
         announce: Callable[[str], object] | None = None,
     ) -> None:
+        refuse_adapters(model)
         self.model = self.compressed = model
         self.text = text
         self.tokenizer = tokenizer

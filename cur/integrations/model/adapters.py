@@ -1,11 +1,15 @@
-"""Adapters, as training by LoRA leaves them: what has one is merged before it is compressed."""
+"""Adapters, as training by LoRA leaves them: PEFT learns of compressed layers, and what has one is merged first."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from cur._lib.errors import warn
+from cur._lib.imports import when_imported
 
 __all__ = ["refuse_adapter_directory", "refuse_adapters"]
 
@@ -38,13 +42,15 @@ def refuse_adapter_directory(place: Path | str, source: str) -> None:
         raise ValueError(f"`model` {source!r} is an adapter (it has an adapter_config.json), not a model; {_MERGE}")
 
 
-def refuse_adapters(model: nn.Module) -> None:
+def refuse_adapters(model: nn.Module, parameter: str = "model") -> None:
     """Raise a ValueError if adapters are attached to a model: they would be factored as if they were its weights.
 
     Parameters
     ----------
     model : nn.Module
         The model to look through.
+    parameter : str, default "model"
+        What errors call it.
 
     Raises
     ------
@@ -52,5 +58,32 @@ def refuse_adapters(model: nn.Module) -> None:
         If an adapter is attached to a module.
     """
     for name, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
-            raise ValueError(f"`model` has an adapter at {name or 'its root'} ({type(module).__name__}); {_MERGE}")
+        names: Any = getattr(module, "active_adapters", ()) if _is_adapter(module) else None
+        if names is not None:
+            which = ", ".join(map(repr, names)) if isinstance(names, list) and names else "an adapter"
+            raise ValueError(
+                f"`{parameter}` carries the adapter {which} at {name or 'its root'} ({type(module).__name__}); merge "
+                "it first, `model = peft_model.merge_and_unload()`, and give what that returns"
+            )
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    # By its classes, as ours around compressed layers descend from theirs, and PEFT need not be installed.
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def _register() -> None:
+    try:
+        from cur.integrations.model.lora import register
+    except (ImportError, AttributeError) as error:
+        warn(
+            f"this version of peft is not known ({error}): it puts adapters on factors of compressed layers, by names "
+            "such as 'R', but not around whole layers",
+            UserWarning,
+        )
+    else:
+        register()
+
+
+# `target_modules=["q_proj"]` has to work without another call, whichever of the two packages is imported first.
+when_imported("peft", _register)

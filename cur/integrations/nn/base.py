@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cur.integrations.nn.trainable import Trainable
 
-__all__ = ["CompressedLinear", "check_bias", "fill_", "wide"]
+__all__ = ["CompressedLinear", "check_bias", "fill_", "scaled", "wide"]
 
 
 class CompressedLinear(nn.Module):
@@ -386,6 +386,51 @@ class CompressedLinear(nn.Module):
         """
         return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
 
+    @property
+    def applied(self) -> Any:
+        """The layer that :meth:`forward` applies, with its sizes, weight and bias: this one, or a part of it."""
+        return self
+
+    def plus(self, left: Tensor, right: Tensor, *, scale: Tensor | None = None) -> CompressedLinear:
+        """Return a layer of the same kind whose weight has a product added, of a larger rank where need be.
+
+        Parameters
+        ----------
+        left : Tensor
+            The left factor of what is added to the weight of :attr:`applied`, with a row for each of its outputs.
+        right : Tensor
+            The right factor, with a column for each of its inputs.
+        scale : Tensor, optional
+            One factor for each output, by which the sum is multiplied.
+
+        Raises
+        ------
+        ValueError
+            If :meth:`unchangeable` says why that cannot be.
+        """
+        if why := self.unchangeable():
+            raise ValueError(f"nothing can be added to the weight of the layer, which {why}")
+        device = next(self.parameters()).device
+        left, right = (wide(factor.detach()).to(device) for factor in (left, right))
+        layer = self._plus(left, right, None if scale is None else wide(scale.detach()).to(device)[:, None])
+        return layer.train(self.training)
+
+    def _plus(self, left: Tensor, right: Tensor, scale: Tensor | None) -> CompressedLinear:
+        """Return what :meth:`plus` does, from factors that are not rounded to half precision."""
+        raise NotImplementedError
+
+    def unchangeable(self) -> str | None:
+        """Say why nothing can be added to the weight, as the end of a sentence; None if it can.
+
+        Returns
+        -------
+        str or None
+            What the layer is, or None.
+        """
+        if self.int8:
+            return "is rounded to int8"
+        return f"is a {type(self).__name__}" if type(self)._plus is CompressedLinear._plus else None
+
     def among_dense(self) -> Callable[[Tensor], Tensor]:
         """Return a replacement for use while the layers around it are still dense: it takes and gives all features."""
         return self.for_all_inputs
@@ -543,6 +588,19 @@ def wide(tensor: Tensor) -> Tensor:
         The tensor to widen.
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a tensor, or what it is times a scale if there is one.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The tensor.
+    scale : Tensor, optional
+        What it is multiplied by.
+    """
+    return tensor if scale is None else scale * tensor
 
 
 def check_bias(bias: Tensor | None, m: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cur.factors import Folded
-from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, wide
+from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, scaled, wide
 from cur.integrations.nn.registry import LAYOUTS, register
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
@@ -45,6 +45,16 @@ class FactoredLinear(CompressedLinear):
         left, right = (factor.detach() for factor in self.two_factors())
         layer = factored()[layout].from_two_factors(left, right, bias=self.bias_tensor(), transposed=self.transposed)
         return layer.train(self.training)
+
+    def _plus(self, left: Tensor, right: Tensor, scale: Tensor | None) -> CompressedLinear:
+        mine = [factor.detach() for factor in self.two_factors()]
+        dtype = mine[1].dtype
+        left, right = scaled(torch.cat([wide(mine[0]), left], 1), scale), torch.cat([wide(mine[1]), right])
+        if len(right) > min(self.shape):  # the smaller side is the largest rank
+            product, eye = left @ right, torch.eye(min(self.shape), dtype=left.dtype, device=left.device)
+            left, right = (product, eye) if len(eye) == self.in_features else (eye, product)
+        options: dict[str, Any] = {"bias": self.bias_tensor(), "transposed": self.transposed}
+        return self.from_two_factors(left.to(dtype), right.to(dtype), **options)
 
 
 def factored() -> dict[str, type[FactoredLinear]]:
@@ -138,6 +148,16 @@ class CURLinear(FactoredLinear):
         # lost twice.
         product = wide(self.C.weight) @ (wide(self.U.weight) @ wide(self.R.weight))
         return product.to(self.R.weight.dtype)
+
+    def _plus(self, left: Tensor, right: Tensor, scale: Tensor | None) -> CompressedLinear:
+        if self.rank + len(right) > min(self.shape):
+            return super()._plus(left, right, scale)
+        C, U, R = (wide(factor.weight.detach()) for factor in (self.C, self.U, self.R))
+        eye = torch.eye(len(right), dtype=U.dtype, device=U.device)
+        core: Tensor = torch.block_diag(U, eye)  # type: ignore[no-untyped-call]
+        factors = scaled(torch.cat([C, left], 1), scale), core, torch.cat([R, right])
+        rounded = [factor.to(self.R.weight.dtype) for factor in factors]
+        return self.from_factors(*rounded, bias=self.bias_tensor(), transposed=self.transposed)
 
     def trainable(self) -> Trainable:
         """Return ``U`` between ``C`` and ``R``."""

@@ -13,8 +13,9 @@ __all__ = ["Int8Linear"]
 class Int8Linear(nn.Module):
     """Apply a weight that is stored as integers, each row in multiples of a step of its own.
 
-    It computes in the dtype of the steps, with the weight that the integers represent, formed anew at every call.
-    None of it learns, and it is no ``nn.Linear``: adapters would be merged into a weight that is not stored.
+    It computes with the weight that the integers represent, formed anew at every call in the dtype of the steps, in the
+    dtype of its inputs. None of it learns, and it is no ``nn.Linear``: adapters of single factors would be merged into
+    a weight that is not stored. Those around the layer that it belongs to are kept apart from it.
 
     Parameters
     ----------
@@ -100,7 +101,9 @@ class Int8Linear(nn.Module):
         Tensor
             The outputs, of shape (..., m).
         """
-        return nn.functional.linear(x, self.weight, self.bias)
+        # Who trains adapters widens the parameters around it, and with them its inputs, but no buffers.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""

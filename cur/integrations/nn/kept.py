@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from cur.integrations.nn.base import CompressedLinear, check_bias, fill_
+from cur.integrations.nn.base import CompressedLinear, check_bias, fill_, scaled, wide
 from cur.integrations.nn.factored import InterpolativeLinear
 from cur.integrations.nn.registry import register
 from cur.integrations.nn.tensors import StoredTensor, Stores
@@ -42,6 +42,19 @@ class KeptNeurons(CompressedLinear):
     def part(self) -> Any:
         """The layer of the kept neurons alone."""
         return getattr(self, self._child if self.inner_rank is None else "inner")
+
+    @property
+    def applied(self) -> Any:
+        """The layer of the kept neurons, whose inputs and outputs are these alone."""
+        return self.part
+
+    def _plus(self, left: Tensor, right: Tensor, scale: Tensor | None) -> CompressedLinear:
+        if self.inner_rank is not None:
+            part = self.part.plus(left, right, scale=None if scale is None else scale[:, 0])
+            return self.from_part(part, self.kept, transposed=self.transposed)
+        weight = self.part.weight.detach()
+        total = scaled(wide(weight) + left @ right, scale).to(weight.dtype)
+        return self.from_part(total, self.kept, bias=self.part.bias, transposed=self.transposed)
 
     def _make_(self, **place: Any) -> None:
         m, n = self.shape_inside(self.out_features, self.in_features, self.rank)

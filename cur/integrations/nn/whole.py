@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.base import CompressedLinear, fill_, scaled, wide
 from cur.integrations.nn.int8 import Int8Linear
 from cur.integrations.nn.registry import register
 from cur.integrations.nn.tensors import StoredTensor, Stores
@@ -69,6 +69,19 @@ class WholeLinear(CompressedLinear):
     def bias_tensor(self) -> Tensor | None:
         """Return the bias (m entries), or None."""
         return self.W.bias if self.has_bias else None
+
+    def _plus(self, left: Tensor, right: Tensor, scale: Tensor | None) -> CompressedLinear:
+        layer = type(self)(
+            self.in_features,
+            self.out_features,
+            self.rank,
+            bias=self.has_bias,
+            transposed=self.transposed,
+            device="meta",
+        )
+        weight = scaled(wide(self.weight.detach()) + left @ right, scale)
+        fill_(layer.W, weight.to(self.weight.dtype), self.bias_tensor())
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` of shape (..., n); returns (..., m).

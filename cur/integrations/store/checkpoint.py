@@ -23,6 +23,7 @@ from cur.integrations.files.beside import PAGE, PLAN, REPORT, carry, is_as_store
 from cur.integrations.files.configuration import check_config, foreign_method
 from cur.integrations.files.directory import check_target, new_directory
 from cur.integrations.files.reading import ADVICE, CheckpointError
+from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.opening import stored_dtype
 from cur.integrations.model.origin import origin_of
@@ -105,7 +106,7 @@ def save(
     Raises
     ------
     ValueError
-        If the model has no compressed layers.
+        If the model has no compressed layers, or an adapter that is not merged.
     CheckpointError
         If a tensor that the model has is missing in what was written, or the directory it came from is damaged.
     FileExistsError
@@ -113,6 +114,7 @@ def save(
     OSError
         If the disk is full or cannot be written.
     """
+    refuse_adapters(model)
     if not compressed_modules(model):
         raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
     mark_(model)
@@ -228,7 +230,13 @@ def dense_export(
     -------
     Path
         The directory that was created.
+
+    Raises
+    ------
+    ValueError
+        If the model has an adapter that is not merged.
     """
+    refuse_adapters(model)
     with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)

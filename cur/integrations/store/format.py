@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cur.integrations.files.reading import ADVICE, CheckpointError
+from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import LinearExperts, is_experts, rolled
 from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, stand_in, swap_
 from cur.integrations.nn.registry import ranks_of
@@ -125,13 +126,13 @@ class CURQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Allow `Trainer` where the factors are ordinary parameters, not rounded."""
-        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
+        """Allow `Trainer`, of adapters beside rounded layers as well."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Allow `Trainer` without an adapter as well."""
-        return self.is_trainable
+        """Allow `Trainer` without an adapter where the factors are ordinary parameters, not rounded."""
+        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:
@@ -207,7 +208,7 @@ class CURQuantizer(HfQuantizer):
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
         state: Any = model
-        state.is_quantized = not self.is_trainable
+        state.is_quantized = not self.is_qat_trainable
         _keep_names_(model)
         return model
 
@@ -223,8 +224,17 @@ class CURQuantizer(HfQuantizer):
         ----------
         model : PreTrainedModel
             The model to save.
+
+        Raises
+        ------
+        ValueError
+            If an adapter is attached that transformers does not know of, and would write as if it were weights.
         """
         state: dict[str, torch.Tensor] = model.state_dict()
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then transformers writes the adapter alone
+            refuse_adapters(model)
+            # Merging an adapter changes ranks.
+            self.quantization_config.modules = describe(model)
         for name, spec in describe(model).items():
             if "shared_with" in spec:
                 for key, _ in model.get_submodule(name).named_parameters():
@@ -314,7 +324,7 @@ def mark_(model: PreTrainedModel) -> None:
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)
     # transformers refuses `.half()` and `.float()` where it is True, which is right for rounded layers alone.
-    state.is_quantized = not state.hf_quantizer.is_trainable
+    state.is_quantized = not state.hf_quantizer.is_qat_trainable
     state.quantization_method = METHOD
     state.config.quantization_config = config
     _retie_(model)

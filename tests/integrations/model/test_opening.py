@@ -287,7 +287,9 @@ def test_an_adapter_in_memory_is_refused(tmp_path: Path) -> None:
     model = load_model(write("causal", tmp_path / "source")).model
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for one in (tuned, model):
-        with pytest.raises(ValueError, match=r"has an adapter at .*; merge it first"):
+        with pytest.raises(
+            ValueError, match=r"carries the adapter 'default' at .*; merge it first, .*merge_and_unload"
+        ):
             compress(one, torch.randint(4, 100, (2, 16)))
 
 
