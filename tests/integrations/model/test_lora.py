@@ -28,6 +28,7 @@ from cur.integrations import (
     trainable,
 )
 from cur.integrations.convert import convert_
+from cur.integrations.model.adapters import _register
 from cur.integrations.nn import compressed_modules, factored
 from cur.integrations.quantize import quantize_
 from tests.models import batch, make
@@ -370,6 +371,12 @@ def test_another_process_needs_the_import_alone(imports: str, windows: torch.Ten
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
     assert torch.equal(torch.load(tmp_path / "logits"), logits(adapted, windows))
+
+
+def test_another_version_of_peft_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cur.integrations.model.lora", None)
+    with pytest.warns(UserWarning, match="this version of peft is not known .*, but not around whole layers"):
+        _register()
 
 
 # ------------------------------------------------------------------------------------------ what refuses adapters

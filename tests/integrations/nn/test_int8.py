@@ -70,3 +70,14 @@ def test_state_round_trip_through_the_meta_device(kind: type, options: dict[str,
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(empty.weight, layer.weight)
     assert all(part.dtype == torch.int8 for name, part in empty.named_parameters() if name.endswith("integers"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_decide_the_dtype(bias: bool) -> None:
+    # Who trains adapters widens parameters and hidden states, but no buffers.
+    layer = factor(5, 7, bias=bias).to(torch.bfloat16)
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    assert torch.equal(layer(x), expected)
+    layer.float()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
