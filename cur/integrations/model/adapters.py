@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from cur._lib.errors import warn
 from cur._lib.imports import when_imported
 
-__all__ = ["refuse_adapter_directory", "refuse_adapters"]
+__all__ = ["is_adapter", "refuse_adapter_directory", "refuse_adapters"]
 
 _MERGE = (
     "merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR), "
@@ -58,7 +58,7 @@ def refuse_adapters(model: nn.Module, parameter: str = "model") -> None:
         If an adapter is attached to a module.
     """
     for name, module in model.named_modules():
-        names: Any = getattr(module, "active_adapters", ()) if _is_adapter(module) else None
+        names: Any = getattr(module, "active_adapters", ()) if is_adapter(module) else None
         if names is not None:
             which = ", ".join(map(repr, names)) if isinstance(names, list) and names else "an adapter"
             raise ValueError(
@@ -67,7 +67,19 @@ def refuse_adapters(model: nn.Module, parameter: str = "model") -> None:
             )
 
 
-def _is_adapter(module: nn.Module) -> bool:
+def is_adapter(module: nn.Module) -> bool:
+    """Say whether a module is one of PEFT's: what holds a model and its adapters, or a layer with adapters beside it.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is.
+    """
     # By its classes, as ours around compressed layers descend from theirs, and PEFT need not be installed.
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 

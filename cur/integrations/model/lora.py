@@ -83,11 +83,6 @@ class LoraCompressedLinear(Linear):
         """The variants of LoRA that need no stored weight."""
         return {(): None, ("use_dora",): _Dora}
 
-    @property
-    def bias(self) -> Any:
-        """The bias of the layer, which PEFT trains where it is asked to."""
-        return self.seen().bias
-
     def seen(self) -> Any:
         """Return weight and bias of the layer under the names that a linear layer has for them."""
         base: Any = self.get_base_layer()
@@ -175,7 +170,7 @@ class CompressedLoraModel(LoraModel):
         changed = _name_experts(model, config, found)
         if named := sorted(found & whole):
             _check(config, named[0])
-            _refuse_inner_adapters(model, named)
+            _check_layers(model, config, named)
             # A pattern for a layer may fit what it is made of, too.
             parts = {name for name in found if name.startswith(tuple(f"{layer}." for layer in named))}
             found, changed = found - parts, changed or bool(parts)
@@ -219,14 +214,22 @@ def _check(config: Any, name: str) -> None:
             )
 
 
-def _refuse_inner_adapters(model: nn.Module, names: Sequence[str]) -> None:
+def _check_layers(model: nn.Module, config: Any, names: Sequence[str]) -> None:
+    """Refuse layers with adapters on their factors, and what PEFT would train of a layer and not save."""
     for name in names:
-        layer = model.get_submodule(name)
-        inner = [key for key, part in layer.named_modules() if key and isinstance(part, BaseTunerLayer)]
-        if inner and not isinstance(layer, BaseTunerLayer):
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, BaseTunerLayer):
+            layer = layer.get_base_layer()
+        inner = [key for key, part in layer.named_modules() if isinstance(part, BaseTunerLayer)]
+        if inner:
             raise ValueError(
                 f"{name} has an adapter on its factor {inner[0]} already; merge that, or name the factor for this "
                 "adapter as well"
+            )
+        if config.bias == "lora_only" and layer.has_bias:
+            raise ValueError(
+                f"`bias` must be 'none' or 'all' for an adapter of a compressed layer with a bias such as {name}, got "
+                "'lora_only'"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cur.integrations.model.adapters import is_adapter
 from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.precision import Precision
 
@@ -29,7 +30,8 @@ def body(model: nn.Module) -> nn.Module:
         The model to look into.
     """
     inner = getattr(model, "base_model", None)
-    return inner if isinstance(inner, nn.Module) else model
+    # What PEFT calls so has the head.
+    return inner if isinstance(inner, nn.Module) and not is_adapter(model) else model
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from cur.integrations import (
     dense_export,
     linear_modules,
     make_plan,
+    perplexity,
     save,
     trainable,
 )
@@ -189,6 +190,15 @@ def test_several_adapters_of_different_kinds(windows: torch.Tensor) -> None:
     assert close(logits(adapted.unload(), windows), base)
 
 
+def test_perplexity_is_that_of_the_model_with_its_adapter(windows: torch.Tensor) -> None:
+    model = built("cur", windows)
+    before = perplexity(model, windows)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    found = perplexity(adapted, windows)
+    assert found.value == pytest.approx(perplexity(model, windows).value, rel=1e-6)
+    assert found.value != pytest.approx(before.value, rel=1e-3)
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 def test_all_linear_are_the_layers_of_the_dense_model(rounded: bool, windows: torch.Tensor) -> None:
     config = {"r": 2, "target_modules": "all-linear"}
@@ -287,6 +297,23 @@ def test_other_beginnings_change_nothing_at_first(begin: str, windows: torch.Ten
     base = logits(model, windows)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=begin)
     assert close(logits(peft.get_peft_model(model, config), windows), base)
+
+
+def test_biases_are_trained_and_saved_or_refused(tmp_path: Path) -> None:
+    model, fed = make("qwen2"), batch("qwen2", count=2)
+    compress(model, [batch("qwen2")], CompressConfig(layers=2, rank=5, targets=("q_proj",)))
+    again = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"`bias` must be 'none' or 'all' for .*q_proj, got 'lora_only'"):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")).eval()
+    biases = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "bias" in name}
+    assert any(name.endswith("q_proj.base_layer.C.bias") for name in biases)
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.add_(1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+        assert torch.equal(loaded(**fed).logits, adapted(**fed).logits)
 
 
 def test_a_layer_whose_factor_has_an_adapter_takes_none(windows: torch.Tensor) -> None:
