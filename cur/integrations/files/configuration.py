@@ -18,8 +18,15 @@ import torch
 from cur.integrations.files.header import header_of
 from cur.integrations.files.reading import CONFIG, CheckpointError, read_object
 
-__all__ = ["check_config", "check_words", "foreign_method", "weights_name"]
+__all__ = ["MERGE", "check_config", "check_words", "foreign_method", "weights_name"]
 
+MERGE = (
+    "merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR), "
+    "and the tokenizer beside it"
+)
+"""What to do with the directory of an adapter."""
+
+_ADAPTER = "adapter_config.json"
 
 # Fields that say how many blocks a model has, and how many experts each of them.
 _COUNTS = re.compile(
@@ -71,6 +78,8 @@ def check_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = read_object(path)
     except (FileNotFoundError, NotADirectoryError):
+        if (Path(directory) / _ADAPTER).is_file():
+            raise CheckpointError(f"{directory} is an adapter (it has an {_ADAPTER}), not a model; {MERGE}") from None
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {CONFIG}") from None
     for name, types in _TYPES.items():
         value = config.get(name)

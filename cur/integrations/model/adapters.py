@@ -10,13 +10,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from cur._lib.errors import warn
 from cur._lib.imports import when_imported
+from cur.integrations.files.configuration import MERGE
 
 __all__ = ["is_adapter", "refuse_adapter_directory", "refuse_adapters"]
-
-_MERGE = (
-    "merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR), "
-    "and the tokenizer beside it"
-)
 
 
 def refuse_adapter_directory(place: Path | str, source: str) -> None:
@@ -39,7 +35,7 @@ def refuse_adapter_directory(place: Path | str, source: str) -> None:
     except OSError:  # the hub does not answer: loading says so
         return
     if found is not None:
-        raise ValueError(f"`model` {source!r} is an adapter (it has an adapter_config.json), not a model; {_MERGE}")
+        raise ValueError(f"`model` {source!r} is an adapter (it has an adapter_config.json), not a model; {MERGE}")
 
 
 def refuse_adapters(model: nn.Module, parameter: str = "model") -> None:

@@ -279,6 +279,11 @@ def test_an_adapter_is_refused_at_once(with_config: bool, tmp_path: Path, text: 
         refused(cur(command, source, "--text", text, *options), "is an adapter", "merge it first")
     with pytest.raises(ValueError, match="merge it first"):
         load_streamed(source)
+    (source / "config.json").unlink(missing_ok=True)
+    for command in ("heal", "convert", "quantize", "export", "inspect"):
+        options = [] if command == "inspect" else ["--out", tmp_path / "out"]
+        options += ["--text", text] if command in ("heal", "quantize") else []
+        refused(cur(command, source, *options), "is an adapter", "merge it first")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
