@@ -596,9 +596,9 @@ def scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
     Parameters
     ----------
     tensor : Tensor
-        The tensor.
+        The tensor to scale.
     scale : Tensor, optional
-        What it is multiplied by.
+        What it is multiplied by, of a shape that fits; None leaves the tensor as it is.
     """
     return tensor if scale is None else scale * tensor
 
