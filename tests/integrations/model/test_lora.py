@@ -379,7 +379,6 @@ def test_a_trainer_on_a_rounded_checkpoint(way: str, dtype: torch.dtype, windows
     [
         "import cur.integrations; assert 'peft' not in sys.modules; import peft",
         "import peft; import cur.integrations",
-        "import cur.integrations; from peft.tuners.lora import LoraConfig",
     ],
 )
 def test_another_process_needs_the_import_alone(imports: str, windows: torch.Tensor, tmp_path: Path) -> None:
