@@ -68,6 +68,11 @@ class LoraCompressedLinear(Linear):
 
     They take and give what the layer does: around neurons that were removed, the kept ones. Merged, they are part of
     the layer, whose rank grows by theirs at most; the layer as it was is kept until they are taken out again.
+
+    Parameters
+    ----------
+    *args, **options : Any
+        What PEFT hands to its own adapters of linear layers: the layer, the name of the adapter, its configuration.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -18,7 +18,7 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import (
     BudgetConfig,
     CompressConfig,
-    apply_plan_,
+    carry_out_,
     collect,
     compress,
     dense_export,
@@ -420,7 +420,7 @@ def test_what_changes_a_model_refuses_one_with_an_adapter(windows: torch.Tensor,
         for use in (
             lambda model=model: compress(model, windows, config),
             lambda model=model: make_plan(model, statistics, config),
-            lambda model=model: apply_plan_(model, plan, statistics),
+            lambda model=model: carry_out_(model, plan, statistics),
             lambda model=model: quantize_(model),
             lambda model=model: convert_(model, "folded"),
             lambda model=model: save(model, None, tmp_path / "out"),
