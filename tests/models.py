@@ -153,10 +153,58 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_MOE: dict[str, Any] = {**_GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, **_TOKENS}
+
+UNUSUAL: dict[str, Family] = {
+    # two stacks, through which the model goes several times
+    "hrm_text": Family(hf.HrmTextConfig, dict(**_GROUPED, head_dim=8), ()),
+    # blocks of two classes in one list
+    "olmo_hybrid": Family(
+        hf.OlmoHybridConfig,
+        dict(
+            **_GROUPED,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            linear_num_key_heads=4,
+            linear_num_value_heads=4,
+        ),
+        (),
+    ),
+    # blocks that return lists
+    "openai-gpt": Family(
+        hf.OpenAIGPTConfig, {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}, ()
+    ),
+    # four streams of hidden states
+    "gemma3n_text": Family(
+        hf.Gemma3nTextConfig,
+        dict(
+            **_GROUPED,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCABULARY,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+        (),
+    ),
+    # a state in the place of a cache of keys and values, and a projection whose weight is read and not called
+    "mamba": Family(hf.MambaConfig, {"state_size": 8, "time_step_rank": 4, **_SIZES}, ()),
+    # a state in a list
+    "rwkv": Family(
+        hf.RwkvConfig, {"context_length": 64, "attention_hidden_size": 32, "intermediate_size": 48, **_SIZES}, ()
+    ),
+}
+"""Families that are built otherwise than most, by what is unusual of them."""
+
 
 def make(name: str, *, seed: int = 0, blocks: int | None = None, **changes: Any) -> PreTrainedModel:
     """Return a small random model of a family, in evaluation mode; `changes` are made to its configuration."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **UNUSUAL}[name]
     if blocks is not None:
         changes["n_layer" if name == "gpt2" else "num_hidden_layers"] = blocks
     with torch.random.fork_rng():

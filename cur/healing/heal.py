@@ -29,6 +29,7 @@ from cur.healing.training.state import StateFile
 from cur.integrations.measure.collect import collect_gradients
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
+from cur.integrations.model.blocks import chain_fault
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.masks import padding_mask
@@ -127,6 +128,8 @@ def heal(
     check_windows(student, batches, name="batches")
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     probe = text.batch(0)["input_ids"][:1, :_PROBE]
+    if fault := chain_fault(teacher, {"input_ids": probe}):
+        raise ValueError(f"`teacher` cannot be healed from block to block: {fault}")
     kept = None if state is None else Path(state).expanduser()
     passes = precision_of(student, config, kept)
     config = replace(config, precision=passes.name)

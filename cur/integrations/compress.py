@@ -113,8 +113,9 @@ def compress_source(source: Source, asked: Asked) -> CompressionReport:
     -------
     CompressionReport
     """
+    asked, notes = source.settled(asked)
     statistics, plan = planned(source, asked)
-    return carry_out(source, plan, statistics)
+    return replace(carry_out(source, plan, statistics), notes=notes)
 
 
 def compress_to(

@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 
 from cur.integrations.factor.making import decompose
 from cur.integrations.measure.collect import collect
-from cur.integrations.measure.generated_text import own_text
+from cur.integrations.measure.generated_text import own_text, writing_fault
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
 from cur.integrations.model.adapters import refuse_adapters
+from cur.integrations.model.blocks import ChainError, chain_fault
 from cur.integrations.model.experts import release_, unrolled
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
-from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.targets import found_stacks
 from cur.integrations.nn import CompressedLinear, swap_
-from cur.integrations.plan.config import Asked
-from cur.integrations.plan.make import Layers, candidates
+from cur.integrations.plan.config import Asked, BudgetConfig
+from cur.integrations.plan.make import Layers, candidates, chooses_by_angle
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.outputs import output_changes
@@ -149,6 +150,21 @@ class Source(ABC):
             return [entry.name for entry in asked.entries]
         with unrolled(self.model):
             return candidates(self.model, asked, offloaded=self.offloaded)
+
+    def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
+        """Return what can be asked of the model, and a sentence for everything that is left out.
+
+        Parameters
+        ----------
+        asked : Asked
+            The configuration to plan by, or the plan to apply.
+
+        Returns
+        -------
+        Asked, tuple of str
+            The same, or a configuration without what the model does not have.
+        """
+        return asked, ()
 
     @abstractmethod
     def known(self) -> Statistics | None:
@@ -340,6 +356,24 @@ class InMemory(Source):
             check_windows(self.model, self.text, name="calibration")
         return names
 
+    def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
+        """Leave out own text of a model that writes none, and fits where its blocks cannot be walked through."""
+        if self.text is None or not isinstance(asked, (BudgetConfig, Plan)):
+            return asked, ()
+        self.check(asked)
+        notes: list[str] = []
+        given = self._statistics
+        measured = (isinstance(given, Path) and given.exists()) or isinstance(given, Statistics)
+        if asked.own_text and not measured and (fault := writing_fault(self.model)):
+            asked = replace(asked, own_text=0.0)
+            notes.append(f"No text of the model's own was measured: {fault}.")
+        if asked.correction and (fault := chain_fault(self.model, self.text[0])):
+            asked = replace(asked, correction=0.0)
+            notes.append(f"Layers are not fitted to what compressed ones before them give: {fault}.")
+        for note in notes:
+            self.announce(note)
+        return asked, tuple(notes)
+
     def known(self) -> Statistics | None:
         """Return statistics that were given, or are in a file."""
         given = self._statistics
@@ -367,20 +401,26 @@ class InMemory(Source):
         """Collect what a configuration or a plan needs, in one pass."""
         if self.text is None:
             raise ValueError("`text` must be given where no statistics are")
+        measure = functools.partial(
+            collect,
+            self.model,
+            self.text,
+            modules=list(names),
+            moments="full" if asked.needs_moments else "diagonal",
+            gradients=list(names) if asked.needs_gradients else (),
+            gradient_checkpointing=asked.gradient_checkpointing,
+            partial=True,
+            seed=asked.seed,
+            precision=self.precision.name,
+            progress=self.watch("calibrate"),
+        )
         with unrolled(self.model):
-            found = collect(
-                self.model,
-                self.text,
-                modules=list(names),
-                moments="full" if asked.needs_moments else "diagonal",
-                layers=[name for name, _ in decoder_layers(self.model)],
-                gradients=list(names) if asked.needs_gradients else (),
-                gradient_checkpointing=asked.gradient_checkpointing,
-                partial=True,
-                seed=asked.seed,
-                precision=self.precision.name,
-                progress=self.watch("calibrate"),
-            )
+            try:
+                found = measure(layers=[name for stack in found_stacks(self.model) for name, _ in stack])
+            except ChainError:
+                if chooses_by_angle(asked):
+                    raise
+                found = measure(layers=())
         found = replace(found, own_text=own_text)
         if isinstance(self._statistics, Path):
             found.save(self._statistics)

@@ -19,7 +19,7 @@ from torch import nn
 
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.streamed_model import StreamedModel
-from cur.integrations.model.blocks import BlockCall, unpack
+from cur.integrations.model.blocks import BlockCall, ChainError, alone, is_handed_on, unpack
 from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
@@ -141,16 +141,31 @@ class Bypass:
     def _block(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if number == self.active:
-                self._latest = original(*args, **kwargs)
+                if self._latest is not None:
+                    raise ChainError(
+                        f"{self.streamed.blocks[number][0]} runs more than once in a pass, so block by block its input "
+                        "is not known; load the whole model"
+                    )
+                self._latest = alone(original, args, kwargs)
                 _, self._pack = unpack(self._latest)
                 if self.recording:
                     self.states.write(self.place(number), self._batch, self._latest)
                 return self._latest
+            if number == self.active + 1 and number not in self.streamed.starts:
+                self._check_handed_on(number, args, kwargs)
             if number > self.active:
                 return self._latest
             return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
 
         return forward
+
+    def _check_handed_on(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse models that change the hidden state between blocks, which would happen once for every block."""
+        if not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
+            raise ChainError(
+                f"{self.streamed.blocks[number][0]} does not get the hidden state that the block before returned, so "
+                "block by block its input is not known; load the whole model"
+            )
 
     def _before(self, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what block `last` returned for this batch.

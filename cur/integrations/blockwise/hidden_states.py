@@ -33,7 +33,7 @@ class HiddenStates:
         self.device = device
 
     def write(self, place: str, batch: str, output: Any) -> None:
-        """Store what a module returned: a tensor, or a tuple of tensors and Nones.
+        """Store what a module returned: a tensor, or a tuple or list of tensors and Nones.
 
         Parameters
         ----------
@@ -42,7 +42,7 @@ class HiddenStates:
         batch : str
             The name of the batch.
         output : Any
-            The output: a tensor, or a tuple of tensors and Nones.
+            The output: a tensor, or a tuple or list of tensors and Nones.
 
         Raises
         ------
@@ -51,14 +51,15 @@ class HiddenStates:
         OSError
             If the disk is full or cannot be written.
         """
-        parts = output if isinstance(output, tuple) else (output,)
+        parts = output if isinstance(output, (tuple, list)) else (output,)
         if not all(part is None or isinstance(part, torch.Tensor) for part in parts):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"{place} returns {kinds}; block by block only tensors are kept, so load the whole model")
         tensors = {
             str(index): part.detach().to("cpu").contiguous() for index, part in enumerate(parts) if part is not None
         }
-        data = save(tensors, {"length": str(len(parts)) if isinstance(output, tuple) else "tensor"})
+        kind = type(output).__name__ if isinstance(output, (tuple, list)) else "tensor"
+        data = save(tensors, {"length": str(len(parts)), "kind": kind})
         file = self._file(place, batch)
         file.parent.mkdir(parents=True, exist_ok=True)
         # No fsync: a file that did not reach the disk is found by its checksum, and computed again.
@@ -127,14 +128,15 @@ class HiddenStates:
         file = self._file(place, batch)
         try:
             with safe_open(file, framework="pt") as stored:
-                length = stored.metadata()["length"]
+                length, kind = int(stored.metadata()["length"]), stored.metadata()["kind"]
                 # Cloned: what `safe_open` returns is a view of the file, which is removed when the next block is done.
                 tensors = {key: stored.get_tensor(key).clone().to(self.device) for key in stored.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
             raise OSError(f"the stored hidden state {file} cannot be read: {error}") from error
-        if length == "tensor":
+        if kind == "tensor":
             return tensors["0"]
-        return tuple(tensors.get(str(index)) for index in range(int(length)))
+        parts = [tensors.get(str(index)) for index in range(length)]
+        return parts if kind == "list" else tuple(parts)
 
     def places(self, prefix: str) -> list[str]:
         """Name the modules of which outputs are stored, by the beginning of their name.

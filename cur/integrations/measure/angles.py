@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from cur.integrations.measure.inputs import first_false
-from cur.integrations.model.blocks import BlockCall, after_blocks
+from cur.integrations.model.blocks import BlockCall, ChainError, after_blocks
 from cur.integrations.model.hooks import Hook
-from cur.integrations.model.masks import Masks
+from cur.integrations.model.masks import Masks, by_token
 
 __all__ = ["HiddenAngles"]
 
 
 class HiddenAngles:
     """Angles between the hidden states of the blocks of one stack, summed over samples.
+
+    The hidden states are what each block is called with, and what the last one returns. A model may go through the
+    stack several times: then they are averaged over the passes.
 
     At the last token of each sample that is not padding, which in a causal model is the one that has seen all others.
     Where every token sees all others, the mean over the tokens of the sample.
@@ -37,24 +40,31 @@ class HiddenAngles:
         self.causal = _is_causal(blocks.values())
         self.angles = torch.zeros(len(blocks) + 1, len(blocks) + 1, dtype=torch.float64)
         self.mask: torch.Tensor | None = None
+        self.called: list[int] = []
         self.states: list[torch.Tensor] = []
 
     def hooks(self) -> list[Hook]:
-        """Return what sees the hidden state before the first block and behind each."""
+        """Return what sees the hidden state before each block and behind the last."""
         blocks = list(self.blocks.values())
-        return [(blocks[0], "before", self._before), *after_blocks(blocks, lambda _, hidden: self._keep(hidden))]
+        watched: list[Hook] = [(block, "before", self._before(number)) for number, block in enumerate(blocks)]
+        return [*watched, *after_blocks(blocks[-1:], lambda _, hidden: self._keep(len(blocks), hidden))]
 
     def start(self) -> None:
         """Forget the states of the batch before."""
         self.states.clear()
+        self.called.clear()
 
-    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state, _ = BlockCall.of(args, kwargs)
-        self.mask = self.masks.of(block, state)
-        self._keep(state)
+    def _before(self, number: int) -> Callable[..., None]:
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state, _ = BlockCall.of(args, kwargs)
+            self.mask = self.masks.of(block, state)
+            self._keep(number, state)
 
-    def _keep(self, state: torch.Tensor) -> None:
-        state = state.detach()
+        return before
+
+    def _keep(self, number: int, state: torch.Tensor) -> None:
+        state = by_token(state.detach(), self.masks.shapes)
+        self.called.append(number)
         if self.causal:
             rows = torch.arange(len(state), device=state.device)
             if self.mask is None:
@@ -76,24 +86,36 @@ class HiddenAngles:
 
         Raises
         ------
-        ValueError
-            If the blocks do not run once each and in order.
+        ChainError
+            If the blocks do not run in order, or the hidden state changes its shape between them.
         """
         names = list(self.blocks)
-        if len(self.states) != len(names) + 1:
-            raise ValueError(f"`layers` must be blocks that run once each and in order, got {', '.join(names[:3])} ...")
+        count = len(names) + 1
+        passes = [self.states[start : start + count] for start in range(0, len(self.states), count)]
+        if not passes or self.called != list(range(count)) * len(passes):
+            raise ChainError(f"`layers` must be blocks that run in order, got {', '.join(names[:3])} ...")
+        if any(len({state.shape for state in states}) > 1 for states in passes):
+            raise ChainError(
+                f"`layers` must be blocks that return what they are called with in shape, got {', '.join(names[:3])} "
+                "..., which do not; name the layers to compress instead of choosing among blocks"
+            )
         index = first_false([torch.isfinite(state).all() for state in self.states])
         if index is not None:
+            index %= count
             return f"the input of {names[0]!r}" if index == 0 else f"the output of {names[index - 1]!r}"
-        if self.causal:
-            place = self.states[0].device
-            states = torch.stack([state.to(place) for state in self.states], dim=1)  # (batch, blocks + 1, width)
-            self.angles += _angular_distances(states).sum(0).to(self.angles)
-            return None
-        for sample, tokens in enumerate(torch.stack(self.states, dim=2)):  # (batch, length, blocks + 1, width)
-            mask = None if self.mask is None or self.mask.shape[1] != len(tokens) else self.mask[sample].cpu()
-            self.angles += _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
+        for states in passes:
+            self._add(states, 1 / len(passes))
         return None
+
+    def _add(self, states: Sequence[torch.Tensor], share: float) -> None:
+        if self.causal:
+            place = states[0].device
+            stacked = torch.stack([state.to(place) for state in states], dim=1)  # (batch, blocks + 1, width)
+            self.angles += share * _angular_distances(stacked).sum(0).to(self.angles)
+            return
+        for sample, tokens in enumerate(torch.stack(list(states), dim=2)):  # (batch, length, blocks + 1, width)
+            mask = None if self.mask is None or self.mask.shape[1] != len(tokens) else self.mask[sample].cpu()
+            self.angles += share * _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
 
 
 def _is_causal(blocks: Iterable[nn.Module]) -> bool:

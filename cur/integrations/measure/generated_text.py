@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import Progress, evaluating
 
-__all__ = ["draw", "own_text", "sample_windows"]
+__all__ = ["draw", "own_text", "sample_windows", "writing_fault"]
 
 # Probabilities in memory at once while labels are drawn: 32 MB in float64.
 _CHUNK = 1 << 22
@@ -44,7 +45,7 @@ def sample_windows(
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model with a key-value cache.
+        A causal language model, whatever it keeps of what it has read.
     count, length : int
         The number of windows, and of tokens in each.
     seed : int, default 0
@@ -148,19 +149,67 @@ def _writes_text(model: PreTrainedModel) -> bool:
 
 def _write(model: PreTrainedModel, first: torch.Tensor, heights: torch.Tensor) -> torch.Tensor:
     """Write one batch: a window for each row of heights (count, length), the first token from among `first`."""
-    place = _embedded(model).device
-    tokens = first[(heights[:, 0] * len(first)).long()].to(place)
-    written, cache = [tokens], None
-    for height in heights.T[1:]:
-        output: Any = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
-        if (cache := getattr(output, "past_key_values", None)) is None:
-            raise TypeError(
-                f"{type(model).__name__} writes no text of its own here: it keeps what it has read otherwise than in "
-                "`past_key_values`; leave that out (`own_text=0`, --own-text 0)"
-            )
-        tokens = draw(output.logits[:, -1], height.to(place))
-        written.append(tokens)
-    return torch.stack(written, dim=1).cpu()
+    tokens = first[(heights[:, 0] * len(first)).long()].to(_embedded(model).device)[:, None]
+    if heights.shape[1] == 1:
+        return tokens.cpu()
+    with _as_it_predicts(model):
+        written: torch.Tensor = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=heights.shape[1] - 1,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([_Drawing(heights)]),
+        )
+    return written.cpu()
+
+
+class _Drawing(LogitsProcessor):
+    """Leaves to the search, at each step, the token that is drawn from the model's predictions."""
+
+    def __init__(self, heights: torch.Tensor) -> None:
+        self.heights = heights
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        height = self.heights[:, input_ids.shape[1]].to(scores.device)
+        drawn = torch.full_like(scores, -math.inf)
+        return drawn.scatter_(1, draw(scores, height)[:, None], 0.0)  # type: ignore[return-value]
+
+
+@contextmanager
+def _as_it_predicts(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model write without the settings that its authors recommend, which change predictions or end the text."""
+    known: Any = model
+    own = known.generation_config
+    known.generation_config = GenerationConfig(use_cache=True)
+    try:
+        yield
+    finally:
+        known.generation_config = own
+
+
+def writing_fault(model: PreTrainedModel) -> str | None:
+    """Say why a model that should go on with a text cannot; None if it can, or is of another kind.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, which is tried on three tokens.
+
+    Returns
+    -------
+    str or None
+        What is in the way, None if nothing is.
+    """
+    if not _writes_text(model):
+        return None
+    try:
+        sample_windows(model, count=1, length=3, precision="float32")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever a model says that cannot do it)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{type(model).__name__} does not go on with a text here ({reason})"
+    return None
 
 
 def _embedded(model: PreTrainedModel) -> torch.Tensor:

@@ -11,16 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked
-from cur.integrations.model.running import body, model_inputs, run
-from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.running import body, evaluating, model_inputs, run
+from cur.integrations.model.targets import decoder_layers, found_stacks
 
-__all__ = ["BlockCall", "BlockWalk", "ReachedError", "after_blocks", "unpack"]
+__all__ = [
+    "BlockCall",
+    "BlockWalk",
+    "ChainError",
+    "ReachedError",
+    "after_blocks",
+    "chain_fault",
+    "is_handed_on",
+    "unpack",
+]
 
 Batch = Mapping[str, Any]
 
 
 class ReachedError(Exception):
     """Ends a forward pass where all that was asked for is known."""
+
+
+class ChainError(ValueError):
+    """Says that blocks do not hand one hidden state on from each to the next."""
 
 
 def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -30,8 +43,8 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
 
     Parameters
     ----------
-    output : tensor or tuple
-        The output of a block: the hidden state, or a tuple that begins with it.
+    output : tensor, tuple or list
+        The output of a block: the hidden state, or a tuple or list that begins with it.
 
     Returns
     -------
@@ -46,8 +59,9 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
     >>> tuple(hidden.shape), type(pack(hidden)).__name__
     ((1, 2, 3), 'tuple')
     """
-    if isinstance(output, tuple):
-        return output[0], lambda hidden: (hidden,)
+    if isinstance(output, (tuple, list)):
+        rest = [None] * (len(output) - 1)  # not what belongs to this batch
+        return output[0], lambda hidden: [hidden, *rest] if isinstance(output, list) else (hidden, *rest)
     return output, lambda hidden: hidden
 
 
@@ -61,10 +75,13 @@ class BlockCall:
         Positional arguments after the hidden state.
     options : mapping of str
         The keyword arguments of the call.
+    name : str or None
+        The name of the argument that the hidden state is; None where it comes first.
     """
 
     rest: tuple[Any, ...]
     options: Mapping[str, Any]
+    name: str | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -80,7 +97,9 @@ class BlockCall:
         if args:
             return args[0], cls(args[1:], dict(options))
         others = dict(options)
-        return others.pop("hidden_states"), cls((), others)
+        tensors = [key for key, value in others.items() if isinstance(value, Tensor)]
+        name = "hidden_states" if "hidden_states" in others or not tensors else tensors[0]
+        return others.pop(name), cls((), others, name)
 
     def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return positional and keyword arguments with a hidden state among them.
@@ -90,12 +109,101 @@ class BlockCall:
         hidden : Tensor
             The hidden state to call the block on.
         """
+        if self.name is not None:
+            return (), {self.name: hidden, **self.options}
         return (hidden, *self.rest), dict(self.options)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call a block on a hidden state and return the next one."""
-        after: Tensor = unpack(block(hidden, *self.rest, **self.options))[0]
+        args, options = self.arguments(hidden)
+        after: Tensor = unpack(alone(block, args, options))[0]
         return after
+
+
+def alone(block: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Call a block that may be run without those before it: it must leave nothing for others in its arguments.
+
+    Parameters
+    ----------
+    block : callable
+        The block, or its forward pass.
+    args : sequence
+        The positional arguments of the block.
+    options : mapping
+        The keyword arguments of the block.
+
+    Raises
+    ------
+    ChainError
+        If the block changes a mapping or a list among its arguments.
+    """
+    before = _held(args, options)
+    output = block(*args, **options)
+    if _held(args, options) != before:
+        raise ChainError(
+            "a block leaves something for later ones in what it is called with, so that they depend on more than the "
+            "hidden state"
+        )
+    return output
+
+
+def _held(args: Sequence[Any], options: Mapping[str, Any]) -> list[list[int]]:
+    """Return what mappings and lists among arguments hold, by address."""
+    given = [value for value in (*args, *options.values()) if isinstance(value, (Mapping, list))]
+    return [[id(part) for part in (value.values() if isinstance(value, Mapping) else value)] for value in given]
+
+
+def chain_fault(model: nn.Module, batch: Batch) -> str | None:
+    """Say why the blocks of a model cannot be walked through one after the other; None if they can.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, which is run on the batch and not changed.
+    batch : Batch
+        The batch to run it on.
+
+    Returns
+    -------
+    str or None
+        What is in the way, None if walking gives what the model itself gives.
+    """
+    stacks = found_stacks(model)
+    if len(stacks) != 1:
+        return f"{type(model).__name__} has {len(stacks)} stacks of blocks, not one"
+    last: list[Any] = []
+    with evaluating(model):
+        walk = BlockWalk(model)
+        try:
+            hidden, calls = walk.calls(batch)
+            for (_, block), call in zip(walk.blocks, calls, strict=True):
+                hidden = call(block, hidden)
+        except ChainError as error:
+            return str(error)
+        with hooked(after_blocks([walk.blocks[-1][1]], lambda _, after: last.append(after))):
+            run(body(model), model_inputs(body(model), batch))
+    if len(last) == 1 and last[0].shape == hidden.shape and bool(torch.isclose(last[0], hidden, atol=1e-3).all()):
+        return None
+    return f"the blocks of {type(model).__name__} depend on more than the hidden state and their arguments"
+
+
+def is_handed_on(left: Any, entered: Any) -> bool:
+    """Say whether a block is called with the hidden state that the one before it returned.
+
+    Parameters
+    ----------
+    left : Any
+        The hidden state that a block returned.
+    entered : Any
+        The hidden state that the next one is called with.
+
+    Returns
+    -------
+    bool
+        Whether they are the same tensor, or equal.
+    """
+    same = isinstance(left, Tensor) and isinstance(entered, Tensor) and left.shape == entered.shape
+    return left is entered or (same and torch.equal(left, entered))
 
 
 def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], object]) -> list[Hook]:
@@ -143,6 +251,7 @@ class BlockWalk:
         self.blocks = decoder_layers(model)
         self._body = body(model)
         self._pack: Callable[[Any], Any] | None = None
+        self._hands_on_more = False
         if probe is not None:
             self._learn(probe)
 
@@ -175,26 +284,43 @@ class BlockWalk:
         """Return the hidden state that enters the first block, and what every block is called with besides.
 
         The model runs on the batch, but for its blocks: each has arguments of its own, as where local and global
-        attention take turns.
+        attention take turns. Blocks that hand on more than the hidden state run as well.
 
         Parameters
         ----------
         batch : Batch
             The batch to run the model on.
-        """
-        found: list[tuple[Tensor, BlockCall]] = []
 
-        def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            found.append(BlockCall.of(args, options))
+        Raises
+        ------
+        ChainError
+            If a block is not called with the hidden state that the one before it returned.
+        """
+        found: list[tuple[nn.Module, Tensor, BlockCall]] = []
+        left: list[Any] = []
+
+        def note(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            found.append((block, *BlockCall.of(args, options)))
 
         if self._pack is None:
             self._learn(batch)
-        with self.passing(), hooked([(block, "before", note) for _, block in self.blocks]):
+        blocks = [block for _, block in self.blocks]
+        watched: list[Hook] = [(block, "before", note) for block in blocks]
+        watched += after_blocks(blocks, lambda _, hidden: left.append(hidden))
+        with self.passing(), hooked(watched):
             run(self._body, model_inputs(self._body, batch))
-        return found[0][0], [call for _, call in found]
+        handed = zip(left, [hidden for _, hidden, _ in found[1:]], strict=False)
+        if [block for block, _, _ in found] != blocks or not all(is_handed_on(one, other) for one, other in handed):
+            raise ChainError(
+                f"the blocks of {type(self.model).__name__} do not get the hidden state that the one before returned: "
+                "something else happens to it between them"
+            )
+        return found[0][1], [call for _, _, call in found]
 
     def passing(self, count: int | None = None) -> AbstractContextManager[None]:
         """Let the first `count` blocks, by default all, return the hidden state that they are called with.
+
+        Blocks that hand on more than the hidden state are left to run.
 
         Parameters
         ----------
@@ -211,10 +337,42 @@ class BlockWalk:
             hidden, _ = BlockCall.of(args, options)
             return hidden if self._pack is None else self._pack(hidden)
 
-        return forwards_replaced((block, lambda _: pass_on) for _, block in self.blocks[:count])
+        idle = [] if self._hands_on_more else self.blocks[:count]
+        return forwards_replaced((block, lambda _: pass_on) for _, block in idle)
 
     def _learn(self, batch: Batch) -> None:
         with torch.no_grad():
             hidden, call = self.enter(batch)
             args, options = call.arguments(hidden)
-            _, self._pack = unpack(self.blocks[0][1](*args, **options))
+            output = self.blocks[0][1](*args, **options)
+        _, self._pack = unpack(output)
+        rest = output[1:] if isinstance(output, (tuple, list)) else ()
+        if len(self.blocks) < 2 or all(part is None for part in rest):
+            return
+        # What the next block is called with after this one, and where it passes its input on.
+        with torch.no_grad():
+            _, real = self.enter(batch, 1)
+            try:
+                with self.passing():
+                    _, passed = self.enter(batch, 1)
+            except (TypeError, ValueError):  # the model does something with the rest
+                passed = None
+        self._hands_on_more = passed is None or not _equal((real.rest, real.options), (passed.rest, passed.options))
+        if self._hands_on_more and any(p.is_meta for _, block in self.blocks for p in block.parameters()):
+            raise ChainError(
+                f"the blocks of {type(self.model).__name__} hand on more than the hidden state, and not all are in "
+                "memory; load the whole model"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Say whether arguments are equal, those inside of others as well."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return is_handed_on(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.running import is_encoder_decoder
 
-__all__ = ["Masks", "decoder_mask", "padding_mask", "token_rows"]
+__all__ = ["Masks", "by_token", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
 
 
 def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
@@ -74,6 +74,7 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         self.of_inputs: torch.Tensor | None = None
         self.of_decoder: torch.Tensor | None = None
+        self.shapes: list[tuple[int, int]] = []
         self._inside: set[int] = set()
         self._encoder: nn.Module | None = None
         self._encoded: weakref.ref[torch.Tensor] | None = None
@@ -103,6 +104,7 @@ class Masks:
             The batch that they were made from.
         """
         self.of_inputs = padding_mask(inputs)
+        self.shapes = token_shapes(inputs)
         self.of_decoder = decoder_mask(batch)
 
     def of(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -147,10 +149,74 @@ def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.T
     flat = x.reshape(-1, x.shape[-1])
     if mask is None:
         return flat
-    if x.shape[:-1] == mask.shape or len(flat) == mask.numel():
+    axes = _token_axes(x.shape, [(int(mask.shape[0]), int(mask.shape[1]))])
+    if axes is not None:
+        shape = [1] * (x.ndim - 1)
+        shape[axes[0]], shape[axes[1]] = mask.shape
+        kept = (mask if axes[0] < axes[1] else mask.T).reshape(shape).expand(x.shape[:-1])
+        return flat[kept.reshape(-1).to(x.device)]
+    if len(flat) == mask.numel():
         return flat[mask.reshape(-1).to(x.device)]
     raise ValueError(
         f"{name} has shape {tuple(x.shape)}, which has not one row per token of a batch of "
         "shape "
         f"{tuple(mask.shape)}, so padding cannot be told apart; calibrate with unpadded text"
     )
+
+
+def token_shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the numbers of samples and of tokens of each that a model is called with; of a decoder its own as well.
+
+    Parameters
+    ----------
+    inputs : mapping
+        The keyword arguments that the model is called with.
+    """
+    named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    given = [inputs[name] for name in named if isinstance(inputs.get(name), torch.Tensor)]
+    return [(int(one.shape[0]), int(one.shape[1])) for one in given if one.ndim > 1]
+
+
+def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return a hidden state as one vector for each token: a view or copy of shape (batch, length, width).
+
+    Several streams of a token (hyper-connections, alternating updates) become one vector. A state whose tokens come
+    before its samples, or in one axis with them, is brought into order.
+
+    Parameters
+    ----------
+    state : Tensor
+        The hidden state, whose last axis is the width.
+    shapes : sequence of (int, int)
+        The numbers of samples and tokens to look for, as from :func:`token_shapes`; if there are none, or none is
+        found, the first two axes are taken for them.
+
+    Raises
+    ------
+    ValueError
+        If the state has fewer than three axes, and not one row for each token.
+    """
+    axes = _token_axes(state.shape, shapes)
+    if axes is not None:
+        return state.movedim(axes, (0, 1)).flatten(2)
+    if state.ndim >= 3:
+        return state.flatten(2)
+    for batch, length in shapes:
+        if len(state) == batch * length:
+            return state.reshape(batch, length, -1)
+    raise ValueError(
+        f"a block is called with a hidden state of shape {tuple(state.shape)}, which has not one vector for each token "
+        "of the batch; name the layers to compress instead of choosing among blocks"
+    )
+
+
+def _token_axes(shape: Sequence[int], shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the axes of samples and of tokens, which lie beside each other, among all but the last axis."""
+    for wanted in shapes:
+        for place in range(len(shape) - 2):
+            if tuple(shape[place : place + 2]) == wanted:
+                return place, place + 1
+    for batch, length in shapes:  # XLNet has the tokens first
+        if len(shape) == 3 and tuple(shape[:2]) == (length, batch):
+            return 1, 0
+    return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -13,9 +14,19 @@ from cur._lib.moved import renamed
 from cur.integrations.model.experts import LinearExperts, unrolled
 from cur.integrations.nn import CompressedLinear
 
-__all__ = ["ALL_LINEAR", "block_stacks", "decoder_layers", "is_linear", "linear_modules", "targeted_singly"]
+__all__ = [
+    "ALL_LINEAR",
+    "block_stacks",
+    "decoder_layers",
+    "found_stacks",
+    "is_linear",
+    "linear_modules",
+    "targeted_singly",
+]
 
 ALL_LINEAR = "all-linear"
+
+_Stack: TypeAlias = "list[tuple[str, nn.Module]]"
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -39,11 +50,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
-    """Find the stacks of equal blocks that make up a transformer.
-
-    A stack is an ``nn.ModuleList`` of modules of one class, all with linear layers inside, compressed or not; lists
-    inside blocks do not count. An encoder-decoder has two. Any other model has the one that is as long as
-    ``config.num_hidden_layers`` says; without such a config, the longest one.
+    """Find the stacks of blocks that make up a transformer; see :func:`found_stacks`, where there may be none.
 
     Parameters
     ----------
@@ -58,44 +65,82 @@ def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     Raises
     ------
     ValueError
-        If there is no such stack, or it is not clear which.
+        If there is no stack.
     """
-    found: list[tuple[str, nn.ModuleList]] = []
+    if stacks := found_stacks(model):
+        return stacks
+    raise ValueError(
+        f"{type(model).__name__} has no stack of blocks (a list of modules that hold linear layers); name the modules "
+        "to compress instead of choosing among layers"
+    )
+
+
+def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
+    """Look for the stacks of blocks that make up a transformer: lists of modules that each hold linear layers.
+
+    A stack is an ``nn.ModuleList``, or a run of modules of one class in an ``nn.Sequential``; its blocks may differ, as
+    where attention and recurrence take turns, but none is a linear layer itself. Lists inside blocks do not count. An
+    encoder-decoder is made up of all stacks that it has, any other model of those that are as long as
+    ``config.num_hidden_layers`` says; without such a config, or such a stack, of the longest one and of others with
+    blocks of the same classes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through: a transformer.
+
+    Returns
+    -------
+    list of list of (str, nn.Module)
+        Name and module of each block, from the input to the output; an encoder before its decoder. Empty if there is
+        no such stack.
+    """
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(outer + ".") for outer, _ in found):
-            continue
-        alike = len({type(block) for block in module}) == 1
-        if alike and all(any(map(_is_matrix, block.modules())) for block in module):
-            found.append((name, module))
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        stacks, wanted, what = found, 2, "an encoder and a decoder"
-    else:
-        count = _num_hidden_layers(model)
-        if count is None and found:
-            count = max(len(blocks) for _, blocks in found)
-        stacks = [(name, blocks) for name, blocks in found if len(blocks) == count]
+        if not any(name.startswith(outer + ".") for outer in found) and (blocks := _repeated(name, module)):
+            found[name] = blocks
+    stacks = found
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        stacks = _of_length(found, _num_hidden_layers(model))
         if len(stacks) > 1:
             stacks = _of_text(model, stacks)
-        wanted, what = 1, f"one stack of {count or 'equal'} blocks"
-    if len(stacks) != wanted:
-        seen = ", ".join(f"{name!r} ({len(blocks)})" for name, blocks in found) or "none"
-        raise ValueError(
-            f"{type(model).__name__} must have {what} (lists found: {seen}); name the modules to compress instead of "
-            "choosing among layers"
-        )
-    return [[(f"{name}.{index}", block) for index, block in enumerate(blocks)] for name, blocks in stacks]
+    return list(stacks.values())
 
 
-def _of_text(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
+    parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
+    if isinstance(module, nn.Sequential):
+        runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
+        parts = max(runs, key=len, default=[])
+        return parts if len(parts) > 1 and all(_is_block(part) for _, part in parts) else []
+    return parts if isinstance(module, nn.ModuleList) and all(_is_block(part) for _, part in parts) else []
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not _is_matrix(module) and any(map(_is_matrix, module.modules()))
+
+
+def _of_length(found: Mapping[str, _Stack], count: int | None) -> dict[str, _Stack]:
+    """Return the stacks of a length; if there is none, the longest, and those with blocks of the same classes."""
+    if stacks := {name: blocks for name, blocks in found.items() if len(blocks) == count}:
+        return stacks
+    longest = max(found.values(), key=len, default=[])
+    return {name: blocks for name, blocks in found.items() if _classes(blocks) == _classes(longest)}
+
+
+def _classes(blocks: _Stack) -> set[type]:
+    return {type(block) for _, block in blocks}
+
+
+def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
     """Leave out stacks of towers for images or sound that are as long as that for text, where a part is for text."""
     config: Any = getattr(model, "config", None)
     several = hasattr(config, "get_text_config") and config.get_text_config() is not config
     get = getattr(model, "get_decoder", None)
     inner = get() if several and callable(get) else None
     parts = {id(part) for part in inner.modules()} if isinstance(inner, nn.Module) else set()
-    return [(name, blocks) for name, blocks in stacks if id(blocks) in parts] or stacks
+    return {name: blocks for name, blocks in stacks.items() if id(blocks[0][1]) in parts} or stacks
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -21,11 +21,11 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.model.targets import block_stacks, linear_modules
+from cur.integrations.model.targets import block_stacks, found_stacks, linear_modules
 from cur.integrations.nn import compressed_modules, dense_weight, layer_class
 from cur.integrations.plan.blocks import choose_blocks, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
-from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.guide import guide, link_weights
@@ -34,7 +34,7 @@ from cur.integrations.plan.methods import CUREntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
 from cur.integrations.plan.rate_distortion import LayerCurve
 
-__all__ = ["Layers", "candidates", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
+__all__ = ["Layers", "candidates", "chooses_by_angle", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
 
 T = TypeVar("T")
 
@@ -370,8 +370,8 @@ def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: Compre
     ValueError
         If blocks are chosen by angles that the statistics do not hold.
     """
-    stacks = [len(stack) for stack in block_stacks(model)]
-    if isinstance(config.layers, str):
+    stacks = _stacks(model, config)
+    if isinstance(config.layers, str) or not stacks:
         return list(range(sum(stacks)))
     if not isinstance(config.layers, int):
         return sorted(set(config.layers))
@@ -408,9 +408,9 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
         If a layer cannot be compressed, or the configuration does not fit the model.
     """
     refuse_adapters(model)
-    stacks = [len(stack) for stack in block_stacks(model)]
+    stacks = _stacks(model, config)
     inside = list(range(sum(stacks)))
-    asked = config.layers if isinstance(config, CompressConfig) else "all"
+    asked = config.layers if isinstance(config, CompressConfig) and stacks else "all"
     if isinstance(asked, int):
         inside = inner_blocks(stacks)
         if asked > len(inside):
@@ -447,10 +447,35 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
     return names
 
 
+def chooses_by_angle(asked: Asked) -> bool:
+    """Say whether blocks are chosen by how far they turn the hidden state.
+
+    Parameters
+    ----------
+    asked : Asked
+        The configuration to plan by, or the plan to apply.
+
+    Returns
+    -------
+    bool
+        Whether angular distances are needed.
+    """
+    return isinstance(asked, CompressConfig) and type(asked.layers) is int and asked.choose == "angular"
+
+
+def _stacks(model: nn.Module, config: CompressConfig | BudgetConfig) -> list[int]:
+    """Return the lengths of the stacks of blocks; none where none is found, and no blocks are chosen among."""
+    known = {name for name, _ in model.named_modules()}
+    named = not isinstance(config.targets, str) and known.issuperset(config.targets)
+    if named or isinstance(config, BudgetConfig) or config.layers == "all":
+        return [len(stack) for stack in found_stacks(model)]
+    return [len(stack) for stack in block_stacks(model)]
+
+
 def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, blocks: list[int]) -> list[str]:
-    """Name the linear layers of some blocks that a configuration selects."""
+    """Name the linear layers of some blocks that a configuration selects; of any place where there are no blocks."""
     try:
-        return linear_modules(model, config.targets, exclude=config.exclude, blocks=blocks)
+        return linear_modules(model, config.targets, exclude=config.exclude, blocks=blocks or None)
     except ValueError as error:
         done = list(compressed_modules(model))
         if not done:

@@ -94,6 +94,7 @@ def _figures(report: CompressionReport) -> list[str]:
         *lines,
         "",
         *_how(plan),
+        *report.notes,
         f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "
         f"seed {plan.seed}{_passes(report)}.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",

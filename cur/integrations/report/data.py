@@ -135,6 +135,8 @@ class CompressionReport:
         it is not known.
     unread : tuple of str
         Names of tensors in the files of the dense model that are no part of it.
+    notes : tuple of str
+        Sentences on what was left out as the model does not have it.
     account : mapping
         A comparison of the checkpoint with the model that it was made from, as JSON types; see
         :class:`~cur.integrations.store.account.Account`. Empty where that came from no directory.
@@ -151,6 +153,7 @@ class CompressionReport:
     source: str = ""
     kept: str = ""
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     account: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def sizes(self) -> list[tuple[str, int, int]]:
@@ -177,6 +180,7 @@ class CompressionReport:
             "source": self.source,
             "kept": self.kept,
             "unread": list(self.unread),
+            **({"notes": list(self.notes)} if self.notes else {}),
             "account": dict(self.account),
         }
 
@@ -209,6 +213,7 @@ class CompressionReport:
                     "before": Size(**data["before"]),
                     "after": Size(**data["after"]),
                     "unread": tuple(data.get("unread", ())),
+                    "notes": tuple(data.get("notes", ())),
                 }
             )
         except (AttributeError, KeyError, TypeError) as error:

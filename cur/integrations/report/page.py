@@ -132,6 +132,7 @@ def _summary(report: CompressionReport) -> str:
         lines.append(f"The budget left {plan.kept:.2%} of the parameters of the targeted layers.")
     if remark := dense_remark(plan.dense):
         lines.append(remark)
+    lines += report.notes
     if report.perplexity:
         said = "; ".join(f"{name} {value:.2f}" for name, value in report.perplexity.items())
         lines.append(f"Perplexity: {said}.")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from cur.integrations import BudgetConfig, Statistics, batches, make_plan
-from cur.integrations.compress import measure
-from cur.integrations.measure.generated_text import own_text, sample_windows
+from cur.integrations.compress import compress_source, measure
+from cur.integrations.measure.generated_text import own_text, sample_windows, writing_fault
 from cur.integrations.sources import InMemory
+from tests.models import make
 
 
 def test_every_token_is_drawn_from_what_the_model_predicts(llama: PreTrainedModel) -> None:
@@ -94,7 +95,39 @@ def test_shares_that_are_none(value: object) -> None:
         BudgetConfig(keep=0.5, own_text=value)
 
 
-def test_a_model_that_keeps_what_it_read_in_another_way() -> None:
-    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=90)).eval()
-    with pytest.raises(TypeError, match=r"MambaForCausalLM writes no text of its own .*`own_text=0`, --own-text 0"):
-        own_text(model, batches(torch.randint(5, 90, (2, 8)), batch_size=1), share=1, batch_size=1, seed=0)
+@pytest.mark.parametrize("name", ["mamba", "openai-gpt"])
+def test_a_model_that_keeps_what_it_read_in_another_way(name: str) -> None:
+    """What a state or nothing is kept of is drawn from the same predictions as of a whole text."""
+    model = make(name)
+    windows = sample_windows(model, count=3, length=9, seed=5)
+    with torch.no_grad():
+        below = model(input_ids=windows).logits.double().softmax(-1).cumsum(-1)
+    for number, window in enumerate(windows):
+        heights = np.random.default_rng((5, number)).random(9)
+        for position, token in enumerate(window.tolist()[1:], start=1):
+            steps = torch.cat([torch.zeros(1, dtype=torch.float64), below[number, position - 1]])
+            assert steps[token] - 1e-4 <= heights[position] <= steps[token + 1] + 1e-4
+
+
+def test_settings_of_the_model_do_not_change_what_it_writes(llama: PreTrainedModel) -> None:
+    plain = sample_windows(llama, count=2, length=12)
+    settings = GenerationConfig(repetition_penalty=5.0, eos_token_id=int(plain[0, 3]), max_length=4, num_beams=3)
+    llama.generation_config = settings
+    assert torch.equal(sample_windows(llama, count=2, length=12), plain)
+    assert llama.generation_config is settings
+
+
+def test_a_model_that_cannot_write_is_told(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert writing_fault(llama) is None
+
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError("index -1 is out of bounds")
+
+    monkeypatch.setattr(llama, "generate", broken)
+    said: list[str] = []
+    text = torch.randint(5, 90, (4, 8), generator=torch.Generator().manual_seed(0))
+    source = InMemory(llama, batches(text, batch_size=2), announce=said.append)
+    report = compress_source(source, BudgetConfig(keep=0.8))
+    assert report.plan.own_text == 0.0
+    assert report.notes == tuple(said)
+    assert "LlamaForCausalLM does not go on with a text here (index -1 is out of bounds)" in said[0]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwe
 
 import cur
 from cur.integrations import batches
-from cur.integrations.model.blocks import BlockCall, BlockWalk, after_blocks, unpack
+from cur.integrations.model.blocks import BlockCall, BlockWalk, ChainError, after_blocks, unpack
 from cur.integrations.model.hooks import hooked
 
 ROOT = Path(cur.__file__).parent
@@ -121,28 +121,71 @@ def test_blocks_that_are_passed_compute_nothing(make, windows: torch.Tensor) -> 
 
 def test_a_hidden_state_is_put_back_as_it_was_returned() -> None:
     old, new = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
-    for output in (old, (old,), (old, None, "rest")):
+    for output in (old, (old,), (old, None, "rest"), [old, old]):
         hidden, pack = unpack(output)
         assert hidden is old
         assert type(pack(new)) is type(output)
+        assert len(pack(new)) == len(output)
         assert unpack(pack(new))[0] is new
 
 
 def test_arguments_are_told_apart_however_they_are_given() -> None:
     x, y = torch.zeros(1), torch.ones(1)
-    for args, options in (((x, 1), {"a": 2}), ((), {"hidden_states": x, "a": 2})):
+    for args, options in (((x, 1), {"a": 2}), ((), {"a": 2, "hidden_states": x}), ((), {"a": 2, "state": x})):
         hidden, call = BlockCall.of(args, options)
         assert hidden is x
-        assert call.arguments(y) == ((y, *args[1:]), {"a": 2})
-        assert "hidden_states" in options or args  # the caller's own stay as they are
+        again, named = call.arguments(y)
+        assert sum(value is y for value in (*again, *named.values())) == 1
+        assert BlockCall.of(again, named) == (y, call)
+        assert len(again) == len(args)
+        assert named.keys() == options.keys()  # the caller's own stay as they are
+
+
+class _Between(nn.Module):
+    """Blocks between which the hidden state is doubled, or that hand something on beside it."""
+
+    def __init__(self, *, doubles: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Adding() for _ in range(3)])
+        self.doubles = doubles
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        state, more = nn.functional.one_hot(input_ids, 5).float(), None
+        for layer in self.layers:
+            state, more = layer(2.0 * state if self.doubles else state, more)
+        return state
+
+
+class _Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, state: torch.Tensor, more: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        more = self.inner(state) if more is None else more + 1.0
+        return state + more, more
+
+
+@torch.no_grad()
+def test_what_blocks_hand_on_beside_the_hidden_state_reaches_the_next() -> None:
+    model = _Between(doubles=False).eval()
+    batch = {"input_ids": torch.arange(4)[None]}
+    walk = BlockWalk(model)
+    hidden, calls = walk.calls(batch)
+    for (_, block), call in zip(walk.blocks, calls, strict=True):
+        hidden = call(block, hidden)
+    assert torch.equal(hidden, model(**batch))
+
+
+def test_what_happens_between_blocks_is_noticed() -> None:
+    with pytest.raises(ChainError, match="do not get the hidden state that the one before returned"):
+        BlockWalk(_Between(doubles=True).eval()).calls({"input_ids": torch.arange(4)[None]})
 
 
 def test_the_form_of_a_hidden_state_is_known_nowhere_else() -> None:
     files = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in ROOT.rglob("*.py")}
-    assert "isinstance(output, tuple)" in files["integrations/model/blocks.py"]
+    assert "isinstance(output, (tuple, list))" in files["integrations/model/blocks.py"]
     # What blocks returned is stored there, whatever it is.
     known = {"integrations/model/blocks.py", "integrations/blockwise/hidden_states.py"}
-    assert {where for where, text in files.items() if "isinstance(output, tuple)" in text} == known
-    assert {where for where, text in files.items() if '"hidden_states")' in text or '["hidden_states"]' in text} == {
-        "integrations/model/blocks.py"
-    }
+    assert {where for where, text in files.items() if "isinstance(output, (tuple, list))" in text} == known
+    assert {where for where, text in files.items() if '"hidden_states"' in text} == {"integrations/model/blocks.py"}

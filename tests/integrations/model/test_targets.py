@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from cur.integrations import block_stacks, decoder_layers, linear_modules
+from cur.integrations.model.targets import found_stacks
+from tests.models import make
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -65,16 +67,45 @@ def test_an_encoder_decoder_has_two_stacks() -> None:
     names = [[name for name, _ in stack] for stack in block_stacks(model)]
     assert names == [["encoder.block.0", "encoder.block.1"], ["decoder.block.0", "decoder.block.1"]]
     assert [name for name, _ in decoder_layers(model)] == [*names[0], *names[1]]
-    config.is_encoder_decoder = False
-    with pytest.raises(
-        ValueError, match=r"must have one stack of 2 blocks .*'encoder.block' \(2\), 'decoder.block' \(2\)"
-    ):
-        decoder_layers(model)
+
+
+def test_stacks_of_one_length_are_all_there() -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    model.config.is_encoder_decoder = False
+    assert [len(stack) for stack in block_stacks(model)] == [2, 2]
+
+
+def test_blocks_of_a_stack_may_differ() -> None:
+    (stack,) = block_stacks(make("olmo_hybrid"))
+    assert len({type(block) for _, block in stack}) == 2
+    assert [name for name, _ in stack] == [f"model.layers.{index}" for index in range(4)]
+
+
+def test_stacks_of_another_length_than_the_configuration_says() -> None:
+    model = make("hrm_text")
+    assert [[len(stack), stack[0][0]] for stack in block_stacks(model)] == [
+        [4, "model.L_module.layers.0"],
+        [4, "model.H_module.layers.0"],
+    ]
+    assert model.config.num_hidden_layers not in (4, 8)
+
+
+def test_blocks_in_a_sequence() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+
+    class Other(nn.Sequential):
+        pass
+
+    model = nn.Sequential(nn.Linear(3, 3), block(), block(), block(), Other(nn.Linear(3, 3)))
+    assert [name for name, _ in decoder_layers(model)] == ["1", "2", "3"]
 
 
 def test_no_stack_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear must have one stack of equal blocks \(lists found: none\)"):
+    with pytest.raises(ValueError, match=r"Linear has no stack of blocks .*; name the modules to compress"):
         decoder_layers(nn.Linear(2, 2))
+    assert found_stacks(nn.Linear(2, 2)) == []
 
 
 def test_all_linear_leaves_the_head_alone(causal_model: PreTrainedModel) -> None:

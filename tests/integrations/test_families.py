@@ -1,0 +1,130 @@
+"""Families that are built otherwise than most, taken from compression to loading: one for each kind of difference."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, collect, compress, decoder_layers, save
+from cur.integrations.blockwise.run import compress_blockwise
+from cur.integrations.blockwise.streamed_model import load_streamed
+from cur.integrations.model import targets
+from cur.integrations.model.blocks import ChainError
+from cur.integrations.nn import compressed_modules
+from tests.models import UNUSUAL, batch, make, tokenizer
+
+PAPER = CompressConfig(layers=2, targets="all-linear", rank=6)
+BUDGET = BudgetConfig(keep=0.7)
+
+
+def windows() -> torch.Tensor:
+    return batch("llama", count=8)["input_ids"]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=windows()[:2, :12], use_cache=False).logits
+    return found
+
+
+def compressed(name: str, config: CompressConfig | BudgetConfig) -> tuple[PreTrainedModel, CompressionReport]:
+    model = make(name)
+    report = compress(model, windows(), config)
+    assert compressed_modules(model)
+    return model, report
+
+
+@pytest.mark.parametrize("config", [PAPER, BUDGET], ids=["paper", "budget"])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_loaded_is_what_was_compressed(
+    name: str, config: CompressConfig | BudgetConfig, tmp_path: Path
+) -> None:
+    model, _ = compressed(name, config)
+    found = logits(model)
+    assert torch.isfinite(found).all()
+    save(model, None, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(logits(loaded), found)
+
+
+def test_what_blocks_turn_is_the_same_however_the_state_is_laid_out() -> None:
+    """Tokens before samples, streams before both: distances are those of the vectors of tokens."""
+    model = make("gemma3n_text")
+    blocks = decoder_layers(model)
+    text = windows()
+    found = collect(model, [text], modules=(), layers=[name for name, _ in blocks])
+    seen: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, output: seen.append(output)) for _, block in blocks]
+    logits(model)
+    [hook.remove() for hook in hooks]
+    assert seen[0].ndim == 4
+    seen.clear()
+    hooks = [block.register_forward_hook(lambda _, __, output: seen.append(output)) for _, block in blocks]
+    with torch.no_grad():
+        model(input_ids=text, use_cache=False)
+    [hook.remove() for hook in hooks]
+    one, two = (state[:, :, -1].transpose(0, 1).flatten(1).double() for state in seen[:2])
+    angle = torch.acos(torch.nn.functional.cosine_similarity(one, two)) / torch.pi
+    assert found.angular[1] == pytest.approx(float(angle.mean()), rel=1e-5)
+
+
+def test_a_stack_that_is_gone_through_several_times_is_measured_in_every_pass() -> None:
+    model = make("hrm_text")
+    passes: list[int] = []
+    name, block = decoder_layers(model)[0]
+    with torch.no_grad():
+        hook = block.register_forward_hook(lambda *_: passes.append(1))
+        model(input_ids=windows(), use_cache=False)
+        hook.remove()
+    assert len(passes) > 1
+    found = collect(
+        model, [windows()], modules=[f"{name}.self_attn.q_proj"], layers=[n for n, _ in decoder_layers(model)]
+    )
+    assert found.counts[f"{name}.self_attn.q_proj"] == len(passes) * windows().numel()
+    assert all(0 < distance < 1 for distance in found.angular.values())
+
+
+def test_block_by_block_refuses_blocks_that_run_several_times(tmp_path: Path) -> None:
+    make("hrm_text").save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ChainError, match=r"runs more than once in a pass.*load the whole model"):
+        compress_blockwise(load_streamed(tmp_path / "dense"), windows(), tmp_path / "out", PAPER)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "olmo_hybrid"])
+def test_block_by_block_is_as_in_memory(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer(more=1).save_pretrained(tmp_path / "dense")
+    compress_blockwise(load_streamed(tmp_path / "dense"), windows(), tmp_path / "out", PAPER)
+    whole = copy.deepcopy(model)
+    compress(whole, windows(), PAPER)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(whole))
+
+
+@pytest.mark.parametrize("config", [PAPER, BUDGET], ids=["paper", "budget"])
+def test_modules_that_are_named_need_no_stack(
+    config: CompressConfig | BudgetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_repeated", lambda name, module: [])
+    with pytest.raises(ValueError, match="no stack of blocks"):
+        compress(make("llama"), windows(), PAPER)
+    named = ("model.layers.0.mlp.gate_proj", "model.layers.3.mlp.down_proj")
+    report = compress(make("llama"), windows(), replace(config, targets=named))
+    assert [layer.name for layer in report.layers] == list(named)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("hrm_text", "has 2 stacks"), ("gemma3n_text", "leaves something for later")]
+)
+def test_layers_are_not_fitted_where_blocks_depend_on_more_than_the_hidden_state(name: str, why: str) -> None:
+    _, report = compressed(name, BUDGET)
+    assert report.plan.correction == 0.0
+    assert why in report.notes[0]
+    assert CompressionReport.from_dict(report.to_dict()).notes == report.notes
