@@ -198,6 +198,14 @@ UNUSUAL: dict[str, Family] = {
     "rwkv": Family(
         hf.RwkvConfig, {"context_length": 64, "attention_hidden_size": 32, "intermediate_size": 48, **_SIZES}, ()
     ),
+    # linear layers of a class of its own, and biases that a block with two norms reads
+    "falcon": Family(hf.FalconConfig, {"num_attention_heads": 4, "bias": True, **_SIZES}, ()),
+    # a router that is a subclass of a linear layer and returns a tuple
+    "phimoe": Family(hf.PhimoeConfig, dict(**_GROUPED, num_local_experts=4), ()),
+    # the heads of attention as parameters with three axes, and tokens before samples
+    "xlnet": Family(hf.XLNetConfig, {"d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48, **_SIZES}, ()),
+    # initialisation that sets the bias of a layer
+    "recurrent_gemma": Family(hf.RecurrentGemmaConfig, dict(**_GROUPED, lru_width=32, attention_window_size=8), ()),
 }
 """Families that are built otherwise than most, by what is unusual of them."""
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cur._lib.atomic import replace_file
 from cur.integrations.factor.rounding import round_layer
@@ -27,6 +26,7 @@ from cur.integrations.nn import (
     WholeLinear,
     compressed_modules,
     dense_weight,
+    is_linear,
     swap_,
 )
 from cur.integrations.store.checkpoint import save
@@ -97,7 +97,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
         for name, module in model.named_modules()
         if (name in layers and layers[name].factors())
         or (
-            type(module) in (nn.Linear, Conv1D)
+            is_linear(module)
             and name.startswith(blocks)
             and not name.startswith(factors)
             and owners[id(module.weight)] == 1

@@ -16,6 +16,7 @@ from cur.integrations.blockwise.streamed_model import load_streamed
 from cur.integrations.model import targets
 from cur.integrations.model.blocks import ChainError
 from cur.integrations.nn import compressed_modules
+from cur.integrations.quantize import quantize_
 from tests.models import UNUSUAL, batch, make, tokenizer
 
 PAPER = CompressConfig(layers=2, targets="all-linear", rank=6)
@@ -128,3 +129,32 @@ def test_layers_are_not_fitted_where_blocks_depend_on_more_than_the_hidden_state
     assert report.plan.correction == 0.0
     assert why in report.notes[0]
     assert CompressionReport.from_dict(report.to_dict()).notes == report.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("xlnet", "rel_attn.q is one parameter of shape (32, 4, 8), and XLNetRelativeAttention does not keep to"),
+        ("phimoe", "mlp.router is a PhimoeTopKRouter, which does more than multiply with its weight"),
+        ("recurrent_gemma", "rg_lru.input_gate_weight is one parameter of shape (4, 8, 8)"),
+        ("mamba", "no input reached backbone.layers.1.mixer.dt_proj on the calibration text"),
+    ],
+)
+def test_what_is_no_linear_layer_stays_dense_with_a_sentence(name: str, odd: str) -> None:
+    _, report = compressed(name, BUDGET)
+    assert any(odd in sentence for sentence in report.plan.dense.values())
+    assert not set(report.plan.dense) & {layer.name for layer in report.layers}
+
+
+@pytest.mark.parametrize(("name", "target"), [("xlnet", "rel_attn.q"), ("phimoe", "router"), ("phimoe", "mlp.router")])
+def test_what_is_no_linear_layer_is_refused_where_it_is_named(name: str, target: str) -> None:
+    with pytest.raises(ValueError, match=f"'{target}' names no linear layer: .*exclude it"):
+        compressed(name, replace(BUDGET, targets=(target,)))
+
+
+@pytest.mark.parametrize("name", ["falcon", "mamba"])
+def test_rounded_layers_of_such_families_run(name: str) -> None:
+    model, _ = compressed(name, PAPER)
+    before = logits(model)
+    quantize_(model)
+    assert float((logits(model) - before).norm() / before.norm()) < 0.1

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.blocks import BlockCall, BlockWalk
@@ -22,6 +21,7 @@ from cur.integrations.model.masks import padding_mask, token_rows
 from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import evaluating, model_inputs
+from cur.integrations.nn import is_linear
 
 __all__ = ["InputMoments", "in_order", "spread"]
 
@@ -291,11 +291,7 @@ def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
         return lambda _, __, output: outputs.setdefault(name, []).append(output)
 
     experts = inside_experts(block)
-    layers = [
-        (name, module)
-        for name, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in experts
-    ]
+    layers = [(name, module) for name, module in block.named_modules() if is_linear(module) and name not in experts]
     with hooked([(module, "after", keep(name)) for name, module in layers]):
         after = call(block, hidden)
     fitting = {

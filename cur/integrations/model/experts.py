@@ -23,6 +23,7 @@ __all__ = [
     "is_experts",
     "release_",
     "rolled",
+    "three_axes",
     "unroll_",
     "unrolled",
 ]
@@ -30,6 +31,8 @@ __all__ = [
 # What `transformers.integrations.moe.use_experts_implementation` puts on every class that keeps to its interface.
 # The attribute of a configuration that names the way in which experts are multiplied with.
 _EXPERTS = "_experts_implementation"
+
+_Convolution = (nn.Conv1d, nn.ConvTranspose1d)
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 
@@ -53,6 +56,24 @@ def is_experts(module: nn.Module) -> bool:
         return False
     weights = [module._parameters.get(name) for name in _names(module)]
     return all(weight is not None and weight.ndim == 3 for weight in weights)
+
+
+def three_axes(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module with three axes of which nothing is known, by their names in it.
+
+    Known are those of convolutions, tables and offsets that are the same for a whole axis, and experts that
+    :func:`is_experts` accepts: these are taken apart. Any other may be experts in a way of their own, the heads of an
+    attention (XLNet), or blocks on a diagonal (RecurrentGemma); it stays as it is.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at, without those inside of it.
+    """
+    if isinstance(module, _Convolution) or is_experts(module):
+        return {}
+    own = dict(module.named_parameters(recurse=False))
+    return {name: value for name, value in own.items() if value.ndim == 3 and min(value.shape) > 1}
 
 
 def _names(module: Any) -> tuple[str, str]:

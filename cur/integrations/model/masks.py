@@ -149,7 +149,8 @@ def token_rows(x: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.T
     flat = x.reshape(-1, x.shape[-1])
     if mask is None:
         return flat
-    axes = _token_axes(x.shape, [(int(mask.shape[0]), int(mask.shape[1]))])
+    # Of an expert the mask is that of the tokens which it gets.
+    axes = None if mask.ndim == 1 else _token_axes(x.shape, [(int(mask.shape[0]), int(mask.shape[1]))])
     if axes is not None:
         shape = [1] * (x.ndim - 1)
         shape[axes[0]], shape[axes[1]] = mask.shape

@@ -9,17 +9,18 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
-from cur.integrations.model.experts import LinearExperts, unrolled
-from cur.integrations.nn import CompressedLinear
+from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
+from cur.integrations.nn import CompressedLinear, is_linear
 
 __all__ = [
     "ALL_LINEAR",
     "block_stacks",
     "decoder_layers",
     "found_stacks",
-    "is_linear",
+    "left_dense",
     "linear_modules",
     "targeted_singly",
 ]
@@ -27,26 +28,6 @@ __all__ = [
 ALL_LINEAR = "all-linear"
 
 _Stack: TypeAlias = "list[tuple[str, nn.Module]]"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is one matrix times a vector: ``nn.Linear``, or ``Conv1D`` as in GPT-2.
-
-    ``Conv1D`` of transformers holds the transpose: its weight has shape (in, out).
-
-    Parameters
-    ----------
-    module : nn.Module
-        The module to look at.
-
-    Returns
-    -------
-    bool
-        Whether it is a linear layer.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def block_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
@@ -144,7 +125,8 @@ def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, CompressedLinear)
+    # A subclass that does more than multiply is one as well: blocks of quantized models have nothing else.
+    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
 
 
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
@@ -212,7 +194,7 @@ def linear_modules(
     ------
     ValueError
         If a target selects nothing, with the reason: no such name, not a linear module, outside `blocks`,
-        everything excluded; or if it selects experts that cannot be taken apart.
+        everything excluded, or only what :func:`left_dense` names.
     """
     listed = not isinstance(targets, str)
     patterns: list[str] = [targets] if isinstance(targets, str) else list(targets)
@@ -225,7 +207,6 @@ def linear_modules(
     excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
     whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
     excluded |= {name for name in modules if name.startswith(whole)}
-    _refuse_experts(modules, targets, excluded)
 
     chosen: set[str] = set()
     for pattern in patterns:
@@ -301,32 +282,55 @@ def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _experts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the three-dimensional parameters that hold one matrix per expert, by full name."""
+def left_dense(
+    model: nn.Module, targets: str | Sequence[str], /, *, exclude: str | Sequence[str] = ()
+) -> dict[str, str]:
+    """Say of what a target selects, and no linear layer is, that it stays dense.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    targets, exclude
+        What is selected, by the rules of :func:`linear_modules`.
+
+    Returns
+    -------
+    dict of str to str
+        A sentence by the full name of each subclass of ``nn.Linear`` that does more than multiply, and of each
+        parameter with three axes that is not taken apart.
+    """
+    with unrolled(model):
+        modules = {name: module for name, module in model.named_modules() if name}
     return {
-        f"{name}.{parameter}": value
-        for name, module in modules.items()
-        # Convolutions and learned positions have three dimensions too.
-        if not isinstance(module, nn.Conv1d)
-        for parameter, value in module.named_parameters(recurse=False)
-        if value.ndim == 3 and min(value.shape) > 1
+        full: sentence
+        for full, (name, sentence) in _odd(modules).items()
+        if any(_matches(each, targets, "targets") for each in (name, full))
+        and not any(_matches(each, exclude, "exclude") for each in (name, full))
     }
 
 
-def _refuse_experts(modules: Mapping[str, nn.Module], targets: str | Sequence[str], excluded: Collection[str]) -> None:
-    for full, value in _experts(modules).items():
-        name = full.rpartition(".")[0]
-        if name in excluded:
-            continue
-        if _matches(name, targets, "targets") or _matches(full, targets, "targets"):
-            raise ValueError(
-                f"{full} holds {value.shape[0]} experts as one parameter of shape {tuple(value.shape)}, and "
-                f"{type(modules[name]).__name__} does not keep to transformers' interface of experts, so they are not "
-                f"compressed: put {name.rpartition('.')[2]!r} into `exclude`, or name other targets"
+def _odd(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Return what looks like a layer and is none, by full name: the name of its module, and what is wrong."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear) and not isinstance(module, CompressedLinear) and not is_linear(module):
+            found[name] = name, f"{name} is a {kind}, which does more than multiply with its weight"
+        for parameter, value in three_axes(module).items():
+            full = f"{name}.{parameter}"
+            found[full] = (
+                name,
+                f"{full} is one parameter of shape {tuple(value.shape)}, and {kind} does not keep to transformers' "
+                "interface of experts",
             )
+    return found
 
 
 def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]) -> str:
+    odd = [sentence for full, (name, sentence) in _odd(modules).items() if _ends(full, pattern) or _ends(name, pattern)]
+    if odd:
+        return f"`targets` {pattern!r} names no linear layer: {odd[0]}; exclude it, or name other targets"
     if named:
         kinds = sorted({type(modules[name]).__name__ for name in named})
         return (
@@ -338,9 +342,11 @@ def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module
         return f"`targets` {pattern!r} matches nothing: the model has no linear module"
     close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    experts = next(iter(_experts(modules)), None)
-    note = "" if experts is None else f"; the experts in {experts} are not compressed"
-    return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}{note}"
+    return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}"
+
+
+def _ends(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith("." + pattern)
 
 
 def _output_head(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:

@@ -39,7 +39,7 @@ from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.factored import CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear, factored
 from cur.integrations.nn.int8 import Int8Linear
 from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
-from cur.integrations.nn.modules import compressed_modules, dense_weight, stand_in, swap_
+from cur.integrations.nn.modules import compressed_modules, dense_weight, is_linear, stand_in, swap_
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
@@ -64,6 +64,7 @@ __all__ = [
     "compressed_modules",
     "dense_weight",
     "factored",
+    "is_linear",
     "layer_class",
     "register",
     "stand_in",

@@ -474,6 +474,12 @@ class CompressedLinear(nn.Module):
         """Return the bias (m entries), or None."""
         raise NotImplementedError
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the bias of a layer that keeps it in a factor: some models read it, and do not call the layer."""
+        if name == "bias" and "bias" not in self.bias_names:
+            return self.bias_tensor()
+        return super().__getattr__(name)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, m x n, multiplied out at every access (half precision through float32)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.registry import layer_class
 
-__all__ = ["compressed_modules", "dense_weight", "stand_in", "swap_"]
+__all__ = ["compressed_modules", "dense_weight", "is_linear", "stand_in", "swap_"]
+
+# Units of rounding by which a subclass may differ from `nn.Linear`: it may add its bias afterwards.
+_ROUNDING = 64
 
 
 def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
@@ -28,17 +32,74 @@ def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, b
     Raises
     ------
     TypeError
-        If the module is neither a plain ``nn.Linear`` nor a transformers ``Conv1D``; a subclass may keep its
-        weight in another form (quantized, adapted), so it is refused by name.
+        If the module is neither an ``nn.Linear`` nor a transformers ``Conv1D``, or a subclass that does more than
+        :func:`is_linear` allows: it may keep its weight in another form (quantized, adapted).
     """
-    if type(module) is nn.Linear:
+    if is_linear(module) and isinstance(module, nn.Linear):
         return module.weight, module.bias, False
     if type(module) is Conv1D:
         return module.weight.T, module.bias, True
     raise TypeError(
-        f"{name} is a {type(module).__name__}; only plain nn.Linear and Conv1D layers can be compressed, "
-        "so exclude it from the targets"
+        f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D layers can be compressed, and "
+        "subclasses that do what these do, so exclude it from the targets"
     )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is one matrix times a vector: ``nn.Linear``, or ``Conv1D`` as in GPT-2.
+
+    ``Conv1D`` of transformers holds the transpose: its weight has shape (in, out). A subclass of ``nn.Linear`` is one
+    if on random inputs it gives what ``nn.Linear`` would give with its weight and bias.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+
+    Returns
+    -------
+    bool
+        Whether it is a linear layer.
+    """
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    # Layers of one class, size and settings are tried once.
+    settings = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    key = (type(module), module.bias is None, module.weight.dtype, tuple(module.weight.shape), repr(settings))
+    if key not in _TRIED:
+        _TRIED[key] = _multiplies(module)
+    return _TRIED[key]
+
+
+_TRIED: dict[Any, bool] = {}
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Linear) -> bool:
+    """Try a layer on random inputs; one without weights in memory with random ones."""
+    shape = (module.out_features, module.in_features)
+    if tuple(module.weight.shape) != shape or not module.weight.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    tried = copy.deepcopy(module) if module.weight.is_meta else module
+    if module.weight.is_meta:
+        tried.to_empty(device="cpu")
+        for parameter in tried.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
+    x = torch.randn(2, 3, module.in_features, generator=generator, device="cpu").to(tried.weight)
+    try:
+        found = type(tried).forward(tried, x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001  (whatever a module says that takes other inputs)
+        return False
+    wanted = nn.functional.linear(x, tried.weight, tried.bias)
+    if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    allowed = _ROUNDING * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return bool(((found - wanted).abs() <= allowed).all())
 
 
 def stand_in(

@@ -21,7 +21,7 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.model.targets import block_stacks, found_stacks, linear_modules
+from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules
 from cur.integrations.nn import compressed_modules, dense_weight, layer_class
 from cur.integrations.plan.blocks import choose_blocks, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
@@ -154,6 +154,7 @@ def make_plan(
         refuse_named(model, config, dense)
         refuse_all(names, dense)
         targets, names = names, [name for name in names if name not in dense]
+        dense = left_dense(model, config.targets, exclude=config.exclude) | dense
     if isinstance(config, CompressConfig):
         entries = _in_order(
             names,

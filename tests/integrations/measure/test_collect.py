@@ -372,7 +372,7 @@ def test_half_precision_inputs_do_not_overflow_in_the_sums(llama: PreTrainedMode
         (
             {"modules": [], "layers": ["model.layers"]},
             ValueError,
-            "`layers` must be blocks that run once each",
+            "`layers` must be blocks that run in order",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from cur.integrations import block_stacks, decoder_layers, linear_modules
-from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.targets import found_stacks, left_dense
 from tests.models import make
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -203,20 +203,22 @@ def test_experts_have_names_of_their_own(mixtral: MixtralForCausalLM) -> None:
         linear_modules(mixtral, ["gate"])
 
 
-def test_experts_of_another_kind_are_refused_by_name(mixtral: MixtralForCausalLM) -> None:
+def test_experts_of_another_kind_are_left_dense(mixtral: MixtralForCausalLM) -> None:
     for block in mixtral.model.layers:
         del block.mlp.experts.has_gate
-    with pytest.raises(
-        ValueError, match=r"model.layers.0.mlp.experts.\w+ holds 3 experts .* put 'experts' into `exclude`"
-    ):
-        linear_modules(mixtral, "all-linear")
-    with pytest.raises(ValueError, match="holds 3 experts"):
-        linear_modules(mixtral, ["q_proj", "down_proj"])
-    with pytest.raises(ValueError, match=r"'w1' matches no module; .*the experts in .* are not compressed"):
+    found = left_dense(mixtral, "all-linear")
+    assert list(found) == [
+        f"model.layers.{block}.mlp.experts.{part}" for block in range(2) for part in ("gate_up_proj", "down_proj")
+    ]
+    assert all("does not keep to transformers' interface of experts" in sentence for sentence in found.values())
+    assert left_dense(mixtral, "all-linear", exclude=["experts"]) == {}
+    assert left_dense(mixtral, ["q_proj"]) == {}
+    assert linear_modules(mixtral, "all-linear") == linear_modules(mixtral, "all-linear", exclude=["experts"])
+    for target in ("experts", "mlp.experts", "gate_up_proj", "experts.down_proj"):
+        with pytest.raises(ValueError, match=f"'{target}' names no linear layer: .* is one parameter of shape"):
+            linear_modules(mixtral, [target])
+    with pytest.raises(ValueError, match="'w1' matches no module"):
         linear_modules(mixtral, ["w1"])
-    found = linear_modules(mixtral, "all-linear", exclude=["experts", "gate"])
-    assert len(found) == 8
-    assert all(".self_attn." in name for name in found)
 
 
 def test_three_dimensions_alone_do_not_make_experts() -> None:

@@ -3,9 +3,23 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from torch import nn
 
-from cur.integrations.nn import LAYOUTS, CURLinear, FoldedLinear, compressed_modules, dense_weight, layer_class, swap_
+from cur.integrations.nn import (
+    LAYOUTS,
+    CompressedLinear,
+    CURLinear,
+    FoldedLinear,
+    InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
+    compressed_modules,
+    dense_weight,
+    is_linear,
+    layer_class,
+    swap_,
+)
 
 M, N, RANK = 7, 11, 3
 
@@ -16,14 +30,6 @@ def test_layouts_by_name() -> None:
         ValueError, match="`layout` must be one of cur, folded, interpolative, outputs, inputs, whole, got 'x'"
     ):
         layer_class("x")
-
-
-def test_dense_weight_refuses_other_modules_by_name() -> None:
-    class Quantized(nn.Linear):
-        pass
-
-    with pytest.raises(TypeError, match=r"block\.q_proj is a Quantized"):
-        dense_weight(Quantized(2, 2), "block.q_proj")
 
 
 def test_swap_replaces_a_shared_layer_under_every_parent() -> None:
@@ -42,3 +48,62 @@ def test_swap_leaves_the_rest_alone() -> None:
     swap_(model, {"0": FoldedLinear(N, M, RANK)})
     assert isinstance(model[0], FoldedLinear)
     assert [model[1], model[2]] == [before["1"], before["2"]]
+
+
+class _Equal(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class _Scaled(nn.Linear):
+    scale = 2.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(input)
+
+
+class _Grouped(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...gd,gdo->...go", input, self.weight.view(2, self.in_features, -1))
+
+
+class _Scores(nn.Linear):
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(input)
+        return scores.topk(2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_that_gives_what_linear_gives_is_one(bias: bool, device: str, dtype: torch.dtype) -> None:
+    layer = _Equal(6, 4, bias=bias, device=device, dtype=dtype)
+    assert is_linear(layer)
+    weight, found, transposed = dense_weight(layer, "layer")
+    assert (tuple(weight.shape), found is not None, transposed) == ((4, 6), bias, False)
+    with torch.device("meta"):  # as while a model is opened
+        assert is_linear(_Equal(7, 4, bias=bias, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", [_Scaled, _Grouped, _Scores])
+def test_a_subclass_that_does_more_is_none(kind: type[nn.Linear]) -> None:
+    with pytest.raises(TypeError, match=f"layer is a {kind.__name__}; .*exclude it from the targets"):
+        dense_weight(kind(6, 4), "layer")
+    assert not is_linear(kind(6, 4))
+
+
+def test_settings_of_a_subclass_count() -> None:
+    layer = _Scaled(6, 4)
+    layer.scale = 1.0
+    assert is_linear(layer)
+    assert not is_linear(_Scaled(6, 4))
+
+
+@pytest.mark.parametrize("kind", [CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs])
+def test_the_bias_can_be_read_of_every_layer(kind: type[CompressedLinear]) -> None:
+    """Mamba adds the bias of a layer that it does not call; initialisation sets others."""
+    layer = kind(6, 4, 2)
+    assert torch.equal(layer.bias, layer.bias_tensor())
+    assert kind(6, 4, 2, bias=False).bias is None
+    assert torch.equal(copy.deepcopy(layer).bias, layer.bias)
