@@ -206,6 +206,42 @@ UNUSUAL: dict[str, Family] = {
     "xlnet": Family(hf.XLNetConfig, {"d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48, **_SIZES}, ()),
     # initialisation that sets the bias of a layer
     "recurrent_gemma": Family(hf.RecurrentGemmaConfig, dict(**_GROUPED, lru_width=32, attention_window_size=8), ()),
+    # embeddings that are scaled in place
+    "ctrl": Family(
+        hf.CTRLConfig, {"n_embd": 32, "n_layer": 4, "n_head": 4, "dff": 48, "n_positions": 64, **_SIZES}, ()
+    ),
+    # a prompt of its own before the text, so that nothing of a text is a window as well
+    "cpmant": Family(
+        hf.CpmAntConfig,
+        {
+            "dim_ff": 48,
+            "dim_head": 8,
+            "num_attention_heads": 4,
+            "prompt_types": 4,
+            "prompt_length": 4,
+            "segment_types": 8,
+            **_SIZES,
+        },
+        (),
+    ),
+    # one block under the names of several
+    "zamba2": Family(
+        hf.Zamba2Config,
+        {
+            **_GROUPED,
+            "layer_types": ["mamba", "hybrid"] * 2,
+            "hybrid_layer_ids": [1, 3],
+            "mamba_ngroups": 1,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 16,
+            "adapter_rank": 4,
+            "num_mem_blocks": 1,
+            "chunk_size": 8,
+            "num_key_value_heads": 4,
+        },
+        (),
+    ),
 }
 """Families that are built otherwise than most, by what is unusual of them."""
 

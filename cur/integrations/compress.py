@@ -22,7 +22,7 @@ from cur._lib.moved import former_names
 from cur._lib.versions import versions
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
-from cur.integrations.plan.dense import check_reached
+from cur.integrations.plan.dense import check_reached, few_tokens
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
@@ -115,7 +115,8 @@ def compress_source(source: Source, asked: Asked) -> CompressionReport:
     """
     asked, notes = source.settled(asked)
     statistics, plan = planned(source, asked)
-    return replace(carry_out(source, plan, statistics), notes=notes)
+    report = carry_out(source, plan, statistics)
+    return replace(report, notes=(*notes, *report.notes))
 
 
 def compress_to(
@@ -264,6 +265,7 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         source=source.origin.source,
         kept=source.kept(),
         unread=source.origin.unread,
+        notes=few_tokens(statistics, plan.entries),
     )
 
 

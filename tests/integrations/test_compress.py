@@ -285,11 +285,15 @@ def test_a_layer_shared_by_two_parents_stays_shared(llama: PreTrainedModel, wind
     assert layers[3].mlp.gate_proj is layers[1].mlp.gate_proj
 
 
-def test_a_weight_tied_to_another_parameter_is_refused(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+def test_a_weight_tied_to_another_parameter_stays_dense(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     llama.model.layers[2].mlp.gate_proj.weight = llama.model.layers[1].mlp.up_proj.weight
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.gate_proj is tied to model\.layers\.1\.mlp"):
-        compress(llama, windows, SMALL)
+    name, said = "model.layers.2.mlp.gate_proj", "is tied to model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=f"{name} {said}: .*; exclude it"):
+        compress(llama, windows, replace(SMALL, layers="all", targets=(name, "q_proj")))
     assert not compressed_modules(llama)
+    report = compress(llama, windows, replace(SMALL, layers="all", targets=("gate_proj",)))
+    assert said in report.plan.dense[name]
+    assert name not in {layer.name for layer in report.layers}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, collect, compress, decoder_layers, save
 from cur.integrations.blockwise.run import compress_blockwise
 from cur.integrations.blockwise.streamed_model import load_streamed
@@ -137,6 +138,7 @@ def test_layers_are_not_fitted_where_blocks_depend_on_more_than_the_hidden_state
         ("xlnet", "rel_attn.q is one parameter of shape (32, 4, 8), and XLNetRelativeAttention does not keep to"),
         ("phimoe", "mlp.router is a PhimoeTopKRouter, which does more than multiply with its weight"),
         ("recurrent_gemma", "rg_lru.input_gate_weight is one parameter of shape (4, 8, 8)"),
+        ("zamba2", "shared_transformer.self_attn.q_proj is tied to model.layers.3.shared_transformer.self_attn.q_proj"),
         ("mamba", "no input reached backbone.layers.1.mixer.dt_proj on the calibration text"),
     ],
 )
@@ -158,3 +160,54 @@ def test_rounded_layers_of_such_families_run(name: str) -> None:
     before = logits(model)
     quantize_(model)
     assert float((logits(model) - before).norm() / before.norm()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_healing_where_the_stream_is_wider_than_the_weights(scope: str, dtype: torch.dtype) -> None:
+    """Mamba keeps the hidden state in float32 beside weights of half precision."""
+    teacher = make("mamba").to(dtype)
+    student = copy.deepcopy(teacher)
+    compress(student, windows(), PAPER)
+    config = HealingConfig(scope=scope, steps=2, held_out=4)
+    report = heal(student, teacher, batch("llama", count=14)["input_ids"], config)
+    assert report.steps == 2
+    assert torch.isfinite(logits(student)).all()
+
+
+def test_healing_refuses_blocks_that_depend_on_more_than_the_hidden_state() -> None:
+    teacher = make("gemma3n_text")
+    student = copy.deepcopy(teacher)
+    compress(student, windows(), PAPER)
+    with pytest.raises(ValueError, match=r"`teacher` cannot be healed from block to block: .*leaves something"):
+        heal(student, teacher, batch("llama", count=14)["input_ids"], HealingConfig(steps=2, held_out=4))
+
+
+def test_gradients_that_a_model_refuses_are_told() -> None:
+    model = make("llama")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("only in training mode")
+
+    def watch(_: torch.nn.Module, __: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(refuse)
+
+    model.model.norm.register_forward_hook(watch)
+    with pytest.raises(
+        TypeError, match=r"no gradients .* LlamaForCausalLM .*\(only in training mode\); leave them out"
+    ):
+        compress(model, windows(), BUDGET)
+
+
+@pytest.mark.parametrize("config", [PAPER, BUDGET], ids=["paper", "budget"])
+def test_layers_that_few_tokens_reach_get_what_these_support(config: CompressConfig | BudgetConfig) -> None:
+    model = make("mixtral")
+    asked = (
+        replace(config, own_text=0.0) if isinstance(config, BudgetConfig) else replace(config, layers="all", rank=20)
+    )
+    report = compress(model, windows()[:1, :6], replace(asked, targets=("experts.gate_up_proj",)))
+    assert report.layers
+    assert all(layer.rank <= 6 for layer in report.layers if isinstance(config, CompressConfig))
+    assert "got fewer tokens of text than they have directions" in report.notes[-1]
+    assert compressed("llama", config)[1].notes == ()

@@ -125,7 +125,7 @@ class Stack(BlockWalk):
         """
         if not self.separate or self.head is None:
             return last
-        scores: Tensor = self.head(last)
+        scores: Tensor = self.head(last.to(self.head.get_parameter("weight").dtype))
         return scores
 
 

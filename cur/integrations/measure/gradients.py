@@ -119,7 +119,16 @@ class OutputGradients:
         loss = nn.functional.cross_entropy(scores, labels, reduction="sum")
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TypeError(
+                f"no gradients can be taken through {type(self.model).__name__} in evaluation mode ({reason}); "
+                f"{_WITHOUT}"
+            ) from error
         for key, product in self.products.items():
             if not bool(torch.isfinite(product.diagonal()).all()):
                 raise NumericalError(f"the gradient at the output of {self.names[key][0]!r} is not finite")
@@ -175,8 +184,9 @@ class OutputGradients:
         return products, counts
 
 
-def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    # Not the leaf itself: what follows may work in place.
+    return output.requires_grad_(True).clone()
 
 
 def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) -> torch.Tensor:

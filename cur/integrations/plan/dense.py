@@ -1,24 +1,34 @@
-"""Targets that stay dense, and why: too small to gain anything, or never reached by the text."""
+"""Targets that stay dense, and why: too small to gain anything, tied to others, or never reached by the text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.targets import targeted_singly
 from cur.integrations.nn import dense_weight, layer_class
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
+from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.rate_distortion import SMALLEST
 
-__all__ = ["check_reached", "dense_remark", "refuse_all", "refuse_named", "refuse_too_small", "too_small", "unmeasured"]
+__all__ = [
+    "check_reached",
+    "dense_remark",
+    "few_tokens",
+    "refuse_all",
+    "refuse_named",
+    "refuse_unfit",
+    "unfit",
+    "unmeasured",
+]
 
 _TOLD = 3
 
 
-def too_small(model: nn.Module, config: CompressConfig | BudgetConfig, names: Iterable[str]) -> dict[str, str]:
-    """Say of layers that no rank makes smaller that they are too small.
+def unfit(model: nn.Module, config: CompressConfig | BudgetConfig, names: Iterable[str]) -> dict[str, str]:
+    """Say of layers that cannot be replaced with any gain why that is so: too small, or tied to others.
 
     Where the layout is chosen by speed, a layer that would not get faster has no entry, and nothing is said of it.
 
@@ -34,17 +44,65 @@ def too_small(model: nn.Module, config: CompressConfig | BudgetConfig, names: It
     Returns
     -------
     dict of str to str
-        A sentence by the name of each layer that is too small.
+        A sentence by the name of each layer that has to stay dense.
     """
     layout = config.layout if isinstance(config, CompressConfig) else SMALLEST.layout
-    if layout == "auto":
-        return {}
+    holders = _holders(model)
     found = {}
     for name in names:
-        m, n = dense_weight(model.get_submodule(name), name)[0].shape
-        if layer_class(layout).rank_within(m, n, m * n - 1) < 1:
+        weight = dense_weight(model.get_submodule(name), name)[0]
+        m, n = weight.shape
+        if other := holders.get(_address(model.get_parameter(f"{name}.weight")), {name}) - {name}:
+            found[name] = (
+                f"the weight of {name} is tied to {', '.join(sorted(other))}: compressing one would leave the other "
+                "dense"
+            )
+        elif layout != "auto" and layer_class(layout).rank_within(m, n, m * n - 1) < 1:
             found[name] = f"{name} ({m} x {n}) is too small: no rank saves anything"
     return found
+
+
+def _holders(model: nn.Module) -> dict[int, set[str]]:
+    """Return the modules that hold each parameter, by its address; a module under two names is one module."""
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel():
+                holders.setdefault(_address(parameter), set()).add(name)
+    return holders
+
+
+def _address(parameter: Tensor) -> int:
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
+
+
+def few_tokens(statistics: Statistics, entries: Iterable[PlanEntry]) -> tuple[str, ...]:
+    """Say of which layers the text holds fewer tokens than they have directions; none if there is no such layer.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        The statistics that the layers are made from.
+    entries : iterable of PlanEntry
+        The entries of the layers.
+
+    Returns
+    -------
+    tuple of str
+        A sentence, or none.
+    """
+    few = {
+        entry.name: statistics.counts[entry.name]
+        for entry in entries
+        if 0 < statistics.counts.get(entry.name, 0) < min(entry.shape)
+    }
+    if not few:
+        return ()
+    least = min(few, key=lambda name: few[name])
+    return (
+        f"{len(few)} compressed layers got fewer tokens of text than they have directions ({least}: {few[least]}), so "
+        "that what they do on other tokens is not known; give more text.",
+    )
 
 
 def unmeasured(statistics: Statistics, names: Iterable[str], *, gradients: bool = False) -> dict[str, str]:
@@ -97,8 +155,8 @@ def refuse_named(model: nn.Module, config: CompressConfig | BudgetConfig, dense:
         raise ValueError(f"{dense[found[0]]}; exclude it")
 
 
-def refuse_too_small(model: nn.Module, config: CompressConfig | BudgetConfig, names: Sequence[str]) -> None:
-    """Raise a ValueError if all layers are too small, or one that the user named by itself.
+def refuse_unfit(model: nn.Module, config: CompressConfig | BudgetConfig, names: Sequence[str]) -> None:
+    """Raise a ValueError if all layers are too small or tied, or one that the user named by itself.
 
     Parameters
     ----------
@@ -114,7 +172,7 @@ def refuse_too_small(model: nn.Module, config: CompressConfig | BudgetConfig, na
     ValueError
         If nothing could be compressed, or not what was named.
     """
-    dense = too_small(model, config, names)
+    dense = unfit(model, config, names)
     refuse_named(model, config, dense)
     refuse_all(names, dense)
 

@@ -26,7 +26,7 @@ from cur.integrations.nn import compressed_modules, dense_weight, layer_class
 from cur.integrations.plan.blocks import choose_blocks, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
-from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
+from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_unfit, unfit, unmeasured
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.guide import guide, link_weights
 from cur.integrations.plan.layouts import choose_layout, fastest_rank
@@ -150,7 +150,7 @@ def make_plan(
         if isinstance(config, CompressConfig):
             wanted = set(_selected(model, config, chosen_blocks(model, statistics, config)))
             names = [name for name in names if name in wanted]
-        dense = too_small(model, config, names) | unmeasured(statistics, names, gradients=config.needs_gradients)
+        dense = unfit(model, config, names) | unmeasured(statistics, names, gradients=config.needs_gradients)
         refuse_named(model, config, dense)
         refuse_all(names, dense)
         targets, names = names, [name for name in names if name not in dense]
@@ -227,7 +227,8 @@ def layer_entries(
     for name in names:
         weight = finite_weight(model.get_submodule(name), name)
         m, n = weight.shape
-        live = int((x_norm(statistics, name) > 0).sum())
+        # More directions than there are tokens were not seen, of an expert for one.
+        live = min(int((x_norm(statistics, name) > 0).sum()), statistics.counts[name])
         if config.layout == "auto":
             limit = fastest_rank((m, n), config.purpose)
             if limit < 1:
@@ -424,7 +425,6 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
         if inside[-1] >= sum(stacks):
             raise ValueError(f"`layers` must be between 0 and {sum(stacks) - 1} for this model, got {inside[-1]}")
     names = _selected(model, config, inside)
-    tied = _tied_weights(model)
     factored = tuple(f"{name}." for name in compressed_modules(model))
     limit, widest = 0, ""
     for name in names:
@@ -433,14 +433,9 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
         weight, _, _ = dense_weight(model.get_submodule(name), name)
         if weight.is_meta and not offloaded:
             raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
-        if other := tied.get(_address(model.get_parameter(f"{name}.weight")), {name}) - {name}:
-            raise ValueError(
-                f"the weight of {name} is tied to {', '.join(sorted(other))}; compressing one would leave the "
-                "other dense, so exclude it"
-            )
         if min(weight.shape) > limit:
             limit, widest = min(weight.shape), f"{name} ({weight.shape[0]} x {weight.shape[1]})"
-    refuse_too_small(model, config, names)
+    refuse_unfit(model, config, names)
     if isinstance(config, CompressConfig) and config.rank is not None and config.rank > limit:
         raise ValueError(
             f"`rank` must be at most {limit}, the smaller side of the largest target {widest}, got {config.rank}"
@@ -491,17 +486,3 @@ def _subspace(asked: str, side: int) -> str:
     if asked != "auto":
         return asked
     return "exact" if side <= EXACT_UP_TO else "randomised"
-
-
-def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
-    """Return the modules that hold each parameter, by its address; a module under two names is one module."""
-    holders: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.numel():
-                holders.setdefault(_address(parameter), set()).add(name)
-    return holders
-
-
-def _address(parameter: Tensor) -> int:
-    return id(parameter) if parameter.is_meta else parameter.data_ptr()

@@ -169,9 +169,14 @@ def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bo
         return False
     state = run(inner, model_inputs(inner, ids))[0]
     whole = run(model, model_inputs(model, ids)).logits
-    ours = head(state)
+    ours = head(state.to(_dtype(head)))  # some models keep the stream in float32 beside weights of half precision
     tolerance = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
     return ours.shape == whole.shape and bool((ours - whole).abs().max() <= tolerance)
+
+
+def _dtype(head: nn.Module) -> torch.dtype:
+    weight: torch.Tensor = head.get_parameter("weight")
+    return weight.dtype
 
 
 def _unrounded(head: nn.Linear, passes: Precision) -> AbstractContextManager[None]:
