@@ -152,8 +152,9 @@ def _write(model: PreTrainedModel, first: torch.Tensor, heights: torch.Tensor) -
     tokens = first[(heights[:, 0] * len(first)).long()].to(_embedded(model).device)[:, None]
     if heights.shape[1] == 1:
         return tokens.cpu()
+    known: Any = model
     with _as_it_predicts(model):
-        written: torch.Tensor = model.generate(
+        written: torch.Tensor = known.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=heights.shape[1] - 1,

@@ -90,7 +90,7 @@ def _multiplies(module: nn.Linear) -> bool:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
     x = torch.randn(2, 3, module.in_features, generator=generator, device="cpu").to(tried.weight)
     try:
-        found = type(tried).forward(tried, x)
+        found: Any = type(tried).forward(tried, x)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # noqa: BLE001  (whatever a module says that takes other inputs)
