@@ -1,4 +1,4 @@
-"""Put the figures of ``benchmarks/results/*.json`` into ``docs/benchmarks.md`` and ``docs/scale.md``, between markers.
+"""Put the figures of ``benchmarks/results/*.json`` into the pages that show them, between markers.
 
     python benchmarks/render.py           # rewrite the pages
     python benchmarks/render.py --check   # fail if that would change one
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md", ROOT / "docs" / "howto" / "modules.md")
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -52,6 +52,26 @@ def paper_setting(data: dict[str, Any]) -> str:
         )
     head = ["Perplexity, lower is better", *texts, "Parameters", "Seconds to factor"]
     return f"{table(head, rows)}\n\n{provenance(data)}"
+
+
+def ctr(data: dict[str, Any]) -> str:
+    """Return the AUC of a click model by method and share of its parameters."""
+    kept = sorted({row["keep"] for row in data["rows"] if row["keep"] < 1}, reverse=True)
+    found = {(row["what"], row["keep"]): row for row in data["rows"]}
+    dense = next(row for row in data["rows"] if row["keep"] == 1)
+    rows = [
+        [what, *(f"{found[what, keep]['auc']:.4f}" for keep in kept)]
+        for what in dict.fromkeys(row["what"] for row in data["rows"] if row is not dense)
+    ]
+    sizes = [f"{keep:.0%}" for keep in kept]
+    head = ["AUC, higher is better; parameters kept in tables and linear layers", *sizes]
+    said = (
+        f"Dense: {dense['auc']:.4f} with {dense['parameters']:,} parameters; the best possible on these clicks: "
+        f"{data['possible']:.4f}. {data['seeds']} models; {data['seconds']:.0f} s in all. "
+        f"At {kept[-1]:.0%} a budget keeps {found['budget by the loss', kept[-1]]['parameters']:,} parameters, and the "
+        f"same share of every layer, which ranks round down, {found['SVD of the weights', kept[-1]]['parameters']:,}."
+    )
+    return f"{table(head, rows)}\n\n{said}\n\n{provenance(data)}"
 
 
 def bounds(data: dict[str, Any]) -> str:
@@ -512,6 +532,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_selectors": columns("matrix", "select", "error over SVD", "worst of 5", "seconds"),
     "core_speed": columns("what", "seconds", "times faster than SciPy", "target"),
     "core_tolerance": core_tolerance,
+    "ctr": ctr,
     "heads": columns("forms", "0.9", "0.8", "0.6"),
     "inference": inference,
     "paper": paper,

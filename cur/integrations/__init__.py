@@ -13,6 +13,7 @@ from cur.integrations.measure.text import batches, dataset_texts, embedded_text,
 from cur.integrations.model.learning import trainable
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.targets import block_stacks, decoder_layers, linear_modules
+from cur.integrations.model.usage import used_as
 from cur.integrations.nn import CURLinear, FoldedLinear, InterpolativeLinear
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.blocks import choose_blocks
@@ -22,6 +23,7 @@ from cur.integrations.plan.plan import Plan, PlanEntry
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.perplexity import Perplexity, perplexity
 from cur.integrations.store.checkpoint import dense_export, save
+from cur.integrations.store.module import load_into
 
 __getattr__ = former_names(__name__, ("cur.integrations.compress", "cur.integrations.plan.blocks"))
 
@@ -53,6 +55,7 @@ __all__ = [
     "embedded_text",
     "evaluate_model",
     "linear_modules",
+    "load_into",
     "load_model",
     "make_plan",
     "perplexity",
@@ -61,4 +64,5 @@ __all__ = [
     "save",
     "token_windows",
     "trainable",
+    "used_as",
 ]

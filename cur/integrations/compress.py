@@ -10,17 +10,18 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from cur._lib.errors import warn
 from cur._lib.moved import former_names
 from cur._lib.versions import versions
 from cur.integrations.measure.statistics import Statistics
+from cur.integrations.model.usage import used_as
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import check_reached, few_tokens
 from cur.integrations.plan.make import make_plan
@@ -43,22 +44,26 @@ __getattr__ = former_names(
 
 
 def compress(
-    model: PreTrainedModel,
-    calibration: Tensor | Iterable[Mapping[str, Tensor]] | Statistics,
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any] | Statistics,
     config: CompressConfig | BudgetConfig | None = None,
     *,
     precision: str = "auto",
     progress: StageProgress | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    blocks: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
 ) -> CompressionReport:
     """Replace linear layers of a model by factored ones, in place.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        The model, which is changed in place, and only if everything succeeds.
-    calibration : Tensor, iterable of mapping, or Statistics
+    model : nn.Module
+        The model, which is changed in place, and only if everything succeeds: one of transformers, or any module.
+    calibration : Tensor, iterable, or Statistics
         Token windows (count, length), batches of ``input_ids`` and ``attention_mask``, or statistics of an
-        earlier run, which must cover the targets.
+        earlier run, which must cover the targets. Of a module that is not one of transformers': batches, each a tensor,
+        or tensors in a tuple, a list or a mapping; one tensor or mapping is one batch.
     config : CompressConfig or BudgetConfig, optional
         Blocks and a rank, or a budget of parameters. Default: the paper's setting.
     precision : str, default "auto"
@@ -66,6 +71,15 @@ def compress(
         configuration has that of the factorizations.
     progress : callable, optional
         Called with a stage and its progress, see :data:`~cur.integrations.sources.StageProgress`.
+    forward : callable, optional
+        Called as ``forward(module, batch)`` to run the model on a batch; by default a batch is its arguments.
+    loss : callable, optional
+        Called as ``loss(output, batch)``; returns the mean over the samples, or one number for each. Without one, a
+        module that is not one of transformers' is compressed to a budget by the errors of outputs alone, and the report
+        says so.
+    blocks : str, sequence of str or sequence of sequence of str, optional
+        The name of the module whose children are the blocks, or the names of the blocks; by default they are looked
+        for. Needed where a configuration chooses among blocks alone.
 
     Returns
     -------
@@ -94,9 +108,10 @@ def compress(
     """
     config = config or CompressConfig()
     statistics = calibration if isinstance(calibration, Statistics) else None
-    text = None if isinstance(calibration, Statistics) else as_batches(calibration, config.batch_size)
-    source = InMemory(model, text, statistics=statistics, precision=precision, progress=progress)
-    return compress_source(source, config)
+    with used_as(model, forward=forward, loss=loss, blocks=blocks):
+        text = None if isinstance(calibration, Statistics) else as_batches(calibration, config.batch_size, model)
+        source = InMemory(model, text, statistics=statistics, precision=precision, progress=progress)
+        return compress_source(source, config)
 
 
 def compress_source(source: Source, asked: Asked) -> CompressionReport:
@@ -198,7 +213,7 @@ def _measured(source: Source, asked: Asked, names: Sequence[str]) -> Statistics:
 
 
 def measure(
-    model: PreTrainedModel,
+    model: nn.Module,
     text: Sequence[Mapping[str, Tensor]],
     asked: Asked,
     *,
@@ -210,7 +225,7 @@ def measure(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     text : sequence of mapping
         Batches of ``input_ids`` and ``attention_mask`` to run the model on.
@@ -270,7 +285,7 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
 
 
 def carry_out_(
-    model: PreTrainedModel,
+    model: nn.Module,
     plan: Plan,
     statistics: Statistics,
     *,
@@ -282,7 +297,7 @@ def carry_out_(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The model, which is changed in place.
     plan : Plan
         Made for this model, perhaps edited.
@@ -314,7 +329,7 @@ def carry_out_(
 
 
 def apply_plan_(
-    model: PreTrainedModel,
+    model: nn.Module,
     plan: Plan,
     statistics: Statistics,
     *,
@@ -324,7 +339,7 @@ def apply_plan_(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is changed in place.
     plan : Plan
         The plan to apply.

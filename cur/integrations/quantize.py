@@ -20,9 +20,9 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.running import Progress
 from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.usage import is_transformer
 from cur.integrations.nn import (
     CompressedLinear,
-    Int8Linear,
     WholeLinear,
     compressed_modules,
     dense_weight,
@@ -64,7 +64,8 @@ def quantizable(model: nn.Module, /) -> list[str]:
     """Name the layers that :func:`quantize_` rounds: compressed ones, and other linear layers of the blocks.
 
     Linear layers that share their weight with another module are left out, and experts in three-dimensional parameters
-    that were not compressed; of a model in which no stack of blocks is found, compressed layers are all.
+    that were not compressed; of a transformer in which no stack of blocks is found, compressed layers are all. Of any
+    other module linear layers are rounded wherever they are.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
     if done:
         raise ValueError(f"{done[0]} is rounded to int8 already; start from the checkpoint that it was made from")
     try:
-        blocks = tuple(f"{name}." for name, _ in decoder_layers(model))
+        blocks = tuple(f"{name}." for name, _ in decoder_layers(model)) if is_transformer(model) else ("",)
     except ValueError:
         blocks = ()
     factors = tuple(f"{name}." for name in layers)
@@ -113,7 +114,7 @@ def quantizable(model: nn.Module, /) -> list[str]:
 
 @torch.no_grad()
 def quantize_(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics | None = None,
     *,
     damping: float = 0.1,
@@ -130,8 +131,8 @@ def quantize_(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        A transformer, compressed or not. Its compressed layers and the other linear layers of its blocks are rounded.
+    model : nn.Module
+        A model, compressed or not. Its :func:`quantizable` layers are rounded.
     statistics : Statistics, optional
         Statistics of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without
         them every entry goes to the nearest multiple.
@@ -148,22 +149,22 @@ def quantize_(
     Raises
     ------
     TypeError
-        If the model is not one of transformers' own.
+        If the model is no module.
     ValueError
         As :func:`quantizable`; if the model is quantized by another method, the statistics do not cover a layer, or
         `damping` is negative.
     NumericalError
         If a weight is NaN or infinite, or a damped second moment is not positive definite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a module, got {type(model).__name__}; load it first")
     refuse_adapters(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a PreTrainedModel, got {type(model).__name__}; unwrap it")
     refuse_other_formats(model)
     if not 0 <= damping < math.inf:
         raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")
     names = quantizable(model)
     errors: dict[str, float] = {}
-    rounded: dict[str, dict[str, Int8Linear]] = {}
+    rounded: dict[str, dict[str, Any]] = {}
     for done, name in enumerate(names, start=1):
         rounded[name], errors[name] = round_layer(name, model.get_submodule(name), statistics, damping)
         if progress is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from cur.integrations.factor.making import decompose
 from cur.integrations.measure.collect import collect
@@ -27,6 +26,7 @@ from cur.integrations.model.origin import Origin, changed_modules, kept_digest, 
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.usage import is_transformer, usage_of
 from cur.integrations.nn import CompressedLinear, swap_
 from cur.integrations.plan.config import Asked, BudgetConfig
 from cur.integrations.plan.make import Layers, candidates, chooses_by_angle
@@ -84,7 +84,7 @@ class Source(ABC):
 
     Attributes
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         Dense; its weights may be in memory a block at a time.
     text : list or None
         The text to measure on, in batches; None where statistics replace it.
@@ -98,7 +98,7 @@ class Source(ABC):
         Told how far each stage is.
     announce : callable
         Called with sentences on what was found.
-    compressed : PreTrainedModel
+    compressed : nn.Module
         The compressed model that :meth:`replace_layers` makes; perhaps the same object.
     """
 
@@ -108,7 +108,7 @@ class Source(ABC):
     offloaded = False
     """Whether weights are in memory only while their block is."""
 
-    model: PreTrainedModel
+    model: Any
     text: list[Any] | None
     precision: Precision
     before: Size
@@ -309,7 +309,7 @@ class InMemory(Source):
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which :meth:`replace_layers` alone changes.
     text : list or None
         The text to measure on, as batches of ``input_ids`` and ``attention_mask``.
@@ -327,7 +327,7 @@ class InMemory(Source):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         text: list[Any] | None,
         *,
         tokenizer: Any = None,
@@ -357,13 +357,24 @@ class InMemory(Source):
         return names
 
     def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
-        """Leave out own text of a model that writes none, and fits where its blocks cannot be walked through."""
+        """Leave out what the model does not have.
+
+        That is text of its own, a loss of a module that is no transformer, and blocks that can be walked through.
+        """
         if self.text is None or not isinstance(asked, (BudgetConfig, Plan)):
             return asked, ()
         self.check(asked)
         notes: list[str] = []
         given = self._statistics
         measured = (isinstance(given, Path) and given.exists()) or isinstance(given, Statistics)
+        if not is_transformer(self.model) and isinstance(asked, BudgetConfig):
+            asked = replace(asked, own_text=0.0)
+            if asked.gradients and not measured and usage_of(self.model).loss is None:
+                asked = replace(asked, gradients=False)
+                notes.append(
+                    "No loss is known, so layers count by the error of their outputs alone; pass "
+                    "`loss(output, batch)` for gradients."
+                )
         if asked.own_text and not measured and (fault := writing_fault(self.model)):
             asked = replace(asked, own_text=0.0)
             notes.append(f"No text of the model's own was measured: {fault}.")
@@ -384,6 +395,8 @@ class InMemory(Source):
     def write_text(self, share: float, *, seed: int) -> float:
         """Add text that the model writes itself; see :func:`~cur.integrations.measure.generated_text.own_text`."""
         assert self.text is not None
+        if not is_transformer(self.model):
+            return 0.0
         size = max(len(next(iter(batch.values()))) for batch in self.text)
         own = own_text(
             self.model,
@@ -415,10 +428,12 @@ class InMemory(Source):
             progress=self.watch("calibrate"),
         )
         with unrolled(self.model):
+            by_angle = chooses_by_angle(self.model, asked)
+            stacks = found_stacks(self.model) if by_angle or is_transformer(self.model) else []
             try:
-                found = measure(layers=[name for stack in found_stacks(self.model) for name, _ in stack])
+                found = measure(layers=[name for stack in stacks for name, _ in stack])
             except ChainError:
-                if chooses_by_angle(asked):
+                if by_angle:
                     raise
                 found = measure(layers=())
         found = replace(found, own_text=own_text)
@@ -506,21 +521,26 @@ def silent(_: str) -> None:
     """
 
 
-def as_batches(calibration: Tensor | Iterable[Mapping[str, Tensor]], batch_size: int) -> list[Any]:
+def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None) -> list[Any]:
     """Return batches of token windows, or the batches that were given, as a list: two passes may be made over them.
 
     Parameters
     ----------
-    calibration : Tensor or iterable of mapping
-        Windows of tokens, or batches of them.
+    calibration : Tensor or iterable
+        Windows of tokens, or batches.
     batch_size : int
         The number of windows in a batch, for windows.
+    model : nn.Module, optional
+        The model that reads them: of a module that is no transformer, one tensor or mapping is one batch. Default: a
+        transformer.
 
     Raises
     ------
     ValueError
         If there is no batch.
     """
+    if model is not None and not is_transformer(model) and isinstance(calibration, (Tensor, Mapping)):
+        return [calibration]
     if isinstance(calibration, Tensor):
         return list(batches(calibration, batch_size=batch_size))
     given = list(calibration)

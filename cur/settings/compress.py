@@ -113,7 +113,8 @@ class PaperSettings:
     choose: str = field(
         default="angular",
         metadata=setting(
-            "Which, if their number is given: angular (those that turn the hidden state least), random or last.",
+            "Which, if their number is given: angular (those that turn the hidden state least), position (the same, "
+            "with later blocks counting less), random or last.",
         ),
     )
     span: int = field(default=1, metadata=setting("Choose blocks in runs of this many, by the angle of a whole run."))

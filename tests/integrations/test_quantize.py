@@ -252,8 +252,8 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
     statistics.products["model.layers.0.mlp.up_proj"][0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"factors of model.layers.0.mlp.\w+_proj is not positive definite"):
         quantize_(llama, statistics)
-    with pytest.raises(TypeError, match="`model` must be a PreTrainedModel, got Sequential"):
-        quantize_(nn.Sequential(nn.Linear(3, 3)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`model` must be a module, got function"):
+        quantize_(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="are offloaded; load the model"):
         quantize_(copy.deepcopy(llama).to("meta"))
     llama.hf_quantizer = object()
@@ -261,7 +261,8 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
         quantize_(llama)
     assert not any(isinstance(part, Int8Linear) for part in llama.modules())
     with pytest.raises(ValueError, match="no stack of blocks with linear layers"):
-        quantizable(nn.Sequential(nn.Linear(3, 3)))
+        quantizable(nn.Sequential(nn.ReLU()))
+    assert quantizable(nn.Sequential(nn.Linear(3, 3))) == ["0"]  # no transformer: wherever they are
 
 
 def test_what_is_rounded_can_neither_be_rounded_nor_converted_nor_healed(

@@ -171,6 +171,7 @@ def factorize_as(
     norm = x_norm(moments.statistics, entry.name).to(W)
     done = factor(W)
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
+    layer.adopt_(module)
     layer.train(module.training)
     layer.requires_grad_(next(module.parameters()).requires_grad)
     left, right = _folded(done.factors)
@@ -320,7 +321,10 @@ def _under_moments(
         # The best weight of full rank: the nearest one of lower rank in the norm of H and M has the least error.
         target = torch.linalg.solve(G, wanted, left=False)
     if isinstance(entry, WeightedEntry):
-        factors = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank).interpolative()
+        near = weighted_svd(target, row_weights=H, column_weights=G).truncate(entry.rank)
+        factors = near if entry.layer_type.by_inputs else near.interpolative()
+    elif entry.layer_type.by_inputs:
+        return _own_columns(W, entry.rank, H, G)
     else:
         factors = own_rows(W, row_weights=H, column_weights=G).truncate(entry.rank)
         if propagated is not None:
@@ -330,7 +334,17 @@ def _under_moments(
     left, right = factors.factors
     rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
     certificate = plain_certificate(W, left @ right, rounding)
-    return Factored(factors, certificate, factors.chosen if isinstance(entry, RowsEntry) else ())
+    rows = factors.chosen if isinstance(entry, RowsEntry) and isinstance(factors, Interpolative) else ()
+    return Factored(factors, certificate, rows)
+
+
+def _own_columns(W: Tensor, rank: int, H: Any, G: Any) -> Factored:
+    """Keep columns of a weight, the rows of a table, and write the others as combinations of them."""
+    rows = own_rows(W.mT, row_weights=G, column_weights=H).truncate(rank)
+    coefficients, kept = rows.factors
+    left, right = kept.mT, coefficients.mT
+    rounding = evaluation_rounding(left, right, u=unit_roundoff(W.dtype, W))
+    return Factored(Folded(left, right), plain_certificate(W, left @ right, rounding), columns=rows.chosen)
 
 
 def plain_certificate(W: Tensor, near: Tensor, rounding: float) -> Certificate:

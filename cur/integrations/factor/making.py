@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from cur.integrations.factor.methods import Task, make_layers
 from cur.integrations.measure.moments import Moments, x_norm
@@ -27,7 +26,7 @@ class Making:
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     plan : Plan
         The plan, which has an entry for each layer to make.
@@ -44,7 +43,7 @@ class Making:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         plan: Plan,
         statistics: Statistics,
         progress: Callable[[int], object] | None = None,
@@ -107,12 +106,12 @@ class Making:
         return {name: self.layers[name] for name in names}, [self._reports[name] for name in names]
 
 
-def corrected(model: PreTrainedModel, plan: Plan) -> list[str]:
+def corrected(model: nn.Module, plan: Plan) -> list[str]:
     """Name the layers that are fitted to what compressed ones before them give.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     plan : Plan
         The plan, which says how much is corrected.
@@ -124,7 +123,7 @@ def corrected(model: PreTrainedModel, plan: Plan) -> list[str]:
     """
     if plan.correction <= 0 or len(found_stacks(model)) != 1:
         return []
-    return [entry.name for entry in plan.entries if entry.fits_inputs]
+    return [entry.name for entry in plan.entries if entry.fits_inputs and not entry.layer_type.by_inputs]
 
 
 def text_for(plan: Plan, names: Sequence[str], text: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -143,7 +142,7 @@ def text_for(plan: Plan, names: Sequence[str], text: Sequence[Mapping[str, Any]]
 
 
 def decompose(
-    model: PreTrainedModel,
+    model: nn.Module,
     plan: Plan,
     statistics: Statistics,
     progress: Callable[[str, int, int | None], object] | None = None,
@@ -158,7 +157,7 @@ def decompose(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     plan : Plan
         The plan, which has an entry for each layer to make.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.nn import CompressedLinear, Int8Linear, dense_weight
+from cur.integrations.nn import CompressedLinear, Int8Embedding, Int8Linear, dense_weight, is_table
 
 __all__ = ["round_layer"]
 
@@ -20,7 +20,7 @@ _BLOCK = 128
 
 def round_layer(
     name: str, layer: nn.Module, statistics: Statistics | None, damping: float
-) -> tuple[dict[str, Int8Linear], float]:
+) -> tuple[dict[str, Int8Linear | Int8Embedding], float]:
     """Return the rounded factors of a layer, and by how much its outputs change.
 
     See :func:`~cur.integrations.quantize.quantize_` for what is done, for the arguments and the errors.
@@ -38,7 +38,7 @@ def round_layer(
 
     Returns
     -------
-    factors : dict of str to Int8Linear
+    factors : dict of str to Int8Linear or Int8Embedding
         The rounded factors, by the name of the child that each replaces; ``W`` for a layer that is not compressed.
     error : float
         The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
@@ -51,15 +51,18 @@ def round_layer(
         If the statistics do not cover the layer, or are of another one.
     """
     factors: dict[str, tuple[Tensor, Tensor | None]] = {}
+    tables = set()
     rows_are_outputs = False
     if isinstance(layer, CompressedLinear):
-        factors = {key: (child.weight, child.bias) for key, child in layer.factors().items()}
+        for key, child in layer.factors().items():
+            factors[key] = (child.weight.T, None) if is_table(child) else (child.weight, child.bias)
+            tables |= {key} if is_table(child) else set()
         rows_are_outputs = layer.rows_are_outputs
     else:
         weight, bias, _ = dense_weight(layer, name)
         factors["W"] = weight, bias
     G = None if statistics is None else _moment(name, next(iter(factors.values()))[0], statistics)
-    made: dict[str, Int8Linear] = {}
+    made: dict[str, Int8Linear | Int8Embedding] = {}
     lost = total = 0.0
     was = now = torch.empty(0)
     for key, (weight, bias) in factors.items():
@@ -68,10 +71,14 @@ def round_layer(
         F = weight.double()
         wanted = F @ was if made else F
         L = None
+        if key in tables:  # its rows, the columns of the weight, are looked up one at a time
+            table = Int8Embedding.from_integers(*_integers(F.T, None, weight.dtype))
+            made[key], now, was = table, table.weight.T.double(), wanted
+            continue
         if G is not None:
-            L = _root(name, now @ G @ now.T if made else G, damping)
+            L = _root(name, _times(now, G) @ now.T if made else G, damping)
             if made and L is not None:
-                F = F + torch.cholesky_solve(now @ G @ (wanted - F @ now).T, L).T
+                F = F + torch.cholesky_solve(_times(now, G) @ (wanted - F @ now).T, L).T
         factor = Int8Linear.from_integers(*_integers(F, L, weight.dtype), bias)
         now = factor.weight.double() @ now if made else factor.weight.double()
         was, made[key] = wanted, factor
@@ -137,5 +144,10 @@ def _nearest(multiples: Tensor) -> Tensor:
     return multiples.round().clamp(-_LARGEST, _LARGEST)
 
 
+def _times(X: Tensor, G: Tensor) -> Tensor:
+    """Multiply with a moment, which of one-hot inputs is the vector of its diagonal."""
+    return X * G if G.ndim == 1 else X @ G
+
+
 def _size(change: Tensor, G: Tensor | None) -> float:
-    return float(((change if G is None else change @ G) * change).sum().clamp(min=0))
+    return float(((change if G is None else _times(change, G)) * change).sum().clamp(min=0))

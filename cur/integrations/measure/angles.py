@@ -32,12 +32,14 @@ class HiddenAngles:
         Names and modules of the blocks of one stack, in order.
     masks : Masks
         The padding masks of the pass.
+    causal : bool, default True
+        Whether tokens see only those before them in blocks that do not say so themselves.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], masks: Masks) -> None:
+    def __init__(self, blocks: Mapping[str, nn.Module], masks: Masks, *, causal: bool = True) -> None:
         self.blocks = blocks
         self.masks = masks
-        self.causal = _is_causal(blocks.values())
+        self.causal = _is_causal(blocks.values(), silent=causal)
         self.angles = torch.zeros(len(blocks) + 1, len(blocks) + 1, dtype=torch.float64)
         self.mask: torch.Tensor | None = None
         self.called: list[int] = []
@@ -118,15 +120,15 @@ class HiddenAngles:
             self.angles += share * _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
 
 
-def _is_causal(blocks: Iterable[nn.Module]) -> bool:
-    """Say whether tokens see only those before them, as the attention of the blocks has it; yes where it is silent."""
+def _is_causal(blocks: Iterable[nn.Module], *, silent: bool) -> bool:
+    """Say whether tokens see only those before them, as the attention of the blocks has it, or else `silent`."""
     said = {
         bool(getattr(part, "is_causal", False) or getattr(part, "is_decoder", False))
         for block in blocks
         for part in block.modules()
         if hasattr(part, "is_causal") or hasattr(part, "is_decoder")
     }
-    return not said or True in said
+    return True in said if said else silent
 
 
 def _angular_distances(states: torch.Tensor) -> torch.Tensor:

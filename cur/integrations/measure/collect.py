@@ -32,7 +32,8 @@ from cur.integrations.model.running import (
     run,
     total_samples,
 )
-from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.usage import is_transformer, model_name
 
 __all__ = ["Statistics", "collect", "collect_gradients"]
 
@@ -75,7 +76,7 @@ def collect(
     Parameters
     ----------
     model : nn.Module
-        A transformer, or any module that is called with the entries of a batch as keyword arguments.
+        A transformer, or any other module; see :func:`~cur.integrations.used_as` for what that is called with.
     batches : iterable of mapping or torch.Tensor
         Keyword arguments of the model: ``input_ids`` and, where there is padding, ``attention_mask``, both of shape
         (batch, length), or ``pixel_values``, ``input_features`` and the like; a bare tensor is taken as ``input_ids``.
@@ -110,7 +111,8 @@ def collect(
     Raises
     ------
     TypeError
-        If gradients are asked for, and the model is an encoder-decoder or has no input embeddings or no logits.
+        If gradients are asked for, no loss is told, and the model is an encoder-decoder or has no input embeddings or
+        no logits.
     ValueError
         If there is no batch, no token, no such module, a module that received nothing or that no gradient reached
         (unless `partial` allows it),
@@ -121,7 +123,8 @@ def collect(
     if moments not in ("diagonal", "full"):
         raise ValueError(f"`moments` must be 'diagonal' or 'full', got {moments!r}")
     with unrolled(model):
-        blocks = [block for _, block in decoder_layers(model)] if gradients and gradient_checkpointing else []
+        stacks = found_stacks(model) if gradients and gradient_checkpointing else []
+        blocks = [block for stack in stacks for _, block in stack]
         passes = Precision.of(model, precision)
         with checkpointing(blocks, passes):
             return _collect(
@@ -234,7 +237,8 @@ def _collect(
     masks = Masks(model)
     outputs_of = OutputGradients(model, felt, masks, seed=seed) if felt else None
     inputs_of = InputSums(measured, masks, full=moments == "full")
-    stacks = [HiddenAngles({name: blocks[name] for name in names}, masks) for names in by_stack(layers)]
+    causal = is_transformer(model)
+    stacks = [HiddenAngles({name: blocks[name] for name in names}, masks, causal=causal) for names in by_stack(layers)]
     seen = Seen()
     # First the encoder's own hook: what it returns is told apart by it in those that follow.
     hooks = [*masks.hooks(), *inputs_of.hooks()]
@@ -258,7 +262,7 @@ def _collect(
             if broken:
                 raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
             if outputs_of is not None:
-                outputs_of.backward(output, inputs, masks.of_inputs, first=first)
+                outputs_of.backward(output, inputs, masks.of_inputs, first=first, batch=batch)
             if progress is not None:
                 progress(seen.samples, total)
     if seen.samples == 0:
@@ -269,7 +273,6 @@ def _collect(
         )
     sums, products, counts = inputs_of.results(partial=partial)
     output_products, output_counts = ({}, {}) if outputs_of is None else outputs_of.results(partial=partial)
-    config = getattr(model, "config", None)
     return Statistics(
         tokens=seen.tokens,
         samples=seen.samples,
@@ -281,8 +284,9 @@ def _collect(
         angles=_block_diagonal([stack.angles / seen.samples for stack in stacks]),
         layers=layers,
         text_hash=seen.hexdigest(),
-        model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        model=model_name(model) or type(model).__name__,
         precision=passes.name,
+        lookups=inputs_of.lookups(),
     )
 
 

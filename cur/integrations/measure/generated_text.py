@@ -15,6 +15,7 @@ from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import Progress, evaluating
+from cur.integrations.model.usage import is_transformer
 
 __all__ = ["draw", "own_text", "sample_windows", "writing_fault"]
 
@@ -144,6 +145,8 @@ def own_text(
 
 def _writes_text(model: PreTrainedModel) -> bool:
     """Return whether a model goes on with a text, token after token."""
+    if not is_transformer(model):
+        return False
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 

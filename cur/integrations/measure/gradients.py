@@ -17,6 +17,7 @@ from cur.integrations.model.finite import find_nonfinite
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
+from cur.integrations.model.usage import Inputs, first_tensor, usage_of
 from cur.integrations.nn import dense_weight
 
 __all__ = ["OutputGradients"]
@@ -44,20 +45,12 @@ class OutputGradients:
     Raises
     ------
     TypeError
-        If the model is an encoder-decoder, or has no input embeddings.
+        If no loss is told, and the model is an encoder-decoder, or has no input embeddings.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], masks: Masks, *, seed: int) -> None:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise TypeError(
-                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
-                f"encoder-decoder; {_WITHOUT}"
-            )
-        embeddings = word_embeddings(model)
-        if embeddings is None:
-            raise TypeError(
-                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
-            )
+        self.loss = usage_of(model).loss
+        embeddings = None if self.loss is not None else self._embeddings_of(model)
         self.model = model
         self.embeddings = embeddings
         self.masks = masks
@@ -69,10 +62,26 @@ class OutputGradients:
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
 
+    @staticmethod
+    def _embeddings_of(model: nn.Module) -> nn.Module:
+        """Return the token embeddings of a model whose loss is that of the labels it draws itself."""
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise TypeError(
+                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
+                f"encoder-decoder; {_WITHOUT}"
+            )
+        embeddings: nn.Module | None = word_embeddings(model)
+        if embeddings is None:
+            raise TypeError(
+                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; pass the loss "
+                f"of another module (`loss(output, batch)`), or {_WITHOUT}"
+            )
+        return embeddings
+
     def hooks(self) -> list[Hook]:
         """Return what starts the graph at the embeddings, and sees what every module returns."""
         watched: list[Hook] = [(module, "after", self._hook(key)) for key, module in self.modules.items()]
-        return [(self.embeddings, "after", _start_graph), *watched]
+        return watched if self.embeddings is None else [(self.embeddings, "after", _start_graph), *watched]
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
@@ -87,7 +96,9 @@ class OutputGradients:
             for parameter in learning:
                 parameter.requires_grad_(True)
 
-    def backward(self, output: Any, inputs: Mapping[str, Any], mask: torch.Tensor | None, *, first: int) -> None:
+    def backward(
+        self, output: Any, inputs: Mapping[str, Any], mask: torch.Tensor | None, *, first: int, batch: Any
+    ) -> None:
         """Go back through the model from its output for a batch, whose first sample has the number `first`.
 
         Parameters
@@ -100,6 +111,8 @@ class OutputGradients:
             The padding mask of the batch; None if it has no padding.
         first : int
             The number of the first sample of the batch, which seeds its labels.
+        batch : Any
+            The batch as it was given, which a loss of the user's is called with.
 
         Raises
         ------
@@ -108,15 +121,7 @@ class OutputGradients:
         NumericalError
             If the loss, or the gradient at an output, is not finite.
         """
-        logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-            raise TypeError(
-                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
-            )
-        kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
-        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
-        scores = logits[kept.to(logits.device)].float()
-        loss = nn.functional.cross_entropy(scores, labels, reduction="sum")
+        loss = self._told(output, inputs, batch) if self.loss is not None else self._drawn(output, mask, first)
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
         try:
@@ -133,14 +138,48 @@ class OutputGradients:
             if not bool(torch.isfinite(product.diagonal()).all()):
                 raise NumericalError(f"the gradient at the output of {self.names[key][0]!r} is not finite")
 
+    def _told(self, output: Any, inputs: Mapping[str, Any], batch: Any) -> torch.Tensor:
+        """Return the loss that the user's function gives, summed over the samples."""
+        assert self.loss is not None
+        given = inputs.given if isinstance(inputs, Inputs) else batch
+        loss: Any = self.loss(output, given)
+        samples = first_tensor(given)
+        count = 1 if samples is None or not samples.ndim else len(samples)
+        if not isinstance(loss, torch.Tensor) or loss.numel() not in (1, count) or not loss.requires_grad:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            detached = " without a gradient" if isinstance(loss, torch.Tensor) and not loss.requires_grad else ""
+            raise ValueError(
+                f"`loss` must return the mean over the {count} samples of the batch, or one number for each of them, "
+                f"that depends on a measured module; got {got}{detached}"
+            )
+        return loss.float().sum() * (count if loss.numel() == 1 else 1)
+
+    def _drawn(self, output: Any, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return the loss of labels that the model draws itself, summed over the tokens."""
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+            raise TypeError(
+                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
+            )
+        kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
+        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
+        scores = logits[kept.to(logits.device)].float()
+        return nn.functional.cross_entropy(scores, labels, reduction="sum")
+
     def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
-        def watch(module: nn.Module, _: Any, output: Any) -> None:
+        def watch(module: nn.Module, _: Any, output: Any) -> Any:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
+            started = None
+            if self.embeddings is None and not output.requires_grad and torch.is_grad_enabled():
+                # The graph of a module without embeddings of tokens starts at what is measured first. Not a leaf: what
+                # follows may work in place.
+                output = started = output.detach().requires_grad_(True).clone()
             if output.requires_grad:
                 mask = self.masks.of(module, output)
                 # A hook of the tensor, not of the module: it goes with the graph.
-                output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: self._add(key, gradient, mask))
+            return started
 
         return watch
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.masks import Masks, token_rows
-from cur.integrations.nn import dense_weight
+from cur.integrations.nn import dense_weight, looks_up
 
 __all__ = ["InputSums", "add_gram_", "first_false", "mirror_"]
 
@@ -40,6 +40,8 @@ class InputSums:
         self.masks = masks
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
+        tokens = {id(module): looks_up(module) for module in modules.values()}
+        self.tables = {key: count for key, count in tokens.items() if count is not None}
         for name, module in modules.items():
             # One module under two names (shared weights) is one module, with one hook.
             self.names.setdefault(id(module), []).append(name)
@@ -48,7 +50,7 @@ class InputSums:
         self.sums: dict[int, torch.Tensor] = {}
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
-        self.seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self.seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int, int]] = {}
         # A backward pass may call the modules a second time.
         self.listening = False
 
@@ -97,14 +99,19 @@ class InputSums:
     def _leader(self, key: int, x: torch.Tensor) -> int:
         # Weak references: holding the tensors would keep every activation of the forward pass alive. The
         # version counter tells a tensor that was changed in place between two calls.
-        found = self.seen.get(id(x))
+        # Tables of different sizes may be asked for the same tokens.
+        place = id(x), self.tables.get(key, 0)
+        found = self.seen.get(place)
         if found is not None and found[0]() is x and found[1] == x._version:
             return key if self.leader.get(key) == key else found[2]
-        self.seen[id(x)] = (weakref.ref(x), x._version, key)
+        self.seen[place] = (weakref.ref(x), x._version, key)
         return key
 
     def _add(self, key: int, x: torch.Tensor) -> None:
         mask = self.masks.of(self.modules[key], x)
+        if key in self.tables:
+            self._count(key, x, mask)
+            return
         rows = token_rows(x.detach(), mask, f"the input of {self.names[key][0]!r}")
         if key not in self.sums:
             n = rows.shape[1]
@@ -118,6 +125,23 @@ class InputSums:
             self.sums[key] = self.products[key].diagonal()
         else:
             _add_squares_(self.sums[key], rows)
+
+    def _count(self, key: int, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Count how often each token is looked up."""
+        size = self.tables[key]
+        tokens = x.detach().reshape(-1, 1)
+        if mask is not None and mask.shape == x.shape:
+            tokens = token_rows(tokens, mask, f"the input of {self.names[key][0]!r}")
+        total = torch.bincount(tokens[:, 0].long(), minlength=size).to(torch.float64)
+        if key not in self.sums:
+            self.counts[key] = 0
+            self.sums[key] = torch.zeros_like(total)
+        self.sums[key] += total
+        self.counts[key] += len(tokens)
+
+    def lookups(self) -> tuple[str, ...]:
+        """Return the names of the tables among the modules."""
+        return tuple(name for key in self.names if key in self.tables for name in self.names[key])
 
     def results(
         self, *, partial: bool = False
@@ -144,10 +168,10 @@ class InputSums:
                 f"no input reached {', '.join(silent[:5])}; give more text, or leave out modules that it does not use"
             )
         for key in self.names.keys() - self.leader.keys():
-            n = dense_weight(self.modules[key], self.names[key][0])[0].shape[1]
+            n = self.tables.get(key) or dense_weight(self.modules[key], self.names[key][0])[0].shape[1]
             self.leader[key], self.counts[key] = key, 0
             self.sums[key] = torch.zeros(n, dtype=torch.float64)
-            if self.full:
+            if self.full and key not in self.tables:
                 self.products[key] = torch.zeros(n, n, dtype=torch.float64)
         for product in self.products.values():
             mirror_(product)
@@ -160,7 +184,7 @@ class InputSums:
             leader = self.leader[key]
             for name in names:
                 sums[name], counts[name] = final[leader], self.counts[leader]
-                if self.full:
+                if self.full and key not in self.tables:
                     products[name] = full[leader]
         return sums, products, counts
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cur.integrations.measure.statistics import Statistics
-from cur.weights import Weight, matrix
+from cur.weights import Weight, diagonal, matrix
 
 __all__ = ["Measured", "Moments", "x_norm"]
 
@@ -78,6 +78,9 @@ class Moments:
             H = self.statistics.output_moment(name) if gradients else None
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
+        if G.ndim == 1:  # of one-hot inputs: diagonal
+            rows = None if H is None else self._factored(H, self.statistics.output_products[name], W, damping)
+            return rows, diagonal((G + damping * float(G.mean())).to(W))
         m, n = W.shape
         if m < n and H is not None:
             return self._factored(H, self.statistics.output_products[name], W, damping), _damped(G.to(W), damping)
@@ -125,6 +128,8 @@ class Moments:
             moment = self.statistics.second_moment(name)
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
+        if moment.ndim == 1:
+            return diagonal(moment.to(W))
         return self._factored(moment, self.statistics.products[name], W, 0.0)
 
     def _factored(self, moment: Tensor, shared: Tensor, W: Tensor, damping: float) -> Weight:

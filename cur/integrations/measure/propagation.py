@@ -21,6 +21,7 @@ from cur.integrations.model.masks import padding_mask, token_rows
 from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import evaluating, model_inputs
+from cur.integrations.model.usage import first_tensor
 from cur.integrations.nn import is_linear
 
 __all__ = ["InputMoments", "in_order", "spread"]
@@ -107,7 +108,8 @@ def spread(given: Sequence[Mapping[str, Any]], width: int) -> list[Mapping[str, 
     width : int
         The number of inputs of the widest layer.
     """
-    tokens = [next(iter(batch.values())).shape[:2].numel() for batch in given]
+    firsts = [first_tensor(batch) for batch in given]
+    tokens = [0 if first is None else first.shape[:2].numel() for first in firsts]
     count = min(len(given), -(-_TOKENS_PER_INPUT * width * len(given) // max(sum(tokens), 1)))
     return [given[(2 * place + 1) * len(given) // (2 * count)] for place in range(count)]
 

@@ -89,6 +89,9 @@ class Statistics:
         The precision of matrix products in the passes, ``"float32"`` for instance; empty where it is not known.
     versions : mapping of str to str
         Versions of the packages that measured.
+    lookups : tuple of str
+        The names of tables of embeddings, which take one input at a time: `square_sums` says how often each token came,
+        and the second moment is diagonal.
     """
 
     tokens: int
@@ -105,6 +108,7 @@ class Statistics:
     model: str = ""
     precision: str = ""
     versions: Mapping[str, str] = field(default_factory=_versions)
+    lookups: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         kind = "full" if self.products else "diagonal"
@@ -164,15 +168,17 @@ class Statistics:
         return self._get(self.square_sums, name, "no statistics").sqrt()
 
     def second_moment(self, name: str, /) -> torch.Tensor:
-        """Return ``E[x x^T]`` of a module's inputs, float64, shape (in, in).
+        """Return ``E[x x^T]`` of a module's inputs, float64, shape (in, in); of a table its diagonal, shape (in,).
 
         Parameters
         ----------
         name : str
             The name of the module.
         """
+        if name in self.lookups:
+            return self.square_sums[name] / max(self.counts[name], 1)
         total = self._get(self.products, name, "no second moments (collect them with `moments='full'`)")
-        return total / self.counts[name]
+        return total / max(self.counts[name], 1)
 
     def output_moment(self, name: str, /) -> torch.Tensor:
         """Return ``E[g g^T]`` of the gradients at a module's outputs, float64, shape (out, out).
@@ -276,6 +282,7 @@ class Statistics:
             "precision": self.precision,
             "versions": dict(self.versions),
             "shared": shared,
+            **({"lookups": list(self.lookups)} if self.lookups else {}),
         }
         return {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), "facts": json.dumps(facts)}
 
@@ -343,5 +350,6 @@ class Statistics:
             model=facts["model"],
             precision=facts.get("precision", ""),
             versions=facts["versions"],
+            lookups=tuple(name for name in facts.get("lookups", ()) if name in parts[_SUMS]),
             **parts,
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from cur.integrations.model.usage import Inputs
+
 __all__ = ["Seen"]
 
 
@@ -23,7 +25,8 @@ class Seen:
     def add(self, inputs: Mapping[str, Any], mask: torch.Tensor | None) -> None:
         """Count and hash one batch.
 
-        Token ids count one by one; images, sounds and other inputs that are not token ids, as one token a sample.
+        Token ids count one by one; images, sounds and other inputs that are not token ids, as one token a sample, as
+        does whatever is read by a module that is not one of transformers' own.
 
         Parameters
         ----------
@@ -37,6 +40,9 @@ class Seen:
         ValueError
             If the batch holds no token.
         """
+        if isinstance(inputs, Inputs):
+            self._add_samples(list(inputs.values()))
+            return
         ids = inputs.get("input_ids")
         named = {"input_ids": ids} if ids is not None else _measured(inputs)
         named |= {key: value for key, value in inputs.items() if key == "decoder_input_ids"}
@@ -56,6 +62,22 @@ class Seen:
         self.samples += len(first)
         if self.tokens == before:
             raise ValueError("a batch holds no token")
+
+    def _add_samples(self, tensors: list[torch.Tensor]) -> None:
+        """Count the samples of tensors, and hash these sample by sample, so that batches do not matter."""
+        count = len(tensors[0]) if tensors[0].ndim else 1
+        whole = [tensor for tensor in tensors if not tensor.ndim or len(tensor) != count]
+        rows = [
+            _exact(tensor.cpu()).reshape(count, -1).view(torch.uint8).reshape(count, -1)
+            for tensor in tensors
+            if tensor.ndim and len(tensor) == count and tensor.numel()
+        ]
+        if not count or (not rows and not whole):
+            raise ValueError("a batch holds no sample")
+        for data in ([torch.cat(rows, dim=1)] if rows else []) + [_exact(one.cpu()).reshape(-1) for one in whole]:
+            self._digest.update(data.numpy().tobytes())
+        self.samples += count
+        self.tokens += count
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of the inputs so far, each sample with its length before it."""

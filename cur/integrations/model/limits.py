@@ -100,13 +100,14 @@ def positions(model: nn.Module) -> int | None:
     words = word_embeddings(model)
     if words is None:
         return None
+    own = _weight(words)
     limits: list[int] = []
     module: Any
     for module in model.modules():
         children: dict[str, Any] = dict(module.named_children())
         buffers = dict(module.named_buffers(recurse=False))
         # Only beside the embeddings of tokens: towers of images and sound have positions of their own.
-        if any(_weight(child) is words.weight for child in children.values()):
+        if any(child is words or (own is not None and _weight(child) is own) for child in children.values()):
             learnt = [len(child.weight) - _offset(child) for name, child in children.items() if _is_table(name, child)]
             numbers = buffers.get("position_ids")
             limits += [*learnt, *([numbers.shape[-1]] if learnt and numbers is not None else [])]

@@ -12,6 +12,7 @@ from torch import nn
 from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.hooks import Hook
 from cur.integrations.model.running import is_encoder_decoder
+from cur.integrations.model.usage import Inputs
 
 __all__ = ["Masks", "by_token", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
 
@@ -35,6 +36,8 @@ def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torc
     if mask is None:
         return None
     if mask.ndim != 2:
+        if isinstance(inputs, Inputs):  # what another module calls so may be anything
+            return None
         raise ValueError(f"`{key}` must have shape (batch, length), got {tuple(mask.shape)}")
     kept: torch.Tensor = mask.bool()
     empty = ~kept.any(dim=1)
@@ -190,7 +193,7 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
         The hidden state, whose last axis is the width.
     shapes : sequence of (int, int)
         The numbers of samples and tokens to look for, as from :func:`token_shapes`; if there are none, or none is
-        found, the first two axes are taken for them.
+        found, the first two axes are taken for them, and a state of two axes has one token a sample.
 
     Raises
     ------
@@ -202,6 +205,8 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
         return state.movedim(axes, (0, 1)).flatten(2)
     if state.ndim >= 3:
         return state.flatten(2)
+    if not shapes:  # of a module that reads no tokens: one vector a sample
+        return state[:, None]
     for batch, length in shapes:
         if len(state) == batch * length:
             return state.reshape(batch, length, -1)

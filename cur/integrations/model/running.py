@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from cur.integrations.model.adapters import is_adapter
 from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.precision import Precision
+from cur.integrations.model.usage import Inputs, first_tensor, is_transformer
 
 __all__ = ["Progress", "body", "checkpointing", "evaluating", "find_modules", "model_inputs", "run", "total_samples"]
 
@@ -29,7 +30,7 @@ def body(model: nn.Module) -> nn.Module:
     model : nn.Module
         The model to look into.
     """
-    inner = getattr(model, "base_model", None)
+    inner = getattr(model, "base_model", None) if is_transformer(model) else None
     # What PEFT calls so has the head.
     return inner if isinstance(inner, nn.Module) and not is_adapter(model) else model
 
@@ -86,8 +87,10 @@ def checkpointing(blocks: Sequence[nn.Module], precision: Precision) -> Iterator
         yield
 
 
-def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> dict[str, Any]:
+def model_inputs(module: nn.Module, batch: Any) -> dict[str, Any]:
     """Turn a batch into keyword arguments of ``module.forward``, on the device of its first parameter.
+
+    Of a module that is not one of transformers' own, into :class:`~cur.integrations.model.usage.Inputs`.
 
     A bare tensor is taken as ``input_ids``. Labels are left out, the key-value cache is switched off, and a
     batch padded on the left gets position ids that count real tokens only, where the module takes them: many
@@ -98,7 +101,7 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     module : nn.Module
         The module that is to be called.
     batch : mapping or Tensor
-        The batch, or a bare tensor of token ids.
+        The batch, or a bare tensor of token ids; of other modules also a tuple or a list.
 
     Returns
     -------
@@ -112,12 +115,14 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> 
     ValueError
         If a batch for an encoder-decoder has no inputs of the decoder.
     """
+    # Of a model that is in memory block by block, most parameters are on no device.
+    place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    if not is_transformer(module):
+        return Inputs(module, batch, place)
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping of tensors or one tensor of token ids, got {type(batch).__name__}")
-    # Of a model that is in memory block by block, most parameters are on no device.
-    place = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     inputs = {
         key: value.to(place) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
@@ -182,7 +187,7 @@ def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         If the device has too little memory.
     """
     try:
-        return module(**inputs)
+        return inputs.call(module) if isinstance(inputs, Inputs) else module(**inputs)
     except TypeError as error:
         accepted = list(inspect.signature(module.forward).parameters)
         unknown = [key for key in inputs if key not in accepted]
@@ -200,8 +205,14 @@ def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
 def _cannot_run(module: nn.Module, inputs: Mapping[str, Any], error: Exception) -> Exception:
     """Return what says that a model failed in code of its own: text alone is not what it reads, for the most part."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    if isinstance(inputs, Inputs):
+        return kind(
+            f"{type(module).__name__} cannot be run on a batch ({reason}); where a batch is not its arguments, pass "
+            "`forward(module, batch)`"
+        )
     given = ", ".join(key for key, value in inputs.items() if isinstance(value, torch.Tensor))
-    return (TypeError if isinstance(error, TypeError) else ValueError)(
+    return kind(
         f"{type(module).__name__} cannot be run on {given} alone ({reason}); give batches with all that it reads"
     )
 
@@ -249,5 +260,5 @@ def total_samples(batches: Iterable[Any]) -> int | None:
     """
     if not isinstance(batches, Sequence):
         return None
-    sizes = [next(iter(b.values())) if isinstance(b, Mapping) else b for b in batches]
-    return sum(len(size) for size in sizes)
+    firsts = [first_tensor(batch) for batch in batches]
+    return sum(len(first) for first in firsts if first is not None and first.ndim)

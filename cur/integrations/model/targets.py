@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
 from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
-from cur.integrations.nn import CompressedLinear, is_linear
+from cur.integrations.model.usage import is_transformer, told_blocks
+from cur.integrations.nn import CompressedLinear, is_linear, is_table
 
 __all__ = [
+    "ALL_EMBEDDINGS",
     "ALL_LINEAR",
     "block_stacks",
     "decoder_layers",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+ALL_EMBEDDINGS = "all-embeddings"
 
 _Stack: TypeAlias = "list[tuple[str, nn.Module]]"
 
@@ -76,6 +79,8 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
         Name and module of each block, from the input to the output; an encoder before its decoder. Empty if there is
         no such stack.
     """
+    if (told := told_blocks(model)) is not None:
+        return told
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if not any(name.startswith(outer + ".") for outer in found) and (blocks := _repeated(name, module)):
@@ -167,7 +172,7 @@ def linear_modules(
     exclude: str | Sequence[str] = (),
     blocks: Sequence[int] | None = None,
 ) -> list[str]:
-    r"""Name the linear modules that a target selects.
+    r"""Name the linear modules, and tables of embeddings, that a target selects.
 
     Parameters
     ----------
@@ -178,12 +183,14 @@ def linear_modules(
         (``"gate_proj"``, ``"mlp.gate_proj"``), each of which must select something. The matrices of experts have
         names like ``"model.layers.3.mlp.experts.gate_up_proj.7"``; the end may leave out the number, for all of
         them. A string is a regular
-        expression that must match the full name; ``"all-linear"`` means every linear module. Neither
-        kind of string selects the output head: list it by name.
+        expression that must match the full name of a linear module; ``"all-linear"`` means every linear module, and
+        ``"all-embeddings"`` every table of embeddings (``nn.Embedding``, and sums and means of ``nn.EmbeddingBag``).
+        None of these selects the output head: list it by name. A sequence may hold the last two beside names.
     exclude : str or sequence of str, default ()
         Modules to leave alone, by the same rules; it need not match anything.
     blocks : sequence of int, optional
-        The indices of the blocks of :func:`decoder_layers` in which modules are named. By default all modules are.
+        The indices of the blocks of :func:`decoder_layers` in which modules are named, beside tables of embeddings that
+        are asked for, which lie outside of blocks. By default all modules are.
 
     Returns
     -------
@@ -196,39 +203,39 @@ def linear_modules(
         If a target selects nothing, with the reason: no such name, not a linear module, outside `blocks`,
         everything excluded, or only what :func:`left_dense` names.
     """
-    listed = not isinstance(targets, str)
     patterns: list[str] = [targets] if isinstance(targets, str) else list(targets)
     if not patterns or "" in patterns:
         raise ValueError(f"`targets` must name at least one module and no empty name, got {targets!r}")
     with unrolled(model):
         modules = {name: module for name, module in model.named_modules() if name}
     linear = {name for name, module in modules.items() if is_linear(module)}
+    tables = {name for name, module in modules.items() if is_table(module)}
     family = _expert_families(modules)
     excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
     whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
     excluded |= {name for name in modules if name.startswith(whole)}
 
     chosen: set[str] = set()
-    for pattern in patterns:
-        rule: str | list[str] = [pattern] if listed else pattern
+    for pattern, rule in zip(patterns, _rules(targets), strict=True):
         named = [name for name in modules if _matches(name, rule, "targets", family)]
-        hits = [name for name in named if name in linear]
+        possible = linear | tables if not isinstance(rule, str) else tables if rule == ALL_EMBEDDINGS else linear
+        hits = {name for name in named if name in possible}
         if not hits:
             raise ValueError(_nothing(pattern, named, modules, linear))
-        chosen.update(hits)
-    if not listed:
-        head = _output_head(model, modules)
-        chosen -= head
-        if not chosen:
-            raise ValueError(
-                f"`targets` {targets!r} matches only the output head {', '.join(sorted(head))}, which "
-                "patterns leave alone; list it by name to compress it"
-            )
+        if isinstance(rule, str):
+            head = _output_head(model, modules)
+            hits -= head
+            if not hits:
+                raise ValueError(
+                    f"`targets` {targets!r} matches only the output head {', '.join(sorted(head))}, which "
+                    "patterns leave alone; list it by name to compress it"
+                )
+        chosen |= hits
     if not chosen - excluded:
         raise ValueError(f"`exclude` {exclude!r} leaves none of the {len(chosen)} modules that `targets` selects")
     chosen -= excluded
     if blocks is not None:
-        chosen &= _inside(model, blocks, modules)
+        chosen &= _inside(model, blocks, modules) | tables
         if not chosen:
             raise ValueError(f"`targets` {targets!r} selects no linear module inside the blocks {sorted(blocks)}")
     return [name for name in modules if name in chosen]
@@ -251,20 +258,29 @@ def targeted_singly(model: nn.Module, targets: str | Sequence[str], /) -> set[st
     """
     with unrolled(model):
         modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if is_linear(module)]
+    linear = [name for name, module in modules.items() if is_linear(module) or is_table(module)]
     family = _expert_families(modules)
     found: set[str] = set()
-    for rule in [targets] if isinstance(targets, str) else [[target] for target in targets]:
+    for rule in _rules(targets):
+        if rule == ALL_EMBEDDINGS:  # which nobody named, however few there are
+            continue
         hits = [name for name in linear if _matches(name, rule, "targets", family)]
         found.update(hits if len(hits) == 1 else (name for name in hits if name in rule))
     return found
+
+
+def _rules(targets: str | Sequence[str]) -> list[str | list[str]]:
+    """Return each target as :func:`_matches` takes it: patterns as they are, names in a list of one."""
+    if isinstance(targets, str):
+        return [targets]
+    return [target if target in (ALL_LINEAR, ALL_EMBEDDINGS) else [target] for target in targets]
 
 
 def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mapping[str, str] | None = None) -> bool:
     if not isinstance(rule, str):
         names = (name, (family or {}).get(name, name))
         return any(known == pattern or known.endswith("." + pattern) for pattern in rule for known in names)
-    if rule == ALL_LINEAR:
+    if rule in (ALL_LINEAR, ALL_EMBEDDINGS):
         return True
     try:
         return re.fullmatch(rule, name) is not None
@@ -298,15 +314,32 @@ def left_dense(
     -------
     dict of str to str
         A sentence by the full name of each subclass of ``nn.Linear`` that does more than multiply, and of each
-        parameter with three axes that is not taken apart.
+        parameter with three axes that is not taken apart; where all linear layers of a module that is no transformer
+        are targets, also of each module that has matrices of another kind, as convolutions have.
     """
     with unrolled(model):
         modules = {name: module for name, module in model.named_modules() if name}
+    rules = _rules(targets)
+    found = _odd(modules)
+    if ALL_LINEAR in rules and not is_transformer(model):
+        found |= _of_other_kinds(modules)
     return {
         full: sentence
-        for full, (name, sentence) in _odd(modules).items()
-        if any(_matches(each, targets, "targets") for each in (name, full))
+        for full, (name, sentence) in found.items()
+        if any(_matches(each, rule, "targets") for rule in rules for each in (name, full))
         and not any(_matches(each, exclude, "exclude") for each in (name, full))
+    }
+
+
+def _of_other_kinds(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Return the modules that have matrices of their own, and are neither linear layers nor tables."""
+    return {
+        name: (name, f"{name} is a {type(module).__name__}, which is no linear layer")
+        for name, module in modules.items()
+        if any(one.ndim > 1 for one in module.parameters(recurse=False))
+        and not isinstance(module, (nn.Linear, CompressedLinear))
+        and not is_linear(module)
+        and not is_table(module)
     }
 
 
@@ -328,6 +361,8 @@ def _odd(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 
 def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]) -> str:
+    if pattern == ALL_EMBEDDINGS:
+        return f"`targets` {pattern!r} matches nothing: the model has no plain table of embeddings"
     odd = [sentence for full, (name, sentence) in _odd(modules).items() if _ends(full, pattern) or _ends(name, pattern)]
     if odd:
         return f"`targets` {pattern!r} names no linear layer: {odd[0]}; exclude it, or name other targets"

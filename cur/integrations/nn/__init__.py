@@ -21,11 +21,19 @@ layout                    children                                    parameters
 
 Instead of either child there may be an :class:`InterpolativeLinear` of an inner rank, ``inner``.
 
+A table of embeddings (n tokens of m features) is a linear layer that takes one input at a time:
+
+========================  ==========================================  ======================
+layout                    children                                    parameters
+========================  ==========================================  ======================
+:class:`EmbeddingFactors`  ``A`` (n x r), ``B`` (m x r)                ``r (m + n)``
+========================  ==========================================  ======================
+
 In a model that was rounded to eight bits the children are :class:`Int8Linear`, and layers that nothing was taken from
 are :class:`WholeLinear`, with one child ``W`` (m x n).
 
-Every other factor is a child ``nn.Linear``, so that adapters, quantizers and hooks that look for linear layers find
-them.
+Every other factor is a child ``nn.Linear``, or ``nn.Embedding``, so that adapters, quantizers and hooks that look for
+such layers find them.
 
 Each type is a class in a file of its own or beside those it belongs to, which describes itself to all others: what is
 asked of a layer is a method of :class:`CompressedLinear`. :func:`register` makes one known. Imports nothing of
@@ -36,10 +44,19 @@ from typing import Any
 
 from cur._lib.errors import warn
 from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.factored import CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear, factored
-from cur.integrations.nn.int8 import Int8Linear
+from cur.integrations.nn.int8 import Int8Embedding, Int8Linear
 from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
-from cur.integrations.nn.modules import compressed_modules, dense_weight, is_linear, stand_in, swap_
+from cur.integrations.nn.modules import (
+    compressed_modules,
+    dense_weight,
+    is_linear,
+    layout_for,
+    looks_up,
+    stand_in,
+    swap_,
+)
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
@@ -49,8 +66,10 @@ __all__ = [
     "LAYOUTS",
     "CURLinear",
     "CompressedLinear",
+    "EmbeddingFactors",
     "FactoredLinear",
     "FoldedLinear",
+    "Int8Embedding",
     "Int8Linear",
     "InterpolativeLinear",
     "KeptInputs",
@@ -65,7 +84,10 @@ __all__ = [
     "dense_weight",
     "factored",
     "is_linear",
+    "is_table",
     "layer_class",
+    "layout_for",
+    "looks_up",
     "register",
     "stand_in",
     "swap_",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.errors import warn
-from cur.integrations.nn.int8 import Int8Linear
+from cur.integrations.nn.int8 import Int8Embedding, Int8Linear
 from cur.integrations.nn.tensors import Stores, rounded
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class CompressedLinear(nn.Module):
     """Whether it has a weight of lower rank, or of fewer neurons."""
     by_itself: ClassVar[bool] = True
     """Whether it takes and gives all features of the dense layer, and so can be compared with it alone."""
+    by_inputs: ClassVar[bool] = False
+    """Whether it takes one of its inputs at a time, as a table of embeddings does: what is kept of the weight then are
+    columns, and second moments of inputs are diagonal."""
     rows_are_outputs: bool = False
     """Whether the outputs of every factor are outputs of the layer, not only those of the last."""
     faster: ClassVar[tuple[int, float] | None] = None
@@ -125,12 +128,12 @@ class CompressedLinear(nn.Module):
         made: Any = (Int8Linear if self.int8 else nn.Linear)(in_features, out_features, bias=bias, **place)
         return made  # type: ignore[no-any-return]
 
-    def round_(self, factors: Mapping[str, Int8Linear]) -> None:
+    def round_(self, factors: Mapping[str, Int8Linear | Int8Embedding]) -> None:
         """Put rounded factors in the place of all those that are there, in place.
 
         Parameters
         ----------
-        factors : mapping of str to Int8Linear
+        factors : mapping of str to Int8Linear or Int8Embedding
             The rounded factors, by the names of the children that they replace.
         """
         for name, factor in factors.items():
@@ -483,8 +486,35 @@ class CompressedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, m x n, multiplied out at every access (half precision through float32)."""
-        left, right = self.two_factors()
+        return self._product(*self.two_factors())
+
+    @staticmethod
+    def _product(left: Tensor, right: Tensor) -> Tensor:
         return (wide(left) @ wide(right)).to(right.dtype)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix of the linear map, m x n; the weight, but for types that stand in for what is no linear layer."""
+        return self.weight
+
+    def adopt_(self, dense: nn.Module) -> None:
+        """Take over what else the dense layer has that this one replaces, in place.
+
+        Parameters
+        ----------
+        dense : nn.Module
+            The dense layer, which is not changed.
+        """
+
+    def vectors(self, x: Tensor) -> Tensor | None:
+        """Return the input vectors, or others of their norms, one for each output; None if the norms are not known.
+
+        Parameters
+        ----------
+        x : Tensor
+            What the layer is called with.
+        """
+        return x
 
     @classmethod
     def conversions(cls) -> tuple[str, ...]:
@@ -568,13 +598,13 @@ class CompressedLinear(nn.Module):
         return f"{sizes}{inner}, bias={self.has_bias}{', int8' if self.int8 else ''}"
 
 
-def fill_(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+def fill_(linear: nn.Linear | nn.Embedding, weight: Tensor, bias: Tensor | None = None) -> None:
     """Give a linear layer a weight, and a copy of a bias if there is one.
 
     Parameters
     ----------
-    linear : nn.Linear
-        The linear layer, which is changed in place.
+    linear : nn.Linear or nn.Embedding
+        The linear layer or table, which is changed in place.
     weight : Tensor
         The weight that it gets, copied only where it is not contiguous.
     bias : Tensor, optional

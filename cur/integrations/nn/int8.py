@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored in eight bits."""
+"""A linear layer and a table of embeddings whose weights are stored in eight bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Int8Linear"]
+__all__ = ["Int8Embedding", "Int8Linear"]
 
 
 class Int8Linear(nn.Module):
@@ -108,3 +108,87 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Embedding(nn.Module):
+    """Look up rows that are stored as integers, each in multiples of a step of its own.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        The number n of rows, one for each token.
+    embedding_dim : int
+        The number r of entries of a row.
+    device : torch.device or str, optional
+        The device of the integers and steps.
+    dtype : torch.dtype, optional
+        The dtype of the steps, and of the rows that are looked up.
+
+    Attributes
+    ----------
+    integers : nn.Parameter, shape (n, r)
+        The rounded entries, int8 from -127 to 127.
+    scale : Tensor, shape (n, 1)
+        The step of each row, a buffer; its dtype is that of the rows that are looked up.
+    """
+
+    scale: Tensor
+    bias: None = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        integers = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.integers = nn.Parameter(integers, requires_grad=False)
+        self.register_buffer("scale", torch.ones(num_embeddings, 1, device=device, dtype=dtype))
+
+    @classmethod
+    def from_integers(cls, integers: Tensor, scale: Tensor) -> Int8Embedding:
+        """Build the table of ``integers * scale``, n x r times n x 1.
+
+        Parameters
+        ----------
+        integers : Tensor
+            The rounded entries, int8, of shape (n, r).
+        scale : Tensor
+            The step of each row, of shape (n, 1).
+
+        Returns
+        -------
+        Int8Embedding
+            The table of these integers.
+        """
+        rows, columns = integers.shape
+        table = cls(rows, columns, device="meta")
+        table.integers = nn.Parameter(integers, requires_grad=False)
+        table.scale = scale
+        return table
+
+    @property
+    def weight(self) -> Tensor:
+        """The table that the integers represent, n x r, multiplied out at every access."""
+        return self.integers.to(self.scale.dtype) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up tokens of shape (...); returns (..., r), without forming the other rows.
+
+        Parameters
+        ----------
+        x : Tensor
+            The tokens, of an integer dtype.
+
+        Returns
+        -------
+        Tensor
+            The rows of the tokens.
+        """
+        return self.integers[x].to(self.scale.dtype) * self.scale[x]
+
+    def extra_repr(self) -> str:
+        """Return the line that ``print(model)`` shows."""
+        return f"{self.integers.shape[0]}, {self.integers.shape[1]}"

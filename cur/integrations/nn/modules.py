@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.registry import layer_class
 
-__all__ = ["compressed_modules", "dense_weight", "is_linear", "stand_in", "swap_"]
+__all__ = ["compressed_modules", "dense_weight", "is_linear", "layout_for", "looks_up", "stand_in", "swap_"]
 
 # Units of rounding by which a subclass may differ from `nn.Linear`: it may add its bias afterwards.
 _ROUNDING = 64
@@ -22,23 +23,29 @@ _ROUNDING = 64
 def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
     """Return weight (out x in, a view), bias and whether the layer stores its weight transposed.
 
+    A table of embeddings is the layer that takes one token at a time: its inputs are the tokens.
+
     Parameters
     ----------
     module : nn.Module
-        The linear layer to look into.
+        The linear layer or table to look into.
     name : str
         The name of the layer, for errors.
 
     Raises
     ------
     TypeError
-        If the module is neither an ``nn.Linear`` nor a transformers ``Conv1D``, or a subclass that does more than
-        :func:`is_linear` allows: it may keep its weight in another form (quantized, adapted).
+        If the module is neither an ``nn.Linear``, a transformers ``Conv1D`` nor a plain table of embeddings, or a
+        subclass that does more than :func:`is_linear` allows: it may keep its weight in another form (quantized,
+        adapted).
     """
     if is_linear(module) and isinstance(module, nn.Linear):
         return module.weight, module.bias, False
     if type(module) is Conv1D:
         return module.weight.T, module.bias, True
+    if is_table(module):
+        table: Any = module
+        return table.weight.T, None, False
     raise TypeError(
         f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D layers can be compressed, and "
         "subclasses that do what these do, so exclude it from the targets"
@@ -102,6 +109,33 @@ def _multiplies(module: nn.Linear) -> bool:
     return bool(((found - wanted).abs() <= allowed).all())
 
 
+def looks_up(module: nn.Module) -> int | None:
+    """Return the number of tokens that a table of embeddings has, compressed or not; None for any other module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+    """
+    if isinstance(module, CompressedLinear):
+        return module.in_features if module.by_inputs else None
+    table: Any = module
+    return int(table.num_embeddings) if is_table(module) else None
+
+
+def layout_for(module: nn.Module, layout: str) -> str:
+    """Return the layout in which a dense layer is stored where linear layers have another one.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer or table.
+    layout : str
+        The layout of linear layers.
+    """
+    return EmbeddingFactors.layout if is_table(module) else layout
+
+
 def stand_in(
     dense: nn.Module, name: str, spec: Mapping[str, Any], *, device: torch.device | str | None = None
 ) -> CompressedLinear:
@@ -125,7 +159,10 @@ def stand_in(
     """
     weight, bias, transposed = dense_weight(dense, name)
     m, n = weight.shape
-    return layer_class(spec["layout"]).from_spec(
+    kind = layer_class(spec["layout"])
+    if kind.by_inputs != is_table(dense):
+        raise ValueError(f"the layout `{kind.layout}` is not for a {type(dense).__name__}")
+    return kind.from_spec(
         spec,
         n,
         m,

@@ -9,12 +9,16 @@ import numpy as np
 
 from cur._lib.moved import former_names
 
-__all__ = ["CHOICES", "choose_blocks", "inner_blocks"]
+__all__ = ["BY_ANGLE", "CHOICES", "choose_blocks", "inner_blocks"]
 
 __getattr__ = former_names(__name__, (__name__,))
 
-CHOICES = ("angular", "random", "last")
-"""How a number of blocks is chosen: those that turn the hidden state least, any, or the last ones."""
+CHOICES = ("angular", "position", "random", "last")
+"""How a number of blocks is chosen: those that turn the hidden state least, the same with what is near the end counting
+less, any, or the last ones."""
+
+BY_ANGLE = ("angular", "position")
+"""Those that need the angular distances of blocks."""
 
 
 def inner_blocks(stacks: Sequence[int]) -> list[int]:
@@ -53,11 +57,14 @@ def choose_blocks(
     distances : mapping of int to float, or None
         Angular distance of each run of `span` blocks, keyed by the index of its first block, as
         :meth:`Statistics.angular_spans` has it; for single blocks, :attr:`Statistics.angular`. Only for
-        ``by="angular"``.
+        ``by="angular"`` and ``by="position"``.
     count : int
         The number of blocks to choose; a multiple of `span`.
-    by : {"angular", "random", "last"}, default "angular"
-        ``"random"`` draws blocks without replacement from a generator seeded by `seed`.
+    by : {"angular", "position", "random", "last"}, default "angular"
+        ``"position"`` multiplies the distance of a block by the share of its stack that is still to come, itself
+        included: what an early block gets wrong goes through all that follow, so later ones are compressed first, as in
+        HierarchicalPrune (arXiv 2508.04663). ``"random"`` draws blocks without replacement from a generator seeded by
+        `seed`.
     span : int, default 1
         Blocks are chosen in runs of this many, whose inner blocks may turn the state and turn it back. Of all choices
         of runs that do not overlap, the one with the smallest sum of distances.
@@ -87,8 +94,8 @@ def choose_blocks(
     """
     if by not in CHOICES:
         raise ValueError(f"`by` must be one of {', '.join(CHOICES)}, got {by!r}")
-    if span < 1 or (span > 1 and by != "angular"):
-        raise ValueError(f"`span` must be at least 1, and 1 unless `by` is 'angular', got {span}")
+    if span < 1 or (span > 1 and by not in BY_ANGLE):
+        raise ValueError(f"`span` must be at least 1, and 1 unless `by` is {' or '.join(BY_ANGLE)}, got {span}")
     if stacks is None:
         if distances is None:
             raise ValueError("one of `distances` and `stacks` must be given: they say how many blocks there are")
@@ -104,7 +111,15 @@ def choose_blocks(
         return inner[-count:]
     if by == "random":
         return sorted(int(index) for index in np.random.default_rng(seed).permutation(inner)[:count])
-    return _least(distances or {}, count, span, stacks, inner)
+    found = dict(distances or {})
+    if by == "position":
+        ends = np.repeat(np.cumsum(stacks), stacks)
+        found = {
+            index: distance * float(ends[index] - index) / float(np.repeat(stacks, stacks)[index])
+            for index, distance in found.items()
+            if 0 <= index < total
+        }
+    return _least(found, count, span, stacks, inner)
 
 
 def _least(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from cur import ranks
 from cur._lib.versions import versions
@@ -19,13 +19,15 @@ from cur.integrations.measure.moments import Moments
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.size import model_size
+from cur.integrations.model.usage import model_name
+from cur.integrations.nn import is_table
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.file_size import ByteCosts
 from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
 from cur.integrations.plan.neuron_curves import neuron_curves
 from cur.integrations.plan.plan import Plan, fingerprint
-from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve, unit
+from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve, smallest_of, unit
 
 __all__ = ["error_curves", "joint_curves", "plan_budget"]
 
@@ -42,7 +44,7 @@ _LEAST_SHARE = 0.75
 
 
 def error_curves(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics,
     config: BudgetConfig,
     names: Sequence[str],
@@ -56,7 +58,7 @@ def error_curves(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         Statistics that cover the layers.
@@ -82,19 +84,21 @@ def error_curves(
     moments = Moments(statistics)
     curves = []
     for done, name in enumerate(names, start=1):
-        W = finite_weight(model.get_submodule(name), name).to(torch.float64)
+        module = model.get_submodule(name)
+        W, kind = finite_weight(module, name).to(torch.float64), smallest_of(module)
         H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
-        weights: dict[str, Any] = {"row_weights": H, "column_weights": G}
-        squares = METHODS[config.method].square_errors(W, **weights)
         m, n = W.shape
-        curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients)))
+        # What is kept of a table are its own rows, the columns of the weight.
+        X, rows, columns = (W.mT, G, H) if kind.by_inputs else (W, H, G)
+        squares = METHODS[config.method].square_errors(X, row_weights=rows, column_weights=columns)
+        curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients), kind))
         if progress is not None:
             progress(done, len(names))
     return curves
 
 
 def joint_curves(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics,
     config: BudgetConfig,
     names: Sequence[str],
@@ -107,7 +111,7 @@ def joint_curves(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         Statistics that cover the layers.
@@ -126,11 +130,12 @@ def joint_curves(
     if not config.neurons or config.method != "best":
         return []
     options: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping, "progress": progress}
+    names = [name for name in names if not is_table(model.get_submodule(name))]
     return neuron_curves(model, Moments(statistics), names, **options)
 
 
 def plan_budget(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics,
     config: BudgetConfig,
     curves: Sequence[LayerCurve],
@@ -141,7 +146,7 @@ def plan_budget(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         The statistics that the curves come from.
@@ -194,7 +199,7 @@ def plan_budget(
     return Plan(
         entries=entries,
         fingerprint=fingerprint(model),
-        model=str(getattr(model.config, "_name_or_path", "") or ""),
+        model=model_name(model),
         seed=config.seed,
         calibration=statistics.text_hash or None,
         calibration_tokens=statistics.tokens,
@@ -227,6 +232,8 @@ class _Options:
         The predicted error of each option, for each layer.
     costs : array, shape (k,)
         The cost of each option, of all these layers together.
+    layout : str
+        The layout of a layer that is factored by itself.
     """
 
     names: Sequence[str]
@@ -235,6 +242,7 @@ class _Options:
     ranks: np.ndarray[Any, Any]
     predicted: np.ndarray[Any, Any]
     costs: np.ndarray[Any, Any]
+    layout: str = SMALLEST.layout
 
     @property
     def errors(self) -> np.ndarray[Any, Any]:
@@ -267,7 +275,7 @@ class _Options:
             elif count:
                 yield NeuronsEntry(**kept, **common)
             elif rank:
-                yield METHODS[config.method](rank=rank, layout=SMALLEST.layout, **common)
+                yield METHODS[config.method](rank=rank, layout=self.layout, **common)
 
 
 def _shares(options: Sequence[_Options], budget: int) -> tuple[int, ...]:
@@ -316,9 +324,8 @@ def _options(
         if curve.name not in grouped:
             rank = _as_ranks(np.arange(len(curve.errors)), curve)[:, None]
             none = np.zeros(len(rank), dtype=np.int64)
-            found.append(
-                _Options([curve.name], [curve.shape], none, rank, curve.errors[:, None], prices.options(curve))
-            )
+            errors, costs = curve.errors[:, None], prices.options(curve)
+            found.append(_Options([curve.name], [curve.shape], none, rank, errors, costs, curve.kind.layout))
     for group in neurons:
         alone = [by_name[name] for name in group.names]
         forms: list[tuple[Any, ...]] = [(0, *_together(alone, [prices.options(curve) for curve in alone]))]
@@ -332,8 +339,8 @@ def _options(
             lost[:, 0] += cut.error
             forms.append((cut.count, rank, lost, costs))
         counts = np.concatenate([np.broadcast_to(count, len(rank)) for count, rank, _, _ in forms])
-        parts = (np.concatenate(part) for part in zip(*(form[1:] for form in forms), strict=True))
-        found.append(_Options(group.names, group.shapes, counts, *parts))
+        rank, lost, costs = (np.concatenate(part) for part in zip(*(form[1:] for form in forms), strict=True))
+        found.append(_Options(group.names, group.shapes, counts, rank, lost, costs))
     return found
 
 

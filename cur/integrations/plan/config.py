@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from cur.integrations.nn import factored
-from cur.integrations.plan.blocks import CHOICES
+from cur.integrations.plan.blocks import BY_ANGLE, CHOICES
 from cur.integrations.plan.layouts import PURPOSES
 from cur.integrations.plan.methods import SUBSPACES, RowsEntry, WeightedEntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, is_multiple
@@ -30,11 +30,12 @@ class CompressConfig(PaperSettings):
     layers : int, tuple of int or "all", default 10
         A number of blocks, chosen as `choose` says and never the first or the last of a stack; or the indices of
         blocks, from 0 on through all stacks; or every block.
-    choose : {"angular", "random", "last"}, default "angular"
-        Whether a number of blocks means those of smallest angular distance, any, or the last ones.
+    choose : {"angular", "position", "random", "last"}, default "angular"
+        Whether a number of blocks means those of smallest angular distance, the same with later blocks counting less,
+        any, or the last ones.
     span : int, default 1
-        Length of the runs that "angular" chooses blocks in, by the angle between the input of the first and the output
-        of the last.
+        Length of the runs that "angular" and "position" choose blocks in, by the angle between the input of the first
+        and the output of the last.
     targets : str or tuple of str
         Linear layers within a block, by the rules of :func:`~cur.integrations.linear_modules`.
     exclude : str or tuple of str, default ()
@@ -109,7 +110,7 @@ class CompressConfig(PaperSettings):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.span > 1 and (self.choose != "angular" or not isinstance(self.layers, int)):
+        if self.span > 1 and (self.choose not in BY_ANGLE or not isinstance(self.layers, int)):
             raise ValueError("`span` is for a number of `layers` chosen by angular distance; leave it at 1")
 
     def _check_layers(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.targets import targeted_singly
-from cur.integrations.nn import dense_weight, layer_class
+from cur.integrations.nn import dense_weight, layer_class, layout_for
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.rate_distortion import SMALLEST
@@ -50,14 +50,14 @@ def unfit(model: nn.Module, config: CompressConfig | BudgetConfig, names: Iterab
     holders = _holders(model)
     found = {}
     for name in names:
-        weight = dense_weight(model.get_submodule(name), name)[0]
-        m, n = weight.shape
+        module = model.get_submodule(name)
+        m, n = dense_weight(module, name)[0].shape
         if other := holders.get(_address(model.get_parameter(f"{name}.weight")), {name}) - {name}:
             found[name] = (
                 f"the weight of {name} is tied to {', '.join(sorted(other))}: compressing one would leave the other "
                 "dense"
             )
-        elif layout != "auto" and layer_class(layout).rank_within(m, n, m * n - 1) < 1:
+        elif layout != "auto" and layer_class(layout_for(module, layout)).rank_within(m, n, m * n - 1) < 1:
             found[name] = f"{name} ({m} x {n}) is too small: no rank saves anything"
     return found
 

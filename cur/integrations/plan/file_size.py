@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cur.integrations.nn import CompressedLinear, KeptInputs, KeptOutputs
-from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve
+from cur.integrations.plan.rate_distortion import Cut, LayerCurve, NeuronCurve
 
 __all__ = ["ByteCosts"]
 
@@ -57,7 +57,7 @@ class ByteCosts:
         curve : LayerCurve
             The curve of the layer.
         """
-        some = self._layer(SMALLEST, curve.name, curve.shape, np.arange(1, len(curve.costs)))
+        some = self._layer(curve.kind, curve.name, curve.shape, np.arange(1, len(curve.costs)))
         return np.append(some, self._dense(curve.name))
 
     def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cur import ranks
 from cur._lib.errors import NumericalError
@@ -22,8 +21,9 @@ from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules
-from cur.integrations.nn import compressed_modules, dense_weight, layer_class
-from cur.integrations.plan.blocks import choose_blocks, inner_blocks
+from cur.integrations.model.usage import is_transformer, model_name
+from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
+from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_unfit, unfit, unmeasured
@@ -48,7 +48,7 @@ class Layers:
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, with its weights.
     statistics : Statistics
         Statistics of the layers that are asked for.
@@ -61,7 +61,7 @@ class Layers:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         statistics: Statistics,
         progress: Callable[[str, int, int | None], object] | None = None,
     ) -> None:
@@ -107,7 +107,7 @@ class Layers:
 
 
 def make_plan(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics,
     config: CompressConfig | BudgetConfig | None = None,
     *,
@@ -122,7 +122,7 @@ def make_plan(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         Statistics of the whole model; it needs only the second moments that `layers` does not have.
@@ -195,7 +195,7 @@ def _in_order(names: list[str], found: dict[str, T]) -> list[T]:
 
 
 def layer_entries(
-    model: PreTrainedModel, statistics: Statistics, config: CompressConfig, names: list[str]
+    model: nn.Module, statistics: Statistics, config: CompressConfig, names: list[str]
 ) -> list[PlanEntry]:
     """Decide the rank of each of some layers.
 
@@ -203,7 +203,7 @@ def layer_entries(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, with the weights of these layers.
     statistics : Statistics
         Statistics that cover the layers.
@@ -225,16 +225,18 @@ def layer_entries(
     moments = Moments(statistics)
     entries: list[PlanEntry] = []
     for name in names:
-        weight = finite_weight(model.get_submodule(name), name)
+        module = model.get_submodule(name)
+        weight = finite_weight(module, name)
         m, n = weight.shape
         # More directions than there are tokens were not seen, of an expert for one.
         live = min(int((x_norm(statistics, name) > 0).sum()), statistics.counts[name])
-        if config.layout == "auto":
+        layout = layout_for(module, config.layout)
+        if layout == "auto":
             limit = fastest_rank((m, n), config.purpose)
-            if limit < 1:
-                continue
         else:
-            limit = layer_class(config.layout).rank_within(m, n, m * n - 1)
+            limit = layer_class(layout).rank_within(m, n, m * n - 1)
+        if limit < 1:
+            continue
         limit = min(limit, live)
         if config.largest_rank is not None:
             limit = min(limit, config.largest_rank)
@@ -242,7 +244,7 @@ def layer_entries(
             name=name,
             shape=(m, n),
             rank=limit,
-            layout=_layout((m, n), limit, config),
+            layout=_layout((m, n), limit, layout, config),
             importance=config.importance,
             link=config.link,
             subspace=_subspace(config.subspace, min(m, n)),
@@ -252,18 +254,18 @@ def layer_entries(
         rank = _rank(W, entry, moments, config)
         if rank is not None:
             predicted = _least_error(W, rank, x_norm(statistics, name))
-            entries.append(replace(entry, rank=rank, layout=_layout((m, n), rank, config), predicted=predicted))
+            entries.append(replace(entry, rank=rank, layout=_layout((m, n), rank, layout, config), predicted=predicted))
     return entries
 
 
-def _layout(shape: tuple[int, int], rank: int, config: CompressConfig) -> str:
-    if config.layout != "auto":
-        return config.layout
+def _layout(shape: tuple[int, int], rank: int, layout: str, config: CompressConfig) -> str:
+    if layout != "auto":
+        return layout
     return str(choose_layout(shape, config.purpose, rank=rank))  # there is one up to `fastest_rank`
 
 
 def plan_of(
-    model: PreTrainedModel,
+    model: nn.Module,
     statistics: Statistics,
     config: CompressConfig,
     entries: list[PlanEntry],
@@ -274,7 +276,7 @@ def plan_of(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         The statistics that the entries come from.
@@ -305,7 +307,7 @@ def plan_of(
     return Plan(
         entries=tuple(entries),
         fingerprint=fingerprint(model),
-        model=str(getattr(model.config, "_name_or_path", "") or ""),
+        model=model_name(model),
         seed=config.seed,
         precision=config.precision,
         calibration=statistics.text_hash or None,
@@ -355,12 +357,12 @@ def _least_error(W: Tensor, rank: int, x_norm: Tensor) -> float | None:
     return float(squares[rank:].sum()) / total if total > 0 else 0.0
 
 
-def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: CompressConfig) -> list[int]:
+def chosen_blocks(model: nn.Module, statistics: Statistics, config: CompressConfig) -> list[int]:
     """Return the indices of the blocks that are compressed.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The dense model, which is not changed.
     statistics : Statistics
         The statistics, with angles if blocks are chosen by them.
@@ -377,22 +379,22 @@ def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: Compre
         return list(range(sum(stacks)))
     if not isinstance(config.layers, int):
         return sorted(set(config.layers))
-    if config.choose == "angular" and not statistics.angular:
+    if config.choose in BY_ANGLE and not statistics.angular:
         raise ValueError(
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
-    distances = statistics.angular_spans(config.span) if config.choose == "angular" else None
+    distances = statistics.angular_spans(config.span) if config.choose in BY_ANGLE else None
     return choose_blocks(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
 
 
-def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:
+def candidates(model: nn.Module, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:
     """Name the layers that could be chosen, refusing before any forward pass what could not be compressed.
 
     With `offloaded`, weights need not be in memory.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The model to look through.
     config : CompressConfig or BudgetConfig
         The configuration, which names blocks and targets.
@@ -420,7 +422,7 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
                 f"`layers` must be between 1 and {len(inside)} for a model of {sum(stacks)} blocks, whose "
                 f"first and last are never chosen, got {asked}"
             )
-    elif not isinstance(asked, str):
+    elif stacks and not isinstance(asked, (str, int)):
         inside = sorted(set(asked))
         if inside[-1] >= sum(stacks):
             raise ValueError(f"`layers` must be between 0 and {sum(stacks) - 1} for this model, got {inside[-1]}")
@@ -431,6 +433,11 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
         if name.startswith(factored):
             raise ValueError(f"{name} is a factor of a layer that is compressed already; {_DENSE}, or exclude it")
         weight, _, _ = dense_weight(model.get_submodule(name), name)
+        if offloaded and is_table(model.get_submodule(name)):
+            raise ValueError(
+                f"{name} is a table of embeddings, which needs the whole model in memory; leave out block by block "
+                "compression (--low-memory), or exclude it"
+            )
         if weight.is_meta and not offloaded:
             raise ValueError(f"the weight of {name} is offloaded; load the model onto a device, or exclude it")
         if min(weight.shape) > limit:
@@ -443,11 +450,13 @@ def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *,
     return names
 
 
-def chooses_by_angle(asked: Asked) -> bool:
+def chooses_by_angle(model: nn.Module, asked: Asked) -> bool:
     """Say whether blocks are chosen by how far they turn the hidden state.
 
     Parameters
     ----------
+    model : nn.Module
+        The model whose blocks they are.
     asked : Asked
         The configuration to plan by, or the plan to apply.
 
@@ -456,14 +465,21 @@ def chooses_by_angle(asked: Asked) -> bool:
     bool
         Whether angular distances are needed.
     """
-    return isinstance(asked, CompressConfig) and type(asked.layers) is int and asked.choose == "angular"
+    if not isinstance(asked, CompressConfig) or type(asked.layers) is not int or asked.choose not in BY_ANGLE:
+        return False
+    return bool(_stacks(model, asked))
 
 
 def _stacks(model: nn.Module, config: CompressConfig | BudgetConfig) -> list[int]:
-    """Return the lengths of the stacks of blocks; none where none is found, and no blocks are chosen among."""
+    """Return the lengths of the stacks of blocks that targets lie in; none where they may lie anywhere.
+
+    That is where none is found and no blocks are chosen among, and of a module that is no transformer in any case.
+    """
     known = {name for name, _ in model.named_modules()}
     named = not isinstance(config.targets, str) and known.issuperset(config.targets)
     if named or isinstance(config, BudgetConfig) or config.layers == "all":
+        if not is_transformer(model):
+            return []
         return [len(stack) for stack in found_stacks(model)]
     return [len(stack) for stack in block_stacks(model)]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cur.integrations.nn import InterpolativeLinear, KeptInputs, KeptOutputs, factored
+from cur.integrations.nn import EmbeddingFactors, InterpolativeLinear, KeptInputs, KeptOutputs, factored
 from cur.integrations.plan.entry import PlanEntry, PlanError, register_method
 from cur.scores import IMPORTANCES, LINKS, needs
 from cur.selection import SELECTORS
@@ -85,8 +85,8 @@ class CUREntry(RankEntry):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name all layouts of factored weights."""
-        return tuple(factored())
+        """Name all layouts of factored weights, and that of tables of embeddings."""
+        return (*factored(), EmbeddingFactors.layout)
 
     def check(self) -> None:
         """Refuse unknown choices."""
@@ -169,8 +169,8 @@ class WeightedEntry(_UnderMoments, RankEntry):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name all layouts of factored weights."""
-        return tuple(factored())
+        """Name all layouts of factored weights, and that of tables of embeddings."""
+        return (*factored(), EmbeddingFactors.layout)
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:
@@ -202,8 +202,8 @@ class RowsEntry(_UnderMoments, RankEntry):
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name the one that keeps rows."""
-        return (InterpolativeLinear.layout,)
+        """Name those that keep rows, of a weight or of a table of embeddings."""
+        return (InterpolativeLinear.layout, EmbeddingFactors.layout)
 
     @staticmethod
     def square_errors(W: Tensor, **weights: Any) -> Any:

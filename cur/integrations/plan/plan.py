@@ -20,7 +20,7 @@ from torch import nn
 from cur._lib.atomic import replace_file
 from cur.integrations.files.reading import read_object
 from cur.integrations.model.experts import unrolled
-from cur.integrations.nn import dense_weight
+from cur.integrations.nn import dense_weight, is_table
 from cur.integrations.plan.entry import METHODS, PlanEntry, PlanError, read_entry, refuse_unknown, require
 from cur.integrations.plan.methods import SUBSPACES
 from cur.scores import IMPORTANCES, LINKS
@@ -192,7 +192,13 @@ class Plan:
         for entry in self.entries:
             if entry.name not in modules:
                 raise PlanError(f"the plan names {entry.name}, which this model does not have: it is for another model")
-            shape = tuple(dense_weight(modules[entry.name], entry.name)[0].shape)
+            module = modules[entry.name]
+            shape = tuple(dense_weight(module, entry.name)[0].shape)
+            if entry.layer_type.by_inputs != is_table(module):
+                raise PlanError(
+                    f"the plan stores {entry.name} in the layout {entry.layout!r}, which is not for a "
+                    f"{type(module).__name__}; choose another"
+                )
             if shape != entry.shape:
                 raise PlanError(
                     f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "

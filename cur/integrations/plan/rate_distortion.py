@@ -6,13 +6,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from cur.integrations.nn import InterpolativeLinear
+from cur.integrations.nn import CompressedLinear, InterpolativeLinear, layer_class, layout_for
 
-__all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "unit"]
+__all__ = ["SMALLEST", "Cut", "LayerCurve", "NeuronCurve", "smallest_of", "unit"]
 
 SMALLEST = InterpolativeLinear
 """The type of factored layers with the fewest parameters: what they are stored as under a budget."""
+
+
+def smallest_of(module: nn.Module) -> type[CompressedLinear]:
+    """Return the type that a dense layer, or a table of embeddings, is stored as under a budget.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer or table.
+    """
+    return layer_class(layout_for(module, SMALLEST.layout))
 
 
 def unit(whole: float, *, gradients: bool) -> float:
@@ -45,15 +57,25 @@ class LayerCurve:
         Error at the ranks 1, 2, ... that save anything, and 0 for the layer left dense.
     costs : array
         The number of parameters stored at each of these ranks.
+    kind : type of CompressedLinear
+        The type that it is stored as.
     """
 
     name: str
     shape: tuple[int, int]
     errors: np.ndarray[Any, Any]
     costs: np.ndarray[Any, Any]
+    kind: type[CompressedLinear] = SMALLEST
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, int], squares: np.ndarray[Any, Any], scale: float) -> LayerCurve:
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, int],
+        squares: np.ndarray[Any, Any],
+        scale: float,
+        kind: type[CompressedLinear] = SMALLEST,
+    ) -> LayerCurve:
         """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
 
         They are multiplied by `scale`, see :func:`unit`.
@@ -68,12 +90,14 @@ class LayerCurve:
             The squares of the weighted errors at the ranks 0, 1, ..., the smaller side.
         scale : float
             The factor that brings the squares to one unit for all layers, see :func:`unit`.
+        kind : type of CompressedLinear, optional
+            The type that the layer is stored as; the smallest of linear layers by default.
         """
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.
-        rank = np.arange(1, min(SMALLEST.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
-        costs = np.append(SMALLEST.parameter_count(m, n, rank), m * n)
-        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs)
+        rank = np.arange(1, min(kind.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
+        costs = np.append(kind.parameter_count(m, n, rank), m * n)
+        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs, kind)
 
     @classmethod
     def dense(cls, name: str, shape: tuple[int, int]) -> LayerCurve:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import Any
+
+from torch import nn
 
 from cur.integrations.model.classes import auto_class
 from cur.integrations.model.size import Size, model_size
+from cur.integrations.model.usage import is_transformer
 from cur.integrations.nn import cells, compressed_modules
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
@@ -14,12 +17,12 @@ from cur.integrations.report.data import CompressionReport
 __all__ = ["model_card"]
 
 
-def model_card(model: PreTrainedModel, report: CompressionReport | None = None) -> str:
+def model_card(model: nn.Module, report: CompressionReport | None = None) -> str:
     """Return the README of a checkpoint: how to load it, what was done, and with which figures.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The compressed model, whose layers are listed.
     report : CompressionReport, optional
         The report that the figures come from; without it only the sizes of the layers are known.
@@ -33,10 +36,9 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     layers = compressed_modules(model)
     smaller = sum(layer.smaller for layer in layers.values())
     rounded = any(layer.int8 for layer in layers.values())
-    auto = auto_class(model)
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'transformers' if is_transformer(model) else 'pytorch'}",
         *([f"base_model: {base}", "base_model_relation: finetune"] if _is_hub_id(base) else []),
         "tags:",
         "- cur-decomposition",
@@ -45,13 +47,7 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
         "",
         f"# {base or type(model).__name__}, compressed by CUR factorization",
         "",
-        "```python",
-        "import cur.integrations  # pip install 'cur-decomposition[transformers]'; without it loading fails",
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f'model = {auto}.from_pretrained("path/to/this/directory")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
-        "```",
+        *_loading(model),
         "",
         *([f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons."] if smaller else []),
         *(["All the layers below are rounded to int8, every row of a factor in steps of its own."] if rounded else []),
@@ -76,6 +72,30 @@ def model_card(model: PreTrainedModel, report: CompressionReport | None = None) 
     if report is None:
         lines += ["", f"The model has {_size(model_size(model))}."]
     return "\n".join(lines) + "\n"
+
+
+def _loading(model: nn.Module) -> list[str]:
+    """Return the lines that load the checkpoint."""
+    needs = "# pip install 'cur-decomposition[transformers]'"
+    if not is_transformer(model):
+        return [
+            "```python",
+            f"from cur.integrations import load_into  {needs}",
+            "",
+            f'model = load_into({type(model).__name__}(...), "path/to/this/directory")  # built as the dense one was',
+            "```",
+        ]
+    transformer: Any = model
+    auto = auto_class(transformer)
+    return [
+        "```python",
+        f"import cur.integrations  {needs}; without it loading fails",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+    ]
 
 
 def _figures(report: CompressionReport) -> list[str]:

@@ -186,34 +186,42 @@ class _Watch:
         self.layers = layers
         self.masks = masks
         self.sums = {
-            name: _Sums(_error_bound(dense_weight(model.get_submodule(name), name)[0].detach(), layer.weight.detach()))
+            name: _Sums(_error_bound(dense_weight(model.get_submodule(name), name)[0].detach(), layer.matrix.detach()))
             for name, layer in layers.items()
         }
         # Of the layer that was called last: the output, and what is added up if no activation takes it.
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.latest: tuple[weakref.ref[Tensor], str, Tensor, Tensor, Tensor] | None = None
 
     def hooks(self) -> list[Hook]:
-        watched: list[Hook] = [
-            (self.model.get_submodule(name), "after", self._layer(name, layer)) for name, layer in self.layers.items()
-        ]
+        watched: list[Hook] = []
+        for name, layer in self.layers.items():
+            module = self.model.get_submodule(name)
+            watched += [(module, "before", self._called), (module, "after", self._layer(name, layer))]
         for part in self.model.modules():
             if (kind := activation_of(part)) is not None:
                 watched += [(part, "before", self._activation(kind)), (part, "after", self._activated)]
         return [*watched, (body(self.model), "after", lambda *_: self._settle())]
 
+    def _called(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.call = args, options
+
     def _layer(self, name: str, layer: CompressedLinear) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
             self._settle()
-            x = args[0]
+            args, options = self.call
+            x = args[0] if args else next(iter(options.values()))
+            if (vectors := layer.vectors(x)) is None:
+                return
             mask = self.masks.of(module, x)
-            rows = [token_rows(part, mask, name) for part in (x, output, layer(x))]
+            rows = [token_rows(part, mask, name) for part in (vectors, output, layer(x))]
             self.latest = (weakref.ref(output), name, rows[0], rows[1], rows[2])
 
         return after
 
     def _activation(self, kind: str) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
-            if self.latest is not None and self.latest[0]() is args[0]:
+            if self.latest is not None and args and self.latest[0]() is args[0]:
                 self.sums[self.latest[1]].activation = kind
             else:
                 self._settle()

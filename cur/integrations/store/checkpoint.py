@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from cur._lib.atomic import replace_file
@@ -32,7 +33,8 @@ from cur.integrations.model.source import source_of
 from cur.integrations.model.stored_tensors import ModelFiles, has_weights, without_weights
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.store.account import compare, read_account, write_account
-from cur.integrations.store.format import CURConfig, CURQuantizer, mark_
+from cur.integrations.store.format import CURConfig, CURQuantizer, mark_, read_config
+from cur.integrations.store.module import write_module
 
 if TYPE_CHECKING:
     from cur.integrations.report.data import CompressionReport
@@ -59,9 +61,9 @@ _INDEX = ".safetensors.index.json"
 
 
 def save(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    directory: str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Any = None,
+    directory: str | os.PathLike[str] | None = None,
     *,
     report: CompressionReport | None = None,
     overwrite: bool = False,
@@ -75,12 +77,16 @@ def save(
     Files that are no weights are copied from there, and so are tensors that transformers does not load.
     ``account.json`` says what is the same as there, and has the hashes of the weight files.
 
+    A module that is not one of transformers' own is written in the same format, and read by
+    :func:`~cur.integrations.load_into`: ``save(module, directory)``.
+
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         A model with compressed layers.
     tokenizer : PreTrainedTokenizerBase or None
-        The tokenizer, which is saved beside the model. One that is as it was loaded leaves its files to be copied.
+        The tokenizer, which is saved beside the model. One that is as it was loaded leaves its files to be copied. May
+        be left out where the directory is given alone.
     directory : path
         The directory to create.
     report : CompressionReport, optional
@@ -105,6 +111,8 @@ def save(
 
     Raises
     ------
+    TypeError
+        If no directory is given, or the state of a module holds something else than tensors.
     ValueError
         If the model has no compressed layers, or an adapter that is not merged.
     CheckpointError
@@ -115,11 +123,20 @@ def save(
         If the disk is full or cannot be written.
     """
     refuse_adapters(model)
+    if directory is None:
+        tokenizer, directory = None, tokenizer
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"`directory` must be a path, got {type(directory).__name__}; name the directory to create")
     if not compressed_modules(model):
-        raise ValueError("`model` has no compressed layers; compress it first, or use model.save_pretrained")
+        raise ValueError(
+            "`model` has no compressed layers; compress it first, or use model.save_pretrained"
+            + ("" if isinstance(model, PreTrainedModel) else ", or torch.save for a module that has no such method")
+        )
     mark_(model)
     with new_directory(directory, overwrite=overwrite) as scratch:
-        if weights is None:
+        if not isinstance(model, PreTrainedModel):
+            write_module(model, scratch, max_shard_size=max_shard_size)
+        elif weights is None:
             # In-memory names: the shapes checked on loading are looked up under the names in `config.json`.
             model.save_pretrained(scratch, max_shard_size=max_shard_size, save_original_format=False)
         else:
@@ -135,12 +152,12 @@ def save(
     return Path(directory).expanduser().absolute()
 
 
-def _source(model: PreTrainedModel, given: str | os.PathLike[str] | None) -> Path | None:
+def _source(model: nn.Module, given: str | os.PathLike[str] | None) -> Path | None:
     return source_of(model) if given is None else Path(given).expanduser().absolute()
 
 
 def _complete(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     scratch: Path,
     source: Path | None,
@@ -178,7 +195,7 @@ def _complete(
     write_account(scratch, account, kept=kept)
 
 
-def describe(model: PreTrainedModel, directory: Path, report: CompressionReport | None) -> None:
+def describe(model: nn.Module, directory: Path, report: CompressionReport | None) -> None:
     """Write what is said beside the weights: plan, report, page and model card, each whole or not at all."""
     from cur.integrations.report.card import model_card
     from cur.integrations.report.page import can_draw, report_page
@@ -233,38 +250,21 @@ def dense_export(
 
     Raises
     ------
+    TypeError
+        If the model is not one of transformers' own.
     ValueError
         If the model has an adapter that is not merged.
     """
     refuse_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be one of transformers' own, got {type(model).__name__}; of another module put "
+            "`layer.to_dense()` in the place of each of its compressed layers, and store its state by `torch.save`"
+        )
     with new_directory(directory, overwrite=overwrite) as scratch, _multiplied_out(model):
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         _complete(model, tokenizer, scratch, _source(model, source), max_shard_size, compressed=False)
     return Path(directory).expanduser().absolute()
-
-
-def read_config(directory: str | os.PathLike[str]) -> CURConfig:
-    """Read what a checkpoint says about its compressed layers, without its weights.
-
-    Parameters
-    ----------
-    directory : path
-        The directory of a compressed checkpoint.
-
-    Returns
-    -------
-    CURConfig
-        The configuration of its compressed layers.
-
-    Raises
-    ------
-    CheckpointError
-        If the directory holds no compressed checkpoint, or one of a newer format.
-    """
-    data = check_config(directory).get("quantization_config") or {}
-    if data.get("quant_method") != "cur":
-        raise CheckpointError(f"{directory} is not a compressed checkpoint: its config.json does not say so")
-    return CURConfig(**data)
 
 
 @contextmanager
@@ -315,6 +315,7 @@ def _rename_weights(directory: Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"]["weights"] = weights
-    # Whoever reads this file without our quantizer, which names another, is told what to do.
-    config["transformers_weights"] = ADVICE
+    if "model_type" in config:
+        # Whoever reads this file without our quantizer, which names another, is told what to do.
+        config["transformers_weights"] = ADVICE
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cur.integrations.files.configuration import check_config
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import LinearExperts, is_experts, rolled
@@ -33,7 +35,10 @@ __all__ = [
     "CheckpointError",
     "describe",
     "mark_",
+    "put_layers_",
+    "read_config",
     "refuse_other_formats",
+    "unique_state",
 ]
 
 METHOD = "cur"
@@ -161,45 +166,12 @@ class CURQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        shapes = _stored_shapes(checkpoint_files or ())
-        self._unroll_(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        layers: dict[str, CompressedLinear] = {}
-        places: dict[str, CompressedLinear] = {}
-        specs = self.quantization_config.modules
-        # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
-        # translates while it loads, and compares with the shapes of the skeletons.
-        comparable = any(f"{name}.{key}" in shapes for name, spec in specs.items() for key in _stored_keys(spec))
-        for name, spec in specs.items():
-            place = _place(model, modules, name)
-            if "shared_with" in spec:
-                if spec["shared_with"] not in layers:
-                    raise CheckpointError(
-                        f"`config.json` shares {name} with {spec['shared_with']}, not listed before it"
-                    )
-                layers[name] = layers[spec["shared_with"]]
-            else:
-                layers[name] = _layer(modules[place], name, spec)
-                if comparable:
-                    _compare(name, layers[name], shapes)
-            places[place] = layers[name]
-        swap_(model, places)
+        places = put_layers_(model, self.quantization_config, _stored_shapes(checkpoint_files or ()))
         _retie_(model)
         # The guards of `get_state_dict_and_metadata` have done their work when this code runs.
         guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(ADVICE)}
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
-
-    def _unroll_(self, model: PreTrainedModel) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        places = {name: _place(model, modules, name) for name in self.quantization_config.experts}
-        for name, place in places.items():
-            if not is_experts(modules[place]):
-                raise CheckpointError(
-                    f"`config.json` lists the experts {name}, which is a {type(modules[place]).__name__}: the "
-                    "configuration and the checkpoint do not belong together"
-                )
-        swap_(model, {place: LinearExperts(modules[place]) for place in places.values()})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in compressed_modules(model).items():
@@ -262,6 +234,112 @@ class CURQuantizer(HfQuantizer):
         return model
 
 
+def put_layers_(
+    model: nn.Module, config: CURConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, CompressedLinear]:
+    """Put compressed layers, with factors yet to be loaded, into the places that a checkpoint says, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is changed in place.
+    config : CURConfig
+        What the checkpoint says of its compressed layers.
+    shapes : mapping of str to tuple of int
+        The shapes of the stored tensors, by name.
+
+    Returns
+    -------
+    dict of str to CompressedLinear
+        The layers by the names that they have in the model.
+
+    Raises
+    ------
+    CheckpointError
+        If the model lacks one of the places, or shapes and configuration contradict each other.
+    """
+    _unroll_(model, config)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[str, CompressedLinear] = {}
+    places: dict[str, CompressedLinear] = {}
+    specs = config.modules
+    # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
+    # translates while it loads, and compares with the shapes of the skeletons.
+    comparable = any(f"{name}.{key}" in shapes for name, spec in specs.items() for key in _stored_keys(spec))
+    for name, spec in specs.items():
+        place = _place(model, modules, name)
+        if "shared_with" in spec:
+            if spec["shared_with"] not in layers:
+                raise CheckpointError(f"`config.json` shares {name} with {spec['shared_with']}, not listed before it")
+            layers[name] = layers[spec["shared_with"]]
+        else:
+            layers[name] = _layer(modules[place], name, spec)
+            if comparable:
+                _compare(name, layers[name], shapes)
+        places[place] = layers[name]
+    swap_(model, places)
+    return places
+
+
+def unique_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state of a module, of tensors with several names the first, and none that share memory.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The module with compressed layers.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    memory: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            found[name] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            part = value.detach()
+            shared = not part.is_meta and part.numel() > 0 and part.untyped_storage().data_ptr() in memory
+            found[name] = part.clone() if shared else part
+            memory.add(0 if part.is_meta else part.untyped_storage().data_ptr())
+    return found
+
+
+def _unroll_(model: nn.Module, config: CURConfig) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {name: _place(model, modules, name) for name in config.experts}
+    for name, place in places.items():
+        if not is_experts(modules[place]):
+            raise CheckpointError(
+                f"`config.json` lists the experts {name}, which is a {type(modules[place]).__name__}: the "
+                "configuration and the checkpoint do not belong together"
+            )
+    swap_(model, {place: LinearExperts(modules[place]) for place in places.values()})
+
+
+def read_config(directory: str | os.PathLike[str]) -> CURConfig:
+    """Read what a checkpoint says about its compressed layers, without its weights.
+
+    Parameters
+    ----------
+    directory : path
+        The directory of a compressed checkpoint.
+
+    Returns
+    -------
+    CURConfig
+        The configuration of its compressed layers.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds no compressed checkpoint, or one of a newer format.
+    """
+    data = check_config(directory).get("quantization_config") or {}
+    if data.get("quant_method") != "cur":
+        raise CheckpointError(f"{directory} is not a compressed checkpoint: its config.json does not say so")
+    return CURConfig(**data)
+
+
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the ``modules`` field of :class:`CURConfig` for a model with compressed layers.
 
@@ -283,12 +361,12 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def refuse_other_formats(model: PreTrainedModel) -> None:
+def refuse_other_formats(model: nn.Module) -> None:
     """Raise a ValueError if a model is quantized by another method than ours.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The model to look at.
 
     Raises
@@ -304,12 +382,14 @@ def refuse_other_formats(model: PreTrainedModel) -> None:
         )
 
 
-def mark_(model: PreTrainedModel) -> None:
+def mark_(model: nn.Module) -> None:
     """Tell transformers that a model holds compressed layers, in place; `save_pretrained` then works on it.
+
+    Of a module that is not one of transformers' own nobody has to be told.
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : nn.Module
         The model, whose configuration is changed in place.
 
     Raises
@@ -318,6 +398,8 @@ def mark_(model: PreTrainedModel) -> None:
         If the model is quantized by another method.
     """
     refuse_other_formats(model)
+    if not isinstance(model, PreTrainedModel):
+        return
     # Others are linear layers for the time of the compression alone.
     experts = [name for name, part in model.named_modules() if isinstance(part, LinearExperts) and part.compressed()]
     config = CURConfig(describe(model), experts=experts)
@@ -352,9 +434,9 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     )
 
 
-def _place(model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) -> str:
+def _place(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
     # The checkpoint of a model with a head is also loaded without it (`AutoModel`) and the other way round.
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         if candidate in modules:
             return candidate
@@ -366,9 +448,10 @@ def _place(model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) 
 
 def _layer(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedLinear:
     try:
-        return stand_in(module, name, spec)
+        layer = stand_in(module, name, spec)
     except ValueError as error:
         raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
+    return layer.train(module.training)
 
 
 def _stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -162,9 +162,9 @@ def test_the_head_is_taken_when_listed(llama: PreTrainedModel) -> None:
         ("", {}, "no empty name"),
         (["q_proj", "qq"], {}, "'qq' matches no module; .*linear modules here end in down_proj, gate_proj"),
         (
-            ["embed_tokens"],
+            ["model.norm"],
             {},
-            r"names 1 module\(s\), 'model.embed_tokens' first, none of them linear: they are Embedding",
+            r"names 1 module\(s\), 'model.norm' first, none of them linear: they are LlamaRMSNorm",
         ),
         (["mlp"], {}, r"names 5 module\(s\), .* they are LlamaMLP"),
         (["q_proj"], {"exclude": ["self_attn", "q_proj"]}, "`exclude` .* leaves none of the 5 modules"),

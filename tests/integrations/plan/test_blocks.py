@@ -64,7 +64,7 @@ def test_runs_have_the_smallest_sum(span: int, stacks: list[int]) -> None:
         ({0: 0.1}, 1, {}, "between 1 and 0"),
         ({1: 0.1, 2: 0.1, 3: 0.1}, 1, {}, "one entry per block"),
         ({0: 0.1, 1: float("nan"), 2: 0.1}, 1, {}, r"not for block\(s\) \[1\]"),
-        ({0: 0.1, 1: 0.1, 2: 0.1}, 1, {"by": "luck"}, "`by` must be one of angular, random, last, got 'luck'"),
+        ({0: 0.1, 1: 0.1, 2: 0.1}, 1, {"by": "luck"}, "must be one of angular, position, random, last, got 'luck'"),
         (None, 1, {}, "one of `distances` and `stacks`"),
         (dict.fromkeys(range(5), 0.1), 3, {"span": 2}, "a multiple of `span`, 2,"),
         (None, 2, {"by": "last", "span": 2, "stacks": [6]}, "`span` must be at least 1, and 1 unless"),
@@ -73,3 +73,19 @@ def test_runs_have_the_smallest_sum(span: int, stacks: list[int]) -> None:
 def test_refusals(distances: dict[int, float] | None, count: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_blocks(distances, count, **options)
+
+
+@pytest.mark.parametrize(
+    ("distances", "count", "options", "expected"),
+    [
+        (dict.fromkeys(range(6), 0.1), 2, {}, [3, 4]),
+        ({0: 0.1, 1: 0.01, 2: 0.1, 3: 0.1, 4: 0.1}, 1, {}, [1]),
+        ({0: 0.1, 1: 0.05, 2: 0.06, 3: 0.1, 4: 0.1}, 1, {}, [2]),
+        (dict.fromkeys(range(9), 0.1), 2, {"stacks": [5, 4]}, [3, 7]),
+        (dict.fromkeys(range(5), 0.1), 2, {"span": 2}, [3, 4]),
+    ],
+)
+def test_by_position_later_blocks_count_less(
+    distances: dict[int, float], count: int, options: dict[str, Any], expected: list[int]
+) -> None:
+    assert choose_blocks(distances, count, by="position", **options) == expected
