@@ -57,7 +57,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "cur.integrations.measure.generated_text",
     ),
     "cur.integrations.inspect": ("cur.integrations.store.inspect",),
-    "cur.integrations.layers": ("cur.integrations.model.targets",),
+    "cur.integrations.layers": ("cur.integrations.model.targets", "cur.integrations.nn"),
     "cur.integrations.layouts": (
         "cur.integrations.plan.layouts",
         "cur.integrations.nn.registry",
