@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked
 from cur.integrations.model.running import body, model_inputs, run
-from cur.integrations.model.targets import decoder_layers
+from cur.integrations.model.targets import block_stacks
 
 __all__ = ["BlockCall", "BlockWalk", "ReachedError", "after_blocks", "unpack"]
 
@@ -47,7 +47,7 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
     ((1, 2, 3), 'tuple')
     """
     if isinstance(output, tuple):
-        return output[0], lambda hidden: (hidden,)
+        return output[0], lambda hidden: (hidden, *output[1:])
     return output, lambda hidden: hidden
 
 
@@ -92,6 +92,16 @@ class BlockCall:
         """
         return (hidden, *self.rest), dict(self.options)
 
+    def reads(self, x: Tensor) -> bool:
+        """Say whether a tensor is among the other arguments, as what an encoder returned is for its decoder.
+
+        Parameters
+        ----------
+        x : Tensor
+            The tensor to look for.
+        """
+        return any(x is value for value in (*self.rest, *self.options.values()))
+
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call a block on a hidden state and return the next one."""
         after: Tensor = unpack(block(hidden, *self.rest, **self.options))[0]
@@ -119,10 +129,11 @@ def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], objec
 
 
 class BlockWalk:
-    """The blocks of a model with one stack of them, entered as the model's own forward pass enters them.
+    """The blocks of a model, entered as the model's own forward pass enters them.
 
     A walk calls the blocks itself: :meth:`enter` or :meth:`calls` say with what, :class:`BlockCall` takes a hidden
-    state through a block, and the hidden state after it is the input of the next.
+    state through a block, and the hidden state after it is the input of the next of its stack. What the model makes of
+    the end of one stack for the next, as between an encoder and its decoder, is left to the model.
 
     Parameters
     ----------
@@ -134,15 +145,18 @@ class BlockWalk:
 
     Attributes
     ----------
+    stacks : list of list of (str, nn.Module)
+        Name and module of every block of every stack, as from :func:`~cur.integrations.block_stacks`.
     blocks : list of (str, nn.Module)
-        Name and module of every block, as from :func:`~cur.integrations.decoder_layers`.
+        The same, one stack after the other.
     """
 
     def __init__(self, model: nn.Module, probe: Batch | None = None) -> None:
         self.model = model
-        self.blocks = decoder_layers(model)
+        self.stacks = block_stacks(model)
+        self.blocks = [block for stack in self.stacks for block in stack]
         self._body = body(model)
-        self._pack: Callable[[Any], Any] | None = None
+        self._forms: dict[int, _Form] = {}
         if probe is not None:
             self._learn(probe)
 
@@ -171,50 +185,103 @@ class BlockWalk:
             run(self._body, model_inputs(self._body, batch))
         return caught[0]
 
-    def calls(self, batch: Batch) -> tuple[Tensor, list[BlockCall]]:
-        """Return the hidden state that enters the first block, and what every block is called with besides.
+    def calls(self, batch: Batch, number: int = 0, ended: Sequence[Tensor] = ()) -> tuple[Tensor, list[BlockCall]]:
+        """Return the hidden state that enters the first block of a stack, and what its blocks are called with besides.
 
         The model runs on the batch, but for its blocks: each has arguments of its own, as where local and global
-        attention take turns.
+        attention take turns. Where the first block of a stack returns something for those after it besides the hidden
+        state, such as the bias of positions in T5, that block runs as well.
 
         Parameters
         ----------
         batch : Batch
             The batch to run the model on.
+        number : int, default 0
+            The number of the stack.
+        ended : sequence of Tensor
+            The hidden states with which the stacks before that one end.
         """
         found: list[tuple[Tensor, BlockCall]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             found.append(BlockCall.of(args, options))
+            if len(found) == len(self.stacks[number]):
+                raise ReachedError
 
-        if self._pack is None:
-            self._learn(batch)
-        with self.passing(), hooked([(block, "before", note) for _, block in self.blocks]):
+        with (
+            suppress(ReachedError),
+            self.passing(ended=ended, learning=number),
+            hooked([(block, "before", note) for _, block in self.stacks[number]]),
+        ):
             run(self._body, model_inputs(self._body, batch))
         return found[0][0], [call for _, call in found]
 
-    def passing(self, count: int | None = None) -> AbstractContextManager[None]:
+    def passing(
+        self, count: int | None = None, *, ended: Sequence[Tensor] = (), learning: int | None = None
+    ) -> AbstractContextManager[None]:
         """Let the first `count` blocks, by default all, return the hidden state that they are called with.
 
         Parameters
         ----------
         count : int, optional
             The number of blocks that pass their input on; None for all.
+        ended : sequence of Tensor
+            For the first stacks the hidden state that their blocks return instead.
+        learning : int, optional
+            The number of a stack whose first block runs, if it is not known yet in which form it returns the state.
 
         Returns
         -------
         context manager
             A context in which these blocks do nothing.
         """
+        now: dict[int, Callable[[Any], Any]] = {}
 
-        def pass_on(*args: Any, **options: Any) -> Any:
-            hidden, _ = BlockCall.of(args, options)
-            return hidden if self._pack is None else self._pack(hidden)
+        def instead(number: int, first: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+            def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+                def pass_on(*args: Any, **options: Any) -> Any:
+                    hidden, _ = BlockCall.of(args, options)
+                    if first and number >= len(ended) and self._runs(number, learning):
+                        output = original(*args, **options)
+                        self._forms.setdefault(number, _Form.of(output))
+                        now[number] = unpack(output)[1]
+                    form = self._forms.get(number)
+                    pack = now.get(number) or (form.pack if form is not None else lambda state: state)
+                    return pack(ended[number] if number < len(ended) else hidden)
 
-        return forwards_replaced((block, lambda _: pass_on) for _, block in self.blocks[:count])
+                return pass_on
+
+            return wrap
+
+        places = [
+            (block, instead(number, place == 0))
+            for number, stack in enumerate(self.stacks)
+            for place, (_, block) in enumerate(stack)
+        ]
+        return forwards_replaced(places[:count])
+
+    def _runs(self, number: int, learning: int | None) -> bool:
+        """Say whether the first block of a stack runs although the stack is passed: for what it returns besides."""
+        form = self._forms.get(number)
+        return number == learning if form is None else form.says_more
 
     def _learn(self, batch: Batch) -> None:
         with torch.no_grad():
             hidden, call = self.enter(batch)
             args, options = call.arguments(hidden)
-            _, self._pack = unpack(self.blocks[0][1](*args, **options))
+            self._forms[0] = _Form.of(self.blocks[0][1](*args, **options))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In which form the blocks of a stack return the hidden state, and whether something for others is beside it."""
+
+    pack: Callable[[Any], Any]
+    says_more: bool
+
+    @classmethod
+    def of(cls, output: Any) -> _Form:
+        if not isinstance(output, tuple):
+            return cls(unpack(output)[1], False)
+        empty = (None,) * (len(output) - 1)
+        return cls(lambda hidden: (hidden, *empty), any(isinstance(part, Tensor) for part in output[1:]))
