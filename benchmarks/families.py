@@ -5,13 +5,13 @@
     python benchmarks/families.py --families t5,whisper --again
     python benchmarks/families.py --page                     # the page and the table alone, from what is there
 
-Kinds are those of the auto classes: causal, masked, seq2seq, image, audio, ctc, speech. Each family is compressed by the
-paper's setting, to a budget and block by block, saved, loaded in another process, inspected, asked to generate, exported
-dense, converted to another layout and rounded to eight bits. Each runs in processes of its own, with limits of time and
-memory, forked from one that has imported transformers. Results go to ``benchmarks/results/families.json`` as they come,
-and a run goes on where the last one ended; ``--again`` repeats what is there. What transformers itself cannot build, run
-or load again at this size is listed with its reason and not counted. At the end the page ``docs/reference/families.md``
-is written. Some seconds a family on one core.
+Kinds are those of the auto classes: causal, masked, seq2seq, image, audio, ctc, speech. Each family is compressed by
+the paper's setting, to a budget and block by block, saved, loaded in another process, inspected, asked to generate,
+exported dense, converted to another layout and rounded to eight bits. Each runs in processes of its own, with limits
+of time and memory, forked from one that has imported transformers. Results go to ``benchmarks/results/families.json``
+as they come, and a run goes on where the last one ended; ``--again`` repeats what is there. What transformers itself
+cannot build, run or load again at this size is listed with its reason and not counted. At the end the page
+``docs/reference/families.md`` is written. Some seconds a family on one core.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -31,20 +33,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import render
+
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results" / "families.json"
 SECONDS = 240
 GIGABYTES = 8
-
-
-def judged(row: dict[str, Any]) -> str:
-    """Say in one word how a family came through: clean, refused, fault, or not built."""
-    if row["why"]:
-        return "not built"
-    ended = [step for step in row["steps"].values() if step not in ("ok", "-")]
-    if not ended:
-        return "clean"
-    return "refused" if all(step.startswith("refused") for step in ended) else "fault"
+_WALL = 10
 
 
 def run(
@@ -59,7 +54,7 @@ def run(
     jobs : int, default 1
         How many at once.
     seconds : float
-        The limit for one family.
+        The limit for one family, of the processor's time.
     """
     # The server that processes are forked from finds modules by this alone.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
@@ -81,16 +76,17 @@ def _one(context: Any, kind: str, family: str, seconds: float) -> dict[str, Any]
 
 def _in_process(context: Any, seconds: float, what: str, *arguments: Any) -> dict[str, Any]:
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(there, what, *arguments))
+    process = context.Process(target=_child, args=(there, seconds, what, *arguments))
     process.start()
     there.close()
     try:
-        if here.poll(seconds):
+        if here.poll(_WALL * seconds):
             with contextlib.suppress(EOFError):
                 outcome: dict[str, Any] = here.recv()
                 return outcome
             process.join()
-            why = f"fault: the process ended with {process.exitcode}"
+            late = process.exitcode == -signal.SIGXCPU
+            why = f"fault: {f'not done in {seconds:.0f} s' if late else f'the process ended with {process.exitcode}'}"
         else:
             why = f"fault: not done in {seconds:.0f} s"
         return _lost(arguments, what, why)
@@ -119,18 +115,24 @@ def _next(steps: dict[str, str]) -> str:
     return next((step for step in STEPS if step not in steps and step != "load"), "load")
 
 
-def _child(pipe: Any, what: str, kind: str, family: str, place: str, outcome: dict[str, Any] | None = None) -> None:
+def _child(
+    pipe: Any, seconds: float, what: str, kind: str, family: str, place: str, outcome: dict[str, Any] | None = None
+) -> None:
     import torch
     import transformers
     from family_steps import Outcome, reload, walk
 
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    # Of the processor, as on a busy machine others may take most of it.
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        found = walk(kind, family, Path(place)) if what == "walk" else reload(kind, Path(place), Outcome(**outcome or {}))
+        found = (
+            walk(kind, family, Path(place)) if what == "walk" else reload(kind, Path(place), Outcome(**outcome or {}))
+        )
     pipe.send(found.to_dict())
     pipe.close()
 
@@ -150,11 +152,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = data.get("rows", {})
     if not options.page:
         rows = _run(options, rows)
-    for word, count in Counter(judged(row) for row in rows.values()).items():
+    for word, count in Counter(render.judged(row) for row in rows.values()).items():
         print(f"{count:4} {word}")
     if options.out == RESULTS:
-        import render
-
         render.main()
     return rows
 
@@ -174,7 +174,7 @@ def _run(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[s
     print(f"{len(names)} families", file=sys.stderr)
     for kind, family, outcome in run(names, jobs=options.jobs, seconds=options.seconds):
         rows[f"{kind}/{family}"] = outcome
-        print(f"{kind:8} {family:28} {judged(outcome):9} {sum(outcome['seconds'].values()):6.1f} s", flush=True)
+        print(f"{kind:8} {family:28} {render.judged(outcome):9} {sum(outcome['seconds'].values()):6.1f} s", flush=True)
         for step, ended in {"": outcome["why"], **outcome["steps"]}.items():
             if ended not in ("", "ok", "-"):
                 print(f"    {step:9} {ended}", flush=True)

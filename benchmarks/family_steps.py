@@ -77,11 +77,9 @@ class _Walk:
             work()
             ended = "ok"
         except KeyError as missing:
-            if missing.args[0] not in ("paper", "budget", "dense"):
-                ended = f"fault: {_said(missing)}"
-            else:
-                ended = "-"
-        except Exception as error:  # whatever goes wrong is the result
+            known = missing.args[0] in ("paper", "budget", "dense")  # a step before would have given it
+            ended = "-" if known else f"fault: {_said(missing)}"
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is the result
             refused = isinstance(error, (ValueError, TypeError)) and not self.measured
             ended = f"{'refused' if refused else 'fault'}: {_said(error)}"
         steps, seconds = self.outcome.steps, self.outcome.seconds
@@ -147,7 +145,7 @@ class _Walk:
             raise KeyError("dense")
         try:
             dense.generate(**prompt, **options)
-        except Exception:  # the dense model does not either
+        except Exception:  # noqa: BLE001 - the dense model does not either
             raise KeyError("dense") from None
         model.generate(**prompt, **options)
 
@@ -238,7 +236,7 @@ def reload(kind: str, place: Path, outcome: Outcome) -> Outcome:
             expected = load_file(place / f"{name}.safetensors")["logits"]
             _compare(f"loaded, {name}", found, expected, rounding=0.0 if what["exact"] else ROUNDING)
             ended = "ok"
-        except Exception as error:  # whatever goes wrong is the result
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is the result
             ended = f"fault: {_said(error)}"
         if outcome.steps.get(step, "ok") == "ok":
             outcome.steps[step] = ended
@@ -256,7 +254,7 @@ def _check_transformers(kind: str, made: tiny.Tiny, place: Path) -> None:
         if not torch.equal(found, tiny.logits(again, made.inputs)):
             raise AssertionError("two passes over the same inputs give two results")
         _compare("loaded by transformers alone", found, expected, rounding=1e-5)
-    except Exception as error:  # whatever the code of a family raises
+    except Exception as error:
         raise tiny.NotBuiltError(f"saved and loaded by transformers alone: {_said(error)}") from error
     save_file({"logits": found.contiguous()}, place / "dense.safetensors")
 

@@ -2,8 +2,8 @@
 
 One shrinker serves all: a field of a configuration says by its name what it counts, so a table of names gives widths,
 heads, blocks, experts and vocabularies their sizes, in configurations within configurations as well. Where a model
-cannot be built or run with all of them, groups of names are left as they are, one after the other. Models are counted on
-the meta device before memory is taken for one.
+cannot be built or run with all of them, groups of names are left as they are, one after the other. Models are counted
+on the meta device before memory is taken for one.
 """
 
 from __future__ import annotations
@@ -67,10 +67,16 @@ _SIZES: dict[str, list[tuple[str, int]]] = {
         (r"codebook_size|num_codevectors_per_group|num_buckets_hash", 8),
     ],
     "blocks": [
-        (r"(.*_)?num_kv_shared_layers|first_k_dense_replace|(num|moe)_(first_)?dense_layers|.*_offset|num_mem_blocks", 1),
+        (
+            r"(.*_)?num_kv_shared_layers|first_k_dense_replace|(num|moe)_(first_)?dense_layers|.*_offset|num_mem_blocks",
+            1,
+        ),
         (r".*_(period|interval|frequency|step|every_n(_layers)?)|layer_group_size|full_attn_interval", 2),
         (r"(encoder|decoder|speech_encoder|t2u_(en|de)coder)_(num_hidden_)?layers|num_(en|de)coder_layers", 3),
-        (r"(conf_)?(num_)?(hidden_)?layers|n_layers?|depth|num_blocks|num_(self_attends_per_block|layers_per_stack)", BLOCKS),
+        (
+            r"(conf_)?(num_)?(hidden_)?layers|n_layers?|depth|num_blocks|num_(self_attends_per_block|layers_per_stack)",
+            BLOCKS,
+        ),
         (r"num_global_layers|num_sparse_(en|de)coder_layers|num_timestamp_prediction_layers|max_n_layers", 2),
     ],
     "experts": [
@@ -97,23 +103,36 @@ _SIZES: dict[str, list[tuple[str, int]]] = {
         (r"d_ff|d_inner|dim_ff|n_inner|ffn_dim", 48),
         (r"expand|mamba_expand", 1),
         (r"state_size|ssm_state_size|mamba_d_state|d_state", 8),
-        (r"(.*_)?(hidden|embed|emb|embedding|model|projection|proj|output|pooler|entity_emb|word_embed_proj|latent)_(size|dim)", 32),
+        (
+            r"(.*_)?(hidden|embed|emb|embedding|model|projection|proj|output|pooler|entity_emb|word_embed_proj|latent)_(size|dim)",
+            32,
+        ),
         (r"d_model|n_embd|dim|d_latents|hidden_dim|embed_dim|adapter_(in|out)_dim|input_dim|dim_model(_base)?", 32),
-        (r"conv_channels|.*channel(s)?_dim|classifier_proj_size|(proj_)?codevector_dim|(.*_)?subsampling_conv_channels", 32),
+        (
+            r"conv_channels|.*channel(s)?_dim|classifier_proj_size|(proj_)?codevector_dim|(.*_)?subsampling_conv_channels",
+            32,
+        ),
         (r".*_(embed_dim|hidden_dim|hidden_size|units|out_channel|output_size|projection_size)|.*bottleneck_size", 32),
         (r"(attention_)?hidden_size(_.*)?|lru_width|hidden_size_global", 32),
     ],
     "lengths": [
         (r"(.*_)?max_(.*_)?position(s|_embeddings)|n_positions|n_ctx|max_(source|target)_positions|context_length", 64),
         (r"max_seq(uence)?_len(gth)?|(.*_)?max_length|(max_)?seq(_)?len(gth)?|segment_means_seq_len", 64),
-        (r"(.*_)?(sliding|attention)_?(window)(_size)?|(.*_)?block_size|(.*attn_|attention_|mamba_)?chunk_(size|length)", 8),
+        (
+            r"(.*_)?(sliding|attention)_?(window)(_size)?|(.*_)?block_size|(.*attn_|attention_|mamba_)?chunk_(size|length)",
+            8,
+        ),
         (r"context_size", 16),
         (r"window_size|keep_window_size|num_landmarks", 4),
         (r"num_conv_pos_embeddings", 16),
     ],
     "images": [(r"image_size|crop_size", SIDE)],
 }
-_STEPS = {"initializer_range": 0.1, "init_std": 0.1, "init_method_std": 0.1}  # 0.02 leaves so small a model nearly linear
+_STEPS = {
+    "initializer_range": 0.1,
+    "init_std": 0.1,
+    "init_method_std": 0.1,
+}  # 0.02 leaves so small a model nearly linear
 
 
 def _size(name: str, value: int, groups: list[str]) -> int:
@@ -197,11 +216,15 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
             new = _size("num_heads" if alone else name, value, groups)
             if stages and new < value and re.search("embed_dim|hidden_size", name):
                 new = _widths([value], groups)[0]
-        elif type(value) is float and "widths" in groups and re.fullmatch(r"(width|depth)_(coefficient|multiplier)", name):
+        elif (
+            type(value) is float
+            and "widths" in groups
+            and re.fullmatch(r"(width|depth)_(coefficient|multiplier)", name)
+        ):
             new = min(value, 0.25)
         elif name in _STEPS:
             new = _STEPS[name]
-        elif isinstance(value, (list, tuple)) and defaults[name] is not None or _ints(value):
+        elif (isinstance(value, (list, tuple)) and defaults[name] is not None) or _ints(value):
             new = _list(name, list(value), layers, groups)
             if list(value) == new or (defaults[name] is None and len(value) == layers):
                 continue  # made from other fields
@@ -247,7 +270,7 @@ def make(kind: str, family: str) -> Tiny:
             model = _built(kind, family, groups, fill=fill)
             batches, inputs = _fed(model, KINDS[kind].feed)
             return Tiny(model, batches, inputs, left)
-        except Exception as error:  # whatever the code of a family raises
+        except Exception as error:  # noqa: BLE001 - whatever the code of a family raises
             first = first or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise NotBuiltError(first)
 
@@ -290,7 +313,7 @@ def _fed(model: PreTrainedModel, feed: str) -> tuple[list[dict[str, torch.Tensor
             if not bool(torch.isfinite(found).all()):
                 raise NotBuiltError("logits are not finite")
             return batches, inputs
-        except Exception as error:  # whatever the code of a family raises
+        except Exception as error:  # noqa: BLE001 - whatever the code of a family raises
             first = first or error
     raise first or NotBuiltError("no form of input is known for it")
 

@@ -15,7 +15,6 @@ from cur.integrations.measure.generated_text import draw
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.finite import find_nonfinite
 from cur.integrations.model.hooks import Hook
-from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
 from cur.integrations.nn import dense_weight
 
@@ -28,12 +27,15 @@ _WITHOUT = "leave them out (`gradients=False`, --no-gradients)"
 class OutputGradients:
     """Sums of ``g g^T`` over the gradients at the outputs of modules, gathered by hooks.
 
-    The loss is the negative log-likelihood, summed over the sample, of labels that the model draws itself.
+    The loss is the negative log-likelihood, summed over the sample, of labels that the model draws itself: one for each
+    token, or one for the sample where the model gives one row of logits for it. A model without logits says what it has
+    to say in its first output; for that the labels are drawn from a normal distribution of unit variance around it, so
+    that the gradients are those of the squared change of what it says.
 
     Parameters
     ----------
     model : nn.Module
-        The model to differentiate: a transformer with input embeddings.
+        The model to differentiate: a transformer of any kind.
     modules : mapping of str to nn.Module
         The modules whose output gradients are summed, by name.
     masks : Masks
@@ -44,22 +46,13 @@ class OutputGradients:
     Raises
     ------
     TypeError
-        If the model is an encoder-decoder, or has no input embeddings.
+        If the model is no transformer.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], masks: Masks, *, seed: int) -> None:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise TypeError(
-                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
-                f"encoder-decoder; {_WITHOUT}"
-            )
-        embeddings = word_embeddings(model)
-        if embeddings is None:
-            raise TypeError(
-                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; {_WITHOUT}"
-            )
+        if not hasattr(model, "config"):
+            raise TypeError(f"gradients need a transformer with a configuration, {type(model).__name__} has none")
         self.model = model
-        self.embeddings = embeddings
         self.masks = masks
         self.seed = seed
         self.modules = {id(module): module for module in modules.values()}
@@ -70,13 +63,12 @@ class OutputGradients:
         self.counts: dict[int, int] = {}
 
     def hooks(self) -> list[Hook]:
-        """Return what starts the graph at the embeddings, and sees what every module returns."""
-        watched: list[Hook] = [(module, "after", self._hook(key)) for key, module in self.modules.items()]
-        return [(self.embeddings, "after", _start_graph), *watched]
+        """Return what sees what every module returns, and starts the graph there."""
+        return [(module, "after", self._hook(key)) for key, module in self.modules.items()]
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
-        """Let gradients flow from the embeddings on; no weight gets one, which would double time and memory."""
+        """Let gradients flow from what is measured first on; no weight gets one, which would double time and memory."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             for parameter in learning:
@@ -97,41 +89,80 @@ class OutputGradients:
         inputs : mapping
             The keyword arguments that the model was called with.
         mask : Tensor or None
-            The padding mask of the batch; None if it has no padding.
+            The padding mask of what the model says something of; None if it has no padding.
         first : int
             The number of the first sample of the batch, which seeds its labels.
 
         Raises
         ------
         TypeError
-            If the model gives no logits for each token.
+            If the model returns nothing that could be said by another one of its kind.
+        ValueError
+            If it gives no logits for each token of a batch with padding.
         NumericalError
             If the loss, or the gradient at an output, is not finite.
         """
         logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-            raise TypeError(
-                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
-            )
-        kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
-        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
-        scores = logits[kept.to(logits.device)].float()
-        loss = nn.functional.cross_entropy(scores, labels, reduction="sum")
+        if isinstance(logits, torch.Tensor) and logits.ndim in (2, 3):
+            loss = self._of_labels(logits if logits.ndim == 3 else logits[:, None], mask, first)
+        else:
+            loss = self._of_states(output, mask, first)
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # else nothing that is measured was called
+            loss.backward()  # type: ignore[no-untyped-call]
         for key, product in self.products.items():
             if not bool(torch.isfinite(product.diagonal()).all()):
                 raise NumericalError(f"the gradient at the output of {self.names[key][0]!r} is not finite")
 
-    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
-        def watch(module: nn.Module, _: Any, output: Any) -> None:
+    def _of_labels(self, logits: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return the negative log-likelihood of labels that are drawn from logits (batch, tokens, classes)."""
+        kept = self._kept(logits, mask)
+        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
+        return nn.functional.cross_entropy(logits[kept.to(logits.device)].float(), labels, reduction="sum")
+
+    def _of_states(self, output: Any, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return the part of the same for normal labels around the first output that has a gradient."""
+        states = next((x for x in _tensors(output) if x.is_floating_point() and x.ndim >= 2), None)
+        if states is None:
+            raise TypeError(f"gradients need logits or hidden states, {type(self.model).__name__} has none; {_WITHOUT}")
+        # NumPy's generators take a pair as seed, and give the same on every device.
+        noise = torch.stack(
+            [
+                torch.from_numpy(np.random.default_rng((self.seed, first + index)).standard_normal(tuple(state.shape)))
+                for index, state in enumerate(states)
+            ]
+        ).to(states.device, torch.float32)
+        if states.ndim == 3:
+            noise = noise * self._kept(states, mask).to(noise)[..., None]
+        return (states.float() * noise).sum()
+
+    def _kept(self, said: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return which tokens count of what is said of each, or of the whole sample."""
+        if mask is None or said.shape[1] == 1:
+            return torch.ones(said.shape[:2], dtype=torch.bool)
+        if mask.shape != said.shape[:2]:
+            raise ValueError(
+                f"{type(self.model).__name__} says something of {said.shape[1]} places of each sample, of which an "
+                f"`attention_mask` of {mask.shape[1]} does not tell the padding; give batches without padding, or "
+                f"{_WITHOUT}"
+            )
+        return mask
+
+    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], torch.Tensor | None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
+            started = None
+            if torch.is_grad_enabled() and not output.requires_grad:
+                # Nothing that is measured comes before. Not a leaf: what follows may work in place.
+                output = started = output.detach().requires_grad_(True).clone()
             if output.requires_grad:
-                mask = self.masks.of(module, output)
+                # A linear layer returns as many rows as it gets; whose tokens they are, what it gets says.
+                mask = self.masks.of(module, args[0] if args else output)
                 # A hook of the tensor, not of the module: it goes with the graph.
                 output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
+            return started
 
         return watch
 
@@ -175,8 +206,12 @@ class OutputGradients:
         return products, counts
 
 
-def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a model returns, in their order."""
+    parts = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
+    yield from (part for part in parts if isinstance(part, torch.Tensor))
 
 
 def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) -> torch.Tensor:

@@ -223,7 +223,7 @@ def _through(
     *,
     changed: bool,
 ) -> bool:
-    """Make the replacements of layers of one block, and take all batches through it; says if anything is changed yet."""
+    """Make the replacements of layers of one block, and take all batches through it; says if anything changed yet."""
     at = [way.dense[place] for way in ways]
     theirs = [way.theirs for way in ways]
     groups = layer_groups(block, at[0], theirs[0], inside)

@@ -45,9 +45,7 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
         groups = call_groups(block, names, lambda: call(block, hidden))
     calls = Counter(itertools.chain(*groups))
     whole = [
-        name
-        for name, x in seen.items()
-        if calls[name] == 1 and (x.numel() // x.shape[-1] == tokens or call.reads(x))
+        name for name, x in seen.items() if calls[name] == 1 and (x.numel() // x.shape[-1] == tokens or call.reads(x))
     ]
     return groups if len(whole) == len(names) else call_groups(block, whole, lambda: call(block, hidden))
 

@@ -23,7 +23,7 @@ from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, linear_modules
 from cur.integrations.nn import compressed_modules, dense_weight, layer_class
-from cur.integrations.plan.blocks import choose_layers, inner_blocks
+from cur.integrations.plan.blocks import choose_layers, inner_blocks, shares
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_too_small, too_small, unmeasured
@@ -380,7 +380,31 @@ def chosen_blocks(model: PreTrainedModel, statistics: Statistics, config: Compre
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
     distances = statistics.angular_spans(config.span) if config.choose == "angular" else None
+    if len(stacks) > 1:
+        return _in_each_stack(distances, config, stacks)
     return choose_layers(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+
+
+def _in_each_stack(distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[int]) -> list[int]:
+    """Return the indices of the blocks that are chosen, in each stack for itself."""
+    assert isinstance(config.layers, int)
+    chosen: list[int] = []
+    first = 0
+    counts = shares(config.layers, stacks, config.span)
+    if sum(counts) < config.layers:
+        raise ValueError(
+            f"`layers` must leave room for runs of {config.span} blocks that do not overlap in stacks of "
+            f"{', '.join(map(str, stacks))} blocks, got {config.layers}"
+        )
+    for length, count in zip(stacks, counts, strict=True):
+        own = None if distances is None else {i - first: d for i, d in distances.items() if first <= i < first + length}
+        if count:
+            found = choose_layers(
+                own, count, by=config.choose, span=config.span, stacks=[length], seed=config.seed + first
+            )
+            chosen += [first + index for index in found]
+        first += length
+    return chosen
 
 
 def candidates(model: PreTrainedModel, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:

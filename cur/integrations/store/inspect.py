@@ -165,8 +165,7 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     parameters = sum(
         math.prod(shape)
         for name, (shape, dtype) in tensors.items()
-        if name not in buffers
-        and ((dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers"))
+        if name not in buffers and ((dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers"))
     )
     return CheckpointSummary(
         directory=str(directory),
