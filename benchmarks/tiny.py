@@ -72,7 +72,7 @@ _SIZES: dict[str, list[tuple[str, int]]] = {
             1,
         ),
         (r".*_(period|interval|frequency|step|every_n(_layers)?)|layer_group_size|full_attn_interval", 2),
-        (r"(encoder|decoder|speech_encoder|t2u_(en|de)coder)_(num_hidden_)?layers|num_(en|de)coder_layers", 3),
+        (r"(encoder|decoder|speech_encoder|t2u_(en|de)coder)_(num_hidden_)?layers|num_(en|de)coder_layers", BLOCKS),
         (
             r"(conf_)?(num_)?(hidden_)?layers|n_layers?|depth|num_blocks|num_(self_attends_per_block|layers_per_stack)",
             BLOCKS,
@@ -86,17 +86,17 @@ _SIZES: dict[str, list[tuple[str, int]]] = {
         (r"(n|num|moe)_?(.*_)?(num_)?experts|zero_expert_num|n_experts", 4),
         (r"expert_capacity", 64),
     ],
+    "head sizes": [
+        (r"(.*_)?(head_dim|head_size|d_kv|d_head|dim_head|kv_channels|key_dim)|mamba_d_head", 8),
+        (r"rotary_dim", 8),
+        (r".*_lora_rank|(.*_)?lowrank|.*_rank", 8),
+    ],
     "heads": [
         (r".*(kv|key_value|key)_(n_)?heads|multi_query_heads|kv_n_heads|num_query_groups", 2),
         (r"(n_|num_)?mamba_(n_|num_)?heads|mamba_n_heads", 4),
         (r"(.*_)?((num|n)_)?(.*_)?heads?(_per_ngram)?|n_heads?|num_heads", 4),
         (r"n_groups|mamba_n_groups|o_groups", 2),
         (r"num_groups", 4),
-    ],
-    "head sizes": [
-        (r"(.*_)?(head_dim|head_size|d_kv|d_head|dim_head|kv_channels|key_dim)|mamba_d_head", 8),
-        (r"rotary_dim|qk_head_dim", 8),
-        (r".*_lora_rank|(.*_)?lowrank|.*_rank", 8),
     ],
     "widths": [
         (r".*(intermediate|ffn|feed_?forward|_ff|mlp|dff|inner).*(size|dim|ff|hidden)?", 48),
@@ -186,7 +186,8 @@ def _list(name: str, value: list[Any], layers: int, groups: list[str]) -> list[A
 def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict[str, Any]:
     """Return the fields of a configuration that get another value, those of configurations in it included.
 
-    With `fill`, fields that are None and count something are numbers as well: the defaults of some families lack them.
+    Fields that a family makes from others are left to it. With `fill` they are not, and fields that are None and count
+    something are numbers as well: the defaults of some families lack them.
     """
     kind = type(config)
     defaults = {name: getattr(kind, name, None) for name in vars(config)}
@@ -202,7 +203,7 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
             new = {"model_type": value.model_type, **_changes(value, groups, fill=fill)}
         elif value is None and fill and _fillable(kind, name):
             new = _size(name, 1 << 20, groups)
-            new = None if new == 1 << 20 else new
+            new = 4 if new == 1 << 20 else new
         elif value is None and fill and name == "pad_token_id":
             new = 0
         elif isinstance(value, bool) or value is None:
@@ -210,6 +211,8 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
         elif re.fullmatch(r".*_token_(id|index)|(boi|eoi|boa|eoa|image|audio|video).*_(id|index)|pad_index", name):
             if type(value) is int and value >= WORDS and "vocabularies" in groups:
                 new = {"pad": 0, "bos": 1, "eos": 2}.get(name[:3], 3 + sum(map(ord, name)) % 5)
+        elif type(value) is int and defaults[name] is None and not fill:
+            continue  # made from other fields
         elif type(value) is int:
             # Heads that all had keys of their own keep them: not every family can share.
             alone = value == vars(config).get("num_attention_heads") and re.search("kv|key_value", name)
@@ -224,9 +227,9 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
             new = min(value, 0.25)
         elif name in _STEPS:
             new = _STEPS[name]
-        elif (isinstance(value, (list, tuple)) and defaults[name] is not None) or _ints(value):
+        elif isinstance(value, (list, tuple)) and (defaults[name] is not None or _ints(value) or fill):
             new = _list(name, list(value), layers, groups)
-            if list(value) == new or (defaults[name] is None and len(value) == layers):
+            if list(value) == new or (defaults[name] is None and len(value) == layers and not fill):
                 continue  # made from other fields
         if new != value:
             found[name] = new
