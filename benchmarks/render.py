@@ -488,7 +488,7 @@ def families(data: dict[str, Any]) -> str:
         seconds += sum(sum(row["seconds"].values()) for row in rows.values())
     parts = [
         table(["Kind", *words, "clean of those that run"], counts),
-        f"{provenance(data)} {seconds / 60:.0f} minutes.",
+        f"{provenance(data)} {seconds / 60:.0f} minutes of a processor.",
     ]
     for kind, rows in kinds.items():
         by_word = {word: {family: row for family, row in rows.items() if judged(row) == word} for word in words}

@@ -161,7 +161,7 @@ class OutputGradients:
                 # A linear layer returns as many rows as it gets; whose tokens they are, what it gets says.
                 mask = self.masks.of(module, args[0] if args else output)
                 # A hook of the tensor, not of the module: it goes with the graph.
-                output.register_hook(lambda gradient: self._add(key, gradient, mask))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: self._add(key, gradient, mask))
             return started
 
         return watch
