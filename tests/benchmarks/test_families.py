@@ -16,9 +16,9 @@ SAMPLE = {
     "seq2seq/t5": "an encoder and its decoder, with a bias of positions from the first block of each",
     "seq2seq/m2m_100": "an encoder and its decoder, with tied embeddings of both",
     "speech/whisper": "features that are longer than what is made of them",
-    "audio/whisper": "an encoder alone, with the configuration of both",
-    "ctc/wav2vec2": "sound, without embeddings of tokens and without a tokenizer",
+    "audio/audio-spectrogram-transformer": "sound, without embeddings of tokens and without a tokenizer",
     "image/vit": "images, with one row of logits for each",
+    "image/clip": "images, read by one tower of a model of two",
 }
 
 
