@@ -36,8 +36,8 @@ ROUNDING = 2e-3
 """What a sequence of float32 products may change, relative to the largest logit."""
 
 SAME = 1e-6
-"""What may differ although all tensors are the same bit by bit: files are mapped, so tensors lie at other addresses, and
-libraries may order their sums otherwise for those."""
+"""What may differ although all tensors are the same bit by bit: files are mapped, so tensors lie elsewhere in
+memory, where sums may be ordered otherwise."""
 
 _INPUTS, _EXPECTED, _NOTES = "inputs.safetensors", "expected.json", "notes.json"
 
