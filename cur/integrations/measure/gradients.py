@@ -208,9 +208,7 @@ class OutputGradients:
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a model returns, in their order."""
-    parts = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
-    )
+    parts = output.values() if isinstance(output, Mapping) else [output] if torch.is_tensor(output) else output
     yield from (part for part in parts if isinstance(part, torch.Tensor))
 
 

@@ -161,8 +161,8 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
         stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)
         biases += sum(layer.shape[0] - math.prod(bias[0]) for bias in stored if bias is not None)
     steps = {f"{name.removesuffix('integers')}scale" for name in tensors if name.endswith(".integers")}
-    buffers = _buffers(Path(directory), tensors)
-    parameters = sum(
+    buffers, computed = _besides(Path(directory), tensors)
+    parameters = computed + sum(
         math.prod(shape)
         for name, (shape, dtype) in tensors.items()
         if name not in buffers and ((dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers"))
@@ -177,13 +177,20 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     )
 
 
-def _buffers(directory: Path, names: Collection[str]) -> set[str]:
-    """Return the stored tensors that are buffers of the model; none of a class that transformers does not have."""
+def _besides(directory: Path, names: Collection[str]) -> tuple[set[str], int]:
+    """Return the stored tensors that are buffers of the model, and the number of parameters that it computes itself.
+
+    Of a class that transformers does not have, neither is known.
+    """
     model = without_weights(directory)
     if model is None:
-        return set()
+        return set(), 0
+    targets = {name: target for name, (target, _) in names_in_model(model, names).items()}
     known = {name for name, _ in model.named_buffers()}
-    return {name for name, (target, _) in names_in_model(model, names).items() if target in known}
+    parameters = dict(model.named_parameters())
+    computed = set(model._keys_to_ignore_on_save or ()) & parameters.keys() - set(targets.values())
+    buffers = {name for name, target in targets.items() if target in known}
+    return buffers, sum(parameters[name].numel() for name in computed - model.all_tied_weights_keys.keys())
 
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
