@@ -144,6 +144,8 @@ class _Walk:
         """Let a compressed model write; it has to where the dense one does."""
         prompt = {key: value for key, value in self.made.inputs.items() if not key.startswith("decoder")}
         options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+        if self.made.model.config.is_encoder_decoder:
+            options["decoder_start_token_id"] = 1
         model = self.models[name]
         dense = self.auto.from_pretrained(self.place / "dense")
         if not dense.can_generate():

@@ -10,15 +10,15 @@ SAMPLE = {
     "causal/qwen2_moe": "layers too small to gain, and experts that few tokens reach",
     "causal/exaone_moe": "buffers among the stored tensors",
     "causal/bart": "cross attention without a text to read",
-    "causal/gpt2": "weights stored as their transpose",
+    "seq2seq/marian": "parameters that checkpoints leave out, as the model computes them",
     "masked/bert": "every token sees all others",
     "masked/deberta": "blocks that hand on more than the hidden state",
     "seq2seq/t5": "an encoder and its decoder, with a bias of positions from the first block of each",
-    "seq2seq/m2m_100": "an encoder and its decoder, with tied embeddings of both",
+    "seq2seq/longt5": "an encoder whose blocks return less than those of its decoder",
     "speech/whisper": "features that are longer than what is made of them",
     "audio/audio-spectrogram-transformer": "sound, without embeddings of tokens and without a tokenizer",
     "image/vit": "images, with one row of logits for each",
-    "image/clip": "images, read by one tower of a model of two",
+    "image/siglip": "layers that the module around them fills by the names of their parts",
 }
 
 

@@ -415,6 +415,12 @@ class CompressedLinear(nn.Module):
         """Return the bias (m entries), or None."""
         raise NotImplementedError
 
+    def __getattr__(self, name: str) -> Any:
+        """Have the bias under its name in a dense layer, where models look for it, wherever it is stored."""
+        if name == "bias" and name not in self.bias_names:
+            return self.bias_tensor()
+        return super().__getattr__(name)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, m x n, multiplied out at every access (half precision through float32)."""
