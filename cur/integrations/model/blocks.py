@@ -99,6 +99,11 @@ class BlockCall:
         ----------
         x : Tensor
             The tensor to look for.
+
+        Returns
+        -------
+        bool
+            Whether it is one of them.
         """
         return any(x is value for value in (*self.rest, *self.options.values()))
 
@@ -148,7 +153,7 @@ class BlockWalk:
     stacks : list of list of (str, nn.Module)
         Name and module of every block of every stack, as from :func:`~cur.integrations.block_stacks`.
     blocks : list of (str, nn.Module)
-        The same, one stack after the other.
+        Name and module of every block, one stack after the other.
     """
 
     def __init__(self, model: nn.Module, probe: Batch | None = None) -> None:
@@ -226,7 +231,7 @@ class BlockWalk:
         count : int, optional
             The number of blocks that pass their input on; None for all.
         ended : sequence of Tensor
-            For the first stacks the hidden state that their blocks return instead.
+            The hidden states that the blocks of the first stacks return, whatever they are called with.
         learning : int, optional
             The number of a stack whose first block runs, if it is not known yet in which form it returns the state.
 

@@ -189,8 +189,9 @@ def test_unknown_layout() -> None:
         layer_of("cur").to_layout("lu")
 
 
-@pytest.mark.parametrize("kind", [CURLinear, FoldedLinear, InterpolativeLinear])
-def test_the_bias_has_its_name_in_a_dense_layer(kind: Any) -> None:
+@pytest.mark.parametrize("layout", factored())
+def test_the_bias_has_its_name_in_a_dense_layer(layout: str) -> None:
+    kind: Any = factored()[layout]
     layer = kind(6, 4, 2)
     with torch.no_grad():
         layer.bias_tensor().copy_(torch.arange(4.0))
