@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md", ROOT / "docs" / "howto" / "modules.md")
+PAGES = tuple(
+    ROOT / "docs" / name for name in ("benchmarks.md", "scale.md", "howto/modules.md", "reference/families.md")
+)
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -482,6 +484,62 @@ def cost(data: dict[str, Any]) -> str:
     return "\n\n".join([*tables, text, provenance(data)])
 
 
+def judged(row: dict[str, Any]) -> str:
+    """Say in one word how a family came through: clean, refused, fault, or not built."""
+    if row["why"]:
+        return "not built"
+    ended = [step for step in row["steps"].values() if step not in ("ok", "-")]
+    if not ended:
+        return "clean"
+    return "refused" if all(step.startswith("refused") for step in ended) else "fault"
+
+
+def families(data: dict[str, Any]) -> str:
+    """Return how many families of each kind are clean, and what became of each that is not."""
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in data["rows"].items():
+        kind, _, family = name.partition("/")
+        kinds.setdefault(kind, {})[family] = row
+    words = ("clean", "refused", "fault", "not built")
+    counts, seconds = [], 0.0
+    for kind, rows in kinds.items():
+        said = [judged(row) for row in rows.values()]
+        run = len(said) - said.count("not built")
+        share = f"{said.count('clean') / run:.0%}" if run else ""
+        counts.append([kind, *(str(said.count(word)) for word in words), share])
+        seconds += sum(sum(row["seconds"].values()) for row in rows.values())
+    parts = [
+        table(["Kind", *words, "clean of those that run"], counts),
+        f"{provenance(data)} {seconds / 60:.0f} minutes of a processor.",
+    ]
+    for kind, rows in kinds.items():
+        by_word = {word: {family: row for family, row in rows.items() if judged(row) == word} for word in words}
+        parts += [f"## {kind.capitalize()}", f"Clean: {', '.join(by_word['clean']) or 'none'}."]
+        troubled = [
+            [family, word, step, _sentence(ended)]
+            for word in ("refused", "fault")
+            for family, row in by_word[word].items()
+            for step, ended in row["steps"].items()
+            if ended not in ("ok", "-")
+        ]
+        troubled += [[family, "not built", "", _sentence(row["why"])] for family, row in by_word["not built"].items()]
+        if troubled:
+            lines = [
+                "| Family | | step | what was said |",
+                "|---|---|---|---|",
+                *(f"| {' | '.join(x)} |" for x in troubled),
+            ]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _sentence(said: str) -> str:
+    """Return what an error says, fit for a cell of a table."""
+    words = said.partition(": ")[2] if said.startswith(("refused: ", "fault: ")) else said
+    short = words if len(words) <= 240 else f"{words[:240]} ..."
+    return "`" + short.replace("`", "'").replace("|", "/") + "`"
+
+
 def precision(data: dict[str, Any]) -> str:
     """Return the times of products and passes in every precision, each processor beside the others."""
     every = data["processors"]
@@ -538,6 +596,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "paper": paper,
     "healing": healing,
     "paper_setting": paper_setting,
+    "families": families,
     "precision": precision,
     "quality": quality,
 }

@@ -105,7 +105,7 @@ class PaperSettings:
     layers: int | str | tuple[int, ...] = field(
         default=10,
         metadata=setting(
-            "How many blocks to compress, never the first or last; or which, for instance 3,5-8; or all.",
+            "How many blocks to compress, never the first or last of a stack; or which, for instance 3,5-8; or all.",
             read=parse_layers,
             shown="10",
         ),

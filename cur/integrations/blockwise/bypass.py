@@ -19,7 +19,7 @@ from torch import nn
 
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.streamed_model import StreamedModel
-from cur.integrations.model.blocks import BlockCall, ChainError, alone, is_handed_on, unpack
+from cur.integrations.model.blocks import BlockCall, ChainError, ReachedError, alone, is_handed_on, unpack
 from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
@@ -67,7 +67,8 @@ class Bypass:
         """
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
-        with hooked([(body(self.streamed.model), "before", self._start)]), forwards_replaced([*blocks, *tables]):
+        inner = body(self.streamed.model)
+        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, (inner, _until_reached)]):
             yield self
 
     @contextmanager
@@ -154,6 +155,8 @@ class Bypass:
             if number == self.active + 1 and number not in self.streamed.starts:
                 self._check_handed_on(number, args, kwargs)
             if number > self.active:
+                if self._ends[number] != self._ends[self.active]:  # another stack, whose blocks return another form
+                    raise ReachedError
                 return self._latest
             return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
 
@@ -194,6 +197,18 @@ class Bypass:
             return output
 
         return forward
+
+
+def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward pass of a model that ends, with nothing, where all that was asked for is known."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ReachedError:
+            return None
+
+    return forward
 
 
 def _ends(lengths: list[int]) -> list[int]:

@@ -175,11 +175,11 @@ class Streamed(Source):
         done = 0
 
         @contextmanager
-        def loaded(index: int | None) -> Iterator[None]:
+        def loaded(index: int) -> Iterator[None]:
             nonlocal done
-            self.streamed.load_block(index or 0)
+            self.streamed.load_block(index)
             with unrolled(self.model):
-                if index is None or index not in blocks:
+                if index not in blocks:
                     yield
                 elif (facts := self._factored(index)) is not None:
                     for stage, seconds in facts["seconds"].items():
@@ -191,10 +191,10 @@ class Streamed(Source):
                     with self._making(plan, index, blocks[index]) as making:
                         makes[:] = [making.make]
                         yield
-            self.streamed.free_block(index or 0)
-            if index is None:  # from here on blocks get hidden states
+            self.streamed.free_block(index)
+            if index == self.streamed.starts[-1]:  # from here on blocks get hidden states
                 self.streamed.free_embeddings()
-            elif self.progress is not None:
+            if self.progress is not None:
                 done += len(blocks.get(index, ()))
                 self.progress("decompose", done, len(plan.entries))
 

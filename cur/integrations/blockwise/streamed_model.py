@@ -222,6 +222,7 @@ class StreamedModel:
             )
         if info.conversion_errors:
             raise ShardError(f"the checkpoint cannot be converted: {next(iter(info.conversion_errors.values()))}")
+        self._compute(prefixes)
         self._tie()
         tied = self.model.all_tied_weights_keys
         lacking = [
@@ -235,6 +236,16 @@ class StreamedModel:
                 + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
                 + ": it is incomplete, or for another model"
             )
+
+    def _compute(self, prefixes: tuple[str, ...]) -> None:
+        """Compute the parameters that checkpoints leave out, such as the sines of positions in Marian."""
+        for name in set(self.model._keys_to_ignore_on_save or ()) - set(self._targets.values()):
+            if name in self._empty and name.startswith(prefixes) and name not in self.model.all_tied_weights_keys:
+                place, _, key = name.rpartition(".")
+                owner, empty = self.model.get_submodule(place), self._empty[name]
+                value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
+                setattr(owner, key, nn.Parameter(value, requires_grad=empty.requires_grad))
+                self.model._init_weights(owner)
 
     def _tie(self) -> None:
         for name, source in self.model.all_tied_weights_keys.items():

@@ -111,8 +111,8 @@ def collect(
     Raises
     ------
     TypeError
-        If gradients are asked for, no loss is told, and the model is an encoder-decoder or has no input embeddings or
-        no logits.
+        If gradients are asked for, no loss is told, and the model is no transformer, or returns neither logits nor
+        hidden states.
     ValueError
         If there is no batch, no token, no such module, a module that received nothing or that no gradient reached
         (unless `partial` allows it),
@@ -167,7 +167,8 @@ def collect_gradients(
     Parameters
     ----------
     model : nn.Module
-        A transformer with input embeddings whose output has ``logits`` of shape (batch, length, classes).
+        A transformer. Labels are drawn from its ``logits``, one for each token, or for each sample where they are of
+        shape (batch, classes); without logits, from a normal distribution around its first output.
     batches : iterable of mapping or torch.Tensor
         Batches of text, as for :func:`collect`; not necessarily the same text.
     statistics : Statistics
@@ -189,7 +190,7 @@ def collect_gradients(
     Raises
     ------
     TypeError
-        If the model is an encoder-decoder, or has no input embeddings or no logits.
+        If the model is no transformer, or returns neither logits nor hidden states.
     ValueError
         If there is no batch, one token in all, no such module, or a module that no gradient reached.
     NumericalError
@@ -262,7 +263,7 @@ def _collect(
             if broken:
                 raise NumericalError(f"{broken} is not finite; {find_nonfinite(model, inner, inputs)}")
             if outputs_of is not None:
-                outputs_of.backward(output, inputs, masks.of_inputs, first=first, batch=batch)
+                outputs_of.backward(output, inputs, masks.of_outputs, first=first, batch=batch)
             if progress is not None:
                 progress(seen.samples, total)
     if seen.samples == 0:

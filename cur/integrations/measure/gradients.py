@@ -15,7 +15,6 @@ from cur.integrations.measure.generated_text import draw
 from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.finite import find_nonfinite
 from cur.integrations.model.hooks import Hook
-from cur.integrations.model.limits import word_embeddings
 from cur.integrations.model.masks import Masks, token_rows
 from cur.integrations.model.usage import Inputs, first_tensor, usage_of
 from cur.integrations.nn import dense_weight
@@ -45,14 +44,17 @@ class OutputGradients:
     Raises
     ------
     TypeError
-        If no loss is told, and the model is an encoder-decoder, or has no input embeddings.
+        If no loss is told, and the model is no transformer.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], masks: Masks, *, seed: int) -> None:
         self.loss = usage_of(model).loss
-        embeddings = None if self.loss is not None else self._embeddings_of(model)
+        if self.loss is None and not hasattr(model, "config"):
+            raise TypeError(
+                f"gradients need a transformer with a configuration, {type(model).__name__} has none; pass the loss "
+                f"of another module (`loss(output, batch)`), or {_WITHOUT}"
+            )
         self.model = model
-        self.embeddings = embeddings
         self.masks = masks
         self.seed = seed
         self.modules = {id(module): module for module in modules.values()}
@@ -62,26 +64,9 @@ class OutputGradients:
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
 
-    @staticmethod
-    def _embeddings_of(model: nn.Module) -> nn.Module:
-        """Return the token embeddings of a model whose loss is that of the labels it draws itself."""
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise TypeError(
-                f"gradients are measured of models that go on with a text, {type(model).__name__} is an "
-                f"encoder-decoder; {_WITHOUT}"
-            )
-        embeddings: nn.Module | None = word_embeddings(model)
-        if embeddings is None:
-            raise TypeError(
-                f"gradients need a transformer with input embeddings, {type(model).__name__} has none; pass the loss "
-                f"of another module (`loss(output, batch)`), or {_WITHOUT}"
-            )
-        return embeddings
-
     def hooks(self) -> list[Hook]:
-        """Return what starts the graph at the embeddings, and sees what every module returns."""
-        watched: list[Hook] = [(module, "after", self._hook(key)) for key, module in self.modules.items()]
-        return watched if self.embeddings is None else [(self.embeddings, "after", _start_graph), *watched]
+        """Return what sees what every module returns, and starts the graph there."""
+        return [(module, "after", self._hook(key)) for key, module in self.modules.items()]
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
@@ -117,7 +102,7 @@ class OutputGradients:
         Raises
         ------
         TypeError
-            If the model gives no logits for each token.
+            If the model returns nothing that could be said by another one of its kind, or cannot be differentiated.
         NumericalError
             If the loss, or the gradient at an output, is not finite.
         """
@@ -125,7 +110,8 @@ class OutputGradients:
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # else nothing that is measured was called
+                loss.backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -157,26 +143,55 @@ class OutputGradients:
     def _drawn(self, output: Any, mask: torch.Tensor | None, first: int) -> torch.Tensor:
         """Return the loss of labels that the model draws itself, summed over the tokens."""
         logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-            raise TypeError(
-                f"gradients need logits per token, which {type(self.model).__name__} does not give; {_WITHOUT}"
-            )
-        kept = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask
-        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
-        scores = logits[kept.to(logits.device)].float()
-        return nn.functional.cross_entropy(scores, labels, reduction="sum")
+        if isinstance(logits, torch.Tensor) and logits.ndim in (2, 3):
+            return self._of_labels(logits if logits.ndim == 3 else logits[:, None], mask, first)
+        return self._of_states(output, mask, first)
 
-    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], None]:
-        def watch(module: nn.Module, _: Any, output: Any) -> Any:
+    def _of_labels(self, logits: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return the negative log-likelihood of labels that are drawn from logits (batch, tokens, classes)."""
+        kept = self._kept(logits, mask)
+        labels = _draw(logits.detach(), kept, seed=self.seed, first=first)
+        return nn.functional.cross_entropy(logits[kept.to(logits.device)].float(), labels, reduction="sum")
+
+    def _of_states(self, output: Any, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Return the part of the same for normal labels around the first output that has a gradient."""
+        states = next((x for x in _tensors(output) if x.is_floating_point() and x.ndim >= 2), None)
+        if states is None:
+            raise TypeError(f"gradients need logits or hidden states, {type(self.model).__name__} has none; {_WITHOUT}")
+        # NumPy's generators take a pair as seed, and give the same on every device.
+        noise = torch.stack(
+            [
+                torch.from_numpy(np.random.default_rng((self.seed, first + index)).standard_normal(tuple(state.shape)))
+                for index, state in enumerate(states)
+            ]
+        ).to(states.device, torch.float32)
+        if states.ndim == 3:
+            noise = noise * self._kept(states, mask).to(noise)[..., None]
+        return (states.float() * noise).sum()
+
+    def _kept(self, said: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return which tokens count of what is said of each, or of the whole sample."""
+        if mask is None or said.shape[1] == 1:
+            return torch.ones(said.shape[:2], dtype=torch.bool)
+        if mask.shape != said.shape[:2]:
+            raise ValueError(
+                f"{type(self.model).__name__} says something of {said.shape[1]} places of each sample, of which an "
+                f"`attention_mask` of {mask.shape[1]} does not tell the padding; give batches without padding, or "
+                f"{_WITHOUT}"
+            )
+        return mask
+
+    def _hook(self, key: int) -> Callable[[nn.Module, Any, Any], torch.Tensor | None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} does not return a tensor; its gradient cannot be measured")
             started = None
-            if self.embeddings is None and not output.requires_grad and torch.is_grad_enabled():
-                # The graph of a module without embeddings of tokens starts at what is measured first. Not a leaf: what
-                # follows may work in place.
+            if torch.is_grad_enabled() and not output.requires_grad:
+                # Nothing that is measured comes before. Not a leaf: what follows may work in place.
                 output = started = output.detach().requires_grad_(True).clone()
             if output.requires_grad:
-                mask = self.masks.of(module, output)
+                # A linear layer returns as many rows as it gets; whose tokens they are, what it gets says.
+                mask = self.masks.of(module, args[0] if args else output)
                 # A hook of the tensor, not of the module: it goes with the graph.
                 output.register_hook(lambda gradient: self._add(key, gradient, mask))
             return started
@@ -223,9 +238,10 @@ class OutputGradients:
         return products, counts
 
 
-def _start_graph(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-    # Not the leaf itself: what follows may work in place.
-    return output.requires_grad_(True).clone()
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a model returns, in their order."""
+    parts = output.values() if isinstance(output, Mapping) else [output] if torch.is_tensor(output) else output
+    yield from (part for part in parts if isinstance(part, torch.Tensor))
 
 
 def _draw(logits: torch.Tensor, kept: torch.Tensor, *, seed: int, first: int) -> torch.Tensor:

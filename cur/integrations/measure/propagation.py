@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -17,10 +17,10 @@ from cur.integrations.measure.inputs import add_gram_, mirror_
 from cur.integrations.model.blocks import BlockCall, BlockWalk
 from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked, inputs_of
-from cur.integrations.model.masks import padding_mask, token_rows
+from cur.integrations.model.masks import decoder_mask, padding_mask, token_rows
 from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
 from cur.integrations.model.precision import Precision
-from cur.integrations.model.running import evaluating, model_inputs
+from cur.integrations.model.running import evaluating, is_encoder_decoder, model_inputs
 from cur.integrations.model.usage import first_tensor
 from cur.integrations.nn import is_linear
 
@@ -121,13 +121,13 @@ def in_order(
     make: Make,
     *,
     precision: str = "auto",
-    loaded: Callable[[int | None], AbstractContextManager[object]] | None = None,
+    loaded: Callable[[int], AbstractContextManager[object]] | None = None,
 ) -> None:
     """Go through the blocks of a model and make a replacement of each layer from its inputs; nothing is changed.
 
     Layers are made in the order in which their block calls them, those that are called with one tensor (query, key and
-    value) together, and the next ones see what these give. Layers outside the blocks, and those that are not called
-    once with every token (experts), are left out.
+    value) together, and the next ones see what these give. A decoder reads what its compressed encoder gives. Layers
+    outside the blocks, and those that are not called once with every token (experts), are left out.
 
     Each block runs twice per batch: once dense, and once pausing before each layer until its replacement exists. In
     between other batches run: between its layers a block must keep nothing but local variables.
@@ -139,7 +139,7 @@ def in_order(
     Parameters
     ----------
     model : nn.Module
-        A transformer with one stack of blocks.
+        A transformer, with one stack of blocks or several.
     given : sequence of mapping
         Batches of text to run the model on.
     names : sequence of str
@@ -150,8 +150,8 @@ def in_order(
         The precision of matrix products in the passes: ``"float32"``, ``"bfloat16"``, or what is faster on the device;
         see :class:`~cur.integrations.model.precision.Precision`.
     loaded : callable, optional
-        Called with the number of a block, returns a context in which its weights are in memory; with None, those of the
-        embeddings and of the first block. By default all are in memory.
+        Called with the number of a block, returns a context in which its weights are in memory; with the first of a
+        stack, also those of all that the model runs before it but blocks. By default all are in memory.
 
     Raises
     ------
@@ -159,47 +159,105 @@ def in_order(
         If a block does not call its layers in the same order in every batch.
     """
     walk = BlockWalk(model)
-    masks = [padding_mask(model_inputs(model, batch)) for batch in given]
     passes = Precision.of(model, precision)
     loaded = loaded or nullcontext
+    ended: list[_Ends] = [_Ends() for _ in given]
+    changed = False
+    first = 0
     with evaluating(model):
-        with loaded(None), passes.products():
-            entered = [walk.calls(batch) for batch in given]
-        theirs, calls = [hidden for hidden, _ in entered], [each for _, each in entered]
-        del entered
-        ours, changed = theirs, False
-        for index, (prefix, block) in enumerate(walk.blocks):
-            inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
-            with loaded(index), passes.products():
-                at = [call[index] for call in calls]
-                groups = layer_groups(block, at[0], theirs[0], inside)
-                added = _added(block, at[0], theirs[0]) if groups else []
-                streams = [_Stream(hidden) for hidden in theirs]
-                after, seen = [], []
-                for call, hidden, stream in zip(at, theirs, streams, strict=True):
-                    with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
-                        after.append(call(block, hidden))
-                    seen.append(inputs)
-                student = copy.deepcopy(block) if groups else block
-                with _pausing(student, groups, added) as replacements:
-                    courses = [_Course(call, student, hidden) for call, hidden in zip(at, ours, strict=True)]
-                    for group in groups:
-                        first = group[0]
-                        # Layers that share their input, as query, key and value do, do not write to the stream.
-                        lacking = streams if group == [first] and first in added else None
-                        if not all(first in inputs for inputs in seen):
-                            raise out_of_turn(first)
-                        # Let go of as they are used: of all batches they are as large as the hidden states.
-                        dense = [inputs.pop(first) for inputs in seen]
-                        propagated = _moments(first, courses, dense, masks, lacking, passes)
-                        # Factorizations must not be rounded to the precision of the passes.
-                        with passes.exact():
-                            for name in group:
-                                replacements[name] = make(f"{prefix}.{name}", propagated)
-                    # Up to the first replacement both models have the same states: one pass serves both.
-                    changed = changed or bool(groups)
-                    ours = [course.to_the_end() for course in courses] if changed else after
-                theirs = after
+        for number, stack in enumerate(walk.stacks):
+            ways: list[_Way] = []
+            for place, (prefix, block) in enumerate(stack):
+                inside = [name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")]
+                with loaded(first + place), passes.products():
+                    if not ways:
+                        ways = [
+                            _Way.entering(walk, batch, number, ends, changed=changed)
+                            for batch, ends in zip(given, ended, strict=True)
+                        ]
+                    changed = _through(prefix, block, place, ways, inside, make, passes, changed=changed)
+            for ends, way in zip(ended, ways, strict=True):
+                ends.theirs.append(way.theirs)
+                ends.ours.append(way.ours)
+            first += len(stack)
+
+
+@dataclass(eq=False)
+class _Ends:
+    """The hidden states with which the stacks so far end, for one batch: in the dense model and the compressed one."""
+
+    theirs: list[Tensor] = field(default_factory=list)
+    ours: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Way:
+    """The way of one batch through the blocks of a stack, in the dense model and where layers are compressed."""
+
+    theirs: Tensor
+    ours: Tensor
+    dense: list[BlockCall]
+    """What each block is called with besides the hidden state, in the dense model."""
+    compressed: list[BlockCall]
+    """The same where layers of stacks before are compressed."""
+    mask: Tensor | None
+    other: Tensor | None
+    """The padding mask of what the blocks read besides the hidden state: of an encoder, in its decoder."""
+
+    @classmethod
+    def entering(cls, walk: BlockWalk, batch: Mapping[str, Any], number: int, ends: _Ends, *, changed: bool) -> _Way:
+        theirs, dense = walk.calls(batch, number, ends.theirs)
+        ours, compressed = walk.calls(batch, number, ends.ours) if changed else (theirs, dense)
+        mask = other = padding_mask(model_inputs(walk.model, batch))
+        if number and is_encoder_decoder(walk.model):
+            mask = decoder_mask(batch)
+        return cls(theirs, ours, dense, compressed, mask, other)
+
+
+def _through(
+    prefix: str,
+    block: nn.Module,
+    place: int,
+    ways: Sequence[_Way],
+    inside: Sequence[str],
+    make: Make,
+    passes: Precision,
+    *,
+    changed: bool,
+) -> bool:
+    """Make the replacements of layers of one block, and take all batches through it; says if anything changed yet."""
+    at = [way.dense[place] for way in ways]
+    theirs = [way.theirs for way in ways]
+    groups = layer_groups(block, at[0], theirs[0], inside)
+    added = _added(block, at[0], theirs[0]) if groups else []
+    streams = [_Stream(hidden) for hidden in theirs]
+    seen = []
+    for way, stream in zip(ways, streams, strict=True):
+        with inputs_of(block, [group[0] for group in groups]) as inputs, stream.watching(block, added):
+            way.theirs = way.dense[place](block, way.theirs)
+        seen.append(inputs)
+    student = copy.deepcopy(block) if groups else block
+    with _pausing(student, groups, added) as replacements:
+        courses = [_Course(way.compressed[place], student, way.ours) for way in ways]
+        for group in groups:
+            first = group[0]
+            # Layers that share their input, as query, key and value do, do not write to the stream.
+            lacking = streams if group == [first] and first in added else None
+            if not all(first in inputs for inputs in seen):
+                raise out_of_turn(first)
+            # Let go of as they are used: of all batches they are as large as the hidden states.
+            dense = [inputs.pop(first) for inputs in seen]
+            masks = [way.other if call.reads(x) else way.mask for way, call, x in zip(ways, at, dense, strict=True)]
+            propagated = _moments(first, courses, dense, masks, lacking, passes)
+            # Factorizations must not be rounded to the precision of the passes.
+            with passes.exact():
+                for name in group:
+                    replacements[name] = make(f"{prefix}.{name}", propagated)
+        # Up to the first replacement both models have the same states: one pass serves both.
+        changed = changed or bool(groups)
+        for way, course in zip(ways, courses, strict=True):
+            way.ours = course.to_the_end() if changed else way.theirs
+    return changed
 
 
 class _Course(Course):

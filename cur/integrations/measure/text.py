@@ -245,6 +245,11 @@ def token_windows(
         If the text is empty, or shorter than `count` windows (or than one), or holds messages for which the tokenizer
         has no chat template.
     """
+    if tokenizer is None:
+        raise ValueError(
+            f"`model` has no tokenizer, so {name} cannot be read: it is measured on batches of what it reads, images "
+            "or sound, which are given in Python (`text=batches`)"
+        )
     if length < 2:
         raise ValueError(f"`length` must be at least 2 tokens, got {length}")
     if count is not None and count < 1:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked
-from cur.integrations.model.running import body, evaluating, model_inputs, run
-from cur.integrations.model.targets import decoder_layers, found_stacks
+from cur.integrations.model.running import body, evaluating, is_encoder_decoder, model_inputs, run
+from cur.integrations.model.targets import block_stacks, found_stacks
 
 __all__ = [
     "BlockCall",
@@ -113,6 +113,21 @@ class BlockCall:
             return (), {self.name: hidden, **self.options}
         return (hidden, *self.rest), dict(self.options)
 
+    def reads(self, x: Tensor) -> bool:
+        """Say whether a tensor is among the other arguments, as what an encoder returned is for its decoder.
+
+        Parameters
+        ----------
+        x : Tensor
+            The tensor to look for.
+
+        Returns
+        -------
+        bool
+            Whether it is one of them.
+        """
+        return any(x is value for value in (*self.rest, *self.options.values()))
+
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call a block on a hidden state and return the next one."""
         args, options = self.arguments(hidden)
@@ -169,15 +184,18 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
         What is in the way, None if walking gives what the model itself gives.
     """
     stacks = found_stacks(model)
-    if len(stacks) != 1:
+    if len(stacks) != 1 and not is_encoder_decoder(model):
         return f"{type(model).__name__} has {len(stacks)} stacks of blocks, not one"
     last: list[Any] = []
     with evaluating(model):
         walk = BlockWalk(model)
+        ended: list[Tensor] = []
         try:
-            hidden, calls = walk.calls(batch)
-            for (_, block), call in zip(walk.blocks, calls, strict=True):
-                hidden = call(block, hidden)
+            for number, stack in enumerate(walk.stacks):
+                hidden, calls = walk.calls(batch, number, ended)
+                for (_, block), call in zip(stack, calls, strict=True):
+                    hidden = call(block, hidden)
+                ended.append(hidden)
         except ChainError as error:
             return str(error)
         except (RuntimeError, TypeError, ValueError):  # whatever a block says that is not called so
@@ -229,10 +247,11 @@ def after_blocks(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], objec
 
 
 class BlockWalk:
-    """The blocks of a model with one stack of them, entered as the model's own forward pass enters them.
+    """The blocks of a model, entered as the model's own forward pass enters them.
 
     A walk calls the blocks itself: :meth:`enter` or :meth:`calls` say with what, :class:`BlockCall` takes a hidden
-    state through a block, and the hidden state after it is the input of the next.
+    state through a block, and the hidden state after it is the input of the next of its stack. What the model makes of
+    the end of one stack for the next, as between an encoder and its decoder, is left to the model.
 
     Parameters
     ----------
@@ -244,20 +263,23 @@ class BlockWalk:
 
     Attributes
     ----------
+    stacks : list of list of (str, nn.Module)
+        Name and module of every block of every stack, as from :func:`~cur.integrations.block_stacks`.
     blocks : list of (str, nn.Module)
-        Name and module of every block, as from :func:`~cur.integrations.decoder_layers`.
+        Name and module of every block, one stack after the other.
     """
 
     def __init__(self, model: nn.Module, probe: Batch | None = None) -> None:
         self.model = model
-        self.blocks = decoder_layers(model)
+        self.stacks = block_stacks(model)
+        self.blocks = [block for stack in self.stacks for block in stack]
         self._body = body(model)
-        self._pack: Callable[[Any], Any] | None = None
-        self._hands_on_more = False
+        self._forms: dict[int, _Form] = {}
+        self._awake: set[int] = set()
         if probe is not None:
-            self._learn(probe)
+            self._learn(probe, 0, ())
 
-    def enter(self, batch: Batch, index: int = 0) -> tuple[Tensor, BlockCall]:
+    def enter(self, batch: Batch, index: int = 0, ended: Sequence[Tensor] = ()) -> tuple[Tensor, BlockCall]:
         """Run the model on a batch up to a block, by default the first; returns what that is called with.
 
         Parameters
@@ -266,6 +288,8 @@ class BlockWalk:
             The batch to run the model on.
         index : int, default 0
             The number of the block to stop before.
+        ended : sequence of Tensor
+            The hidden states with which the first stacks end, if their blocks need not run.
 
         Returns
         -------
@@ -278,38 +302,47 @@ class BlockWalk:
             caught.append(BlockCall.of(args, options))
             raise ReachedError
 
-        with hooked([(self.blocks[index][1], "before", stop)]), suppress(ReachedError):
+        passed = sum(map(len, self.stacks[: len(ended)]))
+        hooks: list[Hook] = [(self.blocks[index][1], "before", stop)]
+        with suppress(ReachedError), self.passing(passed, ended=ended), hooked(hooks):
             run(self._body, model_inputs(self._body, batch))
         return caught[0]
 
-    def calls(self, batch: Batch) -> tuple[Tensor, list[BlockCall]]:
-        """Return the hidden state that enters the first block, and what every block is called with besides.
+    def calls(self, batch: Batch, number: int = 0, ended: Sequence[Tensor] = ()) -> tuple[Tensor, list[BlockCall]]:
+        """Return the hidden state that enters the first block of a stack, and what its blocks are called with besides.
 
         The model runs on the batch, but for its blocks: each has arguments of its own, as where local and global
-        attention take turns. Blocks that hand on more than the hidden state run as well.
+        attention take turns. Where the first block of a stack returns something for those after it besides the hidden
+        state, such as the bias of positions in T5, that block runs as well; where others do, all of them.
 
         Parameters
         ----------
         batch : Batch
             The batch to run the model on.
+        number : int, default 0
+            The number of the stack.
+        ended : sequence of Tensor
+            The hidden states with which the stacks before that one end.
 
         Raises
         ------
         ChainError
             If a block is not called with the hidden state that the one before it returned.
         """
+        blocks = [block for _, block in self.stacks[number]]
         found: list[tuple[nn.Module, Tensor, BlockCall]] = []
         left: list[Any] = []
 
         def note(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             found.append((block, *BlockCall.of(args, options)))
+            if len(found) == len(blocks) and number + 1 < len(self.stacks):  # others may not be known yet
+                raise ReachedError
 
-        if self._pack is None:
-            self._learn(batch)
-        blocks = [block for _, block in self.blocks]
+        if number not in self._forms:
+            self._learn(batch, number, ended)
         watched: list[Hook] = [(block, "before", note) for block in blocks]
         watched += after_blocks(blocks, lambda _, hidden: left.append(hidden))
-        with self.passing(), hooked(watched):
+        with suppress(ReachedError), self.passing(ended=ended), hooked(watched):
             run(self._body, model_inputs(self._body, batch))
         handed = zip(left, [hidden for _, hidden, _ in found[1:]], strict=False)
         if [block for block, _, _ in found] != blocks or not all(is_handed_on(one, other) for one, other in handed):
@@ -319,52 +352,99 @@ class BlockWalk:
             )
         return found[0][1], [call for _, _, call in found]
 
-    def passing(self, count: int | None = None) -> AbstractContextManager[None]:
+    def passing(self, count: int | None = None, *, ended: Sequence[Tensor] = ()) -> AbstractContextManager[None]:
         """Let the first `count` blocks, by default all, return the hidden state that they are called with.
 
-        Blocks that hand on more than the hidden state are left to run.
+        The first block of a stack runs all the same where it hands on more than the hidden state, and that goes on with
+        what all of them return. Blocks that hand on more each are left to run.
 
         Parameters
         ----------
         count : int, optional
             The number of blocks that pass their input on; None for all.
+        ended : sequence of Tensor
+            The hidden states that the blocks of the first stacks return, whatever they are called with.
 
         Returns
         -------
         context manager
             A context in which these blocks do nothing.
         """
+        now: dict[int, Callable[[Any], Any]] = {}
 
-        def pass_on(*args: Any, **options: Any) -> Any:
-            hidden, _ = BlockCall.of(args, options)
-            return hidden if self._pack is None else self._pack(hidden)
+        def instead(number: int, first: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+            def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+                def pass_on(*args: Any, **options: Any) -> Any:
+                    form = self._forms.get(number, _PLAIN)
+                    if number < len(ended):
+                        return form.pack(ended[number])
+                    hidden, _ = BlockCall.of(args, options)
+                    if first and form.says_more:
+                        now[number] = _beside(original(*args, **options))
+                    return now.get(number, form.pack)(hidden)
 
-        idle = [] if self._hands_on_more else self.blocks[:count]
-        return forwards_replaced((block, lambda _: pass_on) for _, block in idle)
+                return pass_on
 
-    def _learn(self, batch: Batch) -> None:
+            return wrap
+
+        places = [
+            (block, instead(number, place == 0))
+            for number, stack in enumerate(self.stacks)
+            for place, (_, block) in enumerate(stack)
+            if number < len(ended) or number not in self._awake
+        ]
+        return forwards_replaced(places[:count])
+
+    def _learn(self, batch: Batch, number: int, ended: Sequence[Tensor]) -> None:
+        """Find out in which form the blocks of a stack return the hidden state, and what they hand on besides."""
+        first = sum(map(len, self.stacks[:number]))
         with torch.no_grad():
-            hidden, call = self.enter(batch)
+            hidden, call = self.enter(batch, first, ended)
             args, options = call.arguments(hidden)
-            output = self.blocks[0][1](*args, **options)
-        _, self._pack = unpack(output)
-        rest = output[1:] if isinstance(output, (tuple, list)) else ()
-        if len(self.blocks) < 2 or all(part is None for part in rest):
-            return
-        # What the next block is called with after this one, and where it passes its input on.
-        with torch.no_grad():
-            _, real = self.enter(batch, 1)
+            output = self.blocks[first][1](*args, **options)
+            self._forms[number] = form = _Form.of(output)
+            if len(self.stacks[number]) < 2 or not form.says_more:
+                return
+            # What a later block is called with after these, and where they pass their inputs on: the last one, as each
+            # may change what it hands on, or the next where no others are in memory.
+            hollow = any(p.is_meta for _, block in self.stacks[number] for p in block.parameters())
+            later = first + (1 if hollow else len(self.stacks[number]) - 1)
+            _, real = self.enter(batch, later, ended)
             try:
-                with self.passing():
-                    _, passed = self.enter(batch, 1)
+                with self.passing(ended=ended):
+                    _, passed = self.enter(batch, later, ended)
             except (TypeError, ValueError):  # the model does something with the rest
                 passed = None
-        self._hands_on_more = passed is None or not _equal((real.rest, real.options), (passed.rest, passed.options))
-        if self._hands_on_more and any(p.is_meta for _, block in self.blocks for p in block.parameters()):
+        if passed is not None and _equal((real.rest, real.options), (passed.rest, passed.options)):
+            return
+        self._awake.add(number)
+        if hollow:
             raise ChainError(
                 f"the blocks of {type(self.model).__name__} hand on more than the hidden state, and not all are in "
                 "memory; load the whole model"
             )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In which form the blocks of a stack return the hidden state, and whether something for others is beside it."""
+
+    pack: Callable[[Any], Any]
+    says_more: bool
+
+    @classmethod
+    def of(cls, output: Any) -> _Form:
+        rest = output[1:] if isinstance(output, (tuple, list)) else ()
+        return cls(unpack(output)[1], any(part is not None for part in rest))
+
+
+_PLAIN = _Form(lambda hidden: hidden, False)
+
+
+def _beside(output: Any) -> Callable[[Any], Any]:
+    """Return what puts another hidden state beside the rest of what a block returned."""
+    kind = list if isinstance(output, list) else tuple
+    return lambda hidden: kind([hidden, *output[1:]])
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -78,6 +78,7 @@ class Masks:
         self.of_inputs: torch.Tensor | None = None
         self.of_decoder: torch.Tensor | None = None
         self.shapes: list[tuple[int, int]] = []
+        self._decodes = is_encoder_decoder(model)
         self._inside: set[int] = set()
         self._encoder: nn.Module | None = None
         self._encoded: weakref.ref[torch.Tensor] | None = None
@@ -87,10 +88,15 @@ class Masks:
             if isinstance(experts, LinearExperts)
             for part in experts.modules()
         }
-        if is_encoder_decoder(model):
+        if self._decodes:
             known: Any = model
             self._inside = {id(part) for part in known.get_decoder().modules()}
             self._encoder = known.get_encoder()
+
+    @property
+    def of_outputs(self) -> torch.Tensor | None:
+        """The mask of what the model says: of a decoder that reads an encoder its own."""
+        return self.of_decoder if self._decodes else self.of_inputs
 
     def hooks(self) -> list[Hook]:
         """Return what has to be told of the encoder; before other hooks, which need to tell apart what it returns."""

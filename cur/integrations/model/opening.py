@@ -32,7 +32,7 @@ _NAMED = 5
 
 
 class Opened(NamedTuple):
-    """A model in evaluation mode, its tokenizer, and the names of stored tensors that are no part of it."""
+    """A model in evaluation mode, its tokenizer or None, and the names of stored tensors that are no part of it."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -94,9 +94,9 @@ def open_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
             kind: Any = AutoModelForCausalLM
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
             config = AutoConfig.from_pretrained(str(place), **options)
             kind, config = model_class(config, place, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(kind, place, options)
             options["config"] = config
             if dtype == "auto" and stored is not None:
                 dtype = stored.dtype()
@@ -117,8 +117,20 @@ def open_checkpoint(
             )
     _check(info, source, type(model).__name__)
     unread = () if gguf is not None else _unread(model, info, stored)
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = source
+    model.config._name_or_path = model.name_or_path = source
+    if tokenizer is not None:
+        tokenizer.name_or_path = source
     return Opened(model.eval(), tokenizer, unread)
+
+
+def _tokenizer(kind: Any, place: Path | str, options: Mapping[str, Any]) -> Any:
+    """Return the tokenizer of a model, None of one that reads images or sound and has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(place), **options)
+    except Exception:  # transformers raises what it likes where there is none
+        if getattr(kind, "main_input_name", "input_ids") == "input_ids":
+            raise
+        return None
 
 
 def stored_dtype(directory: Path | str) -> torch.dtype:

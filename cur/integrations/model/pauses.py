@@ -24,7 +24,7 @@ __all__ = ["Course", "layer_groups", "pauses"]
 def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
     """Return layers of a block in the order of their calls, those called with one tensor (query and key) together.
 
-    Layers that are not called once with every token (experts) are left out.
+    Layers that are not called once with every token (experts), or all that an encoder returned, are left out.
 
     Parameters
     ----------
@@ -44,7 +44,9 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
     with inputs_of(block, names) as seen:
         groups = call_groups(block, names, lambda: call(block, hidden))
     calls = Counter(itertools.chain(*groups))
-    whole = [name for name, x in seen.items() if calls[name] == 1 and x.numel() // x.shape[-1] == tokens]
+    whole = [
+        name for name, x in seen.items() if calls[name] == 1 and (x.numel() // x.shape[-1] == tokens or call.reads(x))
+    ]
     return groups if len(whole) == len(names) else call_groups(block, whole, lambda: call(block, hidden))
 
 

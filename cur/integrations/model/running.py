@@ -22,6 +22,10 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 """Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None where unknown."""
 
 
+_DECODED = "decoder_input"
+"""What the inputs of a decoder begin with: ids, embeddings or values."""
+
+
 def body(model: nn.Module) -> nn.Module:
     """Return the model without its output head, or the model itself where that cannot be told apart.
 
@@ -131,7 +135,7 @@ def model_inputs(module: nn.Module, batch: Any) -> dict[str, Any]:
     accepted = inspect.signature(module.forward).parameters
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    if is_encoder_decoder(module) and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+    if is_encoder_decoder(module) and not any(name.startswith(_DECODED) for name in inputs):
         labels = batch.get("labels")
         if not isinstance(labels, torch.Tensor):
             raise ValueError(
@@ -149,7 +153,10 @@ def model_inputs(module: nn.Module, batch: Any) -> dict[str, Any]:
 
 def is_encoder_decoder(module: nn.Module) -> bool:
     """Say whether a model reads with one stack of blocks and writes with another."""
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return False
+    # A classifier may keep the configuration of both and have the encoder alone, as Whisper's has.
+    return any(name.startswith(_DECODED) for name in inspect.signature(module.forward).parameters)
 
 
 def _shifted(labels: torch.Tensor, module: nn.Module) -> torch.Tensor:

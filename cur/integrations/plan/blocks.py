@@ -9,7 +9,7 @@ import numpy as np
 
 from cur._lib.moved import former_names
 
-__all__ = ["BY_ANGLE", "CHOICES", "choose_blocks", "inner_blocks"]
+__all__ = ["BY_ANGLE", "CHOICES", "choose_blocks", "inner_blocks", "shares"]
 
 __getattr__ = former_names(__name__, (__name__,))
 
@@ -38,6 +38,45 @@ def inner_blocks(stacks: Sequence[int]) -> list[int]:
         found += range(first + 1, first + length - 1)
         first += length
     return found
+
+
+def shares(count: int, stacks: Sequence[int], span: int = 1) -> list[int]:
+    """Return how many of `count` blocks are chosen in each stack: in proportion to those that may be, and one at least.
+
+    Angles of an encoder, which are means over its tokens, and of its decoder, at the last token, are not comparable, so
+    that each stack has a choice of its own. Runs go one after the other to the stack with the most blocks per run that
+    it would have without (the method of Adams), of equals to the first.
+
+    Parameters
+    ----------
+    count : int
+        The number of blocks to choose; a multiple of `span`.
+    stacks : sequence of int
+        The number of blocks of each stack.
+    span : int, default 1
+        Blocks are chosen in runs of this many.
+
+    Returns
+    -------
+    list of int
+        A number for each stack, with the sum `count` if there is room for so many.
+
+    Examples
+    --------
+    >>> from cur.integrations.plan.blocks import shares
+    >>> shares(4, [12, 4]), shares(2, [3, 3])
+    ([3, 1], [1, 1])
+    """
+    inner = [max(length - 2, 0) for length in stacks]
+    runs = [0] * len(stacks)
+    for _ in range(count // span):
+        room = [number for number, most in enumerate(inner) if (runs[number] + 1) * span <= most]
+        if not room:
+            break
+        runs[
+            max(room, key=lambda number: (math.inf if not runs[number] else inner[number] / runs[number], -number))
+        ] += 1
+    return [span * number for number in runs]
 
 
 def choose_blocks(

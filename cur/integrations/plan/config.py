@@ -28,8 +28,8 @@ class CompressConfig(PaperSettings):
     Parameters
     ----------
     layers : int, tuple of int or "all", default 10
-        A number of blocks, chosen as `choose` says and never the first or the last of a stack; or the indices of
-        blocks, from 0 on through all stacks; or every block.
+        A number of blocks, chosen as `choose` says and never the first or the last of a stack, in each stack for itself
+        and in proportion to its length; or the indices of blocks, from 0 on through all stacks; or every block.
     choose : {"angular", "position", "random", "last"}, default "angular"
         Whether a number of blocks means those of smallest angular distance, the same with later blocks counting less,
         any, or the last ones.

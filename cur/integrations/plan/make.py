@@ -23,7 +23,7 @@ from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules
 from cur.integrations.model.usage import is_transformer, model_name
 from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
-from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks
+from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks, shares
 from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_unfit, unfit, unmeasured
@@ -384,7 +384,31 @@ def chosen_blocks(model: nn.Module, statistics: Statistics, config: CompressConf
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
     distances = statistics.angular_spans(config.span) if config.choose in BY_ANGLE else None
+    if len(stacks) > 1:
+        return _in_each_stack(distances, config, stacks)
     return choose_blocks(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+
+
+def _in_each_stack(distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[int]) -> list[int]:
+    """Return the indices of the blocks that are chosen, in each stack for itself."""
+    assert isinstance(config.layers, int)
+    chosen: list[int] = []
+    first = 0
+    counts = shares(config.layers, stacks, config.span)
+    if sum(counts) < config.layers:
+        raise ValueError(
+            f"`layers` must leave room for runs of {config.span} blocks that do not overlap in stacks of "
+            f"{', '.join(map(str, stacks))} blocks, got {config.layers}"
+        )
+    for length, count in zip(stacks, counts, strict=True):
+        own = None if distances is None else {i - first: d for i, d in distances.items() if first <= i < first + length}
+        if count:
+            found = choose_blocks(
+                own, count, by=config.choose, span=config.span, stacks=[length], seed=config.seed + first
+            )
+            chosen += [first + index for index in found]
+        first += length
+    return chosen
 
 
 def candidates(model: nn.Module, config: CompressConfig | BudgetConfig, *, offloaded: bool = False) -> list[str]:

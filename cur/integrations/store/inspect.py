@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from cur.integrations.files.hashes import check_hashes
 from cur.integrations.files.reading import CheckpointError
+from cur.integrations.model.stored_tensors import names_in_model, without_weights
 from cur.integrations.nn import factored, layer_class
 from cur.integrations.store.checkpoint import read_config
 
@@ -81,7 +83,8 @@ class CheckpointSummary:
     layers : tuple of LayerSummary
         The compressed layers; one that has several names appears once.
     parameters : int
-        Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count.
+        Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count, and neither
+        do buffers, which a model has besides its parameters.
     dense_parameters : int
         The number of parameters if every compressed layer were dense.
     file_bytes : int
@@ -158,10 +161,11 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
         stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)
         biases += sum(layer.shape[0] - math.prod(bias[0]) for bias in stored if bias is not None)
     steps = {f"{name.removesuffix('integers')}scale" for name in tensors if name.endswith(".integers")}
-    parameters = sum(
+    buffers, computed = _besides(Path(directory), tensors)
+    parameters = computed + sum(
         math.prod(shape)
         for name, (shape, dtype) in tensors.items()
-        if (dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers")
+        if name not in buffers and ((dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers"))
     )
     return CheckpointSummary(
         directory=str(directory),
@@ -171,6 +175,22 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
         dense_parameters=parameters + sum(layer.dense_parameters - layer.parameters for layer in layers) + biases,
         file_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def _besides(directory: Path, names: Collection[str]) -> tuple[set[str], int]:
+    """Return the stored tensors that are buffers of the model, and the number of parameters that it computes itself.
+
+    Of a class that transformers does not have, neither is known.
+    """
+    model = without_weights(directory)
+    if model is None:
+        return set(), 0
+    targets = {name: target for name, (target, _) in names_in_model(model, names).items()}
+    known = {name for name, _ in model.named_buffers()}
+    parameters = dict(model.named_parameters())
+    computed = set(model._keys_to_ignore_on_save or ()) & parameters.keys() - set(targets.values())
+    buffers = {name for name, target in targets.items() if target in known}
+    return buffers, sum(parameters[name].numel() for name in computed - model.all_tied_weights_keys.keys())
 
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:

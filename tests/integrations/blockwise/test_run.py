@@ -162,13 +162,19 @@ def test_mixtures_of_experts(tmp_path: Path, checkpoint: Callable[[str], Path], 
     same_files(directory)
 
 
-def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        CompressConfig(layers="all", rank=4, targets=("q", "wo")),
+        BudgetConfig(keep=0.6, gradients=False, own_text=0),  # corrected in both stacks
+    ],
+)
+def test_encoders_with_decoders(tmp_path: Path, windows: torch.Tensor, config: Any) -> None:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "vocab_size": 101}
     model = T5ForConditionalGeneration(T5Config(num_layers=3, **shape, decoder_start_token_id=0)).eval()
     model.save_pretrained(tmp_path / "t5")
     given = [{"input_ids": windows[i : i + 2], "labels": windows[i : i + 2, :9]} for i in (0, 2, 4)]
-    config = CompressConfig(layers="all", rank=4, targets=("q", "wo"))
     whole = compress(model, given, config)
     meta = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", device_map="meta", dtype=torch.float32)
     streamed = StreamedModel(meta, None, Shards(tmp_path / "t5"), torch.device("cpu"))  # type: ignore[arg-type]

@@ -10,12 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DebertaConfig, DebertaModel, PreTrainedModel, T5Config, T5EncoderModel
 
-from cur.integrations import BudgetConfig, batches, compress, decoder_layers, linear_modules
+from cur.integrations import BudgetConfig, batches, collect, compress, decoder_layers, linear_modules
 from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.nn import InterpolativeLinear, compressed_modules, dense_weight, swap_
-from tests.models import VOCABULARY, make
+from tests.models import FAMILIES, VOCABULARY, batch, make
+from tests.models import make as tiny
+
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
+
+MADE: dict[str, Callable[[], PreTrainedModel]] = {
+    # Blocks that return a bias of positions, and a position embedding of their own, for those behind them.
+    "encoder of t5": lambda: T5EncoderModel(T5Config(**FAMILIES["t5"].options)).eval(),
+    "deberta": lambda: DebertaModel(DebertaConfig(**FAMILIES["bert"].options, **_DEBERTA)).eval(),
+}
 
 
 def inside(model: PreTrainedModel) -> list[str]:
@@ -78,6 +87,38 @@ def test_moments_are_those_of_the_whole_models(
         student_moment, cross = Z[name].T @ Z[name] / len(Z[name]), X[name].T @ Z[name] / len(Z[name])
         torch.testing.assert_close(seen[name].student, student_moment, rtol=1e-4, atol=1e-4 * scale)
         torch.testing.assert_close(seen[name].cross, cross, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "encoder of t5", "deberta"])
+def test_every_stack_goes_on_from_what_those_before_it_give(name: str) -> None:
+    model = MADE[name]() if name in MADE else tiny(name)
+    fed = [batch(name if name in FAMILIES else "bert", count=2, seed=seed) for seed in (1, 2)]
+    for one in fed if "labels" in fed[0] else ():  # as the texts of an encoder and of its decoder seldom are, padded
+        one["labels"] = one["labels"].clone()
+        one["labels"][0, 6:] = -100
+    if "attention_mask" in fed[0]:
+        fed[0]["attention_mask"][1, 15:] = 0
+    names = inside(model)
+    seen: dict[str, InputMoments] = {}
+    made: dict[str, nn.Module] = {}
+
+    def make(name: str, propagated: InputMoments) -> nn.Module:
+        seen[name], made[name] = propagated, halved(model, name)
+        return made[name]
+
+    in_order(model, fed, names, make)
+    assert set(seen) == set(names)
+    student = copy.deepcopy(model)
+    swap_(student, made)
+    whole = [collect(one, fed, modules=names, moments="full") for one in (model, student)]
+    X, Z = ({name: one.second_moment(name) for name in names} for one in whole)
+    for name in names:
+        scale = float(Z[name].diagonal().mean())
+        torch.testing.assert_close(seen[name].student, Z[name], rtol=1e-4, atol=1e-4 * scale, msg=name)
+        bound = float(
+            (X[name].diagonal() * Z[name].diagonal()).sum()
+        )  # Cauchy and Schwarz, of tokens that belong together
+        assert 0.0 < float(seen[name].cross.diagonal().square().sum()) <= (1 + 1e-4) * bound
 
 
 WRITERS = {

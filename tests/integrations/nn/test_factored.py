@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -185,3 +187,16 @@ def test_shapes_that_do_not_chain() -> None:
 def test_unknown_layout() -> None:
     with pytest.raises(ValueError, match="`layout` must be one of cur, folded, interpolative, got 'lu'"):
         layer_of("cur").to_layout("lu")
+
+
+@pytest.mark.parametrize("layout", factored())
+def test_the_bias_has_its_name_in_a_dense_layer(layout: str) -> None:
+    kind: Any = factored()[layout]
+    layer = kind(6, 4, 2)
+    with torch.no_grad():
+        layer.bias_tensor().copy_(torch.arange(4.0))
+    assert layer.bias is layer.bias_tensor()
+    assert kind(6, 4, 2, bias=False).bias is None
+    assert sum(name.endswith("bias") for name in layer.state_dict()) == 1
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = layer.absent

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cur.integrations import choose_blocks
-from cur.integrations.plan.blocks import inner_blocks
+from cur.integrations.plan.blocks import inner_blocks, shares
 
 
 def test_the_smallest_inside() -> None:
@@ -54,6 +54,16 @@ def test_runs_have_the_smallest_sum(span: int, stacks: list[int]) -> None:
                 continue
             best = min(possible, key=lambda chosen: sum(distances[min(run)] for run in chosen))
             assert choose_blocks(distances, span * number, span=span, stacks=stacks) == sorted(set().union(*best))
+
+
+def test_each_stack_has_its_share() -> None:
+    assert shares(2, [3, 3]) == [1, 1]
+    assert shares(4, [12, 4]) == [3, 1]
+    assert shares(1, [4, 12]) == [1, 0]
+    assert shares(4, [6, 6], 2) == [2, 2]
+    assert shares(8, [6, 6], 4) == [4, 4]
+    assert sum(shares(6, [6, 5], 3)) == 6
+    assert sum(shares(6, [4, 4], 3)) == 0  # no room for a run of three
 
 
 @pytest.mark.parametrize(
