@@ -8,7 +8,7 @@
 ((100, 5), (5, 5), (5, 100))
 """
 
-from cur import bounds, linking, ranks, scores, selection, subspace, weights
+from cur import bounds, linking, ranks, rounding, scores, selection, subspace, weights
 from cur._lib import moved as _moved
 from cur._lib.errors import CURError, NumericalError, RankWarning
 from cur.bounds import Certificate
@@ -41,6 +41,7 @@ __all__ = [
     "own_inputs",
     "own_rows",
     "ranks",
+    "rounding",
     "scores",
     "select",
     "selection",

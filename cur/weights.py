@@ -18,7 +18,7 @@ from cur._lib import array as _array
 from cur._lib import linalg, promotion
 from cur._lib.array import Array, adjoint, namespace
 from cur._lib.host import through_numpy
-from cur._lib.products import largest, scale, transform
+from cur._lib.products import frobenius, largest, scale, transform
 from cur._lib.scale import times_power
 from cur._lib.validate import check_companion, check_dense
 
@@ -328,6 +328,33 @@ def unit_weight(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Weight |
         roots = xp.sqrt(roots**2 + 4 * weight.size * _array.unit_roundoff(dtype, A) * xp.max(roots) ** 2)
     roots = xp.astype(roots, _array.real_dtype(dtype, A))
     return replace(weight, vectors=vectors, roots=roots), exponent + more
+
+
+def unit_matrix(weights: Any, A: Array, axis: int, dtype: Any) -> tuple[Array, int]:
+    """Return a full weight near one, which is checked but not factored, and an exponent.
+
+    The one given is larger by 2 to twice that exponent.
+    """
+    name = ("row_weights", "column_weights")[axis]
+    weights, _ = floating(weights, name)
+    check_companion(weights, A, name)
+    n = A.shape[axis]
+    if tuple(weights.shape) != (n, n):
+        raise ValueError(
+            f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, shape ({n}, {n}); "
+            f"got shape {tuple(weights.shape)}"
+        )
+    exponent = size_of(weights) // 2
+    weights = in_dtype(times_power(weights, -2 * exponent), dtype, name)
+    size, asymmetry = frobenius(weights), frobenius(weights - adjoint(weights))
+    if not math.isfinite(size):
+        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
+    if asymmetry > 100 * n * _array.unit_roundoff(dtype, A) * size:
+        raise ValueError(
+            f"`{name}` must be symmetric (Hermitian); it differs from its transpose by {asymmetry:.3g}; "
+            "symmetrise it first"
+        )
+    return weights, exponent
 
 
 def _lifted(root: Array, dtype: Any) -> Array:

@@ -22,7 +22,7 @@ FRAGMENT = re.compile(r"(Of|For|As|With|By|See|The same|What to|Whose|Their|Thos
 
 CORE = [
     *("bounds.py", "decompose.py", "interpolation.py", "linking.py", "ranks.py", "scores.py", "selection.py"),
-    *("streaming.py", "subspace.py", "weights.py"),
+    *("rounding.py", "streaming.py", "subspace.py", "weights.py"),
     *("weighted/inputs.py", "weighted/rows.py", "weighted/truncation.py"),
 ]
 """Modules of numerical functions: each has an example, and says what it returns and refuses in sections."""

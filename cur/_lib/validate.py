@@ -13,10 +13,12 @@ from cur._lib import array as _array
 
 __all__ = [
     "as_generator",
+    "as_integer",
     "check_basis",
     "check_choice",
     "check_companion",
     "check_count",
+    "check_damping",
     "check_dense",
     "check_finite_norm",
     "check_finite_product",
@@ -189,7 +191,26 @@ def check_basis(basis: Any) -> None:
         raise ValueError("`basis` must be finite; it holds NaN or inf; look where it was computed")
 
 
-def _as_int(value: Any, name: str) -> int:
+def as_integer(value: Any, name: str) -> int:
+    """Return an integer of any kind as Python's.
+
+    Parameters
+    ----------
+    value : object
+        What was given as an integer.
+    name : str
+        The argument's name in errors.
+
+    Raises
+    ------
+    TypeError
+        If it is none, or a truth value.
+
+    Examples
+    --------
+    >>> as_integer(np.int64(3), "bits")
+    3
+    """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"`{name}` must be an integer; got {value!r}")
     try:
@@ -231,10 +252,31 @@ def check_count(count: Any, *, default: int, most: int, what: str, least: int = 
     """
     if count is None:
         return min(default, most)
-    count = _as_int(count, name)
+    count = as_integer(count, name)
     if not least <= count <= most:
         raise ValueError(f"`{name}` must be between {least} and {most}, the number of {what}; got {count}")
     return int(count)
+
+
+def check_damping(value: Any) -> None:
+    """Require a finite number that is not negative.
+
+    Parameters
+    ----------
+    value : object
+        What was given as `damping`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`damping` must be a number; got {value!r} of type {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`damping` must be non-negative and finite; got {value!r}; 0.01 is usual")
 
 
 def check_power_iterations(value: Any) -> None:
@@ -252,7 +294,7 @@ def check_power_iterations(value: Any) -> None:
     ValueError
         If it is negative.
     """
-    if value is not None and _as_int(value, "power_iterations") < 0:
+    if value is not None and as_integer(value, "power_iterations") < 0:
         raise ValueError(f"`power_iterations` must not be negative; got {value!r}; 0, 1 or 2 are usual")
 
 
@@ -326,9 +368,9 @@ def check_rank(rank: Any, shape: tuple[int, int]) -> tuple[int, int]:
     if isinstance(rank, (tuple, list)):
         if len(rank) != 2:
             raise ValueError(f"`rank` must be an integer or a pair (rows, columns); got {rank!r}")
-        pair = (_as_int(rank[0], "rank[0]"), _as_int(rank[1], "rank[1]"))
+        pair = (as_integer(rank[0], "rank[0]"), as_integer(rank[1], "rank[1]"))
     else:
-        pair = (_as_int(rank, "rank"),) * 2
+        pair = (as_integer(rank, "rank"),) * 2
     most = min(shape)
     if min(pair) < 1 or max(pair) > most:
         raise ValueError(

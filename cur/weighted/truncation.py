@@ -16,12 +16,12 @@ import numpy as np
 from cur._lib import array as _array
 from cur._lib.array import Array, adjoint, namespace, to_numpy
 from cur._lib.host import through_numpy
-from cur._lib.products import frobenius, largest
+from cur._lib.products import largest
 from cur._lib.promotion import check_promoted
 from cur._lib.scale import brought_near_one, times_power
-from cur._lib.validate import check_companion, check_finite_norm, check_rank
+from cur._lib.validate import check_finite_norm, check_rank
 from cur.factors import Folded
-from cur.weights import Weight, floating, in_dtype, size_of, unit_weight
+from cur.weights import Weight, unit_matrix, unit_weight
 
 __all__ = ["WeightedSVD", "square_errors", "weighted_svd"]
 
@@ -256,25 +256,7 @@ def weighed(B: Array, weights: Any, original: Array, axis: int) -> tuple[Array, 
             return B * (checked.root**2)[:, None], exponent
         F = checked.vectors * checked.roots[None, :]
         return F @ (adjoint(F) @ B), exponent
-    name = ("row_weights", "column_weights")[axis]
-    weights, _ = floating(weights, name)
-    check_companion(weights, original, name)
-    m = B.shape[0]
-    if tuple(weights.shape) != (m, m):
-        raise ValueError(
-            f"`{name}` must have one weight per {'row' if axis == 0 else 'column'} of `A`, shape ({m}, {m}); "
-            f"got shape {tuple(weights.shape)}"
-        )
-    exponent = size_of(weights) // 2
-    weights = in_dtype(times_power(weights, -2 * exponent), B.dtype, name)
-    size, asymmetry = frobenius(weights), frobenius(weights - adjoint(weights))
-    if not math.isfinite(size):
-        raise ValueError(f"`{name}` must be finite; it holds NaN or inf; replace or drop these entries first")
-    if asymmetry > 100 * m * _array.unit_roundoff(B.dtype, B) * size:
-        raise ValueError(
-            f"`{name}` must be symmetric (Hermitian); it differs from its transpose by {asymmetry:.3g}; "
-            "symmetrise it first"
-        )
+    weights, exponent = unit_matrix(weights, original, axis, B.dtype)
     return weights @ B, exponent
 
 
