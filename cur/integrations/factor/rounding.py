@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
+from cur._lib.grid import Grid
+from cur._lib.plane import Triangle, nearest_plane
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.nn import CompressedLinear, Int8Embedding, Int8Linear, dense_weight, is_table
 
 __all__ = ["round_layer"]
 
 _LARGEST = 127
-# Columns at once whose errors are carried over by one product.
-_BLOCK = 128
 
 
 def round_layer(
@@ -124,24 +126,19 @@ def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
     """
     scale = (F.abs().amax(1, keepdim=True) / _LARGEST).to(dtype)
     step = torch.where(scale > 0, scale, 1).double()
-    multiples = F / step
-    if L is None:
-        return _nearest(multiples).to(torch.int8), scale
-    found = torch.empty_like(multiples)
-    missing = torch.zeros_like(multiples)
-    for stop in range(F.shape[1], 0, -_BLOCK):
-        start = max(stop - _BLOCK, 0)
-        carried = missing[:, stop:] @ L[stop:, start:stop]
-        for j in range(stop - 1, start - 1, -1):
-            owed = carried[:, j - start] + missing[:, j + 1 : stop] @ L[j + 1 : stop, j]
-            found[:, j] = _nearest(multiples[:, j] + owed / L[j, j])
-            # as the layer forms it, rounded once more in half precision
-            missing[:, j] = multiples[:, j] - (found[:, j].to(dtype) * scale[:, 0]).double() / step[:, 0]
-    return found.to(torch.int8), scale
 
+    def formed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        # as the layer forms them, rounded once more in half precision
+        return torch.from_numpy(values).to(dtype).double().numpy()
 
-def _nearest(multiples: Tensor) -> Tensor:
-    return multiples.round().clamp(-_LARGEST, _LARGEST)
+    m, n = F.shape
+    grid = Grid(step.cpu().numpy(), None, n, -_LARGEST, _LARGEST, formed)
+    weight = Triangle(np.ones(n))
+    if L is not None:
+        pivots = L.diagonal()
+        weight = Triangle((pivots**2).cpu().numpy(), (L / pivots).cpu().numpy())
+    found = nearest_plane(F.cpu().numpy(), grid, Triangle(np.ones(m)), weight)
+    return torch.from_numpy(found.integers).to(torch.int8).to(F.device), scale
 
 
 def _times(X: Tensor, G: Tensor) -> Tensor:
