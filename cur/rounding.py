@@ -57,7 +57,7 @@ class Rounded:
     clipped : int
         How many entries would have been nearer to a number beyond the ends of the grid.
     certificate : Certificate
-        The weighted error.
+        The weighted error as it was computed, with a bound on its rounding.
     bound : float or None
         A bound on the weighted error by theorem, what nearest plane can lose at most (N); None where entries were
         clipped.
