@@ -573,8 +573,29 @@ def precision(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, provenance(data)])
 
 
+def rounding(data: dict[str, Any]) -> str:
+    """Return weighted errors of rounded layers against each other, and what looking at both sides costs."""
+    rows = [
+        [
+            row["layer"],
+            str(row["bits"]),
+            cell(row["one"] / row["nearest"]),
+            cell(row["both"] / row["one"]),
+            cell(row["seconds, one"]),
+            cell(row["seconds, both"]),
+            cell(row["seconds, both"] / row["seconds, one"]),
+        ]
+        for row in data["layers"]
+        if row["bits"] in (3, 4)
+    ]
+    head = ["Layer", "bits", "one / nearest", "both / one", "one, s", "both, s", "ratio"]
+    about = f"*Groups of {data['group']}, asymmetric, steps in float16, damping {data['damping']}; one thread.*"
+    return f"{table(head, rows)}\n\n{about}\n\n{provenance(data)}"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
+    "rounding": rounding,
     "gpu": gpu,
     "scale": scale,
     "cost": cost,
