@@ -132,7 +132,7 @@ def model_inputs(module: nn.Module, batch: Any) -> dict[str, Any]:
         for key, value in batch.items()
         if key != "labels"
     }
-    accepted = inspect.signature(module.forward).parameters
+    accepted = taken(module)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if is_encoder_decoder(module) and not any(name.startswith(_DECODED) for name in inputs):
@@ -156,7 +156,21 @@ def is_encoder_decoder(module: nn.Module) -> bool:
     if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return False
     # A classifier may keep the configuration of both and have the encoder alone, as Whisper's has.
-    return any(name.startswith(_DECODED) for name in inspect.signature(module.forward).parameters)
+    return any(name.startswith(_DECODED) for name in taken(module))
+
+
+def taken(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return what a module takes: of one that hands on all that it gets, what the modules inside take.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module. The decoder of BART, alone, is such a wrapper.
+    """
+    found = inspect.signature(module.forward).parameters
+    if all(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in found.values()):
+        return {name: one for part in module.children() for name, one in taken(part).items()} or found
+    return found
 
 
 def _shifted(labels: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -196,7 +210,7 @@ def run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
     try:
         return inputs.call(module) if isinstance(inputs, Inputs) else module(**inputs)
     except TypeError as error:
-        accepted = list(inspect.signature(module.forward).parameters)
+        accepted = list(taken(module))
         unknown = [key for key in inputs if key not in accepted]
         if unknown and "unexpected keyword" in str(error):
             raise TypeError(

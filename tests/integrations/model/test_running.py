@@ -1,0 +1,37 @@
+"""What models are called with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+
+from cur.integrations import BudgetConfig, compress
+from cur.integrations.model.running import body, model_inputs, taken
+
+SIZES = {"vocab_size": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+BART = hf.BartConfig(**SIZES, d_model=32, max_position_embeddings=64)
+PROPHETNET = hf.ProphetNetConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_decoder_layers=4,
+    num_decoder_attention_heads=4,
+    decoder_ffn_dim=48,
+    max_position_embeddings=64,
+    is_decoder=True,
+    add_cross_attention=False,
+)
+DECODERS = {"bart": (hf.BartForCausalLM, BART), "prophetnet": (hf.ProphetNetForCausalLM, PROPHETNET)}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_within_a_wrapper_keeps_nothing_between_passes(name: str) -> None:
+    """The wrapper says nothing of what it takes; its cache grew with every pass through a block."""
+    kind, config = DECODERS[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    ids = torch.randint(3, 60, (4, 24))
+    assert "attention_mask" in taken(body(model))
+    assert model_inputs(body(model), ids)["use_cache"] is False
+    report = compress(model, [ids], BudgetConfig(keep=0.7, own_text=0, correction=0.5))
+    assert report.layers
