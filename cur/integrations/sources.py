@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -536,6 +536,8 @@ def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None
 
     Raises
     ------
+    TypeError
+        If the calibration is no iterable.
     ValueError
         If there is no batch.
     """
@@ -543,6 +545,11 @@ def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None
         return [calibration]
     if isinstance(calibration, Tensor):
         return list(batches(calibration, batch_size=batch_size))
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"`calibration` must be a tensor or an iterable of batches, got {type(calibration).__name__}; pass a list "
+            "of batches, or a DataLoader"
+        )
     given = list(calibration)
     if not given:
         raise ValueError("`calibration` is empty: it must hold at least one batch")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from typer.testing import CliRunner
 
 from cur.cli.app import app
@@ -501,3 +502,25 @@ def test_what_is_for_transformers_alone_is_refused_in_a_sentence(tmp_path: Path)
         assert done.exit_code == 2
         assert "Traceback" not in done.output
         assert len(done.stderr) < 600
+
+
+def test_layers_whose_weight_is_computed_stay_dense_with_a_sentence() -> None:
+    model = tower()
+    parametrizations.weight_norm(model.top[0])
+    with pytest.raises(ValueError, match=r"names no linear layer: the weight of top\.0 is computed"):
+        compress(model, [tower_batch()], CompressConfig(targets=("top.0",), rank=2))
+    report = compress(model, [tower_batch()], BudgetConfig(keep=0.6), loss=click_loss)
+    assert "the weight of top.0 is computed from parametrizations.weight" in report.plan.dense["top.0"]
+
+
+@pytest.mark.parametrize("blocks", [5, ["layers.0", 3], [["layers.0"], [3]], [3]])
+def test_blocks_that_are_no_names_are_refused(blocks: Any) -> None:
+    config = CompressConfig(layers=1, targets=("fc1",), rank=4, choose="last")
+    with pytest.raises(TypeError, match=r"`blocks` must be the name of a module.*pass dotted names"):
+        compress(denoiser(), [denoiser_batch()], config, blocks=blocks)
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_calibration_that_is_none_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match="`calibration` must be a tensor or an iterable of batches, got"):
+        compress(tower(), given, BudgetConfig(keep=0.6))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from cur._lib.moved import renamed
 from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
 from cur.integrations.model.usage import is_transformer, told_blocks
-from cur.integrations.nn import CompressedLinear, is_linear, is_table
+from cur.integrations.nn import CompressedLinear, is_linear, is_table, made_of
 
 __all__ = [
     "ALL_EMBEDDINGS",
@@ -349,7 +349,9 @@ def _odd(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     for name, module in modules.items():
         kind = type(module).__name__
         if isinstance(module, nn.Linear) and not isinstance(module, CompressedLinear) and not is_linear(module):
-            found[name] = name, f"{name} is a {kind}, which does more than multiply with its weight"
+            parts = made_of(module)
+            why = f"the weight of {name} is computed from {', '.join(parts)}"
+            found[name] = name, why if parts else f"{name} is a {kind}, which does more than multiply with its weight"
         for parameter, value in three_axes(module).items():
             full = f"{name}.{parameter}"
             found[full] = (
@@ -372,7 +374,8 @@ def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module
             f"`targets` {pattern!r} names {len(named)} module(s), {named[0]!r} first, none of them linear: "
             f"they are {', '.join(kinds)}"
         )
-    ends = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
+    ends = sorted({name.rpartition(".")[2] for name in linear})
+    ends = [end for end in ends if not end.isdigit()] or ends
     if not ends:
         return f"`targets` {pattern!r} matches nothing: the model has no linear module"
     close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)

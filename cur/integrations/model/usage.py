@@ -152,6 +152,8 @@ def told_blocks(model: nn.Module) -> list[list[tuple[str, nn.Module]]] | None:
 
     Raises
     ------
+    TypeError
+        If what was told are no names.
     ValueError
         If the module lacks one of them, or names are none that can be those of blocks.
     """
@@ -163,8 +165,8 @@ def told_blocks(model: nn.Module) -> list[list[tuple[str, nn.Module]]] | None:
         children = modules[told].named_children() if told in modules else ()
         named = [[f"{told}.{child}" if told else child for child, _ in children]]
     else:
-        parts = list(told)
-        named = [parts] if all(isinstance(part, str) for part in parts) else [list(part) for part in parts]
+        parts = list(told) if isinstance(told, Sequence) else [told]
+        named = [parts] if all(isinstance(part, str) for part in parts) else [_names(part) for part in parts]
     missing = [name for stack in named for name in stack if name not in modules]
     if not named or not all(named) or missing:
         raise ValueError(
@@ -172,6 +174,15 @@ def told_blocks(model: nn.Module) -> list[list[tuple[str, nn.Module]]] | None:
             + (f"it has no {missing[0]!r}" if missing else "there is nothing inside")
         )
     return [[(name, modules[name]) for name in stack] for stack in named]
+
+
+def _names(stack: Any) -> list[str]:
+    if isinstance(stack, str) or not isinstance(stack, Sequence) or not all(isinstance(name, str) for name in stack):
+        raise TypeError(
+            "`blocks` must be the name of a module, names of blocks, or a sequence of names for each stack, got "
+            f"{stack!r} among them; pass dotted names, as `named_modules` gives them"
+        )
+    return list(stack)
 
 
 class Inputs(dict[str, Any]):

@@ -54,6 +54,7 @@ from cur.integrations.nn.modules import (
     is_linear,
     layout_for,
     looks_up,
+    made_of,
     stand_in,
     swap_,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "layer_class",
     "layout_for",
     "looks_up",
+    "made_of",
     "register",
     "stand_in",
     "swap_",

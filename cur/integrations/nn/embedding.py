@@ -171,12 +171,12 @@ class EmbeddingFactors(CompressedLinear):
         table.weight = nn.Parameter(self.weight.detach().contiguous())
         return table.train(self.training)
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look up tokens of shape (...); returns (..., m), or of bags one vector for each of these.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The tokens, of an integer dtype.
         offsets : Tensor, optional
             The place at which each bag begins, for bags of different lengths in one vector of tokens.
@@ -189,11 +189,11 @@ class EmbeddingFactors(CompressedLinear):
             The vectors of the tokens, or of the bags.
         """
         if self.bag is None:
-            y: Tensor = self.B(self.A(x))
+            y: Tensor = self.B(self.A(input))
             return y
-        rows, tokens, padding = self.A.weight if not self.int8 else None, x, self.padding_idx
+        rows, tokens, padding = self.A.weight if not self.int8 else None, input, self.padding_idx
         if rows is None:  # all of them would have to be multiplied out
-            some, tokens = torch.unique(x, return_inverse=True)
+            some, tokens = torch.unique(input, return_inverse=True)
             rows = self.A(some)
             place = (some == padding).nonzero() if padding is not None else some[:0]
             padding = int(place[0]) if len(place) else None

@@ -167,12 +167,12 @@ class CURLinear(FactoredLinear):
         """Return the bias (m entries), or None."""
         return self.C.bias if self.has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs, of shape (..., n).
 
         Returns
@@ -180,7 +180,7 @@ class CURLinear(FactoredLinear):
         Tensor
             The outputs, of shape (..., m).
         """
-        y: Tensor = self.C(self.U(self.R(x)))
+        y: Tensor = self.C(self.U(self.R(input)))
         return y
 
 
@@ -224,12 +224,12 @@ class FoldedLinear(FactoredLinear):
         """Return the bias (m entries), or None."""
         return self.CU.bias if self.has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs, of shape (..., n).
 
         Returns
@@ -237,7 +237,7 @@ class FoldedLinear(FactoredLinear):
         Tensor
             The outputs, of shape (..., m).
         """
-        y: Tensor = self.CU(self.R(x))
+        y: Tensor = self.CU(self.R(input))
         return y
 
 
@@ -354,12 +354,12 @@ class InterpolativeLinear(FactoredLinear):
         """Return the bias (m entries), or None."""
         return self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs, of shape (..., n).
 
         Returns
@@ -367,7 +367,7 @@ class InterpolativeLinear(FactoredLinear):
         Tensor
             The outputs, of shape (..., m).
         """
-        z: Tensor = self.R(x)
+        z: Tensor = self.R(input)
         y = z if self.T is None else torch.cat([z, self.T(z)], dim=-1)
         y = y.index_select(-1, self.order)
         return y if self.bias is None else y + self.bias

@@ -88,12 +88,12 @@ class Int8Linear(nn.Module):
         """The weight that the integers represent, m x n, multiplied out at every access."""
         return self.integers.to(self.scale.dtype) * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs, of shape (..., n).
 
         Returns
@@ -102,8 +102,8 @@ class Int8Linear(nn.Module):
             The outputs, of shape (..., m).
         """
         # Who trains adapters widens the parameters around it, and with them its inputs, but no buffers.
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
@@ -174,12 +174,12 @@ class Int8Embedding(nn.Module):
         """The table that the integers represent, n x r, multiplied out at every access."""
         return self.integers.to(self.scale.dtype) * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Look up tokens of shape (...); returns (..., r), without forming the other rows.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The tokens, of an integer dtype.
 
         Returns
@@ -187,7 +187,7 @@ class Int8Embedding(nn.Module):
         Tensor
             The rows of the tokens.
         """
-        return self.integers[x].to(self.scale.dtype) * self.scale[x]
+        return self.integers[input].to(self.scale.dtype) * self.scale[input]
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""

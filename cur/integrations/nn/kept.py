@@ -174,12 +174,12 @@ class KeptNeurons(CompressedLinear):
         inside = None if self.inner_rank is None else self.part.fault()
         return None if inside is None else f"inner.{inside}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply what is kept: to (..., n) before the neurons, to (..., r) behind them.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs of the kept part.
 
         Returns
@@ -187,7 +187,7 @@ class KeptNeurons(CompressedLinear):
         Tensor
             The outputs of the kept part.
         """
-        y: Tensor = self.part(x)
+        y: Tensor = self.part(input)
         return y
 
 

@@ -14,7 +14,7 @@ from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.registry import layer_class
 
-__all__ = ["compressed_modules", "dense_weight", "is_linear", "layout_for", "looks_up", "stand_in", "swap_"]
+__all__ = ["compressed_modules", "dense_weight", "is_linear", "layout_for", "looks_up", "made_of", "stand_in", "swap_"]
 
 # Units of rounding by which a subclass may differ from `nn.Linear`: it may add its bias afterwards.
 _ROUNDING = 64
@@ -46,6 +46,11 @@ def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, b
     if is_table(module):
         table: Any = module
         return table.weight.T, None, False
+    if parts := made_of(module):
+        raise TypeError(
+            f"the weight of {name} is computed from {', '.join(parts)}; make it a parameter first "
+            "(`remove_parametrizations`, `prune.remove`), or exclude it from the targets"
+        )
     raise TypeError(
         f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D layers can be compressed, and "
         "subclasses that do what these do, so exclude it from the targets"
@@ -68,6 +73,8 @@ def is_linear(module: nn.Module) -> bool:
     bool
         Whether it is a linear layer.
     """
+    if made_of(module):
+        return False
     if type(module) in (nn.Linear, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -81,6 +88,21 @@ def is_linear(module: nn.Module) -> bool:
 
 
 _TRIED: dict[Any, bool] = {}
+
+
+def made_of(module: nn.Module) -> list[str]:
+    """Name the parameters that the weight of a layer is computed from, where it is none itself.
+
+    A layer is such a one while it is pruned, or its weight normalized or otherwise parametrized.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look at.
+    """
+    if "weight" in module._parameters or not isinstance(module, (nn.Linear, Conv1D)):
+        return []
+    return [name for name, _ in module.named_parameters() if name != "bias"]
 
 
 @torch.no_grad()

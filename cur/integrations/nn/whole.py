@@ -83,12 +83,12 @@ class WholeLinear(CompressedLinear):
         fill_(layer.W, weight.to(self.weight.dtype), self.bias_tensor())
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., n); returns (..., m).
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             The inputs, of shape (..., n).
 
         Returns
@@ -96,5 +96,5 @@ class WholeLinear(CompressedLinear):
         Tensor
             The outputs, of shape (..., m).
         """
-        y: Tensor = self.W(x)
+        y: Tensor = self.W(input)
         return y

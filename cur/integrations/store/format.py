@@ -451,6 +451,8 @@ def _layer(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedL
         layer = stand_in(module, name, spec)
     except ValueError as error:
         raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        layer.requires_grad_(False)
     return layer.train(module.training)
 
 

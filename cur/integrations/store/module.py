@@ -83,7 +83,7 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str], /) -> nn.Modu
         If the directory holds no compressed checkpoint or a damaged one, or the module does not fit: the message says
         which names and shapes differ.
     ValueError
-        If the module has compressed layers already.
+        If the module has compressed layers already, or a buffer on the device ``"meta"`` that no checkpoint has.
 
     Examples
     --------
@@ -99,6 +99,11 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str], /) -> nn.Modu
     >>> torch.equal(again(x), net(x))
     True
     """
+    if hollow := _hollow(model):
+        raise ValueError(
+            f"the buffer {hollow[0]} of {type(model).__name__} has no values (device meta) and is not persistent, so "
+            'that nothing is stored of it; build the module outside of `torch.device("meta")`'
+        )
     if done := list(compressed_modules(model)):
         raise ValueError(
             f"`model` has compressed layers already ({done[0]}, for instance); build the dense module anew, and load "
@@ -128,6 +133,12 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str], /) -> nn.Modu
     _fill_(model, slots, {key: value for key, value in values.items() if key not in inside})
     mark_(model)
     return model
+
+
+def _hollow(model: nn.Module) -> list[str]:
+    """Name the buffers without values that are no part of the state, so that nothing stored can fill them."""
+    known = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    return [name for name, buffer in model.named_buffers() if buffer.is_meta and id(buffer) not in known]
 
 
 def _own(layer: CompressedLinear) -> Iterator[Tensor]:

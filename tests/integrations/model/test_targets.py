@@ -244,3 +244,9 @@ def test_a_tower_of_the_same_length_is_not_the_stack_of_text() -> None:
     )
     (stack,) = block_stacks(Gemma3ForConditionalGeneration(config))
     assert [name for name, _ in stack] == [f"model.language_model.layers.{index}" for index in range(3)]
+
+
+def test_linear_layers_without_names_are_there_as_well() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="matches no module; linear modules here end in 0, 2"):
+        linear_modules(model, ["fc"])

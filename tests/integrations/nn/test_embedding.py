@@ -153,3 +153,11 @@ def test_tables_that_cannot_be_are_refused_before_anything_runs() -> None:
         compress(nn.Sequential(nn.Linear(3, 2)), torch.ones(4, 3), config)
     assert linear_modules(model, "all-embeddings") == ["model.embed_tokens"]
     assert "model.embed_tokens" not in linear_modules(model, "all-linear")
+
+
+def test_the_argument_has_the_name_that_tables_have() -> None:
+    table = EmbeddingFactors(6, 4, 2)
+    for part in table.parameters():
+        nn.init.ones_(part)
+    tokens = torch.tensor([1, 5])
+    assert torch.equal(table(input=tokens), table(tokens))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from cur.integrations.nn import (
     LAYOUTS,
@@ -106,3 +108,23 @@ def test_the_bias_can_be_read_of_every_layer(kind: type[CompressedLinear]) -> No
     assert torch.equal(layer.bias, layer.bias_tensor())
     assert kind(6, 4, 2, bias=False).bias is None
     assert torch.equal(copy.deepcopy(layer).bias, layer.bias)
+
+
+@pytest.mark.parametrize(
+    "how", [parametrizations.weight_norm, parametrizations.spectral_norm, prune.random_unstructured]
+)
+def test_a_layer_whose_weight_is_computed_is_none(how: Callable[..., object]) -> None:
+    layer = nn.Linear(6, 4)
+    how(layer, "weight", **({"amount": 0.5} if how is prune.random_unstructured else {}))
+    assert not is_linear(layer)
+    with pytest.raises(TypeError, match=r"the weight of layer is computed from \S+.*make it a parameter first"):
+        dense_weight(layer, "layer")
+
+
+@pytest.mark.parametrize("kind", [CURLinear, FoldedLinear, InterpolativeLinear, KeptOutputs, KeptInputs])
+def test_the_argument_has_the_name_that_linear_layers_have(kind: type[CompressedLinear]) -> None:
+    layer = kind(6, 4, 2)
+    x = torch.ones(3, layer.applied.in_features)
+    for part in layer.parameters():
+        nn.init.ones_(part)
+    assert torch.equal(layer(input=x), layer(x))

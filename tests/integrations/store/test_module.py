@@ -209,3 +209,29 @@ def test_a_checkpoint_of_transformers_is_loaded_into_a_model_too(tmp_path: Path)
     with torch.no_grad():
         assert torch.equal(again(windows).logits, model(windows).logits)
     again.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_does_not_learn_does_not_learn_afterwards(stored: tuple[Tower, Path], device: str) -> None:
+    with torch.device(device):
+        again = Tower()
+    again.requires_grad_(False)
+    load_into(again, stored[1])
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_buffers_that_nothing_stored_can_fill_are_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        net.register_buffer("scale", torch.ones(2), persistent=False)
+        return net
+
+    net, x = build(), torch.randn(64, 16)
+    report = compress(net, [x], CompressConfig(layers="all", targets="all-linear", rank=4))
+    place = save(net, tmp_path / "small", report=report)
+    with torch.device("meta"):
+        hollow = build()
+    with pytest.raises(ValueError, match=r"the buffer scale of Sequential has no values .*build the module outside of"):
+        load_into(hollow, place)
+    assert not compressed_modules(hollow)
+    assert torch.equal(load_into(build(), place)(x), net(x))
