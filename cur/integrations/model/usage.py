@@ -157,7 +157,7 @@ def told_blocks(model: nn.Module) -> list[list[tuple[str, nn.Module]]] | None:
     ValueError
         If the module lacks one of them, or names are none that can be those of blocks.
     """
-    told = usage_of(model).blocks
+    told: Any = usage_of(model).blocks  # a user's
     if told is None:
         return None
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -99,6 +99,11 @@ def made_of(module: nn.Module) -> list[str]:
     ----------
     module : nn.Module
         The module to look at.
+
+    Returns
+    -------
+    list of str
+        The names within the module; empty where the weight is a parameter.
     """
     if "weight" in module._parameters or not isinstance(module, (nn.Linear, Conv1D)):
         return []
