@@ -357,6 +357,14 @@ def test_too_many_layers(llama: PreTrainedModel, windows: torch.Tensor) -> None:
         compress(llama, windows, replace(SMALL, layers=4))
 
 
+def test_no_block_can_be_chosen_of_two(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    """The range between 1 and 0 says nothing."""
+    model: Any = llama
+    del model.model.layers[2:]
+    with pytest.raises(ValueError, match=r"chooses among blocks .* the model has 2 in all, got 1; take 'all'"):
+        compress(model, windows, replace(SMALL, layers=1))
+
+
 def test_a_target_that_matches_nothing(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="nonesuch"):
         compress(llama, windows, replace(SMALL, targets=("nonesuch",)))

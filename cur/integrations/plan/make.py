@@ -441,6 +441,11 @@ def candidates(model: nn.Module, config: CompressConfig | BudgetConfig, *, offlo
     asked = config.layers if isinstance(config, CompressConfig) and stacks else "all"
     if isinstance(asked, int):
         inside = inner_blocks(stacks)
+        if not inside:
+            raise ValueError(
+                f"`layers` as a number chooses among blocks that are not the first or the last, and the model has "
+                f"{sum(stacks)} in all, got {asked}; take 'all', or name blocks by their positions"
+            )
         if asked > len(inside):
             raise ValueError(
                 f"`layers` must be between 1 and {len(inside)} for a model of {sum(stacks)} blocks, whose "
