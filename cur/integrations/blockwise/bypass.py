@@ -55,6 +55,7 @@ class Bypass:
         self._pack: Callable[[Any], Any] | None = None
         self._stored: dict[int, Any] = {}
         self._calls: dict[str, int] = {}
+        self._met = -1
 
     @contextmanager
     def open(self) -> Iterator[Bypass]:
@@ -138,16 +139,22 @@ class Bypass:
         self._latest = None
         self._stored.clear()
         self._calls.clear()
+        self._met = -1
 
     def _block(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if number == self.active:
+                self._met = number
                 if self._latest is not None:
                     raise ChainError(
                         f"{self.streamed.blocks[number][0]} runs more than once in a pass, so block by block its input "
                         "is not known; load the whole model"
                     )
-                self._latest = alone(original, args, kwargs)
+                try:
+                    self._latest = alone(original, args, kwargs)
+                except ChainError as error:
+                    name = self.streamed.blocks[number][0]
+                    raise ChainError(f"{name} cannot be run without others: {error}; load the whole model") from error
                 _, self._pack = unpack(self._latest)
                 if self.recording:
                     self.states.write(self.place(number), self._batch, self._latest)
@@ -156,7 +163,14 @@ class Bypass:
                 self._check_handed_on(number, args, kwargs)
             if number > self.active:
                 if self._ends[number] != self._ends[self.active]:  # another stack, whose blocks return another form
+                    last = self._ends[self.active] - 1
+                    if self._met < last:
+                        raise ChainError(
+                            f"{self.streamed.blocks[number][0]} runs before {self.streamed.blocks[last][0]} does, so "
+                            "block by block the inputs of both are not known; load the whole model"
+                        )
                     raise ReachedError
+                self._met = number
                 return self._latest
             return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
 

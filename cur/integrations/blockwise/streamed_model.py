@@ -96,7 +96,8 @@ class StreamedModel:
         ShardError
             If a tensor is missing, has another shape than the model's, or cannot be read.
         """
-        self._load(f"{self.blocks[index][0]}.")
+        prefix = f"{self.blocks[index][0]}."
+        self._load(prefix, *sorted(self._tied_with(prefix)))
 
     def free_block(self, index: int) -> None:
         """Let go of one block.
@@ -106,7 +107,14 @@ class StreamedModel:
         index : int
             The number of the block.
         """
-        self._free(name for name in self._empty if name.startswith(f"{self.blocks[index][0]}."))
+        prefix = f"{self.blocks[index][0]}."
+        sources = {name for name in self._tied_with(prefix) if name.startswith(self._inside)}
+        tied = {
+            name
+            for name, source in self.model.all_tied_weights_keys.items()
+            if source in sources or source.startswith(prefix)
+        }
+        self._free({*sources, *tied, *(name for name in self._empty if name.startswith(prefix))})
 
     def load_outside(self, *, head: bool = False) -> None:
         """Bring everything but the blocks into memory; what comes behind the body of the model only on request.
@@ -184,6 +192,10 @@ class StreamedModel:
         tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
         self._free(tables | tied)
 
+    def _tied_with(self, prefix: str) -> set[str]:
+        """Return the parameters that those with names of this beginning are tied to, such as of a block used twice."""
+        return {source for name, source in self.model.all_tied_weights_keys.items() if name.startswith(prefix)}
+
     def _free(self, names: Iterable[str]) -> None:
         # The parameters of the beginning come back, so that what is tied stays tied.
         for name in names:
@@ -245,7 +257,7 @@ class StreamedModel:
                 owner, empty = self.model.get_submodule(place), self._empty[name]
                 value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
                 setattr(owner, key, nn.Parameter(value, requires_grad=empty.requires_grad))
-                self.model._init_weights(owner)
+                self._initialise(place)
 
     def _tie(self) -> None:
         for name, source in self.model.all_tied_weights_keys.items():
@@ -256,16 +268,27 @@ class StreamedModel:
 
     def _fill_buffers(self) -> None:
         """Compute the buffers that no checkpoint stores, such as the frequencies of rotary positions."""
-        owners: dict[str, list[str]] = {}
-        for name, _ in self.model.named_non_persistent_buffers():
+        filling: set[str] = set()
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
             owner, _, key = name.rpartition(".")
-            owners.setdefault(owner, []).append(key)
-        for owner, keys in owners.items():
-            module = self.model.get_submodule(owner)
-            for key in keys:
-                setattr(module, key, torch.empty_like(module.get_buffer(key), device=self.device))
+            setattr(self.model.get_submodule(owner), key, torch.empty_like(buffer, device=self.device))
+            # Some are filled by a module around their owner, as the multipliers of Falcon-H1.
+            filling.update(_and_around(owner))
+        for name in sorted(filling, key=lambda name: (name != "", name.count(".")), reverse=True):
             # transformers' own way: what is computed here is what `from_pretrained` computes.
-            self.model._init_weights(module)
+            self._initialise(name)
+
+    def _initialise(self, name: str) -> None:
+        """Have the innermost model that a module is in, or is, compute what it fills in that module."""
+        around = (self.model.get_submodule(outer) for outer in _and_around(name))
+        own = next(part for part in around if isinstance(part, PreTrainedModel))
+        own._init_weights(self.model.get_submodule(name))
+
+
+def _and_around(name: str) -> list[str]:
+    """Return the name of a module and of those it lies in, from within, the model itself last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def load_streamed(

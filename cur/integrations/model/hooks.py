@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -48,19 +49,22 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def forwards_replaced(wraps: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
+def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
     """Run other functions in the place of what modules compute while this lasts; their hooks are called as ever.
+
+    To who asks what a module takes, such as whether there is a key-value cache to switch off, the functions look like
+    what they stand in for.
 
     Parameters
     ----------
-    wraps : iterable of (nn.Module, callable)
+    replacements : iterable of (nn.Module, callable)
         Modules, each with a function from its present `forward` to the one that takes its place.
     """
     with ExitStack() as stack:
-        for module, wrap in wraps:
+        for module, wrap in replacements:
             replaced: Any = module
             stack.callback(_put_back, replaced, vars(module).get("forward"))
-            replaced.forward = wrap(replaced.forward)
+            replaced.forward = wraps(replaced.forward)(wrap(replaced.forward))
         yield
 
 

@@ -122,6 +122,8 @@ def names_in_model(model: Any, names: Any) -> dict[str, tuple[str, bool]]:
     found = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:  # as the loader does: it has the model's name already
+            target, converter = rename_source_key(name, [], [], prefix, known)
         found[name] = target, converter is not None
     return found
 

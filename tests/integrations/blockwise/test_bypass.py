@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, XLMConfig, XLMWithLMHeadModel
 
 from cur.integrations.blockwise.bypass import Bypass
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.score import perplexity_blockwise
 from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.files.shards import Shards
-from cur.integrations.model.running import evaluating
+from cur.integrations.model.blocks import ChainError
+from cur.integrations.model.running import evaluating, model_inputs
 from cur.integrations.report.perplexity import perplexity
 
 CPU = torch.device("cpu")
@@ -66,3 +67,31 @@ def test_blocks_that_return_tuples_are_passed_as_such(windows: torch.Tensor, tmp
         parts.load_outside()
         # Another batch, which no block was run on: all of its samples reach the end.
         assert parts.model.base_model(windows[:4], use_cache=False)[0].shape == (4, windows.shape[1], 32)
+
+
+def test_a_model_is_called_as_ever_while_its_blocks_are_bypassed(
+    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, tmp_path: Path
+) -> None:
+    parts = streamed(make_model("llama"), tmp_path / "model")
+    inner = parts.model.base_model
+    batch = {"input_ids": windows, "attention_mask": torch.ones_like(windows)}
+    batch["attention_mask"][:, 0] = 0  # padding on the left, and no key-value cache is wanted
+    expected = model_inputs(inner, batch)
+    with Bypass(parts, HiddenStates(tmp_path / "states", CPU)).open():
+        found = model_inputs(inner, batch)
+    assert expected["use_cache"] is False
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["position_ids"], expected["position_ids"])
+
+
+def test_stacks_that_take_turns_are_refused_with_the_first_batch(windows: torch.Tensor, tmp_path: Path) -> None:
+    shape = {"vocab_size": 101, "emb_dim": 32, "n_heads": 4, "n_layers": 3, "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = streamed(XLMWithLMHeadModel(XLMConfig(**shape)).eval(), tmp_path / "model")
+    bypass = Bypass(parts, HiddenStates(tmp_path / "states", CPU))
+    with bypass.open(), evaluating(parts.model):
+        parts.load_outside()
+        said = r"transformer\.ffns\.0 runs before transformer\.attentions\.2 does, .*; load the whole model"
+        with bypass.at(0), pytest.raises(ChainError, match=said):
+            parts.model.base_model(windows)
