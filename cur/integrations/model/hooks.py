@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -48,20 +49,30 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def forwards_replaced(wraps: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
+def forwards_replaced(replacing: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
     """Run other functions in the place of what modules compute while this lasts; their hooks are called as ever.
 
     Parameters
     ----------
-    wraps : iterable of (nn.Module, callable)
+    replacing : iterable of (nn.Module, callable)
         Modules, each with a function from its present `forward` to the one that takes its place.
     """
     with ExitStack() as stack:
-        for module, wrap in wraps:
+        for module, wrap in replacing:
             replaced: Any = module
             stack.callback(_put_back, replaced, vars(module).get("forward"))
-            replaced.forward = wrap(replaced.forward)
+            replaced.forward = _like(replaced.forward, wrap(replaced.forward))
         yield
+
+
+def _like(original: Forward, other: Forward) -> Forward:
+    """Return a function that has the signature of the first, by which is told what a model is called with."""
+
+    @wraps(original)
+    def forward(*args: Any, **options: Any) -> Any:
+        return other(*args, **options)
+
+    return forward
 
 
 def _put_back(module: Any, own: Forward | None) -> None:
