@@ -49,7 +49,7 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
+def forwards_replaced(replacing: Iterable[tuple[nn.Module, Callable[[Forward], Forward]]]) -> Iterator[None]:
     """Run other functions in the place of what modules compute while this lasts; their hooks are called as ever.
 
     To who asks what a module takes, such as whether there is a key-value cache to switch off, the functions look like
@@ -57,15 +57,25 @@ def forwards_replaced(replacements: Iterable[tuple[nn.Module, Callable[[Forward]
 
     Parameters
     ----------
-    replacements : iterable of (nn.Module, callable)
+    replacing : iterable of (nn.Module, callable)
         Modules, each with a function from its present `forward` to the one that takes its place.
     """
     with ExitStack() as stack:
-        for module, wrap in replacements:
+        for module, wrap in replacing:
             replaced: Any = module
             stack.callback(_put_back, replaced, vars(module).get("forward"))
-            replaced.forward = wraps(replaced.forward)(wrap(replaced.forward))
+            replaced.forward = _like(replaced.forward, wrap(replaced.forward))
         yield
+
+
+def _like(original: Forward, other: Forward) -> Forward:
+    """Return a function that has the signature of the first, by which is told what a model is called with."""
+
+    @wraps(original)
+    def forward(*args: Any, **options: Any) -> Any:
+        return other(*args, **options)
+
+    return forward
 
 
 def _put_back(module: Any, own: Forward | None) -> None:

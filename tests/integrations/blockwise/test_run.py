@@ -29,6 +29,7 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import PlanError
 from cur.integrations.report.perplexity import perplexity
+from tests import models
 
 TARGETS = {
     "llama": ("q_proj", "k_proj", "gate_proj"),
@@ -109,6 +110,22 @@ def test_padding_and_half_precision(checkpoint: Callable[[str], Path], windows: 
     given = [{"input_ids": windows[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2, 4)]
     directory = checkpoint("llama")
     whole, parts = both(directory, given, CompressConfig(layers=1, rank=4), dtype=torch.bfloat16)
+    same_layers(whole, parts)
+    same_files(directory)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "fsmt"])
+def test_a_model_is_called_with_the_same_as_in_memory(kind: str, windows: torch.Tensor, tmp_path: Path) -> None:
+    """With positions that pass over padding on the left, and without a cache, with which FSMT masks nothing."""
+    directory = tmp_path / "model"
+    models.make(kind).save_pretrained(directory)
+    models.tokenizer().save_pretrained(directory)
+    mask = torch.ones_like(windows)
+    mask[:4, :9] = 0
+    given = {"input_ids": windows, "attention_mask": mask}
+    if kind == "fsmt":
+        given["labels"] = windows.flip(1)[:, :15]
+    whole, parts = both(directory, [given], CompressConfig(layers="all", rank=4, targets="all-linear"))
     same_layers(whole, parts)
     same_files(directory)
 

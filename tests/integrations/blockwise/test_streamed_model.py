@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
 class Twice(LlamaForCausalLM):
     """A model that uses one matrix in two blocks."""
 
-    _tied_weights_keys = {"model.layers.2.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    _tied_weights_keys: ClassVar = {"model.layers.2.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
 
 
 def streamed(model: PreTrainedModel, directory: Path) -> StreamedModel:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_what_an_object_computed_by_itself_is_put_back() -> None:
     with checkpointing([ours], Precision.of(ours, "float32")):
         ours(x)
     assert torch.equal(ours(x), x + 1)
+
+
+def test_what_takes_the_place_of_a_forward_is_asked_for_its_parameters() -> None:
+    """What a model is called with follows from the signature of its forward pass."""
+    layer = nn.Linear(2, 2)
+    with forwards_replaced([(layer, lambda forward: lambda *args, **options: 2 * forward(*args, **options))]):
+        assert list(inspect.signature(layer.forward).parameters) == ["input"]
+        assert torch.equal(layer(torch.zeros(1, 2)), 2 * layer.bias[None])
 
 
 def test_inputs_and_outputs_are_those_of_the_last_call() -> None:
