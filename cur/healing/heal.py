@@ -128,8 +128,8 @@ def heal(
     check_windows(student, batches, name="batches")
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     probe = text.batch(0)["input_ids"][:1, :_PROBE]
-    if fault := chain_fault(teacher, {"input_ids": probe}):
-        raise ValueError(f"`teacher` cannot be healed from block to block: {fault}")
+    if fault := chain_fault(student, {"input_ids": probe}):
+        raise ValueError(f"`student` cannot be healed from block to block: {fault}")
     kept = None if state is None else Path(state).expanduser()
     passes = precision_of(student, config, kept)
     config = replace(config, precision=passes.name)

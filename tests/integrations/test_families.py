@@ -179,7 +179,7 @@ def test_healing_refuses_blocks_that_depend_on_more_than_the_hidden_state() -> N
     teacher = make("gemma3n_text")
     student = copy.deepcopy(teacher)
     compress(student, windows(), PAPER)
-    with pytest.raises(ValueError, match=r"`teacher` cannot be healed from block to block: .*leaves something"):
+    with pytest.raises(ValueError, match=r"`student` cannot be healed from block to block: .*leaves something"):
         heal(student, teacher, batch("llama", count=14)["input_ids"], HealingConfig(steps=2, held_out=4))
 
 
