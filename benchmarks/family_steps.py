@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,7 +300,6 @@ def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, *, rounding
 
 
 def _said(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    with suppress(IndexError):
-        words = words[:400]
-    return f"{type(error).__name__}: {words}"
+    """Return what an error says, without the place where the models are kept for a while."""
+    words = re.sub(r"\S*/family-\w+/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words[:400]}"
