@@ -321,7 +321,8 @@ def _assemble(
     two = None
     if norm == 2:
         # of products with vectors: as many terms as the matrix and the factors have
-        rounding = 2 * (max(problem.shape) + 20) * problem.unit * (problem.total or frobenius(reduced.Z)) + inner
+        size = error.value + frobenius(reduced.M) if problem.total is None else problem.total
+        rounding = 2 * (max(problem.shape) + 20) * problem.unit * size + inner
         two = spectral_error(problem.B, Cw @ U, Rw, direct=direct, rounding=rounding, failure=failure, rng=rng)
     certificate = certify(problem, choice, reduced, error, norm=norm, link=link, gap=gap, spectral=two, U=U)
     return CUR(C, returned, R, choice.rows, choice.columns, certificate)

@@ -265,7 +265,8 @@ def certify(
     known: dict[str, Any] = {"eta_rows": eta_rows, "eta_columns": eta_columns}
     spectrum = choice.subspace if problem.target is problem.B else None
     # of the products with the bases, of their orthogonality and of the norms
-    rounding = pythagorean_rounding(problem.shape, problem.unit) * (problem.total or frobenius(reduced.Z))
+    size = error.value + frobenius(reduced.M) if problem.total is None else problem.total
+    rounding = pythagorean_rounding(problem.shape, problem.unit) * size
     if choice.V is not None and choice.W is not None and eta_rows is not None and eta_columns is not None:
         kr, kc = choice.V.shape[1], choice.W.shape[1]
         slack = (eta_rows + eta_columns) * rounding + error.evaluation + gap
