@@ -131,17 +131,19 @@ def convert(
 
 @command(
     app,
-    g.Checkpoint,
+    g.AnyCheckpoint,
     g.Destination,
+    g.Grids,
     g.CalibrationText,
     g.Passes,
-    example="`cur quantize small --text notes.txt --out smaller`",
+    example="`cur quantize small --bits 4 --text notes.txt --out smaller`",
 )
 def quantize(given: Given, overwrite: o.Overwrite = False, as_json: o.AsJson = False) -> None:
-    """Round the layers of a compressed checkpoint to int8: half the bytes of bfloat16, at next to no loss.
+    """Round the linear layers of a checkpoint to few bits: by default 8, half the bytes of bfloat16 at next to no loss.
 
-    Each row of a factor gets a step of its own, and the error of one column is made up for in the others, weighted by
-    what arrives there on the text. Do this last: rounded layers can neither be trained nor brought to another layout.
+    What one number cannot have is made up for by others, weighted by what arrives there on the text and, below 8 bits,
+    by what the outputs mean to the loss; there layers are also fitted, block after block, to what rounded ones before
+    them give. Do this last: rounded layers can neither be trained nor brought to another layout.
     """
     from cur.cli.commands import run_quantize
 

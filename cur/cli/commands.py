@@ -13,7 +13,7 @@ from cur.cli import tables
 from cur.cli._run import bars, note, output, print_json
 from cur.cli.file import save_file
 from cur.cli.given import Given
-from cur.cli.groups import Destination, Loading, Model, Opening, Passes, PlanSource, ScoredText
+from cur.cli.groups import Destination, Grids, Loading, Model, Opening, Passes, PlanSource, ScoredText
 from cur.cli.settings import compress_config, refuse_with_plan
 from cur.cli.source import HeldOut, Source, check_file, read_for, show_unread, tell
 from cur.integrations.blockwise import ProcessGroup
@@ -31,7 +31,7 @@ from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
-from cur.integrations.quantize import quantizable, quantize_, save_quantized
+from cur.integrations.quantize import grid_of, quantizable, quantize_, read_grids, save_quantized
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import save
@@ -48,6 +48,9 @@ __all__ = [
     "run_quantize",
     "show_account",
 ]
+
+_NEAR_EXACT = 8
+"""Bits at which rounding loses so little that neither gradients nor a second pass over the text are worth the time."""
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -236,13 +239,18 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
     FileExistsError
         If the directory is not empty and `overwrite` is False.
     """
-    directory, out = Path(given.values["directory"]), Path(given.values["out"])
+    directory, out = Path(given.values["directory"]).expanduser(), Path(given.values["out"])
     source, passes = given.build(Source), given.build(Passes)
     precision, trust_remote_code = passes.precision, passes.trust_remote_code
     check_target(out, overwrite=overwrite)
     check(precision)
-    if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
-        raise ValueError(f"{directory} is rounded to int8 already; start from what it was made from")
+    asked = given.build(Grids)
+    group = int(asked.group) if asked.group is not None and asked.group.isdecimal() else asked.group
+    grid = grid_of(asked.bits, group) if asked.grids is None else read_grids(asked.grids)
+    fitted = any(one.bits < _NEAR_EXACT for one in (grid.values() if isinstance(grid, dict) else [grid]))
+    compressed = directory.is_dir() and bool(check_config(directory).get("quantization_config"))
+    if grids := summarize(directory).grids if compressed else "":  # before anything is loaded
+        raise ValueError(f"{directory} is rounded to {grids} already; start from what it was made from")
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
@@ -250,17 +258,34 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
         show_unread(model)
         names = quantizable(model)
         used = _passes(loaded, precision)
-        measured = collect(model, batches, modules=names, moments="full", precision=used, progress=bar.of("calibrate"))
-        found = quantize_(model, measured, progress=bar.of("quantize", len(names)))
+        measured = collect(
+            model,
+            batches,
+            modules=names,
+            moments="full",
+            gradients=names if fitted else (),
+            precision=used,
+            progress=bar.of("calibrate"),
+        )
+        found = quantize_(
+            model,
+            measured,
+            grid=grid,
+            text=batches if fitted else None,
+            precision=used,
+            progress=bar.of("quantize", len(names)),
+        )
         with bar.busy("Saving"):
             save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
     show_account(out)
     if as_json:
         print_json({"directory": str(out.expanduser().absolute()), **asdict(found)})
         return
+    for sentence in found.notes:
+        tell(sentence)
     worst = max(found.errors, key=found.errors.__getitem__)
     middle = median(found.errors.values())
-    output.print(f"Bytes of {len(names)} layers: {found.before:,} before, {found.after:,} now.")
+    output.print(f"Bytes of {len(found.errors)} layers: {found.before:,} before, {found.after:,} now.")
     output.print(
         f"On this text their outputs change by {middle:.2%} (median), at most {found.errors[worst]:.2%} ({worst})."
     )
@@ -346,7 +371,7 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
     output.print(
         f"Parameters: {summary.parameters:,} (dense: {summary.dense_parameters:,}); weight files: "
         f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
-        + (" The layers above are rounded to int8." if any(layer.int8 for layer in summary.layers) else "")
+        + (f" Of the layers above some or all are rounded to {grids}." if (grids := summary.grids) else "")
     )
     counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in factored())
     output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")

@@ -9,10 +9,12 @@ from typing import ClassVar
 from cur.settings.option import setting
 
 __all__ = [
+    "AnyCheckpoint",
     "CalibrationText",
     "Checkpoint",
     "CompressionText",
     "Destination",
+    "Grids",
     "HealingRun",
     "HealingText",
     "HeldOutText",
@@ -61,6 +63,47 @@ class Checkpoint:
             argument="DIR",
             basic=True,
             required="name the directory of a compressed checkpoint",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyCheckpoint:
+    """The checkpoint that is read, compressed or not."""
+
+    heading: ClassVar[str] = "Model"
+
+    directory: Path | None = field(
+        default=None,
+        metadata=setting(
+            "Directory of a checkpoint, compressed or dense, a .gguf file, or a hub id.",
+            argument="DIR",
+            basic=True,
+            required="name the directory of a checkpoint",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids:
+    """What the numbers of layers are rounded to."""
+
+    heading: ClassVar[str] = "Method"
+
+    bits: int = field(default=8, metadata=setting("Bits of a number: 2, 3, 4, 5, 6 or 8.", basic=True, excludes="grid"))
+    group: str | None = field(
+        default=None,
+        metadata=setting(
+            "Neighbours in a row that share a step, a multiple of 8, or row.",
+            basic=True,
+            shown="row for 8 bits, else 64",
+        ),
+    )
+    grids: Path | None = field(
+        default=None,
+        metadata=setting(
+            "The quantization.json of a rounded checkpoint, edited or not, that says the grid of each layer.",
+            excludes="grid",
         ),
     )
 

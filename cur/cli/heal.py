@@ -56,8 +56,8 @@ def run_heal(given: Given, *, overwrite: bool, as_json: bool) -> None:
     asked, run = given.only(HealingSettings), given.build(HealingRun)
     low_memory, scope = run.low_memory, asked.get("scope")
     check_target(out, overwrite=overwrite)
-    if any(layer.int8 for layer in summarize(directory).layers):  # before anything is loaded
-        raise ValueError(f"{directory} is rounded to int8; heal what it was made from, and round the result")
+    if grids := summarize(directory).grids:  # before anything is loaded
+        raise ValueError(f"{directory} is rounded to {grids}; heal what it was made from, and round the result")
     dtype = stored_dtype(directory)
     dense = _teacher(directory, run.teacher)
     check_target(out, overwrite=overwrite, needed=dense)

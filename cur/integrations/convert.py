@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.nn import compressed_modules, factored, swap_
+from cur.integrations.nn import compressed_modules, factored, grids_of, swap_
 from cur.integrations.plan.layouts import PURPOSES, choose_layout
 from cur.integrations.store.format import mark_
 
@@ -35,7 +35,7 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     Raises
     ------
     ValueError
-        If the layout or the purpose is unknown, or the model has no factored layers, an adapter, or is rounded to int8.
+        If the layout or the purpose is unknown, or the model has no factored layers, an adapter, or is rounded.
     """
     if layout not in ("auto", *factored()):
         raise ValueError(f"`layout` must be one of auto, {', '.join(factored())}, got {layout!r}")
@@ -45,8 +45,10 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
     found = compressed_modules(model)
     possible = set(factored()) if layout == "auto" else {layout}
     layers = {name: layer for name, layer in found.items() if not possible.isdisjoint(layer.conversions())}
-    if any(layer.int8 for layer in found.values()):
-        raise ValueError("`model` is rounded to int8; convert the checkpoint that it was made from, and round it then")
+    if grids := grids_of(found.values()):
+        raise ValueError(
+            f"`model` is rounded to {grids}; convert the checkpoint that it was made from, and round it then"
+        )
     if not layers:
         why = "none of its compressed layers has another layout" if found else ""
         raise ValueError(f"`model` has no factored layers; {why or 'compress it first'}")

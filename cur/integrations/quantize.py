@@ -1,4 +1,4 @@
-"""Rounding the weights of a model to eight bits, against what its inputs make important."""
+"""Rounding the weights of a model to few bits, against what its inputs and its loss make important."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cur._lib.atomic import replace_file
-from cur.integrations.factor.rounding import round_layer
+from cur.integrations.factor.rounding import RoundedLayer, round_layer
+from cur.integrations.files.reading import CheckpointError, read_object
+from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
+from cur.integrations.model.blocks import chain_fault
 from cur.integrations.model.running import Progress
 from cur.integrations.model.targets import decoder_layers
 from cur.integrations.model.usage import is_transformer
-from cur.integrations.nn import (
-    CompressedLinear,
-    WholeLinear,
-    compressed_modules,
-    dense_weight,
-    is_linear,
-    swap_,
-)
+from cur.integrations.nn import IntegerGrid, compressed_modules, is_linear, swap_
+from cur.integrations.nn.rounded import OnGrid
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.format import mark_, refuse_other_formats
 
-__all__ = ["Quantization", "quantizable", "quantize_", "save_quantized"]
+__all__ = ["Quantization", "grid_of", "quantizable", "quantize_", "read_grids", "save_quantized"]
 
 _QUANTIZATION = "quantization.json"
+
+_GROUP = 64
+"""Entries that share a step below eight bits, unless something else is asked for: a step of two bytes and a zero then
+take 0.3 bits of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,87 @@ class Quantization:
         statistics, so a little less than on others; without statistics as if entries of its inputs were independent and
         of one size.
     before, after : int
-        The bytes of the rounded layers before and after.
+        The bytes of the rounded layers before and after, as they are stored.
     precision : str
         The precision of matrix products in the passes of the statistics, ``"float32"`` for instance; empty where it is
         not known.
+    grids : dict of str to dict
+        The grid of each layer, as :meth:`~cur.integrations.nn.IntegerGrid.spec` gives it.
+    predicted : dict of str to float
+        What each layer is expected to cost, in nats per token and to second order, apart from what later layers make up
+        for; empty without second moments of output gradients.
+    notes : tuple of str
+        Sentences on what was left out, and why.
     """
 
     errors: dict[str, float]
     before: int
     after: int
     precision: str = ""
+    grids: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def grid_of(bits: int = 8, group: int | str | None = None, *, symmetric: bool | None = None) -> IntegerGrid:
+    """Return the grid of some bits, with what is usual where nothing is said.
+
+    Parameters
+    ----------
+    bits : int, default 8
+        The bits of an integer: 2, 3, 4, 5, 6 or 8.
+    group : int or "row", optional
+        How many neighbours in a row share a step, a multiple of 8. Default: a row for 8 bits, else 64.
+    symmetric : bool, optional
+        Whether 0 lies in the middle of the grid, so that there are no zeros to store. Default: for 8 bits.
+
+    Raises
+    ------
+    ValueError
+        If there is no such grid.
+
+    Examples
+    --------
+    >>> str(grid_of()), str(grid_of(4)), str(grid_of(3, "row"))
+    ('int8', '4 bits in groups of 64', '3 bits')
+    """
+    usual = bits == 8 if symmetric is None else symmetric
+    if group is None:
+        return IntegerGrid(bits, None if bits == 8 else _GROUP, usual)
+    if isinstance(group, str) and group != "row":
+        raise ValueError(f"`group` must be a multiple of 8, or 'row' for one step a row, got {group!r}")
+    return IntegerGrid(bits, None if isinstance(group, str) else group, usual)
+
+
+def read_grids(path: str | os.PathLike[str]) -> dict[str, IntegerGrid]:
+    """Read the grid of each layer from the ``quantization.json`` of a checkpoint, perhaps edited.
+
+    Parameters
+    ----------
+    path : path
+        The file, a JSON object with ``grids``.
+
+    Returns
+    -------
+    dict of str to IntegerGrid
+        The grids by the names of the layers.
+
+    Raises
+    ------
+    CheckpointError
+        If the file holds something else.
+    """
+    remedy = "name the quantization.json of a rounded checkpoint, or one like it"
+    grids = read_object(path, remedy=remedy).get("grids")
+    if not isinstance(grids, Mapping) or not grids:
+        raise CheckpointError(f"{path} has no `grids`; {remedy}")
+    found: dict[str, IntegerGrid] = {}
+    for name, spec in grids.items():
+        try:
+            found[name] = IntegerGrid.from_spec(spec)
+        except ValueError as error:
+            raise CheckpointError(f"{path} has no grid for {name}: {error}") from error
+    return found
 
 
 def quantizable(model: nn.Module, /) -> list[str]:
@@ -84,9 +156,11 @@ def quantizable(model: nn.Module, /) -> list[str]:
     """
     refuse_adapters(model)
     layers = compressed_modules(model)
-    done = [name for name, layer in layers.items() if layer.int8]
-    if done:
-        raise ValueError(f"{done[0]} is rounded to int8 already; start from the checkpoint that it was made from")
+    for name, layer in layers.items():
+        if layer.grid is not None:
+            raise ValueError(
+                f"{name} is rounded to {layer.grid} already; start from the checkpoint that it was made from"
+            )
     try:
         blocks = tuple(f"{name}." for name, _ in decoder_layers(model)) if is_transformer(model) else ("",)
     except ValueError:
@@ -112,33 +186,50 @@ def quantizable(model: nn.Module, /) -> list[str]:
     return names
 
 
-@torch.no_grad()
 def quantize_(
     model: nn.Module,
     statistics: Statistics | None = None,
     *,
+    grid: IntegerGrid | Mapping[str, IntegerGrid] | None = None,
+    text: Sequence[Mapping[str, Tensor]] | None = None,
+    correction: float = 0.5,
     damping: float = 0.1,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> Quantization:
-    r"""Round a model to eight bits, in place: every row of a factor or weight to multiples of a step of its own.
+    r"""Round the linear layers of a model to few bits, in place.
 
     The factors of a layer are rounded in the order in which they are applied. With statistics, each is first fitted to
     what the rounded ones before it give: with inputs of second moment ``G``, and products ``P`` of the factors before
     as they were and ``Q`` as they are, a factor ``F`` becomes ``F + F (P - Q) G Q^T (Q G Q^T + d I)^-1``, by least
-    squares. Then it is rounded column after column, each with what the errors of those before call for under
-    ``Q G Q^T + d I``: GPTQ (Frantar et al., arXiv 2210.17323) from the last column to the first, which is Babai's
-    nearest plane (Chen et al., arXiv 2507.18553).
+    squares. Then it is rounded by :func:`~cur.rounding.round_to_grid` under ``Q G Q^T + d I``, so that the errors of
+    some entries make up for those of others: along rows, which is GPTQ (Frantar et al., arXiv 2210.17323; Babai's
+    nearest plane by Chen et al., arXiv 2507.18553), and along columns as well where the statistics have second moments
+    of output gradients.
+
+    With text as well, layers are rounded block after block, each fitted to the inputs that it gets from rounded layers
+    before it, whose errors it corrects in part. That needs a model whose blocks hand on one hidden state; of others,
+    and of experts, layers are rounded for themselves.
 
     Parameters
     ----------
     model : nn.Module
         A model, compressed or not. Its :func:`quantizable` layers are rounded.
     statistics : Statistics, optional
-        Statistics of this model, with full second moments of the inputs of all its :func:`quantizable` layers. Without
-        them every entry goes to the nearest multiple.
+        Statistics of this model, with full second moments of the inputs of all its :func:`quantizable` layers, and
+        perhaps of their output gradients. Without them every entry goes to the nearest number.
+    grid : IntegerGrid or mapping of str to IntegerGrid, optional
+        The grid of all layers, or of each by its name; layers that are not named stay as they are. Default: eight bits,
+        one step for each row. :func:`grid_of` makes usual ones.
+    text : sequence of mapping, optional
+        Batches that layers are fitted on, those of the statistics for instance.
+    correction : float, default 0.5
+        How much of the error in a layer's inputs, left by those before it, is corrected, from 0 to 1.
     damping : float, default 0.1
         ``d`` as a multiple of the mean eigenvalue of ``Q G Q^T``. With less, errors go into directions that the text
         of the statistics hardly uses and other text may; with few tokens that can cost more than nearest multiples.
+    precision : str, default "auto"
+        The precision of matrix products in passes over the text, as for :func:`~cur.integrations.collect`.
     progress : callable, optional
         Called as ``progress(done, total)`` after every layer.
 
@@ -151,8 +242,8 @@ def quantize_(
     TypeError
         If the model is no module.
     ValueError
-        As :func:`quantizable`; if the model is quantized by another method, the statistics do not cover a layer, or
-        `damping` is negative.
+        As :func:`quantizable`; if the model is quantized by another method, the statistics do not cover a layer, a grid
+        is for a layer that cannot be rounded, or `damping` or `correction` is out of range.
     NumericalError
         If a weight is NaN or infinite, or a damped second moment is not positive definite.
     """
@@ -162,30 +253,77 @@ def quantize_(
     refuse_other_formats(model)
     if not 0 <= damping < math.inf:
         raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")
-    names = quantizable(model)
-    errors: dict[str, float] = {}
-    rounded: dict[str, dict[str, Any]] = {}
-    for done, name in enumerate(names, start=1):
-        rounded[name], errors[name] = round_layer(name, model.get_submodule(name), statistics, damping)
+    if not 0 <= correction <= 1:
+        raise ValueError(f"`correction` must be between 0 and 1, got {correction}")
+    if text is not None and statistics is None:
+        raise ValueError("`text` needs `statistics`, by which layers are rounded; collect them on it")
+    grids = _grids(quantizable(model), grid)
+    made: dict[str, RoundedLayer] = {}
+
+    def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
+        made[name] = round_layer(
+            name,
+            model.get_submodule(name),
+            grids[name],
+            statistics,
+            damping=damping,
+            propagated=propagated,
+            correction=correction,
+        )
         if progress is not None:
-            progress(done, len(names))
-    before = sum(_bytes(model.get_submodule(name)) for name in names)
-    whole: dict[str, nn.Module] = {}
-    for name, factors in rounded.items():
-        layer = model.get_submodule(name)
-        if isinstance(layer, CompressedLinear):
-            layer.round_(factors)
+            progress(len(made), len(grids))
+        return made[name].layer
+
+    notes: list[str] = []
+    if text is not None:
+        given = list(text)
+        if fault := _unfit(model, given):
+            notes.append(f"Layers are not fitted to what rounded ones before them give: {fault}.")
         else:
-            _, _, transposed = dense_weight(layer, name)
-            whole[name] = WholeLinear.from_int8(factors["W"], transposed=transposed).train(layer.training)
-    swap_(model, whole)
+            in_order(model, spread(given, _widest(statistics, grids)), list(grids), make, precision=precision)
+    for name in grids:
+        if name not in made:
+            make(name)
+        made[name].layer.train(model.get_submodule(name).training)
+    before = sum(_bytes(model.get_submodule(name)) for name in grids)
+    swap_(model, {name: made[name].layer for name in grids})
     mark_(model)
     return Quantization(
-        errors=errors,
+        errors={name: made[name].error for name in grids},
         before=before,
-        after=sum(_bytes(model.get_submodule(name)) for name in names),
+        after=sum(_bytes(model.get_submodule(name)) for name in grids),
         precision="" if statistics is None else statistics.precision,
+        grids={name: grid.spec() for name, grid in grids.items()},
+        predicted={name: lost for name in grids if (lost := made[name].predicted) is not None},
+        notes=tuple(notes),
     )
+
+
+def _grids(names: Sequence[str], grid: IntegerGrid | Mapping[str, IntegerGrid] | None) -> dict[str, IntegerGrid]:
+    """Return the grid of each layer that is rounded."""
+    if not isinstance(grid, Mapping):
+        return dict.fromkeys(names, grid or IntegerGrid())
+    if unknown := [name for name in grid if name not in names]:
+        raise ValueError(
+            f"`grid` names {', '.join(unknown[:5])}, which cannot be rounded; known are {', '.join(names[:5])} and "
+            f"{max(len(names) - 5, 0)} more"
+        )
+    return {name: grid[name] for name in names if name in grid}
+
+
+def _unfit(model: nn.Module, text: Sequence[Mapping[str, Tensor]]) -> str | None:
+    """Say why layers cannot be fitted along the blocks; None if they can."""
+    return chain_fault(model, text[0]) if is_transformer(model) else f"{type(model).__name__} is no transformer"
+
+
+def _widest(statistics: Statistics | None, names: Iterable[str]) -> int:
+    """Return the number of inputs of the widest layer."""
+    if statistics is None:
+        return 1
+    try:
+        return max(len(statistics.second_moment(name)) for name in names)
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
 
 
 def save_quantized(
@@ -223,4 +361,6 @@ def save_quantized(
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(part.nbytes for part in (*module.parameters(), *module.buffers()))
+    parts = {name: part.nbytes for name, part in (*module.named_parameters(), *module.named_buffers())}
+    narrow = {f"{name}.scale".lstrip("."): part for name, part in module.named_modules() if isinstance(part, OnGrid)}
+    return sum(parts.values()) + sum(part.stored_scale().nbytes - parts[name] for name, part in narrow.items())

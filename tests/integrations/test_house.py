@@ -250,7 +250,7 @@ def test_a_layer_type_and_a_method_from_outside(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(converted), expected, rtol=1e-4, atol=1e-4)
     command("quantize", small, *text, "--out", home / "int8")
     rounded = AutoModelForCausalLM.from_pretrained(home / "int8")
-    assert [layer.layout for layer in compressed_modules(rounded).values() if not layer.int8] == ["scaled"]
+    assert [layer.layout for layer in compressed_modules(rounded).values() if layer.grid is None] == ["scaled"]
     command("export", small, "--out", home / "exported")
     exported = AutoModelForCausalLM.from_pretrained(home / "exported")
     assert not compressed_modules(exported)

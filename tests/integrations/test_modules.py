@@ -361,7 +361,7 @@ def test_rounded_modules_are_near_and_come_back(layout: str, tmp_path: Path) -> 
     assert found.after < 0.6 * found.before
     assert max(found.errors.values()) < 0.05
     assert error(before, model, batches[0]) < 0.02
-    assert {name for name, layer in compressed_modules(model).items() if not layer.int8} == set()
+    assert {name for name, layer in compressed_modules(model).items() if layer.grid is None} == set()
     save(model, tmp_path / "int8")
     again = load_into(tower(seed=1), tmp_path / "int8")
     assert torch.equal(output(again, batches[0]), output(model, batches[0]))

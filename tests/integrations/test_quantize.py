@@ -17,7 +17,7 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
 from cur.integrations.convert import convert_
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import CompressedLinear, Int8Linear, compressed_modules, factored
+from cur.integrations.nn import CompressedLinear, GridLinear, compressed_modules, factored
 from cur.integrations.quantize import quantizable, quantize_
 from cur.integrations.store.format import CURConfig
 from cur.integrations.store.inspect import summarize
@@ -94,7 +94,7 @@ def test_rounded_layers_are_saved_and_loaded(
     torch.testing.assert_close(logits(half, windows).float(), after, rtol=0, atol=0.05 * float(after.abs().max()))
     dense_export(again, None, tmp_path / "dense")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert not any(isinstance(module, Int8Linear) for module in plain.modules())
+    assert not any(isinstance(module, GridLinear) for module in plain.modules())
     torch.testing.assert_close(logits(plain, windows), after, rtol=1e-4, atol=1e-4)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), windows), after)
@@ -130,7 +130,7 @@ def test_without_statistics_every_entry_goes_to_the_nearest_multiple(
     model = squeezed(llama, windows, layout)
     before = {name: part.weight.detach().clone() for name, part in model.named_modules() if type(part) is nn.Linear}
     quantize_(model)
-    rounded = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
+    rounded = {name: part for name, part in model.named_modules() if isinstance(part, GridLinear)}
     assert len(rounded) >= 39
     for name, part in rounded.items():
         weight = before[name.removesuffix(".W")]
@@ -239,7 +239,7 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
         quantize_(model, statistics)
     statistics = measured(llama, windows)
     statistics.products["model.layers.4.mlp.up_proj"] = torch.eye(3, dtype=torch.float64)  # type: ignore[index]
-    with pytest.raises(ValueError, match=r"has 3 inputs of model.layers.4.mlp.up_proj, which takes 32: measure"):
+    with pytest.raises(ValueError, match=r"has 3 inputs of model.layers.4.mlp.up_proj, which has 32: measure"):
         quantize_(model, statistics)
     with pytest.raises(ValueError, match="`damping` must be a number that is at least 0, got -1"):
         quantize_(model, damping=-1)
@@ -248,9 +248,11 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
         model.get_submodule("model.layers.4.mlp.up_proj").weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"the weight model.layers.4.mlp.up_proj.W holds NaN"):
         quantize_(model)
-    assert not any(isinstance(part, Int8Linear) for part in model.modules())
+    assert not any(isinstance(part, GridLinear) for part in model.modules())
     statistics.products["model.layers.0.mlp.up_proj"][0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"factors of model.layers.0.mlp.\w+_proj is not positive definite"):
+    with pytest.raises(
+        NumericalError, match=r"model.layers.0.mlp.\w+_proj.W cannot be rounded .* `column_weights` must be"
+    ):
         quantize_(llama, statistics)
     with pytest.raises(TypeError, match="`model` must be a module, got function"):
         quantize_(lambda x: x)  # type: ignore[arg-type]
@@ -259,7 +261,7 @@ def test_what_cannot_be_rounded_is_refused_and_unchanged(llama: PreTrainedModel,
     llama.hf_quantizer = object()
     with pytest.raises(ValueError, match="the model is quantized by object"):
         quantize_(llama)
-    assert not any(isinstance(part, Int8Linear) for part in llama.modules())
+    assert not any(isinstance(part, GridLinear) for part in llama.modules())
     with pytest.raises(ValueError, match="no stack of blocks with linear layers"):
         quantizable(nn.Sequential(nn.ReLU()))
     assert quantizable(nn.Sequential(nn.Linear(3, 3))) == ["0"]  # no transformer: wherever they are
@@ -286,8 +288,8 @@ def test_summary_and_damage(neurons: PreTrainedModel, windows: Tensor, tmp_path:
     save(neurons, None, tmp_path / "model")
     before, after = summarize(tmp_path / "before"), summarize(tmp_path / "model")
     assert (after.parameters, after.dense_parameters) == (before.parameters, before.dense_parameters)
-    assert all(layer.int8 for layer in after.layers)
-    assert not any(layer.int8 for layer in before.layers)
+    assert all(layer.grid is not None for layer in after.layers)
+    assert not any(layer.grid is not None for layer in before.layers)
     assert {layer.layout for layer in after.layers} == {"interpolative", "inputs", "outputs", "whole"}
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"{len(before.layers)} linear layers hold a weight of lower rank" in card

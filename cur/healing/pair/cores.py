@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
-from cur.integrations.nn import CompressedLinear, compressed_modules
+from cur.integrations.nn import CompressedLinear, compressed_modules, grids_of
 
 __all__ = ["Coordinates", "Core", "cores_of"]
 
@@ -170,13 +170,15 @@ def cores_of(model: nn.Module) -> dict[str, Core]:
     ------
     ValueError
         If the model has no compressed layer, none of which anything may be trained, or one that is on the meta device
-        or rounded to int8.
+        or rounded to few bits.
     """
     layers: Mapping[str, CompressedLinear] = compressed_modules(model)
     if not layers:
         raise ValueError("`student` has no compressed layer: compress it first; there is nothing to heal")
-    if any(layer.int8 for layer in layers.values()):
-        raise ValueError("`student` is rounded to int8; heal the checkpoint that it was made from, and round it then")
+    if grids := grids_of(layers.values()):
+        raise ValueError(
+            f"`student` is rounded to {grids}; heal the checkpoint that it was made from, and round it then"
+        )
     offloaded = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `student` are offloaded; load the model onto a device")

@@ -1,31 +1,67 @@
-"""One layer in eight bits: its factors fitted to each other, and errors carried over from column to column."""
+"""One layer on a grid of few bits: its factors fitted to each other, and rounded by nearest plane."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
-from cur._lib.grid import Grid
-from cur._lib.plane import Triangle, nearest_plane
+from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.nn import CompressedLinear, Int8Embedding, Int8Linear, dense_weight, is_table
+from cur.integrations.nn import (
+    CompressedLinear,
+    GridEmbedding,
+    GridLinear,
+    IntegerGrid,
+    WholeLinear,
+    dense_weight,
+    is_table,
+)
+from cur.rounding import round_to_grid
 
-__all__ = ["round_layer"]
+__all__ = ["RoundedLayer", "round_layer"]
 
-_LARGEST = 127
+# Steps between these have all digits of float16, whatever part of a range is tried.
+_FLOAT16 = (2.0**-12, 2.0**15)
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedLayer:
+    """A layer on a grid, and what rounding lost.
+
+    Attributes
+    ----------
+    layer : CompressedLinear
+        The layer, of the type that it had, or a :class:`~cur.integrations.nn.WholeLinear` of a dense one.
+    error : float
+        The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
+    predicted : float or None
+        The increase of the loss in nats per token, to second order; None without second moments of output gradients.
+    """
+
+    layer: CompressedLinear
+    error: float
+    predicted: float | None
+
+
+@torch.no_grad()
 def round_layer(
-    name: str, layer: nn.Module, statistics: Statistics | None, damping: float
-) -> tuple[dict[str, Int8Linear | Int8Embedding], float]:
-    """Return the rounded factors of a layer, and by how much its outputs change.
-
-    See :func:`~cur.integrations.quantize.quantize_` for what is done, for the arguments and the errors.
+    name: str,
+    layer: nn.Module,
+    grid: IntegerGrid,
+    statistics: Statistics | None,
+    *,
+    damping: float,
+    propagated: InputMoments | None = None,
+    correction: float = 0.0,
+) -> RoundedLayer:
+    """Round a layer to a grid; see :func:`~cur.integrations.quantize.quantize_` for what is done.
 
     Parameters
     ----------
@@ -33,118 +69,249 @@ def round_layer(
         The name of the layer, in the statistics and in errors.
     layer : nn.Module
         A compressed layer, ``nn.Linear`` or ``Conv1D``, unchanged.
+    grid : IntegerGrid
+        The grid of its factors.
     statistics : Statistics or None
-        Statistics of the inputs of the layer; None rounds every entry to the nearest multiple.
+        Statistics of the inputs of the layer; None rounds every entry to the nearest number.
     damping : float
         The share of its mean diagonal that is added to each second moment.
+    propagated : InputMoments, optional
+        Moments of the inputs that rounded layers before it give, to fit the layer to them.
+    correction : float, default 0.0
+        How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
 
     Returns
     -------
-    factors : dict of str to Int8Linear or Int8Embedding
-        The rounded factors, by the name of the child that each replaces; ``W`` for a layer that is not compressed.
-    error : float
-        The relative change of the layer's outputs, as in :class:`~cur.integrations.quantize.Quantization`.
+    RoundedLayer
+        The rounded layer.
 
     Raises
     ------
     NumericalError
-        If a weight is NaN or infinite, or a second moment is not positive definite with the damping.
+        If a weight is NaN or infinite, or a second moment is not positive semidefinite with the damping.
     ValueError
         If the statistics do not cover the layer, or are of another one.
     """
-    factors: dict[str, tuple[Tensor, Tensor | None]] = {}
-    tables = set()
-    rows_are_outputs = False
-    if isinstance(layer, CompressedLinear):
-        for key, child in layer.factors().items():
-            factors[key] = (child.weight.T, None) if is_table(child) else (child.weight, child.bias)
-            tables |= {key} if is_table(child) else set()
-        rows_are_outputs = layer.rows_are_outputs
-    else:
-        weight, bias, _ = dense_weight(layer, name)
-        factors["W"] = weight, bias
-    G = None if statistics is None else _moment(name, next(iter(factors.values()))[0], statistics)
-    made: dict[str, Int8Linear | Int8Embedding] = {}
-    lost = total = 0.0
+    factors = _factors(name, layer)
+    W = _product(factors)
+    dtype = next(part.weight.dtype for part in _parts(name, layer).values())
+    G = H = None
+    if statistics is not None:
+        G = _moment(statistics.second_moment, name, W.shape[1], W, "inputs")
+        if name in statistics.output_products:
+            H = _moment(statistics.output_moment, name, W.shape[0], W, "outputs")
+    inputs = None if G is None or not bool(G.any()) else G  # no input ever came
+    target, more = W, damping
+    if propagated is not None:
+        inputs, wanted = propagated.problem(W, correction=correction, damping=damping)
+        target, more = torch.linalg.solve(inputs, wanted, left=False), 0.0
+    made: dict[str, GridLinear | GridEmbedding] = {}
     was = now = torch.empty(0)
-    for key, (weight, bias) in factors.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise NumericalError(f"the weight {name}.{key} holds NaN or infinity; the model cannot be rounded")
-        F = weight.double()
+    for key, factor in factors.items():
+        F = factor.matrix
         wanted = F @ was if made else F
-        L = None
-        if key in tables:  # its rows, the columns of the weight, are looked up one at a time
-            table = Int8Embedding.from_integers(*_integers(F.T, None, weight.dtype))
-            made[key], now, was = table, table.weight.T.double(), wanted
+        if factor.looks_up:  # its rows, the columns of the weight, are looked up one at a time
+            table = GridEmbedding.from_integers(**_integers(f"{name}.{key}", F.T, grid, None, None, dtype), grid=grid)
+            made[key], now, was = table, table.weight.T.double(), F
             continue
-        if G is not None:
-            L = _root(name, _times(now, G) @ now.T if made else G, damping)
-            if made and L is not None:
-                F = F + torch.cholesky_solve(_times(now, G) @ (wanted - F @ now).T, L).T
-        factor = Int8Linear.from_integers(*_integers(F, L, weight.dtype), bias)
-        now = factor.weight.double() @ now if made else factor.weight.double()
-        was, made[key] = wanted, factor
-        if rows_are_outputs or len(made) == len(factors):
-            lost += _size(was - now, G)
-            total += _size(was, G)
-    return made, math.sqrt(lost / total) if total else 0.0
+        moment = inputs
+        if inputs is not None:
+            if factor.outputs is not None:
+                wanted = target[factor.outputs]
+            elif factor.after is None:
+                wanted = target
+            if made:
+                moment = _damped(_times(now, inputs) @ now.T, more)
+                F = F + torch.linalg.solve(moment, _times(wanted - F @ now, inputs) @ now.T, left=False)
+            else:
+                F, moment = wanted, _damped(inputs, more)
+        rows = None if H is None or inputs is None else _damped(factor.weigh(H), damping)
+        rounded = GridLinear.from_integers(
+            bias=factor.bias, grid=grid, **_integers(f"{name}.{key}", F, grid, rows, moment, dtype)
+        )
+        now = rounded.weight.double() @ now if made else rounded.weight.double()
+        was, made[key] = wanted, rounded
+    done = _with(name, layer, made)
+    change = _product(_chained({key: factor.rounded(made[key]) for key, factor in factors.items()})) - W
+    size = _size(W, G)
+    predicted = None if H is None else 0.5 * float(((H @ change) * _times(change, G)).sum().clamp(min=0))
+    return RoundedLayer(done, math.sqrt(_size(change, G) / size) if size else 0.0, predicted)
 
 
-def _moment(name: str, first: Tensor, statistics: Statistics) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """A factor of a layer: a matrix that is applied to what those before it give.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (p, q)
+        The matrix in float64.
+    bias : Tensor or None
+        The bias that is added; None for none.
+    looks_up : bool
+        Whether it is a table, of which columns are looked up.
+    outputs : Tensor or None
+        The outputs of the layer that its own are, where those of every factor are some.
+    after : Tensor or None, shape (m, p)
+        What is made of its outputs; None where they are those of the layer.
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+    looks_up: bool
+    outputs: Tensor | None = None
+    after: Tensor | None = None
+
+    def rounded(self, part: GridLinear | GridEmbedding) -> _Factor:
+        """Return the factor with what a rounded one stands for."""
+        weight = part.weight.double()
+        return replace(self, matrix=weight.T if self.looks_up else weight, after=None)
+
+    def weigh(self, H: Tensor) -> Tensor:
+        """Return the weight of its outputs, from that of the layer's."""
+        if self.after is not None:
+            return self.after.T @ H @ self.after
+        return H if self.outputs is None else H[self.outputs][:, self.outputs]
+
+
+def _parts(name: str, layer: nn.Module) -> dict[str, Any]:
+    return dict(layer.factors()) if isinstance(layer, CompressedLinear) else {"W": _Whole(*dense_weight(layer, name))}
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """The weight of a dense layer, as if it were a factor."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+
+def _factors(name: str, layer: nn.Module) -> dict[str, _Factor]:
+    """Return the factors of a layer in the order in which they are applied."""
+    found: dict[str, _Factor] = {}
+    for key, part in _parts(name, layer).items():
+        looks_up = is_table(part) or isinstance(part, GridEmbedding)
+        matrix = part.weight.detach()
+        if not bool(torch.isfinite(matrix).all()):
+            raise NumericalError(f"the weight {name}.{key} holds NaN or infinity; the model cannot be rounded")
+        outputs = layer.outputs_of(key) if isinstance(layer, CompressedLinear) else None
+        found[key] = _Factor(
+            (matrix.T if looks_up else matrix).double(), getattr(part, "bias", None), looks_up, outputs
+        )
+    return _chained(found)
+
+
+def _chained(found: dict[str, _Factor]) -> dict[str, _Factor]:
+    """Return factors that know what is made of their outputs by those after them."""
+    after: Tensor | None = None
+    for key in reversed(found):
+        factor = found[key]
+        if factor.outputs is not None and after is not None:
+            # its outputs are outputs of the layer, and what is made of them are the others
+            both = after.new_zeros(factor.outputs.numel() + len(after), factor.matrix.shape[0])
+            both[factor.outputs] = torch.eye(factor.matrix.shape[0], dtype=both.dtype, device=both.device)
+            later = next(other.outputs for other in found.values() if other is not factor)
+            both[later] = after
+            found[key] = replace(factor, after=both)
+        else:
+            found[key] = replace(factor, after=after)
+        after = factor.matrix if after is None else after @ factor.matrix
+    return found
+
+
+def _product(factors: dict[str, _Factor]) -> Tensor:
+    """Return the matrix that the factors stand for, whose rows are outputs in their order."""
+    first, *others = factors.values()
+    X = first.matrix
+    if first.outputs is None:
+        for factor in others:
+            X = factor.matrix @ X
+        return X
+    return X if first.after is None else first.after @ X
+
+
+def _with(name: str, layer: nn.Module, made: dict[str, GridLinear | GridEmbedding]) -> CompressedLinear:
+    """Return the layer with rounded factors."""
+    if isinstance(layer, CompressedLinear):
+        done = copy.deepcopy(layer)
+        done.round_(made)
+        return done
+    (weight,) = made.values()
+    assert isinstance(weight, GridLinear)
+    whole = WholeLinear.from_rounded(weight, transposed=dense_weight(layer, name)[2])
+    return whole.train(layer.training)
+
+
+def _moment(of: Callable[[str], Tensor], name: str, size: int, like: Tensor, what: str) -> Tensor:
     try:
-        G = statistics.second_moment(name).to(first.device, torch.float64)
+        found = of(name).to(like)
     except KeyError as error:
         raise ValueError(str(error.args[0])) from error
-    if len(G) != first.shape[1]:
+    if len(found) != size:
         raise ValueError(
-            f"`statistics` has {len(G)} inputs of {name}, which takes {first.shape[1]}: measure them on this model"
+            f"`statistics` has {len(found)} {what} of {name}, which has {size}: measure them on this model"
         )
-    return G
+    return found
 
 
-def _root(name: str, moment: Tensor, damping: float) -> Tensor | None:
-    """Return the lower Cholesky factor of a damped moment; None where no input ever came."""
-    if not bool(moment.any()):
+def _integers(
+    name: str, F: Tensor, grid: IntegerGrid, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return integers, steps and zeros whose matrix is near another under weights of its rows and columns.
+
+    A row that the groups do not divide is continued by zeros, whose errors nothing makes up for.
+    """
+    q = F.shape[1]
+    more = 0 if grid.group is None else -q % grid.group
+    if more:
+        F = nn.functional.pad(F, (0, more))
+    if columns is not None and columns.ndim == 1:
+        columns = torch.diag(columns)
+    if columns is not None and more:
+        own = torch.full((more,), float(columns.diagonal().mean()), dtype=columns.dtype, device=columns.device)
+        columns = torch.block_diag(columns, torch.diag(own))  # type: ignore[no-untyped-call]
+    try:
+        found = round_to_grid(
+            F.cpu().numpy(),
+            bits=grid.bits,
+            group=grid.group,
+            symmetric=grid.symmetric,
+            row_weights=None if rows is None else rows.cpu().numpy(),
+            column_weights=None if columns is None else columns.cpu().numpy(),
+            dtype=_steps(F, grid, dtype),
+        )
+    except ValueError as error:
+        raise NumericalError(f"{name} cannot be rounded with its statistics: {error}") from error
+    take = {key: torch.from_numpy(getattr(found, key)).to(F.device) for key in ("integers", "steps")}
+    zeros = None if found.zeros is None else torch.from_numpy(found.zeros).to(F.device)
+    return {"integers": take["integers"][:, :q].contiguous(), "scale": take["steps"].to(dtype), "zeros": zeros}
+
+
+def _steps(F: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> str:
+    """Return the dtype in which steps are stored."""
+    if grid.step_dtype is None or dtype == torch.bfloat16:
+        return str(dtype).removeprefix("torch.")
+    sizes = F.reshape(len(F), grid.groups(F.shape[1]), -1).abs().amax(-1) / 2 ** (grid.bits - 1)
+    sizes = sizes[sizes > 0]
+    fits = not len(sizes) or (float(sizes.min()) >= _FLOAT16[0] and float(sizes.max()) <= _FLOAT16[1])
+    return "float16" if fits or dtype == torch.float16 else "bfloat16"
+
+
+def _damped(moment: Tensor | None, damping: float) -> Any:
+    if moment is None:
         return None
+    if moment.ndim == 1:
+        return moment + damping * float(moment.mean())
     damped = moment.clone()
     damped.diagonal().add_(damping * float(moment.diagonal().mean()))
-    L: Tensor
-    L, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        raise NumericalError(
-            f"the second moment of the inputs of the factors of {name} is not positive definite with `damping` "
-            f"{damping}; raise it"
-        )
-    return L
+    return damped
 
 
-def _integers(F: Tensor, L: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return integers and the steps of their rows, of a dtype, whose product is near a matrix.
-
-    Near under the weight ``L L^T`` of its columns: whatever one column cannot have falls to the columns before it.
-    Without a weight every entry goes to the nearest multiple.
-    """
-    scale = (F.abs().amax(1, keepdim=True) / _LARGEST).to(dtype)
-    step = torch.where(scale > 0, scale, 1).double()
-
-    def formed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        # as the layer forms them, rounded once more in half precision
-        return torch.from_numpy(values).to(dtype).double().numpy()
-
-    m, n = F.shape
-    grid = Grid(step.cpu().numpy(), None, n, -_LARGEST, _LARGEST, formed)
-    weight = Triangle(np.ones(n))
-    if L is not None:
-        pivots = L.diagonal()
-        weight = Triangle((pivots**2).cpu().numpy(), (L / pivots).cpu().numpy())
-    found = nearest_plane(F.cpu().numpy(), grid, Triangle(np.ones(m)), weight)
-    return torch.from_numpy(found.integers).to(torch.int8).to(F.device), scale
-
-
-def _times(X: Tensor, G: Tensor) -> Tensor:
+def _times(X: Tensor, G: Tensor | None) -> Tensor:
     """Multiply with a moment, which of one-hot inputs is the vector of its diagonal."""
-    return X * G if G.ndim == 1 else X @ G
+    return X if G is None else X * G if G.ndim == 1 else X @ G
 
 
 def _size(change: Tensor, G: Tensor | None) -> float:
-    return float(((change if G is None else _times(change, G)) * change).sum().clamp(min=0))
+    return float((_times(change, G) * change).sum().clamp(min=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.nn import compressed_modules
+from cur.integrations.nn import compressed_modules, grids_of
 
 __all__ = ["trainable"]
 
@@ -45,13 +45,15 @@ def trainable(model: nn.Module, /) -> dict[str, Tensor]:
     if not layers:
         raise ValueError("`model` has no compressed layer; compress it first, or train it like any other")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    learning = [what.factor for layer in layers.values() if not layer.int8 and (what := layer.trainable()) is not None]
+    learning = [
+        what.factor for layer in layers.values() if layer.grid is None and (what := layer.trainable()) is not None
+    ]
     found = {names[id(factor)]: factor for factor in learning}
     if not found:
-        rounded = any(layer.int8 for layer in layers.values())
+        grids = grids_of(layers.values())
         kinds = ", ".join(sorted({layer.layout for layer in layers.values()}))
-        why = "is rounded to int8" if rounded else f"has compressed layers of the layouts {kinds} alone"
-        source = ", or train the checkpoint that it was made from, and round it then" if rounded else ""
+        why = f"is rounded to {grids}" if grids else f"has compressed layers of the layouts {kinds} alone"
+        source = ", or train the checkpoint that it was made from, and round it then" if grids else ""
         raise ValueError(f"`model` {why}, of which nothing learns; put an adapter of PEFT beside its layers{source}")
     offloaded = [name for name, factor in found.items() if factor.is_meta]
     if offloaded:

@@ -188,7 +188,7 @@ class CompressedLoraModel(LoraModel):
         for name, module in parts:
             layer: Any = module.get_base_layer() if isinstance(module, LoraCompressedLinear) else None
             if layer is not None and (why := layer.unchangeable()):
-                elsewhere = ", or merge it into the checkpoint that was rounded" if layer.int8 else ""
+                elsewhere = ", or merge it into the checkpoint that was rounded" if layer.grid is not None else ""
                 raise ValueError(
                     f"the adapter {', '.join(map(repr, module.active_adapters))} cannot be merged into {name}, which "
                     f"{why}; keep it beside the checkpoint{elsewhere}"

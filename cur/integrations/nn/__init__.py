@@ -29,7 +29,7 @@ layout                    children                                    parameters
 :class:`EmbeddingFactors`  ``A`` (n x r), ``B`` (m x r)                ``r (m + n)``
 ========================  ==========================================  ======================
 
-In a model that was rounded to eight bits the children are :class:`Int8Linear`, and layers that nothing was taken from
+In a model that was rounded to few bits the children are :class:`GridLinear`, and layers that nothing was taken from
 are :class:`WholeLinear`, with one child ``W`` (m x n).
 
 Every other factor is a child ``nn.Linear``, or ``nn.Embedding``, so that adapters, quantizers and hooks that look for
@@ -46,11 +46,12 @@ from cur._lib.errors import warn
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.factored import CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear, factored
-from cur.integrations.nn.int8 import Int8Embedding, Int8Linear
+from cur.integrations.nn.grid import IntegerGrid
 from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
 from cur.integrations.nn.modules import (
     compressed_modules,
     dense_weight,
+    grids_of,
     is_linear,
     layout_for,
     looks_up,
@@ -59,6 +60,7 @@ from cur.integrations.nn.modules import (
     swap_,
 )
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
+from cur.integrations.nn.rounded import GridEmbedding, GridLinear
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
 from cur.integrations.nn.whole import WholeLinear
@@ -70,8 +72,9 @@ __all__ = [
     "EmbeddingFactors",
     "FactoredLinear",
     "FoldedLinear",
-    "Int8Embedding",
-    "Int8Linear",
+    "GridEmbedding",
+    "GridLinear",
+    "IntegerGrid",
     "InterpolativeLinear",
     "KeptInputs",
     "KeptNeurons",
@@ -84,6 +87,7 @@ __all__ = [
     "compressed_modules",
     "dense_weight",
     "factored",
+    "grids_of",
     "is_linear",
     "is_table",
     "layer_class",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.errors import warn
-from cur.integrations.nn.int8 import Int8Embedding, Int8Linear
+from cur.integrations.nn.grid import IntegerGrid
+from cur.integrations.nn.rounded import GridEmbedding, GridLinear
 from cur.integrations.nn.tensors import Stores, rounded
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from cur.integrations.nn.trainable import Trainable
 
-__all__ = ["CompressedLinear", "check_bias", "fill_", "scaled", "wide"]
+__all__ = ["CompressedLinear", "check_bias", "fill_", "scaled", "spec_grid", "wide"]
 
 
 class CompressedLinear(nn.Module):
@@ -43,8 +44,8 @@ class CompressedLinear(nn.Module):
     transposed : bool
         Whether the dense layer it replaces is a transformers ``Conv1D`` (weight n x m), to be restored by
         :meth:`to_dense`.
-    int8 : bool
-        Whether the factors are stored as :class:`~cur.integrations.nn.Int8Linear`.
+    grid : IntegerGrid, optional
+        The grid of factors that are rounded, :class:`~cur.integrations.nn.GridLinear`. By default they are not.
     device, dtype : optional
         The device and dtype of the factors, which are random as in a new ``nn.Linear``.
 
@@ -65,8 +66,6 @@ class CompressedLinear(nn.Module):
     by_inputs: ClassVar[bool] = False
     """Whether it takes one of its inputs at a time, as a table of embeddings does: what is kept of the weight then are
     columns, and second moments of inputs are diagonal."""
-    rows_are_outputs: bool = False
-    """Whether the outputs of every factor are outputs of the layer, not only those of the last."""
     faster: ClassVar[tuple[int, float] | None] = None
     """The number of parameters, and the share of the dense ones, that it has to save to be faster than the dense layer:
     measured. None for a type that is not chosen for its speed."""
@@ -88,7 +87,7 @@ class CompressedLinear(nn.Module):
         inner_rank: int | None = None,
         bias: bool = True,
         transposed: bool = False,
-        int8: bool = False,
+        grid: IntegerGrid | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,7 +115,7 @@ class CompressedLinear(nn.Module):
         self.inner_rank = inner_rank
         self.has_bias = bias
         self.transposed = transposed
-        self.int8 = int8
+        self.grid = grid
         self._make_(device=device, dtype=dtype)
 
     def _make_(self, **place: Any) -> None:
@@ -125,22 +124,25 @@ class CompressedLinear(nn.Module):
 
     def _linear(self, in_features: int, out_features: int, *, bias: bool = False, **place: Any) -> nn.Linear:
         """Make a factor, with a weight and a bias to read in any case."""
-        made: Any = (Int8Linear if self.int8 else nn.Linear)(in_features, out_features, bias=bias, **place)
+        if self.grid is None:
+            return nn.Linear(in_features, out_features, bias=bias, **place)
+        made: Any = GridLinear(in_features, out_features, bias=bias, grid=self.grid, **place)
         return made  # type: ignore[no-any-return]
 
-    def round_(self, factors: Mapping[str, Int8Linear | Int8Embedding]) -> None:
+    def round_(self, factors: Mapping[str, GridLinear | GridEmbedding]) -> None:
         """Put rounded factors in the place of all those that are there, in place.
 
         Parameters
         ----------
-        factors : mapping of str to Int8Linear or Int8Embedding
-            The rounded factors, by the names of the children that they replace.
+        factors : mapping of str to GridLinear or GridEmbedding
+            The rounded factors, all on one grid, by the names of the children that they replace.
         """
+        grid = next(iter(factors.values())).grid
         for name, factor in factors.items():
             self.set_submodule(name, factor.train(self.training))
         for part in self.modules():
             if isinstance(part, CompressedLinear):
-                part.int8 = True
+                part.grid = grid
 
     @classmethod
     def largest_rank(cls, m: int, n: int) -> int:
@@ -188,18 +190,18 @@ class CompressedLinear(nn.Module):
         return {"outputs": m, "inputs": n, "rank": rank, "inner_rank": inner_rank, "one": 1}
 
     @classmethod
-    def tensors(cls, *, factored: bool = False, int8: bool = False) -> Stores:
+    def tensors(cls, *, factored: bool = False, grid: IntegerGrid | None = None) -> Stores:
         """Return what layers of this type store, but for the bias, by the names in their state.
 
         Parameters
         ----------
         factored : bool, default False
             Whether there is an inner rank.
-        int8 : bool, default False
-            Whether factors are rounded to eight bits.
+        grid : IntegerGrid, optional
+            The grid of rounded factors; None if they are not rounded.
         """
         found = cls.factored_stores if factored else cls.stores
-        return rounded(found) if int8 else found
+        return found if grid is None else rounded(found, grid)
 
     @classmethod
     def parameter_count(cls, m: int, n: int, rank: Any, inner_rank: Any = None) -> Any:
@@ -239,9 +241,9 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def nbytes(
-        cls, m: int, n: int, rank: Any, inner_rank: Any = None, *, dtype: torch.dtype, int8: bool = False
+        cls, m: int, n: int, rank: Any, inner_rank: Any = None, *, dtype: torch.dtype, grid: IntegerGrid | None = None
     ) -> Any:
-        """Count the bytes of the same in a dtype, or rounded to eight bits with steps in that dtype; with indices.
+        """Count the bytes of the same in a dtype, or on a grid, with steps, zeros and indices.
 
         Parameters
         ----------
@@ -254,9 +256,9 @@ class CompressedLinear(nn.Module):
         inner_rank : Any, optional
             The rank of the kept part; None if it is whole.
         dtype : torch.dtype
-            The dtype of the factors, or of the steps of rounded ones.
-        int8 : bool, default False
-            Whether the factors are rounded to eight bits.
+            The dtype of the factors, or of the layer where they are rounded.
+        grid : IntegerGrid, optional
+            The grid of rounded factors; None if they are not rounded.
 
         Returns
         -------
@@ -264,7 +266,7 @@ class CompressedLinear(nn.Module):
             The number of bytes, an array for an array of ranks.
         """
         sizes = cls.sizes(m, n, rank, inner_rank)
-        found = cls.tensors(factored=inner_rank is not None, int8=int8).values()
+        found = cls.tensors(factored=inner_rank is not None, grid=grid).values()
         return sum(tensor.count(sizes) * (tensor.dtype or dtype).itemsize for tensor in found)
 
     @classmethod
@@ -300,7 +302,12 @@ class CompressedLinear(nn.Module):
             With the name of a tensor that is missing.
         """
         found: dict[str, int] = {}
-        for key, tensor in cls.tensors(factored="inner_rank" in spec, int8="int8" in spec).items():
+        grid = spec_grid(spec)
+        if grid is not None and not grid.signed:  # a row of bytes does not tell how many integers it has
+            outputs, inputs = spec["shape"]
+            ranks = {key: spec[key] for key in ("rank", "inner_rank") if key in spec}
+            return {"outputs": outputs, "inputs": inputs, **ranks}
+        for key, tensor in cls.tensors(factored="inner_rank" in spec, grid=grid).items():
             for axis, name in enumerate(tensor.axes):
                 if name in ("outputs", "inputs", "rank", "inner_rank") and name not in found:
                     found[name] = stored[key][axis]
@@ -329,8 +336,10 @@ class CompressedLinear(nn.Module):
         found: dict[str, Any] = {"layout": self.layout, "rank": self.rank}
         if self.inner_rank is not None:
             found["inner_rank"] = self.inner_rank
-        if self.int8:
+        if self.grid == IntegerGrid():
             found["int8"] = True
+        elif self.grid is not None:
+            found |= {"grid": self.grid.spec(), "shape": list(self.shape)}
         return found
 
     @classmethod
@@ -347,9 +356,17 @@ class CompressedLinear(nn.Module):
         bool
             Whether it describes a layer of this type.
         """
-        fields = {"layout", "rank", "int8"} | ({"inner_rank"} if cls.factored_stores else set())
+        fields = {"layout", "rank", "int8", "grid", "shape"} | ({"inner_rank"} if cls.factored_stores else set())
         sizes = [spec.get("rank"), spec.get("inner_rank", 1)]
-        known = spec.keys() <= fields and spec.get("int8", True) is True
+        known = spec.keys() <= fields and spec.get("int8", True) is True and not {"int8", "grid"} <= spec.keys()
+        shape = spec.get("shape", [1, 1])
+        if ("grid" in spec) != ("shape" in spec) or not isinstance(shape, list) or len(shape) != 2:
+            return False
+        sizes += shape
+        try:
+            spec_grid(spec)
+        except ValueError:
+            return False
         return known and all(type(size) is int and size > 0 for size in sizes)
 
     @classmethod
@@ -365,7 +382,7 @@ class CompressedLinear(nn.Module):
         **options
             ``bias``, ``transposed``, ``device`` and ``dtype`` of the constructor.
         """
-        known = {"inner_rank": spec.get("inner_rank"), "int8": spec.get("int8", False)}
+        known: dict[str, Any] = {"inner_rank": spec.get("inner_rank"), "grid": spec_grid(spec)}
         return cls(in_features, out_features, spec["rank"], **known, **options)
 
     def fault(self) -> str | None:
@@ -388,6 +405,21 @@ class CompressedLinear(nn.Module):
         A type whose weight is no product of such layers returns none, and is left as it is where others are rounded.
         """
         return {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+
+    def outputs_of(self, factor: str) -> Tensor | None:
+        """Return which outputs those of a factor are, where every factor gives some of the layer's; None elsewhere.
+
+        Parameters
+        ----------
+        factor : str
+            The name of the factor among :meth:`factors`.
+
+        Returns
+        -------
+        Tensor or None
+            Numbers of outputs, int64, in the order of the factor's own.
+        """
+        return None
 
     @property
     def applied(self) -> Any:
@@ -430,8 +462,8 @@ class CompressedLinear(nn.Module):
         str or None
             What the layer is, or None.
         """
-        if self.int8:
-            return "is rounded to int8"
+        if self.grid is not None:
+            return f"is rounded to {self.grid}"
         return f"is a {type(self).__name__}" if type(self)._plus is CompressedLinear._plus else None
 
     def among_dense(self) -> Callable[[Tensor], Tensor]:
@@ -595,7 +627,25 @@ class CompressedLinear(nn.Module):
         """Return the line that ``print(model)`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         inner = "" if self.inner_rank is None else f", inner_rank={self.inner_rank}"
-        return f"{sizes}{inner}, bias={self.has_bias}{', int8' if self.int8 else ''}"
+        return f"{sizes}{inner}, bias={self.has_bias}{'' if self.grid is None else f', {self.grid}'}"
+
+
+def spec_grid(spec: Mapping[str, Any]) -> IntegerGrid | None:
+    """Return the grid that a description of a layer names; None if its factors are not rounded.
+
+    Parameters
+    ----------
+    spec : mapping
+        The description of the layer, as :meth:`CompressedLinear.spec` gives it.
+
+    Raises
+    ------
+    ValueError
+        If what it names is no grid.
+    """
+    if "int8" in spec:
+        return IntegerGrid()
+    return IntegerGrid.from_spec(spec["grid"]) if "grid" in spec else None
 
 
 def fill_(linear: nn.Linear | nn.Embedding, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cur.integrations.nn.base import CompressedLinear, fill_
-from cur.integrations.nn.int8 import Int8Embedding
 from cur.integrations.nn.registry import register
+from cur.integrations.nn.rounded import GridEmbedding
 from cur.integrations.nn.tensors import StoredTensor, Stores
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ class EmbeddingFactors(CompressedLinear):
     last_offset: bool = False
 
     def _make_(self, **place: Any) -> None:
-        table: Any = Int8Embedding if self.int8 else nn.Embedding
-        self.A = table(self.in_features, self.rank, **place)
+        if self.grid is None:
+            self.A: Any = nn.Embedding(self.in_features, self.rank, **place)
+        else:
+            self.A = GridEmbedding(self.in_features, self.rank, grid=self.grid, **place)
         self.B = self._linear(self.rank, self.out_features, **place)
 
     @property
@@ -191,7 +193,7 @@ class EmbeddingFactors(CompressedLinear):
         if self.bag is None:
             y: Tensor = self.B(self.A(input))
             return y
-        rows, tokens, padding = self.A.weight if not self.int8 else None, input, self.padding_idx
+        rows, tokens, padding = self.A.weight if self.grid is None else None, input, self.padding_idx
         if rows is None:  # all of them would have to be multiplied out
             some, tokens = torch.unique(input, return_inverse=True)
             rows = self.A(some)

@@ -251,7 +251,6 @@ class InterpolativeLinear(FactoredLinear):
     """
 
     layout = "interpolative"
-    rows_are_outputs = True
     faster = (200_000, 0.17)
     order: Tensor
     stores: ClassVar[Stores] = {
@@ -337,6 +336,11 @@ class InterpolativeLinear(FactoredLinear):
         if self.T is not None:
             left = torch.cat([left, self.T.weight])
         return left[self.order], self.R.weight
+
+    def outputs_of(self, factor: str) -> Tensor:
+        """Return the places of the kept rows, or of the others."""
+        places = torch.argsort(self.order)
+        return places[: self.rank] if factor == "R" else places[self.rank :]
 
     def trainable(self) -> Trainable:
         """Return a core between the coefficients, which stay, and the rows, which become combinations of themselves."""

@@ -61,7 +61,7 @@ class KeptNeurons(CompressedLinear):
         if self.inner_rank is None:
             self.add_module(self._child, self._linear(n, m, bias=self.has_bias, **place))
         else:
-            self.inner = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, int8=self.int8, **place)
+            self.inner = InterpolativeLinear(n, m, self.inner_rank, bias=self.has_bias, grid=self.grid, **place)
         width = self.largest_rank(self.out_features, self.in_features)
         self.register_buffer("kept", torch.arange(width, device=place["device"]) < self.rank)
 
@@ -162,10 +162,12 @@ class KeptNeurons(CompressedLinear):
         eye[places, torch.arange(self.rank, device=weight.device)] = 1
         return eye
 
-    @property
-    def rows_are_outputs(self) -> bool:  # type: ignore[override]
-        """Whether the part has such rows."""
-        return self.inner_rank is not None and self.part.rows_are_outputs
+    def outputs_of(self, factor: str) -> Tensor | None:
+        """Return what the factored part says, whose outputs are those of the layer that are kept."""
+        if self.inner_rank is None:
+            return None
+        found: Tensor | None = self.part.outputs_of(factor.rpartition(".")[2])
+        return found
 
     def fault(self) -> str | None:
         """Say so if other neurons are marked than are stored."""

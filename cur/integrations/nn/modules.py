@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,17 @@ from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.registry import layer_class
 
-__all__ = ["compressed_modules", "dense_weight", "is_linear", "layout_for", "looks_up", "made_of", "stand_in", "swap_"]
+__all__ = [
+    "compressed_modules",
+    "dense_weight",
+    "grids_of",
+    "is_linear",
+    "layout_for",
+    "looks_up",
+    "made_of",
+    "stand_in",
+    "swap_",
+]
 
 # Units of rounding by which a subclass may differ from `nn.Linear`: it may add its bias afterwards.
 _ROUNDING = 64
@@ -215,6 +225,22 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
         if isinstance(module, CompressedLinear) and not (name and name.rpartition(".")[0] in found):
             found[name] = module
     return found
+
+
+def grids_of(layers: Iterable[Any]) -> str:
+    """Say what layers are rounded to, in words; empty if none is.
+
+    Parameters
+    ----------
+    layers : iterable
+        Compressed layers, or what is known of them: with a ``grid``, None where a layer is not rounded.
+
+    Returns
+    -------
+    str
+        The grids, for instance ``"4 bits in groups of 64, int8"``.
+    """
+    return ", ".join(sorted({str(layer.grid) for layer in layers if layer.grid is not None}))
 
 
 def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

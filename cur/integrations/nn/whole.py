@@ -1,4 +1,4 @@
-"""A layer that keeps its weight as it is, for models whose other layers are rounded to eight bits."""
+"""A layer that keeps its weight whole, on a grid of few bits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cur.integrations.nn.base import CompressedLinear, fill_, scaled, wide
-from cur.integrations.nn.int8 import Int8Linear
 from cur.integrations.nn.registry import register
+from cur.integrations.nn.rounded import GridLinear
 from cur.integrations.nn.tensors import StoredTensor, Stores
 
 __all__ = ["WholeLinear"]
@@ -30,12 +30,12 @@ class WholeLinear(CompressedLinear):
         self.W = self._linear(self.in_features, self.out_features, bias=self.has_bias, **place)
 
     @classmethod
-    def from_int8(cls, W: Int8Linear, *, transposed: bool = False) -> WholeLinear:
+    def from_rounded(cls, W: GridLinear, *, transposed: bool = False) -> WholeLinear:
         """Build the layer of a rounded weight and its bias.
 
         Parameters
         ----------
-        W : Int8Linear
+        W : GridLinear
             The rounded weight, with its bias.
         transposed : bool, default False
             Whether the dense layer stores its weight transposed.
@@ -45,7 +45,7 @@ class WholeLinear(CompressedLinear):
         WholeLinear
             The layer of this weight.
         """
-        m, n = W.integers.shape
+        m, n = W.out_features, W.in_features
         layer = cls(n, m, min(m, n), bias=W.bias is not None, transposed=transposed, device="meta")
         layer.round_({"W": W})
         return layer

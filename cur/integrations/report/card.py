@@ -9,7 +9,7 @@ from torch import nn
 from cur.integrations.model.classes import auto_class
 from cur.integrations.model.size import Size, model_size
 from cur.integrations.model.usage import is_transformer
-from cur.integrations.nn import cells, compressed_modules
+from cur.integrations.nn import cells, compressed_modules, grids_of
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
@@ -35,7 +35,7 @@ def model_card(model: nn.Module, report: CompressionReport | None = None) -> str
     base = report.plan.model if report is not None else ""
     layers = compressed_modules(model)
     smaller = sum(layer.smaller for layer in layers.values())
-    rounded = any(layer.int8 for layer in layers.values())
+    grids = grids_of(layers.values())
     lines = [
         "---",
         f"library_name: {'transformers' if is_transformer(model) else 'pytorch'}",
@@ -50,7 +50,7 @@ def model_card(model: nn.Module, report: CompressionReport | None = None) -> str
         *_loading(model),
         "",
         *([f"{smaller} linear layers hold a weight of lower rank, or of fewer neurons."] if smaller else []),
-        *(["All the layers below are rounded to int8, every row of a factor in steps of its own."] if rounded else []),
+        *([f"The layers below are rounded to {grids}."] if grids else []),
         "",
     ]
     if report is not None:

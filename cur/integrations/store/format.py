@@ -25,7 +25,9 @@ from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.experts import LinearExperts, is_experts, rolled
 from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, stand_in, swap_
+from cur.integrations.nn.base import spec_grid
 from cur.integrations.nn.registry import ranks_of
+from cur.integrations.nn.rounded import OnGrid
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,8 +46,11 @@ __all__ = [
 METHOD = "cur"
 """Value of ``quant_method`` in ``config.json``."""
 
-FORMAT_VERSION = 3
-"""Version of the checkpoints written; newer ones are refused."""
+FORMAT_VERSION = 4
+"""Latest version of checkpoints; newer ones are refused."""
+
+_WITHOUT_GRIDS = 3
+"""The version that is written where no layer needs more: grids other than int8 came with version 4."""
 
 
 @register_quantization_config(METHOD)
@@ -57,8 +62,8 @@ class CURConfig(QuantizationConfigMixin):
     modules : mapping
         The result of :meth:`CompressedLinear.spec` by module name: its ``"layout"`` and what that takes; or
         ``{"shared_with": name}`` for a second name of a layer.
-    format_version : int
-        The version of the checkpoint format, see :data:`FORMAT_VERSION`.
+    format_version : int, optional
+        The version of the checkpoint format, at most :data:`FORMAT_VERSION`. By default the first that has all of it.
     experts : sequence of str
         Modules whose experts are stored as one linear layer each, not as three-dimensional parameters.
     weights : str or None
@@ -77,12 +82,15 @@ class CURConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: Mapping[str, Mapping[str, Any]],
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         experts: Sequence[str] = (),
         weights: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
+        if format_version is None:
+            grids = any("grid" in spec for spec in dict(modules).values())
+            format_version = FORMAT_VERSION if grids else _WITHOUT_GRIDS
         if type(format_version) is not int or format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has format version {format_version!r}, this package reads up to "
@@ -137,7 +145,7 @@ class CURQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Allow `Trainer` without an adapter where the factors are ordinary parameters, not rounded."""
-        return not any(spec.get("int8") for spec in self.quantization_config.modules.values())
+        return all(spec_grid(spec) is None for spec in self.quantization_config.modules.values())
 
     @property
     def is_compileable(self) -> bool:
@@ -216,6 +224,7 @@ class CURQuantizer(HfQuantizer):
                     state[f"{name}.{key}"] = buffer.clone()
         for name in compressed_modules(model):
             state[f"{name}.weight"] = torch.empty(0)
+        narrow_(state, model)
         state[ADVICE] = torch.empty(0)
         return state, {}
 
@@ -301,7 +310,23 @@ def unique_state(model: nn.Module) -> dict[str, Any]:
             shared = not part.is_meta and part.numel() > 0 and part.untyped_storage().data_ptr() in memory
             found[name] = part.clone() if shared else part
             memory.add(0 if part.is_meta else part.untyped_storage().data_ptr())
+    narrow_(found, model)
     return found
+
+
+def narrow_(state: dict[str, Any], model: nn.Module) -> None:
+    """Put steps of rounded factors into the dtype that they are stored in, in place.
+
+    Parameters
+    ----------
+    state : dict
+        The state of the model, perhaps without second names.
+    model : nn.Module
+        The model, whose steps have the dtype that it computes in.
+    """
+    for name, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, OnGrid) and (key := f"{name}.scale") in state:
+            state[key] = part.stored_scale()
 
 
 def _unroll_(model: nn.Module, config: CURConfig) -> None:
@@ -430,7 +455,7 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     raise CheckpointError(
         f"`quantization_config` describes {name} as {spec!r}; expected a `layout` ({', '.join(LAYOUTS)}) and what "
         "that takes: a positive integer `rank`, where neurons were removed perhaps an `inner_rank`, and perhaps "
-        "`int8`: true; a type of your own has to be registered first"
+        "`int8`: true or a `grid` with the `shape` of the layer; a type of your own has to be registered first"
     )
 
 
@@ -474,7 +499,7 @@ def _stored_keys(spec: Mapping[str, Any]) -> Iterable[str]:
     """Return the names in a layer's state, but for the bias."""
     if "shared_with" in spec:
         return ()
-    return LAYOUTS[spec["layout"]].tensors(factored="inner_rank" in spec, int8="int8" in spec)
+    return LAYOUTS[spec["layout"]].tensors(factored="inner_rank" in spec, grid=spec_grid(spec))
 
 
 def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:

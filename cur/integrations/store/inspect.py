@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from cur.integrations.files.hashes import check_hashes
 from cur.integrations.files.reading import CheckpointError
 from cur.integrations.model.stored_tensors import names_in_model, without_weights
-from cur.integrations.nn import factored, layer_class
+from cur.integrations.nn import IntegerGrid, factored, grids_of, layer_class
+from cur.integrations.nn.base import spec_grid
 from cur.integrations.store.checkpoint import read_config
 
 __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
@@ -40,6 +41,8 @@ class LayerSummary:
         The dtype of the factors.
     inner_rank : int, optional
         The rank of the kept part; None if it is whole.
+    grid : IntegerGrid, optional
+        The grid of rounded factors; None if they are not rounded.
     """
 
     name: str
@@ -48,11 +51,7 @@ class LayerSummary:
     rank: int
     dtype: str
     inner_rank: int | None = None
-
-    @property
-    def int8(self) -> bool:
-        """Whether its factors are rounded to eight bits."""
-        return self.dtype == "I8"
+    grid: IntegerGrid | None = None
 
     @property
     def ranks(self) -> tuple[int, int | None]:
@@ -83,8 +82,8 @@ class CheckpointSummary:
     layers : tuple of LayerSummary
         The compressed layers; one that has several names appears once.
     parameters : int
-        Numbers in all tensors, of floating dtype or rounded to int8; steps of what is rounded do not count, and neither
-        do buffers, which a model has besides its parameters.
+        Numbers in all tensors, of floating dtype or rounded; steps of what is rounded do not count, and neither do
+        buffers, which a model has besides its parameters.
     dense_parameters : int
         The number of parameters if every compressed layer were dense.
     file_bytes : int
@@ -97,6 +96,11 @@ class CheckpointSummary:
     parameters: int
     dense_parameters: int
     file_bytes: int
+
+    @property
+    def grids(self) -> str:
+        """What layers are rounded to, in words; empty if none is."""
+        return grids_of(self.layers)
 
     def in_layout(self, layout: str) -> int:
         """Return the number of parameters that all factored layers would take in one layout at their ranks.
@@ -116,7 +120,13 @@ class CheckpointSummary:
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as JSON types."""
         layers = [
-            {**asdict(layer), "shape": list(layer.shape), "parameters": layer.parameters} for layer in self.layers
+            {
+                **asdict(replace(layer, grid=None)),
+                "shape": list(layer.shape),
+                "parameters": layer.parameters,
+                "grid": None if layer.grid is None else layer.grid.spec(),
+            }
+            for layer in self.layers
         ]
         return {**asdict(self), "layers": layers, "layouts": {name: self.in_layout(name) for name in factored()}}
 
@@ -160,13 +170,19 @@ def summarize(directory: str | os.PathLike[str]) -> CheckpointSummary:
     for layer in layers:
         stored = (tensors.get(f"{layer.name}.{bias}") for bias in layer_class(layer.layout).bias_names)
         biases += sum(layer.shape[0] - math.prod(bias[0]) for bias in stored if bias is not None)
-    steps = {f"{name.removesuffix('integers')}scale" for name in tensors if name.endswith(".integers")}
+    inside = {
+        f"{layer.name}.{key}"
+        for layer in layers
+        if layer.grid is not None
+        for key in layer_class(layer.layout).tensors(factored=layer.inner_rank is not None, grid=layer.grid)
+    }
     buffers, computed = _besides(Path(directory), tensors)
     parameters = computed + sum(
         math.prod(shape)
         for name, (shape, dtype) in tensors.items()
-        if name not in buffers and ((dtype.startswith(("F", "BF")) and name not in steps) or name.endswith(".integers"))
+        if name not in buffers and name not in inside and dtype.startswith(("F", "BF"))
     )
+    parameters += sum(layer.parameters for layer in layers if layer.grid is not None)
     return CheckpointSummary(
         directory=str(directory),
         format_version=config.format_version,
@@ -195,7 +211,8 @@ def _besides(directory: Path, names: Collection[str]) -> tuple[set[str], int]:
 
 def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> LayerSummary:
     kind = layer_class(spec["layout"])
-    stored = kind.tensors(factored="inner_rank" in spec, int8="int8" in spec)
+    grid = spec_grid(spec)
+    stored = kind.tensors(factored="inner_rank" in spec, grid=grid)
     own = {key: tensors[f"{name}.{key}"] for key in stored if f"{name}.{key}" in tensors}
     try:
         sizes = kind.sized({key: shape for key, (shape, _) in own.items()}, spec)
@@ -210,6 +227,13 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
             raise CheckpointError(
                 f"`config.json` says {name} has {what} {spec[key]}, the stored weights have {found[key]}"
             )
+    every = kind.sizes(m, n, spec["rank"], spec.get("inner_rank"))
+    for key, (shape, _) in own.items():
+        if shape != (wanted := stored[key].shape(every)):
+            raise CheckpointError(
+                f"`config.json` says {name} is {m} x {n} of rank {spec['rank']}, so {key} would be {wanted}, but the "
+                f"stored one is {shape}: the checkpoint is corrupt; fetch it again"
+            )
     return LayerSummary(
         name=name,
         shape=(m, n),
@@ -217,4 +241,5 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
         rank=spec["rank"],
         inner_rank=spec.get("inner_rank"),
         dtype=dtype,
+        grid=grid,
     )

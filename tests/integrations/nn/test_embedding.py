@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from cur.integrations import BudgetConfig, CompressConfig, compress, dense_export, linear_modules, perplexity, save
 from cur.integrations.factor.rounding import round_layer
-from cur.integrations.nn import EmbeddingFactors, dense_weight, is_table, layout_for, looks_up
+from cur.integrations.nn import EmbeddingFactors, IntegerGrid, dense_weight, is_table, layout_for, looks_up
 from cur.integrations.plan.make import candidates
 from cur.integrations.store.inspect import summarize
 from tests.models import make
@@ -70,14 +70,14 @@ def test_its_description_makes_it_again(kind: str) -> None:
 @pytest.mark.parametrize("kind", TABLES)
 def test_rounded_rows_are_looked_up(kind: str) -> None:
     layer, before = factored(TABLES[kind]), factored(TABLES[kind])
-    with torch.no_grad():
-        made, error = round_layer("table", layer, None, 0.1)
-    assert error < 0.02
-    layer.round_(made)
-    assert layer.int8
+    done = round_layer("table", layer, IntegerGrid(), None, damping=0.1)
+    assert done.error < 0.02
+    assert layer.grid is None
+    layer = done.layer
+    assert layer.grid is not None
     torch.testing.assert_close(layer(TOKENS), before(TOKENS), atol=0.05, rtol=0.05)
     torch.testing.assert_close(layer(TOKENS), layer.to_dense()(TOKENS))
-    assert {tensor.dtype for tensor in layer.parameters()} == {torch.int8}
+    assert {tensor.dtype for tensor in layer.parameters()} == {torch.float32, torch.int8}
 
 
 @pytest.mark.parametrize(

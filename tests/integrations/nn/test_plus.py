@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cur.integrations.nn import LAYOUTS, CompressedLinear
+from cur.integrations.nn import LAYOUTS, CompressedLinear, IntegerGrid
 from tests.integrations.nn.test_registry import EVERY as FORMS
 from tests.integrations.nn.test_registry import layer_of
 
@@ -53,7 +53,7 @@ def test_outputs_are_those_of_both(layout: str, factored: bool, rank: int, scale
 
 @pytest.mark.parametrize(("layout", "factored"), FORMS)
 def test_nothing_is_added_to_a_rounded_weight(layout: str, factored: bool) -> None:
-    layer = layer_of(layout, 9, 7, factored=factored, int8=True)
+    layer = layer_of(layout, 9, 7, factored=factored, grid=IntegerGrid())
     inside = layer.applied
     with pytest.raises(ValueError, match="nothing can be added to the weight of the layer, which is rounded to int8"):
         layer.plus(torch.zeros(inside.out_features, 1), torch.zeros(1, inside.in_features))

@@ -8,12 +8,16 @@ import torch
 from cur import ranks
 from cur.integrations import nn
 from cur.integrations.factor.rounding import round_layer
-from cur.integrations.nn import LAYOUTS, CompressedLinear, cells, factored, layer_class
+from cur.integrations.nn import LAYOUTS, CompressedLinear, IntegerGrid, cells, factored, layer_class
+from cur.integrations.store.format import narrow_
 
 SIZES = [(7, 11), (11, 7), (8, 8)]
 EVERY = [
     (layout, inner) for layout, kind in LAYOUTS.items() for inner in (False, True)[: 1 + bool(kind.factored_stores)]
 ]
+
+
+GRIDS = [None, IntegerGrid(), IntegerGrid(4, 8, symmetric=False), IntegerGrid(3), IntegerGrid(5, 16, symmetric=False)]
 
 
 def layer_of(layout: str, m: int, n: int, *, factored: bool, **options: Any) -> CompressedLinear:
@@ -22,34 +26,36 @@ def layer_of(layout: str, m: int, n: int, *, factored: bool, **options: Any) -> 
     return kind(n, m, rank, inner_rank=3 if factored else None, **options)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("m", "n"), SIZES)
 @pytest.mark.parametrize(("layout", "inner"), EVERY)
-def test_a_type_says_what_its_layers_store(layout: str, inner: bool, m: int, n: int, int8: bool) -> None:
-    layer = layer_of(layout, m, n, factored=inner, bias=False, int8=int8)
+def test_a_type_says_what_its_layers_store(layout: str, inner: bool, m: int, n: int, grid: IntegerGrid | None) -> None:
+    layer = layer_of(layout, m, n, factored=inner, bias=False, grid=grid)
     kind, state = type(layer), layer.state_dict()
+    narrow_(state, layer)
     stored = {key: tuple(value.shape) for key, value in state.items()}
     sizes = kind.sizes(m, n, *layer.ranks)
-    said = kind.tensors(factored=inner, int8=int8)
-    shapes = {key: (tuple(sizes[axis] for axis in tensor.axes), tensor.dtype) for key, tensor in said.items()}
+    said = kind.tensors(factored=inner, grid=grid)
+    shapes = {key: (tensor.shape(sizes), tensor.dtype) for key, tensor in said.items()}
     assert {key: shape for key, (shape, _) in shapes.items()} == {
         key: tuple(value.shape) for key, value in state.items()
     }
     assert all(state[key].dtype == (dtype or torch.float32) for key, (_, dtype) in shapes.items())
-    assert kind.nbytes(m, n, *layer.ranks, dtype=torch.float32, int8=int8) == sum(
+    assert kind.nbytes(m, n, *layer.ranks, dtype=torch.float32, grid=grid) == sum(
         part.nbytes for part in state.values()
     )
-    assert layer.stored == sum(part.numel() for part in layer.parameters())
+    if grid is None:
+        assert layer.stored == sum(part.numel() for part in layer.parameters())
     found = kind.sized(stored, layer.spec())
     known = {"outputs": m, "inputs": n, "rank": layer.rank, "inner_rank": layer.inner_rank}
     assert found == {key: known[key] for key in found}
     assert {"outputs", "inputs"} <= found.keys()
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("layout", "inner"), EVERY)
-def test_a_layer_is_made_again_from_its_spec(layout: str, inner: bool, int8: bool) -> None:
-    layer = layer_of(layout, 7, 11, factored=inner, int8=int8)
+def test_a_layer_is_made_again_from_its_spec(layout: str, inner: bool, grid: IntegerGrid | None) -> None:
+    layer = layer_of(layout, 7, 11, factored=inner, grid=grid)
     spec = layer.spec()
     assert type(layer).is_spec(spec)
     again = layer_class(spec["layout"]).from_spec(spec, 11, 7)
@@ -87,14 +93,17 @@ def test_what_is_trained_moves_the_weight_between_left_and_right(layout: str, in
     torch.testing.assert_close(what.left @ what.start() @ what.right, part.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("grid", GRIDS[1:], ids=str)
 @pytest.mark.parametrize(("layout", "inner"), EVERY)
-def test_its_factors_are_rounded_to_what_it_says(layout: str, inner: bool) -> None:
+def test_its_factors_are_rounded_to_what_it_says(layout: str, inner: bool, grid: IntegerGrid) -> None:
     layer = layer_of(layout, 7, 11, factored=inner)
-    with torch.no_grad():
-        made, _ = round_layer("layer", layer, None, 0.1)
-    assert made.keys() == layer.factors().keys()
-    layer.round_(made)
-    assert layer.state_dict().keys() - set(layer.bias_names) == type(layer).tensors(factored=inner, int8=True).keys()
+    done = round_layer("layer", layer, grid, None, damping=0.1).layer
+    assert (layer.grid, done.grid) == (None, grid)
+    said, state = type(layer).tensors(factored=inner, grid=grid), done.state_dict()
+    assert state.keys() - set(layer.bias_names) == said.keys()
+    again = type(layer).from_spec(done.spec(), 11, 7)
+    again.load_state_dict(state)
+    assert torch.equal(again.matrix, done.matrix)
 
 
 def test_all_say_the_same_of_a_layer() -> None:

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from cur.integrations.nn import CURLinear, Int8Linear, InterpolativeLinear, KeptInputs, WholeLinear
+from cur.integrations.nn import CURLinear, GridLinear, IntegerGrid, InterpolativeLinear, KeptInputs, WholeLinear
 
 M, N = 4, 6
 
 
-def factor(m: int, n: int, *, bias: bool = False) -> Int8Linear:
+def factor(m: int, n: int, *, bias: bool = False) -> GridLinear:
     generator = torch.Generator().manual_seed(m + n)
     integers = torch.randint(-127, 128, (m, n), generator=generator, dtype=torch.int8)
     scale = torch.rand(m, 1, generator=generator) + 0.5
-    return Int8Linear.from_integers(integers, scale, torch.randn(m, generator=generator) if bias else None)
+    return GridLinear.from_integers(integers, scale, torch.randn(m, generator=generator) if bias else None)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -43,7 +43,7 @@ def test_integers_stay_in_another_dtype() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_whole_layer(m: int, n: int, bias: bool) -> None:
     W = factor(m, n, bias=bias)
-    layer = WholeLinear.from_int8(W)
+    layer = WholeLinear.from_rounded(W)
     left, right = layer.two_factors()
     assert left.shape == (m, layer.rank)
     assert torch.equal(left @ right, W.weight)
@@ -66,7 +66,7 @@ def test_state_round_trip_through_the_meta_device(kind: type, options: dict[str,
     layer.round_({name: factor(*part.weight.shape, bias=part.bias is not None) for name, part in linear.items()})
     assert not any(isinstance(part, nn.Linear) for part in layer.modules())
     assert "int8" in str(layer)
-    empty = kind(N, M, 4, **options, int8=True, device="meta")
+    empty = kind(N, M, 4, **options, grid=IntegerGrid(), device="meta")
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(empty.weight, layer.weight)
     assert all(part.dtype == torch.int8 for name, part in empty.named_parameters() if name.endswith("integers"))

@@ -1,0 +1,311 @@
+"""A linear layer and a table of embeddings whose weights are stored as integers of a few bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cur.integrations.nn.grid import IntegerGrid, pack, unpack
+
+__all__ = ["GridEmbedding", "GridLinear", "OnGrid"]
+
+
+class OnGrid(nn.Module):
+    """Hold a matrix of integers on a grid, packed; the base of what computes with it.
+
+    Nothing of it learns. The numbers that the integers stand for are formed in the dtype of the steps.
+
+    Parameters
+    ----------
+    rows, columns : int
+        The shape of the matrix.
+    grid : IntegerGrid
+        The grid, with its bits and groups along the rows.
+    device : torch.device or str, optional
+        The device of the tensors. By default torch's own.
+    dtype : torch.dtype, optional
+        The dtype of the steps, which is that of the layer. By default torch's own.
+
+    Attributes
+    ----------
+    scale : nn.Parameter, shape (rows, groups)
+        The step of each group; its dtype is that of the layer, and no step has more than 16 bits but of 8 symmetric
+        bits a row.
+    integers : nn.Parameter
+        The rounded entries: int8 from -127 to 127, of shape (rows, columns), where 8 bits are symmetric, else uint8 and
+        packed, see :func:`~cur.integrations.nn.grid.pack`.
+    zeros : nn.Parameter or None
+        The integer that stands for 0 in each group, packed likewise; None for a symmetric grid.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        grid: IntegerGrid,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.columns = columns
+        kind = torch.int8 if grid.signed else torch.uint8
+        count = grid.groups(columns)
+        # First, as models ask the first parameter of a part for its dtype.
+        self.scale = _fixed(torch.ones(rows, count, device=device, dtype=dtype))
+        self.integers = _fixed(torch.zeros(rows, grid.row_bytes(columns), dtype=kind, device=device))
+        self.zeros: nn.Parameter | None = None
+        if not grid.symmetric:
+            self.zeros = _fixed(torch.zeros(rows, grid.row_bytes(count), dtype=torch.uint8, device=device))
+
+    def set_(self, integers: Tensor, scale: Tensor, zeros: Tensor | None = None) -> None:
+        """Take integers with their steps and zeros, in place.
+
+        Parameters
+        ----------
+        integers : Tensor, shape (rows, columns)
+            From 0 to ``2^bits - 1``; of a symmetric grid from ``1 - 2^(bits - 1)`` to ``2^(bits - 1) - 1``.
+        scale : Tensor, shape (rows, groups)
+            The steps, in the dtype of the layer.
+        zeros : Tensor, optional
+            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
+        """
+        grid = self.grid
+        if not grid.signed:
+            integers = pack((integers.to(torch.int16) + grid.offset).to(torch.uint8), grid.bits)
+        self.scale, self.integers = _fixed(scale), _fixed(integers)
+        self.zeros = None if zeros is None else _fixed(pack(zeros.to(torch.uint8), grid.bits))
+
+    def unpacked(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """Return the integers and zeros of some rows, one in each entry.
+
+        Parameters
+        ----------
+        rows : Tensor or slice, optional
+            The rows; by default all.
+
+        Returns
+        -------
+        integers : Tensor, shape (..., columns)
+            As for :meth:`set_`: int8 of a symmetric grid, else uint8.
+        zeros : Tensor or None
+            uint8, of the shape of the steps.
+        """
+        grid, integers = self.grid, self.integers[rows]
+        if grid.signed:
+            return integers, None
+        integers = unpack(integers, grid.bits, self.columns)
+        if self.zeros is None:
+            return integers.view(torch.int8) - grid.offset, None
+        return integers, unpack(self.zeros[rows], grid.bits, self.scale.shape[1])
+
+    def formed(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return some rows of the matrix that the integers stand for, in the dtype of the steps.
+
+        Parameters
+        ----------
+        rows : Tensor or slice, optional
+            The rows; by default all.
+        """
+        integers, zeros = self.unpacked(rows)
+        scale = self.scale[rows]
+        found = integers.to(scale.dtype)
+        if zeros is not None:
+            found = found - self._spread(zeros.to(scale.dtype))
+        return found * self._spread(scale)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        if self.grid.group is None:
+            return per_group
+        return per_group.repeat_interleave(self.grid.group, -1)[..., : self.columns]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that the integers stand for, multiplied out at every access."""
+        return self.formed()
+
+    def stored_scale(self) -> Tensor:
+        """Return the steps as they are stored: in 16 bits, where that changes nothing."""
+        scale = self.scale.detach()
+        if self.grid.step_dtype is None or scale.is_meta:
+            return scale
+        for dtype in (self.grid.step_dtype, torch.bfloat16):
+            if torch.equal(scale.to(dtype).to(scale.dtype), scale):
+                return scale.to(dtype)
+        return scale
+
+
+class GridLinear(OnGrid):
+    """Apply a weight that is stored as integers.
+
+    It is no ``nn.Linear``: adapters of single factors would be merged into a weight that is not stored. Those around
+    the layer that it belongs to are kept apart from it.
+
+    Parameters
+    ----------
+    in_features : int
+        The number n of inputs.
+    out_features : int
+        The number m of outputs.
+    bias : bool, default True
+        Whether there is a bias, of zeros at first.
+    grid : IntegerGrid, optional
+        The grid. By default 8 symmetric bits with one step for each row.
+    device : torch.device or str, optional
+        The device of the tensors. By default torch's own.
+    dtype : torch.dtype, optional
+        The dtype of the steps and of the bias. By default torch's own.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        grid: IntegerGrid | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, grid or IntegerGrid(), device=device, dtype=dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = _fixed(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_integers(
+        cls,
+        integers: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        zeros: Tensor | None = None,
+        grid: IntegerGrid | None = None,
+    ) -> GridLinear:
+        """Build the layer of a matrix of integers and a copy of a bias.
+
+        Parameters
+        ----------
+        integers : Tensor, shape (m, n)
+            The integers, as for :meth:`OnGrid.set_`.
+        scale : Tensor, shape (m, groups)
+            The steps, in the dtype of the layer.
+        bias : Tensor, optional
+            The bias of m entries.
+        zeros : Tensor, optional
+            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
+        grid : IntegerGrid, optional
+            The grid. By default 8 symmetric bits with one step for each row.
+
+        Returns
+        -------
+        GridLinear
+            The layer of these integers.
+        """
+        rows, columns = integers.shape
+        layer = cls(columns, rows, bias=bias is not None, grid=grid, device="meta")
+        layer.set_(integers, scale, zeros)
+        if bias is not None:
+            layer.bias = _fixed(bias.detach().clone())
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., n); returns (..., m).
+
+        Parameters
+        ----------
+        input : Tensor
+            The inputs, of shape (..., n).
+
+        Returns
+        -------
+        Tensor
+            The outputs, of shape (..., m), in the dtype of the inputs.
+        """
+        # Who trains adapters may widen inputs and parameters apart from each other.
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """Return the line that ``print(model)`` shows."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.grid}"
+
+
+class GridEmbedding(OnGrid):
+    """Look up rows that are stored as integers.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        The number n of rows, one for each token.
+    embedding_dim : int
+        The number r of entries of a row.
+    grid : IntegerGrid, optional
+        The grid. By default 8 symmetric bits with one step for each row.
+    device : torch.device or str, optional
+        The device of the tensors.
+    dtype : torch.dtype, optional
+        The dtype of the steps, and of the rows that are looked up.
+    """
+
+    bias: None = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        grid: IntegerGrid | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, grid or IntegerGrid(), device=device, dtype=dtype)
+
+    @classmethod
+    def from_integers(
+        cls, integers: Tensor, scale: Tensor, *, zeros: Tensor | None = None, grid: IntegerGrid | None = None
+    ) -> GridEmbedding:
+        """Build the table of a matrix of integers.
+
+        Parameters
+        ----------
+        integers : Tensor, shape (n, r)
+            The integers, as for :meth:`OnGrid.set_`.
+        scale : Tensor, shape (n, groups)
+            The steps, in the dtype of the layer.
+        zeros : Tensor, optional
+            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
+        grid : IntegerGrid, optional
+            The grid. By default 8 symmetric bits with one step for each row.
+
+        Returns
+        -------
+        GridEmbedding
+            The table of these integers.
+        """
+        rows, columns = integers.shape
+        table = cls(rows, columns, grid=grid, device="meta")
+        table.set_(integers, scale, zeros)
+        return table
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up tokens of shape (...); returns (..., r), without forming the other rows.
+
+        Parameters
+        ----------
+        input : Tensor
+            The tokens, of an integer dtype.
+
+        Returns
+        -------
+        Tensor
+            The rows of the tokens.
+        """
+        return self.formed(input)
+
+    def extra_repr(self) -> str:
+        """Return the line that ``print(model)`` shows."""
+        return f"{self.scale.shape[0]}, {self.columns}, {self.grid}"
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
