@@ -245,8 +245,10 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
     check_target(out, overwrite=overwrite)
     check(precision)
     asked = given.build(Grids)
+    if asked.grids is not None and (asked.bits, asked.group) != (None, None):
+        raise ValueError("--grids says bits and group of each layer; leave out --bits and --group, or edit the file")
     group = int(asked.group) if asked.group is not None and asked.group.isdecimal() else asked.group
-    grid = grid_of(asked.bits, group) if asked.grids is None else read_grids(asked.grids)
+    grid = grid_of(8 if asked.bits is None else asked.bits, group) if asked.grids is None else read_grids(asked.grids)
     fitted = any(one.bits < _NEAR_EXACT for one in (grid.values() if isinstance(grid, dict) else [grid]))
     compressed = directory.is_dir() and bool(check_config(directory).get("quantization_config"))
     if grids := summarize(directory).grids if compressed else "":  # before anything is loaded

@@ -90,7 +90,10 @@ class Grids:
 
     heading: ClassVar[str] = "Method"
 
-    bits: int = field(default=8, metadata=setting("Bits of a number: 2, 3, 4, 5, 6 or 8.", basic=True, excludes="grid"))
+    bits: int | None = field(
+        default=None,
+        metadata=setting("Bits of a number: 2, 3, 4, 5, 6 or 8.", basic=True, shown="8", excludes="grid"),
+    )
     group: str | None = field(
         default=None,
         metadata=setting(

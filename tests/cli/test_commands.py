@@ -540,6 +540,41 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_quantize_to_few_bits(model: Path, small: Path, text: Path, tmp_path: Path) -> None:
+    give = ["--text", text, "--windows", 4, "--window-length", 16]
+    tokens = torch.arange(4, 20)[None]
+    for source in (model, small):
+        out = tmp_path / f"{source.name}-4"
+        done = cur("quantize", source, "--bits", 4, "--group", 16, *give, "--out", out)
+        assert done.exit_code == 0, done.stderr
+        found = json.loads((out / "quantization.json").read_text())
+        assert {json.dumps(grid) for grid in found["grids"].values()} == {
+            '{"bits": 4, "group": 16, "symmetric": false}'
+        }
+        assert len(found["predicted"]) == len(found["errors"]) == 35
+        one, other = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (source, out))
+        assert 0 < (one - other).norm() <= 0.4 * one.norm()
+        assert "rounded to 4 bits in groups of 16" in " ".join(cur("inspect", out).stdout.split())
+    file = tmp_path / "model-4" / "quantization.json"
+    data = json.loads(file.read_text())
+    name = next(iter(data["grids"]))
+    data["grids"][name]["bits"] = 6
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(data))
+    done = cur("quantize", model, "--grids", edited, *give, "--out", tmp_path / "mixed")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((tmp_path / "mixed" / "quantization.json").read_text())["grids"] == data["grids"]
+    out = ["--out", tmp_path / "x"]
+    refused(cur("quantize", model, "--bits", 0, *out), "`bits` must be one of")
+    refused(cur("quantize", model, "--bits", 7, *out), "`bits` must be one of 2, 3, 4, 5, 6, 8, got 7")
+    refused(cur("quantize", model, "--bits", 4, "--group", "12", *out), "`group` must be a multiple of 8")
+    refused(cur("quantize", model, "--bits", 4, "--group", "col", *out), "`group` must be a multiple of 8, or 'row'")
+    refused(cur("quantize", model, "--bits", 4, "--grids", edited, *out), "leave out --bits and --group")
+    refused(cur("quantize", model, "--grids", model / "config.json", *out), "has no `grids`")
+    refused(cur("quantize", tmp_path / "mixed", *out), "is rounded to 4 bits in groups of 16, 6 bits in groups of 16")
+    assert not (tmp_path / "x").exists()
+
+
 def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(" ".join(f"w{4 + index % 90}" for index in range(1100)))

@@ -17,8 +17,8 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
 from cur.integrations.convert import convert_
 from cur.integrations.files.reading import CheckpointError
-from cur.integrations.nn import CompressedLinear, GridLinear, compressed_modules, factored
-from cur.integrations.quantize import quantizable, quantize_
+from cur.integrations.nn import CompressedLinear, GridLinear, IntegerGrid, compressed_modules, factored, layer_class
+from cur.integrations.quantize import grid_of, quantizable, quantize_, read_grids, save_quantized
 from cur.integrations.store.format import CURConfig
 from cur.integrations.store.inspect import summarize
 from tests.models import FAMILIES, batch, make
@@ -307,3 +307,171 @@ def test_summary_and_damage(neurons: PreTrainedModel, windows: Tensor, tmp_path:
             CURConfig({name: {**config["modules"][name], "int8": wrong}})
     with pytest.raises(CheckpointError, match="describes x as"):
         CURConfig({"x": {"layout": "whole", "rank": 4, "inner_rank": 2, "int8": True}})
+
+
+GRIDS = [
+    IntegerGrid(8, 16, symmetric=False),
+    IntegerGrid(6),
+    IntegerGrid(5, 8),
+    IntegerGrid(4, 16, symmetric=False),
+    IntegerGrid(3, 8, symmetric=False),
+]
+
+
+def gradients(model: PreTrainedModel, windows: Tensor) -> Statistics:
+    names = quantizable(model)
+    return collect(model, windows.split(2), modules=names, moments="full", gradients=names)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_any_grid_is_saved_and_loaded(
+    grid: IntegerGrid, neurons: PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    before, names = logits(neurons, windows), quantizable(neurons)
+    found = quantize_(neurons, measured(neurons, windows), grid=grid)
+    after = logits(neurons, windows)
+    assert 0 < float((after - before).norm()) < 2.0 ** (3 - grid.bits) * float(before.norm())
+    assert {layer.grid for layer in compressed_modules(neurons).values()} == {grid}
+    assert found.grids == dict.fromkeys(names, grid.spec())
+    save(neurons, None, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["format_version"] == 4
+    stored = load_file(tmp_path / "model" / "cur_model.safetensors")
+    assert {tensor.dtype for key, tensor in stored.items() if key.endswith("scale")} <= {torch.float16, torch.bfloat16}
+    counted = sum(t.nbytes for key, t in stored.items() if any(key.startswith(f"{name}.") for name in names))
+    assert counted == found.after
+    summary = summarize(tmp_path / "model")
+    planned = sum(
+        layer_class(layer.layout).nbytes(*layer.shape, *layer.ranks, dtype=torch.float32, grid=layer.grid)
+        for layer in summary.layers
+    )
+    assert planned == counted  # the small model has no biases
+    assert summary.grids == str(grid)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(again, windows), after)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    torch.testing.assert_close(logits(half, windows).float(), after, rtol=0, atol=0.05 * float(after.abs().max()))
+    again.save_pretrained(tmp_path / "again")
+    twice = load_file(next((tmp_path / "again").glob("*.safetensors")))
+    assert all(torch.equal(twice[key], stored[key]) for key in twice if key.endswith(("integers", "scale", "zeros")))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), windows), after)
+
+
+@pytest.mark.parametrize("layout", factored())
+def test_factors_that_groups_do_not_divide(layout: str, llama: PreTrainedModel, windows: Tensor) -> None:
+    model = squeezed(llama, windows, layout)  # of rank 8, in groups of 16, beside whole rows of 32 and 48
+    before, grid = logits(model, windows), IntegerGrid(5, 16, symmetric=False)
+    quantize_(model, gradients(model, windows), grid=grid)
+    assert float((logits(model, windows) - before).norm()) < 0.2 * float(before.norm())
+
+
+def test_output_gradients_and_text_lose_less(llama: PreTrainedModel, windows: Tensor) -> None:
+    grid, before = IntegerGrid(3, 16, symmetric=False), logits(llama, windows).log_softmax(-1)
+    known, lost = gradients(llama, windows), {}
+    ways: dict[str, Any] = {
+        "nearest": {},
+        "inputs": {"statistics": measured(llama, windows)},
+        "both": {"statistics": known},
+        "text": {"statistics": known, "text": [{"input_ids": part} for part in windows.split(2)]},
+    }
+    for way, options in ways.items():
+        model = copy.deepcopy(llama)
+        found = quantize_(model, grid=grid, **options)
+        assert bool(found.predicted) == (way in ("both", "text"))
+        assert all(loss >= 0 for loss in found.predicted.values())
+        assert not found.notes
+        after = logits(model, windows).log_softmax(-1)
+        lost[way] = float((before.exp() * (before - after)).sum(-1).mean())
+    assert lost["text"] < lost["inputs"] < lost["nearest"]
+    assert lost["both"] < lost["inputs"]
+
+
+def test_predictions_are_those_of_second_order(llama: PreTrainedModel, windows: Tensor) -> None:
+    known = gradients(llama, windows)
+    name = "model.layers.2.mlp.up_proj"
+    W = llama.get_submodule(name).weight.detach().double()
+    found = quantize_(llama, known, grid={name: IntegerGrid(4, 8)})
+    assert list(found.grids) == list(found.errors) == list(compressed_modules(llama)) == [name]
+    E = llama.get_submodule(name).weight.double() - W
+    H, G = known.output_moment(name), known.second_moment(name)
+    assert found.predicted[name] == pytest.approx(float(torch.trace(H @ E @ G @ E.T)) / 2, rel=1e-3)
+
+
+def test_grids_of_layers_are_read_from_what_was_written(
+    llama: PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    names = quantizable(llama)
+    grids = {name: IntegerGrid(4, 16) if "mlp" in name else IntegerGrid() for name in names if "q_proj" not in name}
+    llama.save_pretrained(tmp_path / "dense")
+    found = quantize_(llama, None, grid=grids)
+    save_quantized(llama, None, tmp_path / "model", found, source=tmp_path / "dense")
+    assert read_grids(tmp_path / "model" / "quantization.json") == grids
+    assert {name: layer.grid for name, layer in compressed_modules(llama).items()} == grids
+    assert summarize(tmp_path / "model").grids == "4 bits in groups of 16, int8"
+    file = tmp_path / "grids.json"
+    for content, said in (
+        ({}, "has no `grids`"),
+        ({"grids": []}, "has no `grids`"),
+        ({"grids": {"x": {"bits": 4}}}, "has no grid for x: a grid must have"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=said):
+            read_grids(file)
+
+
+def test_models_whose_blocks_cannot_be_walked_say_so(windows: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    batches = [torch.randn(40, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    known = collect(model, batches, modules=["0", "2"], moments="full")
+    found = quantize_(model, known, grid=IntegerGrid(4, 8), text=batches)
+    assert found.notes == (
+        "Layers are not fitted to what rounded ones before them give: Sequential is no transformer.",
+    )
+
+
+def test_checkpoints_that_contradict_themselves(llama: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    quantize_(llama, measured(llama, windows), grid=IntegerGrid(4, 16, symmetric=False))
+    save(llama, None, tmp_path / "model")
+    weights = tmp_path / "model" / "cur_model.safetensors"
+    state = load_file(weights)
+    for part in ("integers", "scale", "zeros"):
+        key = f"model.layers.1.mlp.up_proj.W.{part}"
+        save_file({**state, key: state[key][:, 1:].contiguous()}, weights, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{key} would be"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "account.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=f"W.{part} would be"):
+            summarize(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    name, spec = next(iter(config["modules"].items()))
+    for change in ({"grid": {**spec["grid"], "bits": 7}}, {"shape": [32]}, {"shape": None}, {"int8": True}):
+        with pytest.raises(CheckpointError, match=f"describes {name} as .*a `grid`"):
+            CURConfig({name: {**spec, **change}})
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"text": []}, "`text` needs `statistics`"),
+        ({"correction": 2}, "`correction` must be between 0 and 1, got 2"),
+        ({"grid": {"lm_head": IntegerGrid()}}, "`grid` names lm_head, which cannot be rounded; known are"),
+    ],
+)
+def test_wrong_options_change_nothing(llama: PreTrainedModel, options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        quantize_(llama, **options)
+    assert not compressed_modules(llama)
+
+
+@pytest.mark.parametrize(
+    ("said", "grid"),
+    [
+        ({}, IntegerGrid()),
+        ({"bits": 4}, IntegerGrid(4, 64, symmetric=False)),
+        ({"bits": 8, "group": 32}, IntegerGrid(8, 32)),
+        ({"bits": 3, "group": "row", "symmetric": True}, IntegerGrid(3)),
+    ],
+)
+def test_usual_grids(said: dict[str, Any], grid: IntegerGrid) -> None:
+    assert grid_of(**said) == grid
+    with pytest.raises(ValueError, match="`group` must be a multiple of 8, or 'row' for one step a row, got 'column'"):
+        grid_of(4, "column")

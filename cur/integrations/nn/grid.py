@@ -99,7 +99,7 @@ class IntegerGrid:
 
         Examples
         --------
-        >>> IntegerGrid(4, 64, symmetric=False).bits_per_entry(576)
+        >>> IntegerGrid(4, 64, symmetric=False).bits_per_entry(1536)
         4.3125
         """
         zeros = 0 if self.symmetric else self.row_bytes(self.groups(n))

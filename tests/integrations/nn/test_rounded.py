@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from cur.integrations.nn import CURLinear, GridLinear, IntegerGrid, InterpolativeLinear, KeptInputs, WholeLinear
+from cur.integrations.nn import (
+    CURLinear,
+    GridEmbedding,
+    GridLinear,
+    IntegerGrid,
+    InterpolativeLinear,
+    KeptInputs,
+    WholeLinear,
+)
 
 M, N = 4, 6
 
@@ -81,3 +89,77 @@ def test_inputs_decide_the_dtype(bias: bool) -> None:
     assert torch.equal(layer(x), expected)
     layer.float()
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+GRIDS = [
+    IntegerGrid(),
+    IntegerGrid(8, 16, symmetric=False),
+    IntegerGrid(6, symmetric=False),
+    IntegerGrid(5, 8),
+    IntegerGrid(4, 16, symmetric=False),
+    IntegerGrid(3, 8, symmetric=False),
+    IntegerGrid(2, 32),
+]
+
+
+def on(grid: IntegerGrid, m: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[GridLinear, torch.Tensor]:
+    """Return a layer of random integers with 16-bit steps, and its matrix."""
+    generator = torch.Generator().manual_seed(m + n)
+    groups = grid.groups(n)
+    low, high = (1 - 2 ** (grid.bits - 1), 2 ** (grid.bits - 1)) if grid.symmetric else (0, 2**grid.bits)
+    integers = torch.randint(low, high, (m, n), generator=generator)
+    zeros = None if grid.symmetric else torch.randint(2**grid.bits, (m, groups), generator=generator)
+    scale = (torch.rand(m, groups, generator=generator) + 0.5).bfloat16().to(dtype)
+    owner = torch.zeros(n, dtype=torch.long) if grid.group is None else torch.arange(n) // grid.group
+    matrix = (integers - (0 if zeros is None else zeros[:, owner])) * scale.double()[:, owner]
+    kind = torch.int8 if grid.symmetric else torch.uint8
+    taken = None if zeros is None else zeros.to(torch.uint8)
+    return GridLinear.from_integers(integers.to(kind), scale, zeros=taken, grid=grid), matrix
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(5, 32), (3, 21), (1, 1)])
+def test_any_grid_applies_what_the_integers_stand_for(grid: IntegerGrid, m: int, n: int) -> None:
+    layer, matrix = on(grid, m, n)
+    assert torch.equal(layer.weight.double(), matrix)
+    x = torch.randn(2, 3, n)
+    torch.testing.assert_close(layer(x), (x.double() @ matrix.T).float(), rtol=1e-4, atol=1e-4)
+    assert not any(part.requires_grad for part in layer.parameters())
+    again = GridLinear(n, m, bias=False, grid=grid, device="meta")
+    again.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(again.weight, layer.weight)
+    assert str(grid) in str(layer)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rows_of_a_table_are_looked_up(grid: IntegerGrid) -> None:
+    layer, matrix = on(grid, 6, 20)
+    integers, zeros = layer.unpacked()
+    table = GridEmbedding.from_integers(integers, layer.scale, zeros=zeros, grid=grid)
+    tokens = torch.tensor([[0, 5], [3, 3]])
+    assert torch.equal(table(tokens).double(), matrix[tokens])
+    assert torch.equal(table.weight, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_parameter_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    # Swin v2 casts inputs of a part to the dtype of its first parameter.
+    for grid in GRIDS:
+        layer, _ = on(grid, 4, 16)
+        layer.to(dtype)
+        assert next(layer.parameters()).dtype == layer.weight.dtype == dtype
+        assert layer.integers.dtype == (torch.int8 if grid == IntegerGrid() else torch.uint8)
+
+
+def test_steps_are_stored_in_sixteen_bits_where_that_changes_nothing() -> None:
+    grid = IntegerGrid(4, 16, symmetric=False)
+    layer, _ = on(grid, 4, 32)
+    assert layer.stored_scale().dtype == torch.float16
+    with torch.no_grad():
+        layer.scale[0, 0] = torch.tensor(1e-7).bfloat16()  # between two numbers of float16
+    assert layer.stored_scale().dtype == torch.bfloat16
+    with torch.no_grad():
+        layer.scale[0, 0] = 0.1
+    assert layer.stored_scale().dtype == torch.float32
+    rows, _ = on(IntegerGrid(), 4, 32)
+    assert rows.stored_scale().dtype == torch.float32
