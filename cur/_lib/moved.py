@@ -115,6 +115,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.truncation": ("cur.weighted.truncation",),
     "cur.importance": ("cur.weights", "cur.scores"),
     "cur.integrations.plan.importance": ("cur.integrations.plan.guide",),
+    "cur.integrations.nn.int8": ("cur.integrations.nn.rounded",),
     "cur.own_rows": ("cur.weighted.rows",),
     "cur.own_inputs": ("cur.weighted.inputs",),
 }
@@ -130,6 +131,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "cur.integrations.blockwise.streamed_model": {"Skeleton": "StreamedModel", "load_skeleton": "load_streamed"},
     "cur.integrations.measure.propagation": {"Arriving": "InputMoments"},
     "cur.integrations.model.blocks": {"Entry": "BlockCall"},
+    "cur.integrations.nn.rounded": {"Int8Embedding": "GridEmbedding", "Int8Linear": "GridLinear"},
     "cur.integrations.plan.blocks": {"choose_layers": "choose_blocks"},
 }
 """By module, what its names are called that had others before."""

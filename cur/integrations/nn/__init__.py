@@ -108,4 +108,8 @@ def __getattr__(name: str) -> Any:
     if name == "NEURONS":
         warn("cur.integrations.nn.NEURONS is gone; ask `by_itself` of the layer types", DeprecationWarning)
         return tuple(layout for layout, kind in LAYOUTS.items() if not kind.by_itself)
+    if name in ("Int8Embedding", "Int8Linear"):
+        found = GridEmbedding if name == "Int8Embedding" else GridLinear
+        warn(f"cur.integrations.nn.{name} is {found.__name__} now", DeprecationWarning)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
