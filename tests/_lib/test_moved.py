@@ -389,6 +389,10 @@ FORMER = {
         "guide",
         "link_weights",
     ],
+    "cur.integrations.nn.int8": [
+        "Int8Embedding",
+        "Int8Linear",
+    ],
     "cur.truncation": [
         "WeightedSVD",
         "square_errors",
