@@ -36,7 +36,7 @@ from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.export import check_export, export
-from cur.integrations.store.inspect import summarize
+from cur.integrations.store.inspect import CheckpointSummary, summarize
 
 __all__ = [
     "run_compress",
@@ -294,6 +294,13 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
     output.print(f"Saved to {out}. Next: cur evaluate {out}.")
 
 
+def _rounded(summary: CheckpointSummary) -> str:
+    if not summary.grids:
+        return ""
+    which = "The" if all(layer.grid is not None for layer in summary.layers) else "Some of the"
+    return f" {which} layers above are rounded to {summary.grids}."
+
+
 def run_evaluate(given: Given, *, as_json: bool) -> None:
     """Run `cur evaluate`.
 
@@ -372,8 +379,7 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
     output.print(tables.checkpoint_table(summary))
     output.print(
         f"Parameters: {summary.parameters:,} (dense: {summary.dense_parameters:,}); weight files: "
-        f"{summary.file_bytes:,} bytes; format version {summary.format_version}."
-        + (f" Of the layers above some or all are rounded to {grids}." if (grids := summary.grids) else "")
+        f"{summary.file_bytes:,} bytes; format version {summary.format_version}." + _rounded(summary)
     )
     counts = ", ".join(f"{layout} {summary.in_layout(layout):,}" for layout in factored())
     output.print(f"Numbers in the factored layers at these ranks, by layout: {counts}.")

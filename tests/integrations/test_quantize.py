@@ -385,6 +385,23 @@ def test_output_gradients_and_text_lose_less(llama: PreTrainedModel, windows: Te
     assert lost["both"] < lost["inputs"]
 
 
+@pytest.mark.parametrize("layout", [*factored(), "neurons"])
+def test_compressed_layers_are_fitted_along_the_blocks(
+    layout: str, make_model: MakeModel, windows: Tensor, request: pytest.FixtureRequest
+) -> None:
+    model = (
+        request.getfixturevalue("neurons") if layout == "neurons" else squeezed(make_model("llama"), windows, layout)
+    )
+    grid, before = IntegerGrid(3, 16, symmetric=False), logits(model, windows).log_softmax(-1)
+    known, lost = gradients(model, windows), {}
+    for text in (None, [{"input_ids": part} for part in windows.split(2)]):
+        rounded = copy.deepcopy(model)
+        quantize_(rounded, known, grid=grid, text=text)
+        after = logits(rounded, windows).log_softmax(-1)
+        lost[text is None] = float((before.exp() * (before - after)).sum(-1).mean())
+    assert lost[False] < lost[True]
+
+
 def test_predictions_are_those_of_second_order(llama: PreTrainedModel, windows: Tensor) -> None:
     known = gradients(llama, windows)
     name = "model.layers.2.mlp.up_proj"
