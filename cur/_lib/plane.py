@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cur._lib.grid import Grid, integers_near
+from cur._lib.threads import one_thread
 
 __all__ = ["Found", "Triangle", "nearest_plane", "square"]
 
@@ -134,12 +135,13 @@ def nearest_plane(W: Matrix, grid: Grid, rows: Triangle, columns: Triangle) -> F
     Found
         The integers, their loss, and how many were brought into the range.
     """
-    if rows.lower is None:
-        return _columns(W, grid, rows.pivots, columns)
-    if columns.lower is None:
-        found = _columns(W.T, replace(grid, turned=not grid.turned), columns.pivots, rows)
-        return replace(found, integers=np.ascontiguousarray(found.integers.T))
-    return _both(W, grid, rows, columns)
+    with one_thread():
+        if rows.lower is None:
+            return _columns(W, grid, rows.pivots, columns)
+        if columns.lower is None:
+            found = _columns(W.T, replace(grid, turned=not grid.turned), columns.pivots, rows)
+            return replace(found, integers=np.ascontiguousarray(found.integers.T))
+        return _both(W, grid, rows, columns)
 
 
 def _columns(W: Matrix, grid: Grid, weights: Matrix, columns: Triangle) -> Found:

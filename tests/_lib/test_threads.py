@@ -1,0 +1,28 @@
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from cur._lib import plane
+from cur._lib.threads import one_thread
+from cur.rounding import round_to_grid
+
+
+def counts():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_products_are_not_shared_within_and_as_before_after():
+    np.ones((2, 2)) @ np.ones((2, 2))
+    before = counts()
+    with one_thread():
+        assert set(counts()) == {1}
+    assert counts() == before
+
+
+def test_rounding_takes_one_thread(monkeypatch):
+    seen = []
+    both = plane._both
+    monkeypatch.setattr(plane, "_both", lambda *args: (seen.append(set(counts())), both(*args))[1])
+    G = np.eye(4) + 0.5
+    round_to_grid(np.arange(16.0).reshape(4, 4), bits=3, row_weights=G, column_weights=G)
+    assert seen
+    assert all(count == {1} for count in seen)
