@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
+from cur.integrations.kernels import GridWeight, KernelSettings, Product
 from cur.integrations.nn.grid import IntegerGrid, pack, unpack
 
-__all__ = ["GridEmbedding", "GridLinear", "OnGrid"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["GridEmbedding", "GridLinear", "OnGrid", "set_kernels_"]
 
 
 class OnGrid(nn.Module):
@@ -76,53 +82,33 @@ class OnGrid(nn.Module):
         self.scale, self.integers = _fixed(scale), _fixed(integers)
         self.zeros = None if zeros is None else _fixed(pack(zeros.to(torch.uint8), grid.bits))
 
-    def unpacked(self, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
-        """Return the integers and zeros of some rows, one in each entry.
+    def on_grid(self, rows: Tensor | slice = slice(None)) -> GridWeight:
+        """Return integers, steps and zeros of some rows, unpacked.
 
         Parameters
         ----------
         rows : Tensor or slice, optional
-            The rows; by default all.
+            The rows, as a slice or in one axis; by default all.
 
         Returns
         -------
-        integers : Tensor, shape (..., columns)
-            As for :meth:`set_`: int8 of a symmetric grid, else uint8.
-        zeros : Tensor or None
-            uint8, of the shape of the steps.
+        GridWeight
+            The rows, of which steps are not copied where a slice is taken.
         """
-        grid, integers = self.grid, self.integers[rows]
-        if grid.signed:
-            return integers, None
-        integers = unpack(integers, grid.bits, self.columns)
-        if self.zeros is None:
-            return integers.view(torch.int8) - grid.offset, None
-        return integers, unpack(self.zeros[rows], grid.bits, self.scale.shape[1])
-
-    def formed(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return some rows of the matrix that the integers stand for, in the dtype of the steps.
-
-        Parameters
-        ----------
-        rows : Tensor or slice, optional
-            The rows; by default all.
-        """
-        integers, zeros = self.unpacked(rows)
-        scale = self.scale[rows]
-        found = integers.to(scale.dtype)
-        if zeros is not None:
-            found = found - self._spread(zeros.to(scale.dtype))
-        return found * self._spread(scale)
-
-    def _spread(self, per_group: Tensor) -> Tensor:
-        if self.grid.group is None:
-            return per_group
-        return per_group.repeat_interleave(self.grid.group, -1)[..., : self.columns]
+        grid, integers, scale, zeros = self.grid, self.integers[rows], self.scale.detach()[rows], None
+        if not grid.signed:
+            integers = unpack(integers, grid.bits, self.columns)
+            if self.zeros is None:
+                integers = integers.view(torch.int8) - grid.offset
+            else:
+                zeros = unpack(self.zeros[rows], grid.bits, scale.shape[-1])
+        group = self.columns if grid.group is None else min(grid.group, self.columns)
+        return GridWeight(integers.detach(), scale, zeros, grid.bits, group)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the integers stand for, multiplied out at every access."""
-        return self.formed()
+        """The matrix that the integers stand for, in the dtype of the steps, multiplied out at every access."""
+        return self.on_grid().dense(self.scale.dtype)
 
     def stored_scale(self) -> Tensor:
         """Return the steps as they are stored: in 16 bits, where that changes nothing."""
@@ -155,6 +141,11 @@ class GridLinear(OnGrid):
         The device of the tensors. By default torch's own.
     dtype : torch.dtype, optional
         The dtype of the steps and of the bias. By default torch's own.
+
+    Attributes
+    ----------
+    kernels : KernelSettings
+        What its products may round, and how much memory they may take; see :func:`set_kernels_`.
     """
 
     def __init__(
@@ -170,6 +161,30 @@ class GridLinear(OnGrid):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = _fixed(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.kernels = KernelSettings()
+        self._product: Product | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forget what was arranged of integers and steps that are replaced."""
+        super().__setattr__(name, value)
+        if name in ("integers", "scale", "zeros", "kernels"):
+            self._forget_()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._forget_()
+        moved: Self = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget_(self) -> None:
+        self.__dict__["_product"] = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was arranged for this machine, which copies and files have no need of."""
+        return {**self.__dict__, "_product": None}
 
     @classmethod
     def from_integers(
@@ -221,9 +236,9 @@ class GridLinear(OnGrid):
         Tensor
             The outputs, of shape (..., m), in the dtype of the inputs.
         """
-        # Who trains adapters may widen inputs and parameters apart from each other.
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+        if self._product is None:
+            self._product = Product(self.on_grid, dtype=self.scale.dtype, settings=self.kernels)
+        return self._product(input, self.bias)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
@@ -300,11 +315,27 @@ class GridEmbedding(OnGrid):
         Tensor
             The rows of the tokens.
         """
-        return self.formed(input)
+        rows = self.on_grid(input.reshape(-1)).dense(self.scale.dtype)
+        return rows.reshape(*input.shape, self.columns)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         return f"{self.scale.shape[0]}, {self.columns}, {self.grid}"
+
+
+def set_kernels_(model: nn.Module, settings: KernelSettings) -> None:
+    """Say for all rounded layers of a model what their products may round and how much memory they may take, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model with rounded layers.
+    settings : KernelSettings
+        What products may do.
+    """
+    for part in model.modules():
+        if isinstance(part, GridLinear):
+            part.kernels = settings
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

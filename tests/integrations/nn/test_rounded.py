@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
+from cur.integrations.kernels import KernelSettings
 from cur.integrations.nn import (
     CURLinear,
     GridEmbedding,
@@ -13,6 +17,7 @@ from cur.integrations.nn import (
     KeptInputs,
     WholeLinear,
 )
+from cur.integrations.nn.rounded import set_kernels_
 
 M, N = 4, 6
 
@@ -85,7 +90,8 @@ def test_inputs_decide_the_dtype(bias: bool) -> None:
     # Who trains adapters widens parameters and hidden states, but no buffers.
     layer = factor(5, 7, bias=bias).to(torch.bfloat16)
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
-    expected = torch.nn.functional.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    weight = layer.on_grid().dense(torch.float32)
+    expected = torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.float())
     assert torch.equal(layer(x), expected)
     layer.float()
     assert layer(x.bfloat16()).dtype == torch.bfloat16
@@ -134,8 +140,8 @@ def test_any_grid_applies_what_the_integers_stand_for(grid: IntegerGrid, m: int,
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rows_of_a_table_are_looked_up(grid: IntegerGrid) -> None:
     layer, matrix = on(grid, 6, 20)
-    integers, zeros = layer.unpacked()
-    table = GridEmbedding.from_integers(integers, layer.scale, zeros=zeros, grid=grid)
+    known = layer.on_grid()
+    table = GridEmbedding.from_integers(known.integers, layer.scale, zeros=known.zeros, grid=grid)
     tokens = torch.tensor([[0, 5], [3, 3]])
     assert torch.equal(table(tokens).double(), matrix[tokens])
     assert torch.equal(table.weight, layer.weight)
@@ -163,3 +169,39 @@ def test_steps_are_stored_in_sixteen_bits_where_that_changes_nothing() -> None:
     assert layer.stored_scale().dtype == torch.float32
     rows, _ = on(IntegerGrid(), 4, 32)
     assert rows.stored_scale().dtype == torch.float32
+
+
+def test_what_is_arranged_for_products_is_forgotten_with_the_weight() -> None:
+    grid = IntegerGrid(4, 16, symmetric=False)
+    layer, matrix = on(grid, 5, 32)
+    other, theirs = on(grid, 5, 32)
+    with torch.no_grad():
+        other.scale.mul_(2)
+    x = torch.randn(2, 32)
+
+    def gives(expected: torch.Tensor) -> None:
+        torch.testing.assert_close(
+            layer(x.to(layer.scale.dtype)).double(), x.double() @ expected.T, rtol=2e-2, atol=0.2
+        )
+
+    gives(matrix)
+    layer.load_state_dict(other.state_dict())
+    gives(2 * theirs)
+    layer.scale = torch.nn.Parameter(layer.scale / 2, requires_grad=False)
+    gives(matrix)
+    layer.to(torch.bfloat16)
+    gives(matrix)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert copied._product is None
+    assert torch.equal(copied(x.bfloat16()), layer(x.bfloat16()))
+
+
+def test_what_products_may_do_is_said_for_all_layers() -> None:
+    model = nn.Sequential(on(IntegerGrid(4), 8, 8)[0], nn.ReLU(), on(IntegerGrid(), 8, 8)[0])
+    model(torch.zeros(1, 8))
+    set_kernels_(model, KernelSettings(activations="int8", memory=0))
+    for layer in (model[0], model[2]):
+        assert layer._product is None
+        assert layer.kernels.activations == "int8"
+    model(torch.zeros(1, 8))
