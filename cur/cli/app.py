@@ -196,6 +196,13 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Load the model, and time its layers on this machine beside dense ones, for 1 and 512 tokens.",
+        ),
+    ] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Show what a compressed checkpoint holds: layers, ranks, sizes, and how it was made.
@@ -205,7 +212,7 @@ def inspect(
     """
     from cur.cli.commands import run_inspect
 
-    run_inspect(directory, against=against, as_json=as_json)
+    run_inspect(directory, against=against, speed=speed, as_json=as_json)
 
 
 @app.command(epilog="Example: `cur export small --out dense`")

@@ -33,6 +33,7 @@ from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import grid_of, quantizable, quantize_, read_grids, save_quantized
 from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.speed import layer_speeds
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.export import check_export, export
@@ -340,7 +341,7 @@ def run_evaluate(given: Given, *, as_json: bool) -> None:
     output.print(f"{called}: perplexity {result} of {name}")
 
 
-def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None:
+def run_inspect(directory: Path, *, against: Path | None, speed: bool, as_json: bool) -> None:
     """Run `cur inspect`.
 
     Parameters
@@ -349,6 +350,8 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
         The directory of the checkpoint.
     against : Path or None
         The dense model to compare it with, tensor by tensor; None for what was written when it was made.
+    speed : bool
+        Whether the model is loaded and its layers are timed.
     as_json : bool
         Whether everything is printed as one line of JSON instead of a table.
 
@@ -368,8 +371,11 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
     plan = Plan.load(directory / PLAN) if (directory / PLAN).exists() else None
     report = CompressionReport.load(directory / REPORT) if (directory / REPORT).exists() else None
     found = read_account(directory) if against is None else compare(directory, against)
+    speeds = layer_speeds(load_model(directory).model) if speed else []
     if as_json:
         data: dict[str, Any] = {**summary.to_dict(), "account": None if found is None else found.to_dict()}
+        if speed:
+            data["speed"] = [one.to_dict() for one in speeds]
         if report is not None:
             data["report"] = report.to_dict()
         elif plan is not None:
@@ -393,6 +399,8 @@ def run_inspect(directory: Path, *, against: Path | None, as_json: bool) -> None
             + ", ".join(f"{name} {number}" for name, number in plan.versions.items())
             + "."
         )
+    if speed:
+        output.print(tables.speed_table(speeds))
 
 
 def run_export(directory: Path, out: Path, *, to: str, trust_remote_code: bool, overwrite: bool) -> None:

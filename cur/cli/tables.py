@@ -12,6 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from cur.integrations.plan.plan import Plan
     from cur.integrations.report.data import CompressionReport, LayerReport
+    from cur.integrations.report.speed import LayerSpeed
     from cur.integrations.store.inspect import CheckpointSummary
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "plan_table",
     "seconds_line",
     "size_table",
+    "speed_table",
 ]
 
 # Least width of a column of names.
@@ -209,8 +211,37 @@ def checkpoint_table(summary: CheckpointSummary) -> Table:
             name,
             *(cells(layer)[key] for key in ("shape", "layout", "rank")),
             f"{layer.parameters / layer.dense_parameters:.1%}",
-            layer.dtype,
+            layer.dtype if layer.grid is None or layer.grid.signed else str(layer.grid),
         )
     table.caption = f"kept: of the numbers, {kept:,} in all"
+    table.caption_justify = "left"
+    return table
+
+
+def speed_table(speeds: Sequence[LayerSpeed]) -> Table:
+    """Return one line for each kind of layers and number of tokens: how fast it is beside the dense layer.
+
+    Parameters
+    ----------
+    speeds : sequence of LayerSpeed
+        What was measured, by :func:`~cur.integrations.report.speed.layer_speeds`.
+    """
+    title = "Speed on this machine, in milliseconds a call, beside dense layers"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("layers", "shape", "rank", "tokens", "ms", "dense", "times"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout, grid and what multiplies", overflow="fold")
+    for speed in speeds:
+        table.add_row(
+            str(speed.count),
+            speed.shape,
+            speed.rank,
+            str(speed.tokens),
+            f"{1e3 * speed.seconds:.2f}",
+            f"{1e3 * speed.dense:.2f}",
+            f"{speed.dense / speed.seconds:.2f}",
+            "; ".join(filter(None, (speed.layout, speed.grid, ", ".join(speed.kernels)))),
+        )
+    table.caption = "times: how many times as fast as the dense layer in the same dtype"
     table.caption_justify = "left"
     return table

@@ -554,7 +554,11 @@ def test_quantize_to_few_bits(model: Path, small: Path, text: Path, tmp_path: Pa
         assert len(found["predicted"]) == len(found["errors"]) == 35
         one, other = (AutoModelForCausalLM.from_pretrained(place)(tokens).logits for place in (source, out))
         assert 0 < (one - other).norm() <= 0.4 * one.norm()
-        assert "rounded to 4 bits in groups of 16" in " ".join(cur("inspect", out).stdout.split())
+        said = " ".join(cur("inspect", out, "--speed").stdout.split())
+        assert "rounded to 4 bits in groups of 16" in said
+        assert "Speed on this machine" in said
+        data = json.loads(cur("inspect", out, "--speed", "--json").stdout)
+        assert {speed["tokens"] for speed in data["speed"]} == {1, 512}
     file = tmp_path / "model-4" / "quantization.json"
     data = json.loads(file.read_text())
     name = next(iter(data["grids"]))

@@ -143,12 +143,24 @@ class Product:
                 limit.claim(self, one.held(weight, dtype), device)
         return one, state
 
+    def kernel(self, tokens: int) -> str:
+        """Return the name of the kernel that multiplies a number of tokens, measured now if it was not yet.
+
+        Parameters
+        ----------
+        tokens : int
+            The number of tokens.
+
+        Returns
+        -------
+        str
+            The name.
+        """
+        return self._chosen(size_class(tokens), self.dtype, self.weight.integers.device)[0].name
+
     def describe(self) -> str:
         """Return a line on which kernels multiply one token and many, measured now if they were not yet."""
-        weight = self.weight
-        device = weight.integers.device
-        chosen = [self._chosen(size_class(tokens), self.dtype, device)[0].name for tokens in (1, 1 << 30)]
-        one, many = chosen
+        one, many = (self.kernel(tokens) for tokens in (1, 1 << 30))
         return one if one == many else f"{one} for one token, {many} for many"
 
 

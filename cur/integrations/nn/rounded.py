@@ -236,9 +236,27 @@ class GridLinear(OnGrid):
         Tensor
             The outputs, of shape (..., m), in the dtype of the inputs.
         """
+        return self._multiply()(input, self.bias)
+
+    def _multiply(self) -> Product:
         if self._product is None:
             self._product = Product(self.on_grid, dtype=self.scale.dtype, settings=self.kernels)
-        return self._product(input, self.bias)
+        return self._product
+
+    def kernel(self, tokens: int) -> str:
+        """Return the name of what multiplies a number of tokens in the dtype of the steps, measured now if need be.
+
+        Parameters
+        ----------
+        tokens : int
+            The number of tokens in a call.
+
+        Returns
+        -------
+        str
+            The name of the kernel, as ``cur inspect --speed`` shows it.
+        """
+        return self._multiply().kernel(tokens)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
