@@ -60,7 +60,7 @@ from cur.integrations.nn.modules import (
     swap_,
 )
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
-from cur.integrations.nn.rounded import GridEmbedding, GridLinear
+from cur.integrations.nn.rounded import GridEmbedding, GridLinear, set_kernels_
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
 from cur.integrations.nn.whole import WholeLinear
@@ -95,6 +95,7 @@ __all__ = [
     "looks_up",
     "made_of",
     "register",
+    "set_kernels_",
     "stand_in",
     "swap_",
 ]

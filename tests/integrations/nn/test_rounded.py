@@ -16,8 +16,8 @@ from cur.integrations.nn import (
     InterpolativeLinear,
     KeptInputs,
     WholeLinear,
+    set_kernels_,
 )
-from cur.integrations.nn.rounded import set_kernels_
 
 M, N = 4, 6
 
