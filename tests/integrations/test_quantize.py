@@ -210,6 +210,25 @@ def test_inputs_that_never_come(llama: PreTrainedModel, windows: Tensor) -> None
     assert bool(((before - W.weight).abs() <= W.scale * (0.5 + 1e-4)).all())
 
 
+def test_gradients_that_never_come_and_inputs_that_are_dead(llama: PreTrainedModel, windows: Tensor) -> None:
+    known, name = gradients(llama, windows), "model.layers.2.mlp.down_proj"
+    known.output_products[name].zero_()
+    other = "model.layers.3.mlp.down_proj"
+    known.products[other][4] = known.products[other][:, 4] = 0
+    found = quantize_(llama, known, grid=IntegerGrid(4, 8, symmetric=False), damping=0)
+    assert name not in found.predicted
+    assert other in found.predicted
+    assert bool(torch.isfinite(logits(llama, windows)).all())
+
+
+def test_factors_need_damping_where_tokens_are_few(llama: PreTrainedModel, windows: Tensor) -> None:
+    model = squeezed(llama, windows, "folded")
+    known = collect(model, [{"input_ids": windows[:1, :4]}], modules=quantizable(model), moments="full")
+    with pytest.raises(NumericalError, match="raise (it|`damping`)"):
+        quantize_(model, known, damping=0)
+    quantize_(model, known, damping=0.01)
+
+
 def test_a_row_of_zeros_stays_one(llama: PreTrainedModel, windows: Tensor) -> None:
     name = "model.layers.2.mlp.down_proj"
     with torch.no_grad():

@@ -100,11 +100,12 @@ def round_layer(
         G = _moment(statistics.second_moment, name, W.shape[1], W, "inputs")
         if name in statistics.output_products:
             H = _moment(statistics.output_moment, name, W.shape[0], W, "outputs")
+            H = H if bool(H.any()) else None  # no gradient ever came
     inputs = None if G is None or not bool(G.any()) else G  # no input ever came
     target, more = W, damping
     if propagated is not None:
         inputs, wanted = propagated.problem(W, correction=correction, damping=damping)
-        target, more = torch.linalg.solve(inputs, wanted, left=False), 0.0
+        target, more = _over(wanted, inputs, name, damping), 0.0
     made: dict[str, GridLinear | GridEmbedding] = {}
     was = now = torch.empty(0)
     for key, factor in factors.items():
@@ -122,7 +123,7 @@ def round_layer(
                 wanted = target
             if made:
                 moment = _damped(_times(now, inputs) @ now.T, more)
-                F = F + torch.linalg.solve(moment, _times(wanted - F @ now, inputs) @ now.T, left=False)
+                F = F + _over(_times(wanted - F @ now, inputs) @ now.T, moment, f"{name}.{key}", damping)
             else:
                 F, moment = wanted, _damped(inputs, more)
         rows = None if H is None or inputs is None else _damped(factor.weigh(H), damping)
@@ -296,6 +297,17 @@ def _steps(F: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> str:
     sizes = sizes[sizes > 0]
     fits = not len(sizes) or (float(sizes.min()) >= _FLOAT16[0] and float(sizes.max()) <= _FLOAT16[1])
     return "float16" if fits or dtype == torch.float16 else "bfloat16"
+
+
+def _over(right: Tensor, moment: Tensor, name: str, damping: float) -> Tensor:
+    """Return a matrix times the inverse of a damped moment."""
+    L, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        raise NumericalError(
+            f"the second moment of the inputs of {name} is not positive definite with `damping` {damping}; raise it"
+        )
+    solved: Tensor = torch.cholesky_solve(right.T, L).T
+    return solved
 
 
 def _damped(moment: Tensor | None, damping: float) -> Any:
