@@ -625,7 +625,8 @@ def off_grid(data: dict[str, Any]) -> str:
     said = (
         f"*{data['weights']:,} weights, {data['bytes'] / 2**20:.1f} MiB as shipped; groups of {data['group']}, grids "
         f"of {data['levels']} numbers. Off the grid logits move by {data['logits moved, of the largest']:.0e} of the "
-        f"largest. Zeros anywhere: the error of HQQ over that of nearest rounding, 4 bits, block {data['block']}.*"
+        f"largest. Zeros anywhere: the error of HQQ over that of nearest rounding, 4 bits, block {data['block']}; "
+        f"{data['left of normal numbers']:.2f} for normal numbers.*"
     )
     return f"{table(head, rows)}\n\n{said}\n\n{provenance(data)}"
 
