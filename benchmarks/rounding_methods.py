@@ -1,8 +1,8 @@
 """Methods that round the weights of all blocks to a grid: each makes a model of rounded numbers, and says its bytes.
 
 Bytes are those of the integers, of a step in half precision for each group and of what stands for 0 there: an integer
-of as many bits, a number in half precision (HQQ), or nothing in symmetric grids (torchao). A group that does not divide
-the inputs of a layer is the largest divisor below it there.
+of as many bits, a number in half precision (HQQ), or nothing in symmetric grids (torchao). Where a group does not
+divide the inputs of a layer, the last group of each row is shorter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import activation_aware, grid_bytes, half_quadratic, round_to_nearest
-from cur import integrations
-from cur.integrations import Statistics
+from cur.integrations import Statistics, batches
+from cur.integrations.quantize import grid_of, quantize_
 from cur.rounding import round_to_grid
 
 __all__ = ["DAMPING", "METHODS", "Known", "int4_of_torchao"]
@@ -43,12 +43,15 @@ class Known:
         Second moments of inputs and of gradients of outputs.
     magnitude : mapping of str to Tensor
         Mean magnitudes of the inputs of the first of the layers that read the same.
+    windows : Tensor, shape (count, length)
+        The text of the statistics.
     """
 
     dense: Any
     names: list[str]
     statistics: Statistics
     magnitude: Mapping[str, Tensor]
+    windows: Tensor
 
     def weight(self, name: str) -> Tensor:
         """Return a weight in float64."""
@@ -68,9 +71,9 @@ def sharing(statistics: Statistics, names: list[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def divisor(inputs: int, group: int) -> int:
-    """Return the largest group, up to one asked for, that divides the inputs of a layer."""
-    return next(size for size in range(min(group, inputs), 0, -1) if inputs % size == 0)
+def missing(inputs: int, group: int) -> int:
+    """Return how many inputs a row lacks for whole groups."""
+    return -inputs % group
 
 
 def layer_by_layer(
@@ -82,9 +85,8 @@ def layer_by_layer(
         model, stored = copy.deepcopy(known.dense), 0.0
         for name in known.names:
             weight = model.get_submodule(name).weight
-            size = divisor(weight.shape[1], group)
-            weight.data.copy_(rounded(known, name, bits, size))
-            stored += grid_bytes(*weight.shape, bits=bits, group=size, zero_bits=zero_bits or bits)
+            weight.data.copy_(rounded(known, name, bits, group))
+            stored += grid_bytes(*weight.shape, bits=bits, group=group, zero_bits=zero_bits or bits)
         return model, stored
 
     return run
@@ -94,15 +96,20 @@ def by_plane(*, outputs: bool) -> Callable[[Known, int, int], Made]:
     """Make nearest plane under the moments of the inputs, which is GPTQ, or under those of both sides."""
 
     def rounded(known: Known, name: str, bits: int, group: int) -> Tensor:
+        W, G = known.dense.get_submodule(name).weight.detach(), known.statistics.second_moment(name)
+        n = len(G)
+        more = missing(n, group)
+        # whole groups of zeros and of inputs of a mean size, whose errors nothing else makes up for
+        beside = float(G.diagonal().mean()) * torch.eye(more, dtype=G.dtype)
         found = round_to_grid(
-            known.dense.get_submodule(name).weight.detach(),
+            nn.functional.pad(W, (0, more)),
             bits=bits,
             group=group,
             row_weights=known.statistics.output_moment(name) if outputs else None,
-            column_weights=known.statistics.second_moment(name),
+            column_weights=torch.block_diag(G, beside),
             damping=DAMPING,
         )
-        values: Tensor = found.toarray()
+        values: Tensor = found.toarray()[:, :n]
         return values
 
     return layer_by_layer(rounded)
@@ -114,33 +121,33 @@ def awq(known: Known, bits: int, group: int) -> Made:
     for names in known.by_input():
         first = names[0]
         moment, magnitude = known.statistics.second_moment(first), known.magnitude[first]
-        size = divisor(len(magnitude), group)
         weights = [known.weight(name) for name in names]
-        rounded, _ = activation_aware(weights, moment, magnitude, bits=bits, group=size)
+        rounded, _ = activation_aware(weights, moment, magnitude, bits=bits, group=group)
         for name, Q in zip(names, rounded, strict=True):
             model.get_submodule(name).weight.data.copy_(Q)
-            stored += grid_bytes(*Q.shape, bits=bits, group=size, zero_bits=bits)
+            stored += grid_bytes(*Q.shape, bits=bits, group=group, zero_bits=bits)
         stored += 2 * len(magnitude)
     return model, stored
 
 
 def torchao(known: Known, bits: int, group: int) -> Made:
     """Return what torchao's weight-only configurations make: int8 by rows, fewer bits by groups, symmetric both."""
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao import quantization as ao
 
     model, stored = copy.deepcopy(known.dense), 0.0
     for name in known.names:
-        layer = model.get_submodule(name)
-        m, n = layer.weight.shape
-        size = n if bits == 8 else divisor(n, group)
-        dtype = getattr(torch, f"int{bits}")
-        config = (
-            Int8WeightOnlyConfig()
-            if bits == 8
-            else IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerGroup(size), version=2)
-        )
-        quantize_(layer, config)
-        layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        weight = model.get_submodule(name).weight
+        m, n = weight.shape
+        size = n if bits == 8 else group
+        if bits == 8:
+            config: Any = ao.Int8WeightOnlyConfig()
+        else:
+            config = ao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=ao.PerGroup(size))
+        layer = nn.Linear(n, m, bias=False)
+        # zeros change no step of a symmetric grid
+        layer.weight = nn.Parameter(nn.functional.pad(weight.detach(), (0, missing(n, size))), requires_grad=False)
+        ao.quantize_(layer, config)
+        weight.data.copy_(layer.weight.dequantize()[:, :n])
         stored += grid_bytes(m, n, bits=bits, group=size, zero_bits=0)
     return model, stored
 
@@ -148,18 +155,26 @@ def torchao(known: Known, bits: int, group: int) -> Made:
 def int4_of_torchao() -> str | None:
     """Say why torchao's own configuration for four bits cannot be measured here in float32, None if it can."""
     try:
-        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+        from torchao import quantization as ao
 
-        quantize_(nn.Linear(128, 128, bias=False), Int4WeightOnlyConfig())
+        ao.quantize_(nn.Linear(128, 128, bias=False), ao.Int4WeightOnlyConfig())
     except Exception as error:  # noqa: BLE001 - kernels, devices and packages raise what they like
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 
 def block_after_block(known: Known, bits: int, group: int) -> Made:
-    """Return what ``cur quantize --bits`` makes: block after block, for the inputs that really come."""
-    model = copy.deepcopy(known.dense)
-    found = integrations.quantize_(model, known.statistics, bits=bits, group=group)
+    """Return what ``cur quantize --bits`` makes by default: block after block, fitted to the inputs that come."""
+    model, rounded = (copy.deepcopy(known.dense) for _ in range(2))
+    found = quantize_(
+        rounded,
+        known.statistics,
+        grid=grid_of(bits, group, symmetric=False),
+        text=batches(known.windows, batch_size=1),
+        precision=known.statistics.precision,
+    )
+    for name in known.names:
+        model.get_submodule(name).weight.data.copy_(rounded.get_submodule(name).weight)
     return model, float(found.after)
 
 

@@ -159,7 +159,7 @@ def calibrated(model: Any, windows: Tensor, names: list[str], cache: Path, diges
     if not beside.exists():
         first = [group[0] for group in sharing(statistics, names)]
         save_file(magnitudes(model, windows, first, progress=count("magnitudes")), beside)
-    return Known(model, names, statistics, load_file(beside))
+    return Known(model, names, statistics, load_file(beside), windows)
 
 
 def measured(known: Known, reference: Reference, title: str, bits: int, group: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def activation_aware(
     bits : int
         The bits of an integer.
     group : int
-        How many neighbours in a row share a step, a divisor of n.
+        How many neighbours in a row share a step; the last group of a row may be shorter.
     """
     sizes = magnitude.clamp(min=1e-6 * float(magnitude.mean()))
     best: list[Tensor] = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.baselines.grid import whole_range
+from benchmarks.baselines.grid import by_groups, whole_range
 
 __all__ = ["half_quadratic"]
 
@@ -33,10 +33,15 @@ def half_quadratic(W: Tensor, *, bits: int, group: int, p: float = 0.7) -> Tenso
     bits : int
         The bits of an integer.
     group : int
-        How many neighbours in a row share a step, a divisor of n.
+        How many neighbours in a row share a step; the last group of a row may be shorter.
     p : float, default 0.7
         As in the paper.
     """
+    return by_groups(W, group, lambda part, length: _whole(part, bits, length, p))
+
+
+def _whole(W: Tensor, bits: int, group: int, p: float) -> Tensor:
+    """Round what the group divides."""
     steps, zeros, most = whole_range(W, bits=bits, group=group)
     parts = W.reshape(len(W), -1, group)
     best, least, beta = W, float("inf"), BETA

@@ -220,6 +220,14 @@ def test_nearest_rounding_is_off_by_half_a_step_at_most(bits: int) -> None:
 
 def test_bytes_are_those_of_integers_steps_and_zeros() -> None:
     assert grid_bytes(3, 64, bits=4, group=32, zero_bits=4) == 3 * (64 / 2 + 2 * (2 + 0.5))
+    assert grid_bytes(3, 80, bits=3, group=32, zero_bits=16) == 3 * (80 * 3 / 8 + 3 * (2 + 2))
+
+
+def test_the_last_group_is_rounded_for_itself() -> None:
+    W = torch.randn(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for method in (round_to_nearest, half_quadratic):
+        parts = [method(W[:, :32], bits=3, group=16), method(W[:, 32:], bits=3, group=8)]
+        assert torch.equal(method(W, bits=3, group=16), torch.cat(parts, 1))
 
 
 def test_hqq_finds_a_zero_that_is_no_integer() -> None:
