@@ -164,9 +164,12 @@ def calibrated(model: Any, windows: Tensor, names: list[str], cache: Path, diges
 
 def measured(known: Known, reference: Reference, title: str, bits: int, group: int) -> dict[str, Any]:
     """Round the model, and compare what it predicts with the dense one, window by window."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     begin = time.process_time()
     model, stored = METHODS[title](known, bits, group)
     seconds = time.process_time() - begin
+    torch.set_num_threads(threads)
     found = reference.compare(model, count(f"{title}, {bits} bits, groups of {group}"))
     return {
         "method": title,

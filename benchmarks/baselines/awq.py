@@ -40,15 +40,15 @@ def activation_aware(
         How many neighbours in a row share a step; the last group of a row may be shorter.
     """
     sizes = magnitude.clamp(min=1e-6 * float(magnitude.mean()))
+    G = moment.float()  # losses are only compared with one another
     best: list[Tensor] = []
     least, chosen = float("inf"), 0.0
     for alpha in torch.arange(ALPHAS, dtype=torch.float64) / ALPHAS:
         s = sizes**alpha
         s = s / (s.max() * s.min()).sqrt()
         rounded = [round_to_nearest(W * s, bits=bits, group=group) / s for W in weights]
-        loss = sum(
-            float(torch.linalg.vecdot((W - Q) @ moment, W - Q).sum()) for W, Q in zip(weights, rounded, strict=True)
-        )
+        errors = [(W - Q).float() for W, Q in zip(weights, rounded, strict=True)]
+        loss = sum(float(torch.linalg.vecdot(E @ G, E).double().sum()) for E in errors)
         if loss < least:
             best, least, chosen = rounded, loss, float(alpha)
     return best, chosen
