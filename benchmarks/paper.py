@@ -1,10 +1,11 @@
 """Repeat the experiments of "CURing Large Models" (arXiv 2501.04211) at the scale of a small model, without healing.
 
-SmolLM2-135M-Instruct. Unless a row says otherwise: ten blocks of smallest angular distance, their ``q_proj k_proj
-gate_proj``, rank at most 128 and at most break-even, WANDA and DEIM, plain U, calibration on 64 windows of 512 tokens
-of WikiText-2 ``valid.txt``. Perplexity over the first 8 windows of 1024 tokens of WikiText-2 ``test.txt`` and of the
-CPython language reference, each window on its own. Products of all passes are in bfloat16 where the processor has units
-for it, which moves the perplexities by less than the choices that are compared.
+SmolLM2-135M-Instruct, dense as it is shipped (what that is, is in ``off_grid.py``). Unless a row says otherwise: ten
+blocks of smallest angular distance, their ``q_proj k_proj gate_proj``, rank at most 128 and at most break-even, WANDA
+and DEIM, plain U, calibration on 64 windows of 512 tokens of WikiText-2 ``valid.txt``. Perplexity over the first 8
+windows of 1024 tokens of WikiText-2 ``test.txt`` and of the CPython language reference, each window on its own.
+Products of all passes are in bfloat16 where the processor has units for it, which moves the perplexities by less than
+the choices that are compared.
 
     python benchmarks/paper.py [--wikitext DIR] [--only NAME ...]
 

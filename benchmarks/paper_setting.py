@@ -1,9 +1,9 @@
 """Measure the paper's setting, with DEIM done right, on a real model: perplexity without healing.
 
-SmolLM2-135M-Instruct; 10 layers by angular distance, ``q_proj k_proj gate_proj``, WANDA + DEIM, rank at most
-128. Calibration: 64 windows of 512 tokens of WikiText-2 ``valid.txt``. Perplexity over the first 40 windows
-of 1024 tokens of WikiText-2 ``test.txt`` and of the CPython language reference, each window on its own, float32
-on the CPU.
+SmolLM2-135M-Instruct, dense as it is shipped (what that is, is in ``off_grid.py``); 10 layers by angular distance,
+``q_proj k_proj gate_proj``, WANDA + DEIM, rank at most 128. Calibration: 64 windows of 512 tokens of WikiText-2
+``valid.txt``. Perplexity over the first 40 windows of 1024 tokens of WikiText-2 ``test.txt`` and of the CPython
+language reference, each window on its own, float32 on the CPU.
 
     python benchmarks/paper_setting.py [--wikitext DIR]
 

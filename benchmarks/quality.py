@@ -1,9 +1,10 @@
 """Compare what methods keep of a model at the same number of parameters.
 
-SmolLM2-135M-Instruct, all linear layers of all blocks, the share of their parameters that is kept: 0.9, 0.8, 0.6.
-Calibration on windows of 512 tokens from all over WikiText-2 ``valid.txt``; ours, and baselines with "own text", on a
-quarter of that which the model wrote itself besides. Perplexity over windows of 1024 tokens of WikiText-2
-``test.txt`` and of the CPython language reference, each window on its own, float32 on the CPU.
+SmolLM2-135M-Instruct, dense as it is shipped (what that is, is in ``off_grid.py``); all linear layers of all blocks,
+the share of their parameters that is kept: 0.9, 0.8, 0.6. Calibration on windows of 512 tokens from all over WikiText-2
+``valid.txt``; ours, and baselines with "own text", on a quarter of that which the model wrote itself besides.
+Perplexity over windows of 1024 tokens of WikiText-2 ``test.txt`` and of the CPython language reference, each window on
+its own, float32 on the CPU.
 
 The baselines (`benchmarks/baselines`) are written from their papers' formulas, in float64 and with the same
 calibration.

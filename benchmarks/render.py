@@ -13,9 +13,11 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.special import stdtrit
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(
@@ -593,9 +595,111 @@ def rounding(data: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{about}\n\n{provenance(data)}"
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of windows, and half the length of its interval of 95 percent by Student's distribution."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count < 2:
+        return mean, math.inf
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return mean, float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
+
+
+def off_grid(data: dict[str, Any]) -> str:
+    """Return which weights lie on a grid as they are shipped, and what is left of it in the model taken off it."""
+    names = list(data["rows"][0]["on a grid"])
+    rows = [
+        [
+            f"`{row['layers']}`",
+            f"{row['weights'] / 1e6:.1f} M",
+            *(f"{row['on a grid'][name]:.0%}" for name in (names[0], names[-1])),
+            *(f"{row['left by HQQ'][name]:.2f}" for name in names),
+        ]
+        for row in data["rows"]
+    ]
+    head = [
+        "Layers",
+        "weights",
+        *(f"groups on a grid, {name}" for name in (names[0], names[-1])),
+        *(f"left by zeros anywhere, {name}" for name in names),
+    ]
+    said = (
+        f"*{data['weights']:,} weights, {data['bytes'] / 2**20:.1f} MiB as shipped; groups of {data['group']}, grids "
+        f"of {data['levels']} numbers. Off the grid logits move by {data['logits moved, of the largest']:.0e} of the "
+        f"largest. Zeros anywhere: the error of HQQ over that of nearest rounding, 4 bits, block {data['block']}; "
+        f"{data['left of normal numbers']:.2f} for normal numbers.*"
+    )
+    return f"{table(head, rows)}\n\n{said}\n\n{provenance(data)}"
+
+
+def rounding_model(data: dict[str, Any]) -> str:
+    """Return divergences, shares of the same token, sizes and seconds: methods down, bits and groups across."""
+    found = {(row["method"], row["bits"], row["group"]): row for row in data["rows"]}
+    methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
+    settings = sorted({key[1:] for key in found}, key=lambda setting: (setting[1] != 64, -setting[0], setting[1]))
+    across = [str(bits) if group == 64 else f"{bits}, by {group}" for bits, group in settings]
+
+    def pivot(title: str, shown: Callable[[dict[str, Any]], str]) -> str:
+        places = [[found.get((method, bits, group)) for bits, group in settings] for method in methods]
+        cells = [
+            [method, *("" if row is None else shown(row) for row in rows)]
+            for method, rows in zip(methods, places, strict=True)
+        ]
+        return table([f"{title}; bits:", *across], cells)
+
+    parts = []
+    for text in data["rows"][0]["kl"] if data["rows"] else ():
+        parts.append(pivot(f"Divergence, {text}", lambda row, text=text: _with_interval(row["kl"][text])))
+        parts.append(pivot(f"Same top token, {text}", lambda row, text=text: f"{interval(row['same'][text])[0]:.3f}"))
+    parts.append(pivot("MiB", lambda row: f"{row['bytes'] / 2**20:.1f}"))
+    parts.append(pivot("Seconds to round", lambda row: cell(row["seconds"])))
+    parts.extend(_window_by_window(data, "both sides", "GPTQ"))
+    windows, taken = sorted({row["windows"] for row in data["rows"]}), data["calibration"]
+    parts.append(
+        f"*Nats a token, means over the first {' or '.join(map(str, windows))} windows of {data['length']} tokens of "
+        "each text, with intervals of 95 percent over windows. Groups of 64, others as they are named. Calibration: "
+        f"{taken['windows']} windows of {taken['length']} tokens, products in {taken['products']}; damping "
+        f"{data['damping']}. Seconds of one processor, without calibration.*"
+    )
+    if data["int4 of torchao"] is not None:
+        parts.append(
+            "*torchao's own configuration for four bits (`Int4WeightOnlyConfig`) does not run on this processor in "
+            f"float32 ({data['int4 of torchao']}); the row is its weight-only integers of any width "
+            "(`IntxWeightOnlyConfig`), and int8 by rows (`Int8WeightOnlyConfig`) at 8 bits.*"
+        )
+    return "\n\n".join([*parts, provenance(data)])
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.2g} ± {half:.1g}" if mean < 0.01 else f"{mean:.3f} ± {half:.3f}"
+
+
+def _window_by_window(data: dict[str, Any], one: str, other: str) -> list[str]:
+    """Return a sentence with the divergence of one method over another's on the same windows."""
+    found = {(row["method"], row["bits"], row["group"]): row for row in data["rows"]}
+    parts = []
+    for method, bits, group in found:
+        if method != one or (other, bits, group) not in found:
+            continue
+        mine, theirs = found[one, bits, group]["kl"], found[other, bits, group]["kl"]
+        values = []
+        for text in mine:
+            # the first windows are those of both
+            logs = [math.log(a / b) for a, b in zip(mine[text], theirs[text], strict=False)]
+            mean, half = interval(logs)
+            values.append(f"{math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})")
+        parts.append(f"{bits} bits{'' if group == 64 else f' by {group}'}: {' and '.join(values)}")
+    if not parts:
+        return []
+    texts = " and ".join(data["rows"][0]["kl"])
+    return [f"*Divergence of {one} over that of {other}, window by window, on {texts}: {'; '.join(parts)}.*"]
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
+    "off_grid": off_grid,
     "rounding": rounding,
+    "rounding_model": rounding_model,
     "gpu": gpu,
     "scale": scale,
     "cost": cost,

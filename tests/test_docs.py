@@ -100,6 +100,22 @@ def test_benchmarks_page_shows_the_stored_results():
     assert render.rendered(page) == page, "run python benchmarks/render.py"
 
 
+def test_sections_that_call_the_shipped_model_dense_say_what_that_is():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    sections = {part.split("\n", 1)[0]: part for part in re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]}
+    definition = sections.pop("## The dense model")
+    assert "Q4_1" in definition
+    assert "<!-- results: off_grid -->" in definition
+    named = {
+        title: part
+        for title, part in sections.items()
+        if re.search(r"dense model|^\| dense|\*Dense:", part, flags=re.MULTILINE)
+    }
+    assert named
+    assert [title for title, part in named.items() if "(#the-dense-model)" not in part] == []
+    assert "docs/benchmarks.md#the-dense-model" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_other_words_are_noticed():
     with pytest.raises(AssertionError):
         assert_same_output("rank 3", "order 3")

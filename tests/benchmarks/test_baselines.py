@@ -10,16 +10,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.baselines import (
+    activation_aware,
     activation_scaled,
     cur_factors,
     dynamic_ranks,
     effective_rank,
     fisher_weighted,
+    grid_bytes,
+    half_quadratic,
+    magnitudes,
     measure,
     nearest,
     pivot_rows,
     reconstruct_,
     refit,
+    round_to_nearest,
     whitened,
 )
 
@@ -189,3 +194,76 @@ def test_diagonals_are_those_of_the_gradients(llama: LlamaForCausalLM) -> None:
     torch.testing.assert_close(found.fisher[name].float(), wanted.sum(1))
     assert found.magnitude[name].shape == (16,)
     assert bool((found.magnitude[name] > 0).all())
+
+
+def test_magnitudes_alone_are_those_beside_the_gradients(llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(31, (3, 8), generator=torch.Generator().manual_seed(0))
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    found, wanted = magnitudes(llama, windows, names), measure(llama, windows, names).magnitude
+    assert list(found) == names
+    for name in names:
+        torch.testing.assert_close(found[name], wanted[name])
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_nearest_rounding_is_off_by_half_a_step_at_most(bits: int) -> None:
+    W = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q = round_to_nearest(W, bits=bits, group=16)
+    parts = W.view(6, 4, 16)
+    steps = (parts.amax(-1) - parts.amin(-1)) / (2**bits - 1)
+    # a zero that is no integer shifts the grid by half a step, steps are rounded to half precision
+    assert bool(((W - Q).abs().view(6, 4, 16) <= 1.02 * steps[..., None]).all())
+    assert all(len(group.unique()) <= 2**bits for group in Q.view(-1, 16))
+    torch.testing.assert_close(round_to_nearest(Q, bits=bits, group=16), Q, rtol=1e-3, atol=0)
+
+
+def test_bytes_are_those_of_integers_steps_and_zeros() -> None:
+    assert grid_bytes(3, 64, bits=4, group=32, zero_bits=4) == 3 * (64 / 2 + 2 * (2 + 0.5))
+    assert grid_bytes(3, 80, bits=3, group=32, zero_bits=16) == 3 * (80 * 3 / 8 + 3 * (2 + 2))
+
+
+def test_the_last_group_is_rounded_for_itself() -> None:
+    W = torch.randn(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for method in (round_to_nearest, half_quadratic):
+        parts = [method(W[:, :32], bits=3, group=16), method(W[:, 32:], bits=3, group=8)]
+        assert torch.equal(method(W, bits=3, group=16), torch.cat(parts, 1))
+
+
+def test_hqq_finds_a_zero_that_is_no_integer() -> None:
+    """Whatever lies on a grid is on it again, wherever that has its 0."""
+    q = torch.randint(16, (5, 64), generator=torch.Generator().manual_seed(0)).double()
+    q[:, ::32], q[:, 1::32] = 0, 15
+    W = (q - 7.4) * 0.125
+    plain, found = (W - f(W, bits=4, group=32) for f in (round_to_nearest, half_quadratic))
+    assert float(found.norm()) < 0.1 * float(plain.norm())
+
+
+def test_hqq_lets_large_errors_be_for_the_small_ones() -> None:
+    W = torch.randn(8, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for bits in (3, 4):
+        plain, found = (W - f(W, bits=bits, group=64) for f in (round_to_nearest, half_quadratic))
+        assert float((found.abs() ** 0.7).sum()) < float((plain.abs() ** 0.7).sum())
+
+
+def test_awq_is_nearest_rounding_where_all_inputs_are_alike(W: torch.Tensor) -> None:
+    (found,), _ = activation_aware(
+        [W], torch.eye(N, dtype=torch.float64), torch.ones(N, dtype=torch.float64), bits=4, group=N
+    )
+    torch.testing.assert_close(found, round_to_nearest(W, bits=4, group=N))
+
+
+def test_awq_rounds_columns_of_large_inputs_finely(W: torch.Tensor, X: torch.Tensor) -> None:
+    moment, magnitude = X.T @ X / len(X), X.abs().mean(0)
+    weights = [W, W.flip(0)[:5].contiguous()]
+    found, alpha = activation_aware(weights, moment, magnitude, bits=3, group=N)
+    plain = [round_to_nearest(weight, bits=3, group=N) for weight in weights]
+    assert alpha > 0
+    assert sum(loss(w, q, X) ** 2 for w, q in zip(weights, found, strict=True)) < 0.5 * sum(
+        loss(w, q, X) ** 2 for w, q in zip(weights, plain, strict=True)
+    )
+    # one scale for all that read the same: multiplied by it, each lies on a grid
+    s = magnitude**alpha
+    s = s / (s.max() * s.min()).sqrt()
+    for weight, rounded in zip(weights, found, strict=True):
+        torch.testing.assert_close(rounded * s, round_to_nearest(weight * s, bits=3, group=N))
