@@ -224,7 +224,7 @@ def test_gradients_that_never_come_and_inputs_that_are_dead(llama: PreTrainedMod
 def test_factors_need_damping_where_tokens_are_few(llama: PreTrainedModel, windows: Tensor) -> None:
     model = squeezed(llama, windows, "folded")
     known = collect(model, [{"input_ids": windows[:1, :4]}], modules=quantizable(model), moments="full")
-    with pytest.raises(NumericalError, match="raise (it|`damping`)"):
+    with pytest.raises(NumericalError, match=r"raise (it|`damping`)"):
         quantize_(model, known, damping=0)
     quantize_(model, known, damping=0.01)
 
