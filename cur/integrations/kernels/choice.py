@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from cur.integrations.kernels.entry import KERNELS, Kernel
 from cur.integrations.kernels.settings import KernelSettings
 from cur.integrations.kernels.weight import GridWeight
 
-__all__ = ["SIZES", "best", "candidates", "choose", "size_class"]
+__all__ = ["SIZES", "around", "best", "candidates", "choose", "size_class"]
 
 SIZES = (1, 4, 16, 64, 128)
 """Numbers of tokens that products are timed with. A number of tokens belongs to the least of these that is no smaller,
@@ -42,7 +43,7 @@ def size_class(tokens: int) -> int:
     tokens : int
         The number of tokens.
     """
-    return next((size for size in SIZES if tokens <= size), SIZES[-1])
+    return SIZES[min(bisect_left(SIZES, tokens), len(SIZES) - 1)]
 
 
 def candidates(
@@ -158,6 +159,36 @@ def best(kernels: Iterable[Kernel], found: Mapping[str, float], weight: GridWeig
     return min(near, key=lambda one: (one.held(weight, dtype), found[one.name]))
 
 
+def around(
+    one: Kernel, weight: GridWeight, dtype: torch.dtype, size: int, state: Any = None
+) -> list[Callable[[Tensor], Tensor]]:
+    """Return the product of a kernel with each of the copies of a weight that it is timed with.
+
+    Parameters
+    ----------
+    one : Kernel
+        The kernel to be timed.
+    weight : GridWeight
+        The weight that is multiplied with.
+    dtype : torch.dtype
+        The dtype of the inputs.
+    size : int
+        The number of tokens.
+    state : object, optional
+        The first copy, as the kernel has arranged it.
+
+    Returns
+    -------
+    list of callable
+        Functions of the inputs.
+    """
+    count = times.copies(one.held(weight, dtype), size)
+    with torch.inference_mode(False), torch.no_grad():
+        states = [] if state is None else [state]
+        states += [one.prepare(weight, dtype) for _ in range(count - len(states))]
+    return [functools.partial(one.run, state) for state in states]
+
+
 def _times(
     weight: GridWeight, dtype: torch.dtype, size: int, able: list[Kernel], prepared: Callable[[Kernel], Any]
 ) -> dict[str, float]:
@@ -169,22 +200,12 @@ def _times(
     if any(one.name not in found for one in able):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(size, weight.shape[1], generator=generator).to(dtype)
-        runs = {one.name: _around(one, prepared(one), weight, dtype, size) for one in able}
+        runs = {one.name: around(one, weight, dtype, size, prepared(one)) for one in able}
         # Those of kernels that are no candidates now stay: for another layer they may be.
         found = {**found, **times.measured(runs, x)}
         _known[case] = found
         times.write(case, found)
     return found
-
-
-def _around(
-    one: Kernel, state: Any, weight: GridWeight, dtype: torch.dtype, size: int
-) -> list[Callable[[Tensor], Tensor]]:
-    """Return the product with each copy of a weight."""
-    count = times.copies(one.held(weight, dtype), size)
-    with torch.inference_mode(False), torch.no_grad():
-        states = [state, *(one.prepare(weight, dtype) for _ in range(count - 1))]
-    return [functools.partial(one.run, state) for state in states]
 
 
 def _case(weight: GridWeight, dtype: torch.dtype, size: int) -> str:
