@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from environment import environment
 from inference import _NEW, _decode, _prefill, compare
-from torch import nn
 
-from cur.integrations import embedded_text, linear_modules, load_model, token_windows
-from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, choice, product, stacked, times
-from cur.integrations.model.targets import decoder_layers
-from cur.integrations.nn import dense_weight
+from cur.integrations import embedded_text, load_model, token_windows
+from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, choice, times
+from cur.integrations.quantize import grid_of, quantize_
 
 RESULTS = Path(__file__).resolve().parent / "results" / "low_bits.json"
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
@@ -125,7 +123,7 @@ def measure_together() -> list[dict[str, Any]]:
         for dtype in DTYPES:
             one = KERNELS["compiled"]
             apart = [choice.around(one, weight, dtype, 1) for weight in weights]
-            joint = choice.around(one, stacked(weights), dtype, 1)
+            joint = choice.around(one, below(weights), dtype, 1)
             count = min(len(joint), *map(len, apart))
             seconds = times.measured(
                 {
@@ -148,31 +146,12 @@ def measure_together() -> list[dict[str, Any]]:
     return rows
 
 
-class Rounded(nn.Module):
-    """A linear layer rounded to the nearest numbers of a grid."""
-
-    def __init__(self, W: torch.Tensor, bits: int, group: int | None, symmetric: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.product = product(rounded(W.float(), bits, group, symmetric), dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
-
-
-def rounded(W: torch.Tensor, bits: int, group: int | None, symmetric: bool) -> GridWeight:
-    """Return a weight on the grid of its extreme entries, in groups or rows."""
-    m, n = W.shape
-    parts = W.view(m, -1, n if group is None else group)
-    if symmetric:
-        most = 2 ** (bits - 1) - 1
-        scale = parts.abs().amax(2).clamp_min(1e-12).div(most).bfloat16().float()
-        q = torch.round(parts / scale[..., None]).clamp(-most, most).to(torch.int8)
-        return GridWeight(q.view(m, n), scale, None, bits, n if group is None else group)
-    low, high = parts.amin(2).clamp_max(0), parts.amax(2).clamp_min(0)
-    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12).bfloat16().float()
-    zeros = torch.round(-low / scale).clamp(0, 2**bits - 1)
-    q = torch.round(parts / scale[..., None] + zeros[..., None]).clamp(0, 2**bits - 1).to(torch.uint8)
-    return GridWeight(q.view(m, n), scale, zeros.to(torch.uint8), bits, n if group is None else group)
+def below(weights: list[GridWeight]) -> GridWeight:
+    """Put weights of the same inputs below each other."""
+    first = weights[0]
+    integers, scale = (torch.cat([getattr(weight, part) for weight in weights]) for part in ("integers", "scale"))
+    zeros = None if first.zeros is None else torch.cat([weight.zeros for weight in weights])
+    return GridWeight(integers, scale, zeros, first.bits, first.group)
 
 
 def measure_model() -> list[dict[str, Any]]:
@@ -181,13 +160,10 @@ def measure_model() -> list[dict[str, Any]]:
     for dtype in DTYPES:
         dense, tokenizer, source = load_model(None, dtype=dtype)
         window = token_windows(tokenizer, embedded_text("calibrate"), length=512, count=1)
-        names = linear_modules(dense, "all-linear", blocks=range(len(decoder_layers(dense))))
-        for bits, group, symmetric in GRIDS:
+        for bits in (8, 4):
             model = copy.deepcopy(dense)
-            for name in names:
-                weight, _, _ = dense_weight(model.get_submodule(name), name)
-                model.set_submodule(name, Rounded(weight, bits, group, symmetric, dtype))
-            row: dict[str, Any] = {"model": source, "grid": grid_name(bits, group), "dtype": str(dtype)[6:]}
+            quantize_(model, grid=grid_of(bits))
+            row: dict[str, Any] = {"model": source, "grid": str(grid_of(bits)), "dtype": str(dtype)[6:]}
             for what, run in (("prefill", _prefill), ("decode", _decode)):
                 ratio, slow, fast = compare(lambda: run(dense, window), lambda: run(model, window), least=4.0)
                 row[f"{what}, speed-up"] = ratio

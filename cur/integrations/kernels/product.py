@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from cur.integrations.kernels.choice import choose, size_class
 from cur.integrations.kernels.dense import into_inputs
 from cur.integrations.kernels.entry import KERNELS, Kernel
 from cur.integrations.kernels.settings import KernelSettings
-from cur.integrations.kernels.weight import GridWeight, stacked
+from cur.integrations.kernels.weight import GridWeight
 
-__all__ = ["JointProduct", "Product", "joint", "product"]
+__all__ = ["Product", "product"]
 
 Source = Callable[[], GridWeight]
 
@@ -190,52 +190,6 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-class JointProduct:
-    """Multiply the same inputs with several weights in one product.
-
-    Parameters
-    ----------
-    sources : sequence of GridWeight or callable
-        The weights, with as many inputs, bits and neighbours in a group as the first one.
-    dtype : torch.dtype
-        The dtype of the weights multiplied out.
-    settings : KernelSettings, optional
-        What may be rounded, and how much memory may be taken. By default nothing, and half of what is available.
-    """
-
-    def __init__(
-        self, sources: Sequence[GridWeight | Source], *, dtype: torch.dtype, settings: KernelSettings | None = None
-    ) -> None:
-        self.sources = tuple(sources)
-        self.sizes = [weight.shape[0] for weight in self._weights()]
-        self.product = Product(self._stacked, dtype=dtype, settings=settings)
-
-    def _weights(self) -> list[GridWeight]:
-        return [source if isinstance(source, GridWeight) else source() for source in self.sources]
-
-    def _stacked(self) -> GridWeight:
-        return stacked(self._weights())
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """Multiply.
-
-        Parameters
-        ----------
-        x : Tensor
-            The inputs, of shape (..., n).
-
-        Returns
-        -------
-        list of Tensor
-            The outputs of each weight, parts of one tensor.
-        """
-        return list(torch.split(self.product(x), self.sizes, -1))
-
-    def describe(self) -> str:
-        """Return a line on which kernels multiply one token and many."""
-        return self.product.describe()
-
-
 def product(weight: GridWeight | Source, *, dtype: torch.dtype, settings: KernelSettings | None = None) -> Product:
     """Return the product with a weight on a grid.
 
@@ -253,24 +207,3 @@ def product(weight: GridWeight | Source, *, dtype: torch.dtype, settings: Kernel
     Product
     """
     return Product(weight, dtype=dtype, settings=settings)
-
-
-def joint(
-    weights: Sequence[GridWeight | Source], *, dtype: torch.dtype, settings: KernelSettings | None = None
-) -> JointProduct:
-    """Return the product of the same inputs with several weights.
-
-    Parameters
-    ----------
-    weights : sequence of GridWeight or callable
-        The weights, with as many inputs, bits and neighbours in a group as the first one.
-    dtype : torch.dtype
-        The dtype of the weights multiplied out.
-    settings : KernelSettings, optional
-        What may be rounded, and how much memory may be taken. By default nothing, and half of what is available.
-
-    Returns
-    -------
-    JointProduct
-    """
-    return JointProduct(weights, dtype=dtype, settings=settings)

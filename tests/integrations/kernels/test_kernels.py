@@ -9,6 +9,7 @@ import torch
 
 from cur.integrations.kernels import KERNELS, Kernel
 from cur.integrations.kernels.dense import into_inputs
+from cur.integrations.kernels.integer import _adds_up
 from tests.integrations.kernels.grids import BITS, SHAPES, inputs, make
 
 GRIDS = list(itertools.product(BITS, (32, 64, 128, None), (True, False)))
@@ -24,6 +25,8 @@ def error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("one", KERNELS.values(), ids=lambda one: one.name)
 def test_products_are_those_of_the_dense_weight(one: Kernel, dtype: torch.dtype) -> None:
+    if not one.exact and not _adds_up():
+        pytest.skip("sums of two products of bytes overflow on this processor")
     tried = 0
     for (m, n), (bits, group, symmetric) in itertools.product(SHAPES, GRIDS):
         if group is not None and group > n:
@@ -55,7 +58,7 @@ def test_products_are_those_of_the_dense_weight(one: Kernel, dtype: torch.dtype)
 def test_integer_products_have_a_step_for_each_token() -> None:
     one = KERNELS["integers, a step for each token"]
     weight = make(16, 64, bits=8, symmetric=True)
-    if not one.takes(weight, torch.float32):
+    if not _adds_up():
         pytest.skip("sums of two products of bytes overflow on this processor")
     x = inputs(3, 64)
     small = x.clone()
