@@ -81,8 +81,8 @@ def candidates(
         for one in (KERNELS.values() if kernels is None else kernels)
         if (one.exact or settings.activations == "int8")
         and (one.most is None or size <= one.most)
-        and one.is_here
         and one.takes(weight, dtype)
+        and one.is_here
         and (
             not one.expands
             or one.prepare in held
@@ -226,7 +226,7 @@ def _say_what_is_missing(weight: GridWeight, dtype: torch.dtype, able: list[Kern
         if missing and one.exact and one.takes(weight, dtype) and not _said.issuperset(missing):
             _said.update(missing)
             warn(
-                f"weights in few bits are multiplied out here, as {', '.join(missing)} is not installed, whose kernels "
-                'read them as they are; type: pip install "cur-decomposition[kernels]"',
+                f"weights in few bits are multiplied out here, as {', '.join(missing)} cannot be imported, whose "
+                'kernels read them as they are; type: pip install "cur-decomposition[kernels]"',
                 UserWarning,
             )

@@ -25,8 +25,9 @@ __all__ = ["copies", "measured", "place", "read", "write"]
 _VERSION = 1
 
 # The weights of a model are in no cache when they are needed again. So products of few tokens go round copies of a
-# weight, which take so many bytes together, while what the interpreter needs stays near, as it does in a model.
-_AROUND = 1 << 26
+# weight, which take so many bytes together, while what the interpreter needs stays near, as it does in a model. Those
+# of the other kernels come in between.
+_AROUND = 1 << 25
 _COPIES = 64
 _FEW = 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,7 +93,10 @@ def test_what_is_held_is_what_entries_say() -> None:
     assert dense.prepare(weight, torch.bfloat16).nbytes == dense.held(weight, torch.bfloat16)
 
 
-def test_entries_know_packages_that_are_missing() -> None:
+def test_entries_know_packages_that_are_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(one.is_here for one in KERNELS.values())
-    missing = Kernel("no", lambda state, x: x, lambda w, d: w, lambda w, d: True, lambda w, d: 0, needs=("no_such",))
-    assert not missing.is_here
+    (tmp_path / "broken_package.py").write_text("raise ImportError('needs an older NumPy')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("no_such_package", "broken_package"):
+        without = Kernel("no", lambda state, x: x, lambda w, d: w, lambda w, d: True, lambda w, d: 0, needs=(name,))
+        assert not without.is_here
