@@ -700,7 +700,7 @@ def low_bits(data: dict[str, Any]) -> str:
 
     def said(row: dict[str, Any], kind: str) -> str:
         name = row[kind]
-        return f"{row['speed-up'][name]:.2f}, {name}"
+        return f"{row['speed-up'][name]:.2f} ({name})"
 
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in data["layers"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def best(kernels: Iterable[Kernel], found: Mapping[str, float], weight: GridWeig
 
 def around(
     one: Kernel, weight: GridWeight, dtype: torch.dtype, size: int, state: Any = None
-) -> list[Callable[[Tensor], Tensor]]:
+) -> Sequence[Callable[[Tensor], Tensor]]:
     """Return the product of a kernel with each of the copies of a weight that it is timed with.
 
     Parameters
@@ -179,14 +179,11 @@ def around(
 
     Returns
     -------
-    list of callable
-        Functions of the inputs.
+    sequence of callable
+        Functions of the inputs. A copy is made when its function is asked for.
     """
     count = times.copies(one.held(weight, dtype), size)
-    with torch.inference_mode(False), torch.no_grad():
-        states = [] if state is None else [state]
-        states += [one.prepare(weight, dtype) for _ in range(count - len(states))]
-    return [functools.partial(one.run, state) for state in states]
+    return _Copies(one, weight, dtype, count, [] if state is None else [state])
 
 
 def _times(
@@ -206,6 +203,24 @@ def _times(
         _known[case] = found
         times.write(case, found)
     return found
+
+
+class _Copies(Sequence[Callable[[Tensor], Tensor]]):
+    """The product of a kernel with each of some copies of a weight, made when they are asked for."""
+
+    def __init__(self, one: Kernel, weight: GridWeight, dtype: torch.dtype, count: int, states: list[Any]) -> None:
+        self.one, self.weight, self.dtype, self.length, self.states = one, weight, dtype, count, states
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= self.length:
+            raise IndexError(index)
+        with torch.inference_mode(False), torch.no_grad():
+            while len(self.states) <= index:
+                self.states.append(self.one.prepare(self.weight, self.dtype))
+        return functools.partial(self.one.run, self.states[index])
 
 
 def _case(weight: GridWeight, dtype: torch.dtype, size: int) -> str:

@@ -25,9 +25,8 @@ __all__ = ["copies", "measured", "place", "read", "write"]
 _VERSION = 1
 
 # The weights of a model are in no cache when they are needed again. So products of few tokens go round copies of a
-# weight, which take so many bytes together, while what the interpreter needs stays near, as it does in a model. Those
-# of the other kernels come in between.
-_AROUND = 1 << 25
+# weight, which take so many bytes together, while what the interpreter needs stays near, as it does in a model.
+_AROUND = 1 << 26
 _COPIES = 64
 _FEW = 16
 
@@ -68,9 +67,10 @@ def measured(runs: Mapping[str, Sequence[Callable[[Tensor], Tensor]]], x: Tensor
     """
     for around in runs.values():
         around[0](x)  # chooses its kernels and takes memory
-    first = {name: min(_seconds(around[-1], x) for _ in range(_FIRST)) for name, around in runs.items()}
+    first = {name: min(_seconds(around[0], x) for _ in range(_FIRST)) for name, around in runs.items()}
     hope = _HOPELESS * min(first.values())
-    tried = {name: around for name, around in runs.items() if first[name] <= hope}
+    # Copies may be made when they are looked at: not those of what is hopeless, and none between two times.
+    tried = {name: list(around) for name, around in runs.items() if first[name] <= hope}
     # Other processes interrupt, some of them for milliseconds: of each copy the best counts, and no mean of them all.
     best = {name: [math.inf] * len(around) for name, around in tried.items()}
     for _ in range(_ROUNDS):
