@@ -67,7 +67,7 @@ format: $(VENV)/.development
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/.development
-	@for name in core bounds paper_setting quality heads; do \
+	@for name in core bounds paper_setting quality heads low_bits; do \
 	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/render.py
 

@@ -695,6 +695,52 @@ def _window_by_window(data: dict[str, Any], one: str, other: str) -> list[str]:
     return [f"*Divergence of {one} over that of {other}, window by window, on {texts}: {'; '.join(parts)}.*"]
 
 
+def low_bits(data: dict[str, Any]) -> str:
+    """Return the fastest kernel of every case and its speed over dense, what one product gains, and the real model."""
+
+    def said(row: dict[str, Any], kind: str) -> str:
+        name = row[kind]
+        return f"{row['speed-up'][name]:.2f} ({name})"
+
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in data["layers"]:
+        found.setdefault((row["shape"], row["grid"], row["dtype"]), []).append(row)
+    tokens = [row["tokens"] for row in next(iter(found.values()))]
+    layers = [
+        [", ".join(case), *(f"{row['dense, ms']:.3g}" for row in rows), *(said(row, "exact") for row in rows)]
+        for case, rows in found.items()
+    ]
+    rounds = [
+        [", ".join(case), *(said(row, "int8") for row in rows)]
+        for case, rows in found.items()
+        if any(row["int8"] != row["exact"] for row in rows)
+    ]
+    together = [
+        [f"{row['weights']}, {row['grid']}, {row['dtype']}", cell(row["apart, ms"]), f"{row['speed-up']:.2f}"]
+        for row in data["together"]
+    ]
+    kinds = ("decode", "prefill")
+    model = [
+        [
+            f"{row['grid']}, {row['dtype']}",
+            *(cell(row[f"{kind}, {what}tokens/s"]) for kind in kinds for what in ("dense ", "")),
+            *(f"{row[f'{kind}, speed-up']:.2f}" for kind in kinds),
+        ]
+        for row in data["model"]
+    ]
+    heads = [f"dense, ms, {count} tokens" for count in tokens], [f"speed-up, {count} tokens" for count in tokens]
+    speeds = [f"{kind}, {what}tokens/s" for kind in kinds for what in ("dense ", "")]
+    return "\n\n".join(
+        [
+            table(["Layer, inputs not rounded", *heads[0], *heads[1]], layers),
+            table(["Layer, inputs in eight bits allowed", *heads[1]], rounds),
+            table(["One token", "one after the other, ms", "speed-up of one product"], together),
+            table(["SmolLM2-135M, rounded", *speeds, *(f"{kind}, speed-up" for kind in kinds)], model),
+            f"*Kernels for {data['kernels']}, {data['threads']} thread(s).* {provenance(data)}",
+        ]
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bounds": bounds,
     "off_grid": off_grid,
@@ -718,6 +764,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ctr": ctr,
     "heads": columns("forms", "0.9", "0.8", "0.6"),
     "inference": inference,
+    "low_bits": low_bits,
     "paper": paper,
     "healing": healing,
     "paper_setting": paper_setting,

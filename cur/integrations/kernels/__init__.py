@@ -7,19 +7,16 @@ whether it rounds its inputs. Knows torch, and packages that may be missing; no 
 
 from cur.integrations.kernels import compiled, dense, integer, packed  # noqa: F401  (their kernels become known)
 from cur.integrations.kernels.entry import KERNELS, Kernel, kernel
-from cur.integrations.kernels.product import JointProduct, Product, joint, product
+from cur.integrations.kernels.product import Product, product
 from cur.integrations.kernels.settings import KernelSettings
-from cur.integrations.kernels.weight import GridWeight, stacked
+from cur.integrations.kernels.weight import GridWeight
 
 __all__ = [
     "GridWeight",
-    "JointProduct",
     "KERNELS",
     "Kernel",
     "KernelSettings",
     "Product",
-    "joint",
     "kernel",
     "product",
-    "stacked",
 ]

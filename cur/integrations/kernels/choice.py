@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cur.integrations.kernels.entry import KERNELS, Kernel
 from cur.integrations.kernels.settings import KernelSettings
 from cur.integrations.kernels.weight import GridWeight
 
-__all__ = ["SIZES", "best", "candidates", "choose", "size_class"]
+__all__ = ["SIZES", "around", "best", "candidates", "choose", "size_class"]
 
 SIZES = (1, 4, 16, 64, 128)
 """Numbers of tokens that products are timed with. A number of tokens belongs to the least of these that is no smaller,
@@ -42,7 +43,7 @@ def size_class(tokens: int) -> int:
     tokens : int
         The number of tokens.
     """
-    return next((size for size in SIZES if tokens <= size), SIZES[-1])
+    return SIZES[min(bisect_left(SIZES, tokens), len(SIZES) - 1)]
 
 
 def candidates(
@@ -80,8 +81,8 @@ def candidates(
         for one in (KERNELS.values() if kernels is None else kernels)
         if (one.exact or settings.activations == "int8")
         and (one.most is None or size <= one.most)
-        and one.is_here
         and one.takes(weight, dtype)
+        and one.is_here
         and (
             not one.expands
             or one.prepare in held
@@ -158,6 +159,33 @@ def best(kernels: Iterable[Kernel], found: Mapping[str, float], weight: GridWeig
     return min(near, key=lambda one: (one.held(weight, dtype), found[one.name]))
 
 
+def around(
+    one: Kernel, weight: GridWeight, dtype: torch.dtype, size: int, state: Any = None
+) -> Sequence[Callable[[Tensor], Tensor]]:
+    """Return the product of a kernel with each of the copies of a weight that it is timed with.
+
+    Parameters
+    ----------
+    one : Kernel
+        The kernel to be timed.
+    weight : GridWeight
+        The weight that is multiplied with.
+    dtype : torch.dtype
+        The dtype of the inputs.
+    size : int
+        The number of tokens.
+    state : object, optional
+        The first copy, as the kernel has arranged it.
+
+    Returns
+    -------
+    sequence of callable
+        Functions of the inputs. A copy is made when its function is asked for.
+    """
+    count = times.copies(one.held(weight, dtype), size)
+    return _Copies(one, weight, dtype, count, [] if state is None else [state])
+
+
 def _times(
     weight: GridWeight, dtype: torch.dtype, size: int, able: list[Kernel], prepared: Callable[[Kernel], Any]
 ) -> dict[str, float]:
@@ -169,7 +197,7 @@ def _times(
     if any(one.name not in found for one in able):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(size, weight.shape[1], generator=generator).to(dtype)
-        runs = {one.name: _around(one, prepared(one), weight, dtype, size) for one in able}
+        runs = {one.name: around(one, weight, dtype, size, prepared(one)) for one in able}
         # Those of kernels that are no candidates now stay: for another layer they may be.
         found = {**found, **times.measured(runs, x)}
         _known[case] = found
@@ -177,14 +205,22 @@ def _times(
     return found
 
 
-def _around(
-    one: Kernel, state: Any, weight: GridWeight, dtype: torch.dtype, size: int
-) -> list[Callable[[Tensor], Tensor]]:
-    """Return the product with each copy of a weight."""
-    count = times.copies(one.held(weight, dtype), size)
-    with torch.inference_mode(False), torch.no_grad():
-        states = [state, *(one.prepare(weight, dtype) for _ in range(count - 1))]
-    return [functools.partial(one.run, state) for state in states]
+class _Copies(Sequence[Callable[[Tensor], Tensor]]):
+    """The product of a kernel with each of some copies of a weight, made when they are asked for."""
+
+    def __init__(self, one: Kernel, weight: GridWeight, dtype: torch.dtype, count: int, states: list[Any]) -> None:
+        self.one, self.weight, self.dtype, self.length, self.states = one, weight, dtype, count, states
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= self.length:
+            raise IndexError(index)
+        with torch.inference_mode(False), torch.no_grad():
+            while len(self.states) <= index:
+                self.states.append(self.one.prepare(self.weight, self.dtype))
+        return functools.partial(self.one.run, self.states[index])
 
 
 def _case(weight: GridWeight, dtype: torch.dtype, size: int) -> str:
@@ -205,7 +241,7 @@ def _say_what_is_missing(weight: GridWeight, dtype: torch.dtype, able: list[Kern
         if missing and one.exact and one.takes(weight, dtype) and not _said.issuperset(missing):
             _said.update(missing)
             warn(
-                f"weights in few bits are multiplied out here, as {', '.join(missing)} is not installed, whose kernels "
-                'read them as they are; type: pip install "cur-decomposition[kernels]"',
+                f"weights in few bits are multiplied out here, as {', '.join(missing)} cannot be imported, whose "
+                'kernels read them as they are; type: pip install "cur-decomposition[kernels]"',
                 UserWarning,
             )

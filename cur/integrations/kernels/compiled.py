@@ -5,6 +5,7 @@ They read a fourth or an eighth of what the dense product reads, and round nothi
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -95,7 +96,22 @@ class Rows:
         if kind == "halves":
             first, second = q.view(-1, count, 2, group // 2).unbind(2)
             q = (first | second << 4).flatten(1)
-        return cls(m, n, kind, q.contiguous(), scale, zeros, group, *loops(kind))
+        return cls(m, n, kind, q.contiguous(), scale, zeros, group, *loops(kind, group))
+
+    @functools.cached_property
+    def places(self) -> tuple[int, int, int]:
+        """The addresses of the integers, steps and zeros."""
+        return self.integers.data_ptr(), self.scale.data_ptr(), self.zeros.data_ptr()
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """The number of rows with those that fill up."""
+        return self.scale.shape[0]
+
+    @functools.cached_property
+    def count(self) -> int:
+        """The number of groups of a row."""
+        return self.scale.shape[1]
 
     def filled(self, x: Tensor) -> Tensor:
         """Return inputs in single precision, with zeros for the columns that fill up.
@@ -105,7 +121,7 @@ class Rows:
         x : Tensor
             The inputs, of shape (t, n).
         """
-        more = self.scale.shape[1] * self.group - self.inputs
+        more = self.count * self.group - self.inputs
         x = x.float()
         return nn.functional.pad(x, (0, more)) if more else x
 
@@ -117,11 +133,14 @@ class Rows:
         x : Tensor
             The inputs, filled up with zeros.
         """
-        m, count = self.scale.shape
+        m, count = self.rows, self.count
         y = torch.empty(x.shape[0], m)
-        places = (x.data_ptr(), self.integers.data_ptr(), self.scale.data_ptr(), self.zeros.data_ptr(), y.data_ptr())
-        sizes = (x.shape[0], m, count, self.group)
-        _in_parts(m, x.shape[1], lambda low, high: self.multiply(*places, *sizes, low, high))
+        told = (x.data_ptr(), *self.places, y.data_ptr(), x.shape[0], m, count, self.group)
+        parts = min(torch.get_num_threads(), m * count * self.group // _SHARE)
+        if parts < 2:
+            self.multiply(*told, 0, m)
+        else:
+            _in_parts(parts, m, functools.partial(self.multiply, *told))
         return y if m == self.outputs else y[:, : self.outputs].contiguous()
 
     def block(self, start: int, stop: int) -> Tensor:
@@ -132,11 +151,12 @@ class Rows:
         start, stop : int
             The first row, and the one after the last.
         """
-        m, count = stop - start, self.scale.shape[1]
+        m, count = stop - start, self.count
         out = _scratch(m * count * self.group).view(m, -1)
-        parts = (self.integers[start:], self.scale[start:], self.zeros[start:])
-        places = (*(part.data_ptr() for part in parts), out.data_ptr())
-        _in_parts(m, out.shape[1], lambda low, high: self.unpack(*places, m, count, self.group, low, high))
+        places = (part[start:].data_ptr() for part in (self.integers, self.scale, self.zeros))
+        told = (*places, out.data_ptr(), m, count, self.group)
+        parts = min(torch.get_num_threads(), out.numel() // _SHARE)
+        _in_parts(parts, m, functools.partial(self.unpack, *told))
         return out[:, : self.inputs]
 
     def held(self) -> int:
@@ -216,10 +236,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _in_parts(rows: int, columns: int, work: Callable[[int, int], Any]) -> None:
-    """Call a function for ranges of rows, by as many threads as PyTorch has; the loops let go of the interpreter."""
+def _in_parts(parts: int, rows: int, work: Callable[[int, int], Any]) -> None:
+    """Call a function for ranges of rows, in as many threads; the loops let go of the interpreter."""
     global _pool
-    parts = min(torch.get_num_threads(), rows * columns // _SHARE)
     if parts < 2:
         work(0, rows)
         return

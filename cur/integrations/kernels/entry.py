@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -62,13 +62,17 @@ class Kernel:
 
     @property
     def is_here(self) -> bool:
-        """Whether the packages that the kernel needs are installed."""
-        return all(_is_installed(name) for name in self.needs)
+        """Whether the packages that the kernel needs can be imported."""
+        return all(_is_there(name) for name in self.needs)
 
 
 @functools.cache
-def _is_installed(name: str) -> bool:
-    return find_spec(name) is not None
+def _is_there(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:  # also of one that does not go with the other packages that are installed
+        return False
+    return True
 
 
 def kernel(name: str, **facts: Any) -> Callable[[Callable[[Any, Tensor], Tensor]], Callable[[Any, Tensor], Tensor]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from cur.integrations.kernels.choice import choose, size_class
 from cur.integrations.kernels.dense import into_inputs
 from cur.integrations.kernels.entry import KERNELS, Kernel
 from cur.integrations.kernels.settings import KernelSettings
-from cur.integrations.kernels.weight import GridWeight, stacked
+from cur.integrations.kernels.weight import GridWeight
 
-__all__ = ["JointProduct", "Product", "joint", "product"]
+__all__ = ["Product", "product"]
 
 Source = Callable[[], GridWeight]
 
@@ -87,34 +85,35 @@ class Product:
         if torch.compiler.is_compiling() or _is_traced(x):
             return nn.functional.linear(x, self.weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
         device = x.device.type
-        around: AbstractContextManager[Any] = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device):
-            if x.dtype != torch.float64:
-                x = x.to(torch.get_autocast_dtype(device))
-            around = torch.autocast(device, enabled=False)
-        with around:
-            learns = x.requires_grad and torch.is_grad_enabled()
-            y: Tensor = _Learning.apply(x, self) if learns else self._multiplied(x)  # type: ignore[no-untyped-call]
-            return y if bias is None else y + bias.to(y.dtype)
+        if not torch.is_autocast_enabled(device):
+            return self._with(x, bias)
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return self._with(x, bias)
+
+    def _with(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        learns = x.requires_grad and torch.is_grad_enabled()
+        y: Tensor = _Learning.apply(x, self) if learns else self._multiplied(x)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _multiplied(self, x: Tensor) -> Tensor:
         shape = self._shape
         if shape is None:
             shape = self._shape = self.weight.shape
         m, n = shape
-        if x.shape[-1:] != (n,):
-            raise ValueError(f"`x` must have {n} features along its last axis, got shape {tuple(x.shape)}")
+        given = x.shape
+        if given[-1:] != (n,):
+            raise ValueError(f"`x` must have {n} features along its last axis, got shape {tuple(given)}")
         tokens = x.numel() // n if n else 0
         if not tokens:
-            return x.new_zeros(*x.shape[:-1], m)
-        with torch.no_grad():
-            flat = x.reshape(tokens, n).contiguous()
-            key = (size_class(tokens), x.dtype, x.device, torch.get_num_threads())
-            found = self._runs.get(key)
-            if found is None:
-                found = self._runs[key] = self._chosen(*key[:3])
-            one, state = found
-            return one.run(state, flat).reshape(*x.shape[:-1], m)
+            return x.new_zeros(*given[:-1], m)
+        key = (size_class(tokens), x.dtype, x.device, torch.get_num_threads())
+        found = self._runs.get(key)
+        if found is None:
+            found = self._runs[key] = self._chosen(*key[:3])
+        one, state = found
+        return one.run(state, x.reshape(tokens, n).contiguous()).view(*given[:-1], m)
 
     def _chosen(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Kernel, Any]:
         """Return the kernel for a number of tokens, and the weight as it has arranged it."""
@@ -191,52 +190,6 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-class JointProduct:
-    """Multiply the same inputs with several weights in one product.
-
-    Parameters
-    ----------
-    sources : sequence of GridWeight or callable
-        The weights, with as many inputs, bits and neighbours in a group as the first one.
-    dtype : torch.dtype
-        The dtype of the weights multiplied out.
-    settings : KernelSettings, optional
-        What may be rounded, and how much memory may be taken. By default nothing, and half of what is available.
-    """
-
-    def __init__(
-        self, sources: Sequence[GridWeight | Source], *, dtype: torch.dtype, settings: KernelSettings | None = None
-    ) -> None:
-        self.sources = tuple(sources)
-        self.sizes = [weight.shape[0] for weight in self._weights()]
-        self.product = Product(self._stacked, dtype=dtype, settings=settings)
-
-    def _weights(self) -> list[GridWeight]:
-        return [source if isinstance(source, GridWeight) else source() for source in self.sources]
-
-    def _stacked(self) -> GridWeight:
-        return stacked(self._weights())
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """Multiply.
-
-        Parameters
-        ----------
-        x : Tensor
-            The inputs, of shape (..., n).
-
-        Returns
-        -------
-        list of Tensor
-            The outputs of each weight, parts of one tensor.
-        """
-        return list(torch.split(self.product(x), self.sizes, -1))
-
-    def describe(self) -> str:
-        """Return a line on which kernels multiply one token and many."""
-        return self.product.describe()
-
-
 def product(weight: GridWeight | Source, *, dtype: torch.dtype, settings: KernelSettings | None = None) -> Product:
     """Return the product with a weight on a grid.
 
@@ -254,24 +207,3 @@ def product(weight: GridWeight | Source, *, dtype: torch.dtype, settings: Kernel
     Product
     """
     return Product(weight, dtype=dtype, settings=settings)
-
-
-def joint(
-    weights: Sequence[GridWeight | Source], *, dtype: torch.dtype, settings: KernelSettings | None = None
-) -> JointProduct:
-    """Return the product of the same inputs with several weights.
-
-    Parameters
-    ----------
-    weights : sequence of GridWeight or callable
-        The weights, with as many inputs, bits and neighbours in a group as the first one.
-    dtype : torch.dtype
-        The dtype of the weights multiplied out.
-    settings : KernelSettings, optional
-        What may be rounded, and how much memory may be taken. By default nothing, and half of what is available.
-
-    Returns
-    -------
-    JointProduct
-    """
-    return JointProduct(weights, dtype=dtype, settings=settings)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ _COPIES = 64
 _FEW = 16
 
 _ROUNDS = 4
+_FIRST = 3
 
 # Times of the best one from which on a kernel is not tried again.
 _HOPELESS = 2.0
@@ -61,26 +63,26 @@ def measured(runs: Mapping[str, Sequence[Callable[[Tensor], Tensor]]], x: Tensor
     Returns
     -------
     dict of str to float
-        The seconds by name, on average over the copies.
+        The seconds by name: the median of the copies.
     """
-    best = dict.fromkeys(runs, math.inf)
-    for name, around in runs.items():
+    for around in runs.values():
         around[0](x)  # chooses its kernels and takes memory
-        best[name] = _seconds(around[-1:], x)
-    hope = _HOPELESS * min(best.values())
-    tried = {name: around for name, around in runs.items() if best[name] <= hope}
-    best.update(dict.fromkeys(tried, math.inf))
+    first = {name: min(_seconds(around[0], x) for _ in range(_FIRST)) for name, around in runs.items()}
+    hope = _HOPELESS * min(first.values())
+    # Copies may be made when they are looked at: not those of what is hopeless, and none between two times.
+    tried = {name: list(around) for name, around in runs.items() if first[name] <= hope}
+    # Other processes interrupt, some of them for milliseconds: of each copy the best counts, and no mean of them all.
+    best = {name: [math.inf] * len(around) for name, around in tried.items()}
     for _ in range(_ROUNDS):
         for name, around in tried.items():
-            best[name] = min(best[name], _seconds(around, x))
-    return best
+            best[name] = [min(kept, _seconds(run, x)) for kept, run in zip(best[name], around, strict=True)]
+    return {**first, **{name: statistics.median(found) for name, found in best.items()}}
 
 
-def _seconds(around: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+def _seconds(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
     begin = time.perf_counter()
-    for run in around:
-        run(x)
-    return (time.perf_counter() - begin) / len(around)
+    run(x)
+    return time.perf_counter() - begin
 
 
 def place() -> Path | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["GridWeight", "stacked"]
+__all__ = ["GridWeight"]
 
 _BITS = (2, 3, 4, 5, 6, 8)
 
@@ -125,38 +124,3 @@ class GridWeight:
         """
         zeros = None if self.zeros is None else self.zeros[start:stop]
         return replace(self, integers=self.integers[start:stop], scale=self.scale[start:stop], zeros=zeros)
-
-
-def stacked(weights: Sequence[GridWeight]) -> GridWeight:
-    """Put weights of the same inputs below each other.
-
-    Parameters
-    ----------
-    weights : sequence of GridWeight
-        Weights with as many inputs, bits and neighbours in a group as the first one, all with zeros or all without.
-
-    Returns
-    -------
-    GridWeight
-        One weight with the rows of all of them.
-
-    Raises
-    ------
-    ValueError
-        If there are no weights, or grids differ.
-    """
-    if not weights:
-        raise ValueError("`weights` must be one weight at least, got none; give those that have the same inputs")
-    kinds = {(weight.shape[1], weight.bits, weight.group, weight.is_symmetric) for weight in weights}
-    if len(kinds) > 1:
-        raise ValueError(
-            "`weights` must have the same inputs, bits, groups and kind of grid, got "
-            f"{', '.join(map(str, sorted(kinds)))}; put together those that agree"
-        )
-    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
-    return replace(
-        weights[0],
-        integers=torch.cat([weight.integers for weight in weights]),
-        scale=torch.cat([weight.scale for weight in weights]),
-        zeros=torch.cat(zeros) if zeros else None,
-    )

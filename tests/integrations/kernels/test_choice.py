@@ -115,7 +115,7 @@ def test_candidates_fit_the_tokens_the_weight_the_packages_and_the_memory() -> N
 def test_a_missing_package_is_named_once_where_nothing_but_multiplying_out_is_left() -> None:
     weight = make(4, 8)
     plain, missing = fake("plain", plain=True), fake("missing", needs=("no_such_package",))
-    with pytest.warns(UserWarning, match="no_such_package is not installed"):
+    with pytest.warns(UserWarning, match="no_such_package cannot be imported"):
         chosen([plain, missing], weight)
     chosen([plain, missing], weight)
 
@@ -129,3 +129,15 @@ def test_no_package_is_named_where_another_kernel_is_there(clock: dict[str, Any]
 def test_settings_are_checked(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"`{named}` must be"):
         KernelSettings(**settings)
+
+
+def test_copies_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[None] = []
+    one = Kernel("one", lambda state, x: x + state, lambda w, d: made.append(None) or len(made), None, lambda w, d: 1)
+    monkeypatch.setattr(times, "copies", lambda size, tokens: 3)
+    found = choice.around(one, make(4, 8), torch.float32, 1, 7)
+    assert (len(found), made) == (3, [])
+    assert found[0](0) == 7
+    assert [run(0) for run in found] == [7, 1, 2]
+    assert len(list(found)) == 3
+    assert len(made) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, choice, joint, limit, product, times
+from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, choice, limit, product, times
 from tests.integrations.kernels.grids import inputs, make
 
 
@@ -178,18 +178,6 @@ def test_integers_multiply_only_where_a_user_allows_it(monkeypatch: pytest.Monke
     assert KERNELS[name].takes(weight, torch.float32)
     assert product(weight, dtype=torch.float32, settings=KernelSettings("int8")).describe() == name
     assert name not in product(weight, dtype=torch.float32).describe()
-
-
-def test_one_product_serves_several_weights(kernel: str) -> None:
-    weights = [make(m, 50, group=32) for m in (6, 3, 4)]
-    J, x = joint(weights, dtype=torch.float32), inputs(2, 3, 50)
-    found = J(x)
-    assert [part.shape[-1] for part in found] == [6, 3, 4]
-    assert all(
-        torch.allclose(part, plain(weight, x), rtol=1e-5, atol=1e-5)
-        for part, weight in zip(found, weights, strict=True)
-    )
-    assert J.describe()
 
 
 def test_the_source_is_asked_only_when_something_is_prepared(kernel: str) -> None:

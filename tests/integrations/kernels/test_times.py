@@ -83,9 +83,9 @@ def test_copies_are_timed_in_turns_and_what_is_hopeless_once(monkeypatch: pytest
 
         return product
 
-    runs = {"fast": [run("f1", 1.0), run("f2", 3.0)], "slow": [run("s", 4.0)], "hopeless": [run("h", 9.0)]}
+    runs = {"fast": [run("f1", 1.0), run("f2", 3.0)], "slow": [run("s", 2.0)], "hopeless": [run("h", 9.0)]}
     found = MEASURED(runs, torch.ones(1, 2))
-    assert found == {"fast": 2.0, "slow": 4.0, "hopeless": 9.0}
-    assert calls.count("h") == 2
-    assert calls.count("f1") == calls.count("f2") > 4
+    assert found == {"fast": 2.0, "slow": 2.0, "hopeless": 9.0}
+    assert calls.count("h") == 4
+    assert calls.count("f1") - 4 == calls.count("f2") > 1
     assert calls[-3:] == ["f1", "f2", "s"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cur.integrations.kernels import GridWeight, stacked
+from cur.integrations.kernels import GridWeight
 from tests.integrations.kernels.grids import BITS, SHAPES, make
 
 
@@ -24,27 +24,9 @@ def test_numbers_are_steps_times_what_is_left_of_integers_without_zeros(m: int, 
             assert torch.equal(weight.dense(torch.bfloat16), expected.bfloat16())
 
 
-def test_rows_and_what_is_stacked_are_those_of_the_whole() -> None:
+def test_rows_are_those_of_the_whole() -> None:
     weight = make(12, 50, group=32)
     assert torch.equal(weight.rows(3, 7).dense(torch.float32), weight.dense(torch.float32)[3:7])
-    again = stacked([weight.rows(0, 5), weight.rows(5, 12)])
-    assert torch.equal(again.dense(torch.float32), weight.dense(torch.float32))
-    symmetric = make(12, 50, group=32, symmetric=True)
-    assert stacked([symmetric, symmetric]).shape == (24, 50)
-
-
-def test_weights_that_differ_in_their_grid_are_not_stacked() -> None:
-    weight = make(4, 50, group=32)
-    for other in (
-        make(4, 50),
-        make(4, 50, bits=3, group=32),
-        make(4, 64, group=32),
-        make(4, 50, group=32, symmetric=True),
-    ):
-        with pytest.raises(ValueError, match="`weights` must have the same inputs"):
-            stacked([weight, other])
-    with pytest.raises(ValueError, match="`weights` must be one weight at least"):
-        stacked([])
 
 
 @pytest.mark.parametrize(
