@@ -9,21 +9,36 @@ for one, sees exactly what it would see in the whole model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.streamed_model import StreamedModel
-from cur.integrations.model.blocks import BlockCall, ChainError, ReachedError, alone, is_handed_on, unpack
+from cur.integrations.model.blocks import (
+    BlockCall,
+    ChainError,
+    ReachedError,
+    and_left,
+    is_handed_on,
+    leave,
+    unpack,
+)
 from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
-__all__ = ["Bypass"]
+__all__ = ["KEPT", "Bypass"]
+
+_LEFT = "left-"
+
+KEPT = ("embedding-", _LEFT)
+"""What the names of places begin with whose outputs are needed to the end."""
 
 
 class Bypass:
@@ -56,6 +71,9 @@ class Bypass:
         self._stored: dict[int, Any] = {}
         self._calls: dict[str, int] = {}
         self._met = -1
+        self._leaving: set[int] = set()
+        self._leaving_of = -1
+        self._inside: list[int] = []
 
     @contextmanager
     def open(self) -> Iterator[Bypass]:
@@ -69,7 +87,8 @@ class Bypass:
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
         inner = body(self.streamed.model)
-        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, (inner, _until_reached)]):
+        whole = (inner, lambda original: _until_reached(self._watched(original)))
+        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, whole]):
             yield self
 
     @contextmanager
@@ -140,6 +159,10 @@ class Bypass:
         self._stored.clear()
         self._calls.clear()
         self._met = -1
+        if self._leaving_of != self.active:  # what the blocks before leave does not change any more
+            places = set(self.states.places(_LEFT))
+            self._leaving = {number for number in range(self.active) if f"{_LEFT}{self.place(number)}" in places}
+            self._leaving_of = self.active
 
     def _block(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -151,13 +174,15 @@ class Bypass:
                         "is not known; load the whole model"
                     )
                 try:
-                    self._latest = alone(original, args, kwargs)
+                    self._latest, left = and_left(original, args, kwargs)
                 except ChainError as error:
                     name = self.streamed.blocks[number][0]
                     raise ChainError(f"{name} cannot be run without others: {error}; load the whole model") from error
                 _, self._pack = unpack(self._latest)
                 if self.recording:
                     self.states.write(self.place(number), self._batch, self._latest)
+                    if left:
+                        self.states.write(f"{_LEFT}{self.place(number)}", self._batch, [list(one) for one in left])
                 return self._latest
             if number == self.active + 1 and number not in self.streamed.starts:
                 self._check_handed_on(number, args, kwargs)
@@ -172,6 +197,8 @@ class Bypass:
                     raise ReachedError
                 self._met = number
                 return self._latest
+            if number in self._leaving and self.states.has(f"{_LEFT}{self.place(number)}", self._batch):
+                leave(self.states.read(f"{_LEFT}{self.place(number)}", self._batch), args, kwargs)
             return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
 
         return forward
@@ -205,12 +232,58 @@ class Bypass:
             place = f"embedding-{name}-{call}"
             if table.weight.is_meta:
                 return self.states.read(place, self._batch)
-            output = original(*args, **kwargs)
+            self._inside.append(id(table.weight))
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._inside.pop()
             if self.recording:
                 self.states.write(place, self._batch, output)
             return output
 
         return forward
+
+    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward pass of the model, which finds out what tables are read elsewhere than in their own.
+
+        That is seen while the first block is reached; from then on outputs of tables stand in for them.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.active > 0:
+                return original(*args, **kwargs)
+            tables = {id(table.weight): name for name, table in self.streamed.embeddings().items()}
+            with _Reading(tables, self._inside, self.streamed.read):
+                return original(*args, **kwargs)
+
+        return forward
+
+
+class _Reading(TorchFunctionMode):
+    """Notes which tables of embeddings are read elsewhere than in their own forward pass.
+
+    Parameters
+    ----------
+    tables : mapping of int to str
+        The names of tables by the addresses of their weights.
+    inside : sequence of int
+        The weights whose own forward pass runs.
+    found : set of str
+        Where names are added.
+    """
+
+    def __init__(self, tables: Mapping[int, str], inside: Sequence[int], found: set[str]) -> None:
+        super().__init__()
+        self.tables, self.inside, self.found = tables, inside, found
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, (torch.Tensor, tuple, list)):  # and not a dtype or a device, which remain
+            read = {id(one) for one in tree_leaves([args, kwargs]) if isinstance(one, torch.Tensor)}
+            self.found |= {self.tables[key] for key in read & self.tables.keys() if key not in self.inside}
+        return output
 
 
 def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:

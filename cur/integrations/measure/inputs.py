@@ -23,7 +23,10 @@ _ROWS = 64
 
 
 class InputSums:
-    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one.
+    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensors share one.
+
+    A module shares the sums of the one that was called first with its tensor, its leader, as long as it is called with
+    the tensors of that one; with the first other it goes on with sums of its own.
 
     Parameters
     ----------
@@ -47,6 +50,7 @@ class InputSums:
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
         self.leader: dict[int, int] = {}
+        self.calls: dict[int, int] = {}
         self.sums: dict[int, torch.Tensor] = {}
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
@@ -70,8 +74,16 @@ class InputSums:
         -------
         str or None
             The name of the first module whose inputs are not finite, None if all are.
+
+        Raises
+        ------
+        ValueError
+            If a module was called less often than the one whose sums it shares.
         """
         self.listening = False
+        for key, leader in self.leader.items():
+            if self.calls[key] != self.calls[leader]:
+                raise self._parted(key, leader)
         # One question to the device for all modules: each would make the host wait for it.
         first = first_false([torch.isfinite(total).all() for total in self.sums.values()])
         return None if first is None else f"the input of {self.names[list(self.sums)[first]][0]!r}"
@@ -83,29 +95,54 @@ class InputSums:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} is not called with a tensor; its input cannot be measured")
-            leader = self._leader(key, x)
-            known = self.leader.setdefault(key, leader)
-            if known != leader:
-                raise ValueError(
-                    f"{self.names[key][0]!r} first had the input of {self.names[known][0]!r} and then that "
-                    "of "
-                    f"{self.names[leader][0]!r}; measure these modules in separate calls"
-                )
-            if leader == key:
+            if self._adds(key, x):
                 self._add(key, x)
+            self.calls[key] = self.calls.get(key, 0) + 1
 
         return gather
 
-    def _leader(self, key: int, x: torch.Tensor) -> int:
+    def _adds(self, key: int, x: torch.Tensor) -> bool:
+        """Say whether a module adds its input to its sums: not where the leader, whose sums it shares, has done so."""
+        first = self._first(key, x)
+        leader = self.leader.get(first, first)
+        known = self.leader.get(key)
+        if known is None:
+            # What a leader was called with before, this module was not.
+            known = self.leader[key] = leader if self.calls.get(leader) == 1 else key
+        elif known not in (key, leader):
+            self._part(key, known)
+            known = key
+        return known == key
+
+    def _first(self, key: int, x: torch.Tensor) -> int:
+        """Return the module that was the first to be called with a tensor in this pass."""
         # Weak references: holding the tensors would keep every activation of the forward pass alive. The
         # version counter tells a tensor that was changed in place between two calls.
         # Tables of different sizes may be asked for the same tokens.
         place = id(x), self.tables.get(key, 0)
         found = self.seen.get(place)
         if found is not None and found[0]() is x and found[1] == x._version:
-            return key if self.leader.get(key) == key else found[2]
+            return found[2]
         self.seen[place] = (weakref.ref(x), x._version, key)
         return key
+
+    def _part(self, key: int, leader: int) -> None:
+        """Let a module that shared the sums of another so far go on with its own."""
+        if self.calls[key] != self.calls[leader]:
+            raise self._parted(key, leader)
+        self.leader[key], self.counts[key] = key, self.counts[leader]
+        if leader in self.products:
+            self.products[key] = self.products[leader].clone()
+            self.sums[key] = self.products[key].diagonal()
+        else:
+            self.sums[key] = self.sums[leader].clone()
+
+    def _parted(self, key: int, leader: int) -> ValueError:
+        one, other = self.names[key][0], self.names[leader][0]
+        return ValueError(
+            f"{one!r} is called with some inputs of {other!r} and not with others; measure these modules in separate "
+            "calls"
+        )
 
     def _add(self, key: int, x: torch.Tensor) -> None:
         mask = self.masks.of(self.modules[key], x)

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
@@ -63,8 +64,9 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     """Look for the stacks of blocks that make up a transformer: lists of modules that each hold linear layers.
 
     A stack is an ``nn.ModuleList``, or a run of modules of one class in an ``nn.Sequential``; its blocks may differ, as
-    where attention and recurrence take turns, but none is a linear layer itself. Lists inside blocks do not count. An
-    encoder-decoder is made up of all stacks that it has, any other model of those that are as long as
+    where attention and recurrence take turns, but none is a linear layer itself. A list of lists is one stack, lists
+    inside blocks do not count. Towers for images or sound are no part of a model that reads text. An
+    encoder-decoder is made up of all other stacks that it has, any other model of those that are as long as
     ``config.num_hidden_layers`` says; without such a config, or such a stack, of the longest one and of others with
     blocks of the same classes.
 
@@ -85,7 +87,7 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     for name, module in model.named_modules():
         if not any(name.startswith(outer + ".") for outer in found) and (blocks := _repeated(name, module)):
             found[name] = blocks
-    stacks = found
+    stacks = found = _reached_by_text(model, found)
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         stacks = _of_length(found, _num_hidden_layers(model))
         if len(stacks) > 1:
@@ -96,6 +98,8 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
 def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
     parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
+    if isinstance(module, nn.ModuleList) and parts and all(isinstance(part, nn.ModuleList) for _, part in parts):
+        return [block for inner, part in parts for block in _repeated(inner, part)]
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
@@ -117,6 +121,18 @@ def _of_length(found: Mapping[str, _Stack], count: int | None) -> dict[str, _Sta
 
 def _classes(blocks: _Stack) -> set[type]:
     return {type(block) for _, block in blocks}
+
+
+def _reached_by_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
+    """Leave out stacks of models inside a model that reads text where these read none: towers for images or sound."""
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return stacks
+    others = tuple(
+        f"{name}."
+        for name, part in model.named_modules()
+        if name and isinstance(part, PreTrainedModel) and "text" not in part.input_modalities
+    )
+    return {name: blocks for name, blocks in stacks.items() if not f"{name}.".startswith(others)} or stacks
 
 
 def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
