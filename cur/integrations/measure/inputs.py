@@ -104,7 +104,7 @@ class InputSums:
     def _adds(self, key: int, x: torch.Tensor) -> bool:
         """Say whether a module adds its input to its sums: not where the leader, whose sums it shares, has done so."""
         first = self._first(key, x)
-        leader = self.leader.get(first, first)
+        leader = key if first == key else self.leader[first]
         known = self.leader.get(key)
         if known is None:
             # What a leader was called with before, this module was not.

@@ -20,6 +20,7 @@ __all__ = [
     "grids_of",
     "is_linear",
     "layout_for",
+    "learn_as_",
     "looks_up",
     "made_of",
     "stand_in",
@@ -199,7 +200,7 @@ def stand_in(
     kind = layer_class(spec["layout"])
     if kind.by_inputs != is_table(dense):
         raise ValueError(f"the layout `{kind.layout}` is not for a {type(dense).__name__}")
-    return kind.from_spec(
+    made = kind.from_spec(
         spec,
         n,
         m,
@@ -208,6 +209,33 @@ def stand_in(
         device=weight.device if device is None else device,
         dtype=weight.dtype,
     )
+    for part in made.modules():
+        # transformers would initialise factors, by rules for dense layers of these names.
+        part._is_hf_initialized = True  # type: ignore[assignment]
+    learn_as_(made, dense)
+    return made
+
+
+def learn_as_(layer: nn.Module, dense: nn.Module) -> None:
+    """Freeze of a layer what is frozen of the one that it stands in for: its weight, its bias, both or none of them.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        The layer, which is changed in place.
+    dense : nn.Module
+        The layer that it stands in for.
+    """
+    learns = {"weight": False, "bias": False}
+    for name, parameter in dense.named_parameters():
+        learns[_weight_or_bias(name)] |= parameter.requires_grad
+    for name, parameter in layer.named_parameters():
+        if not learns[_weight_or_bias(name)]:
+            parameter.requires_grad_(False)
+
+
+def _weight_or_bias(name: str) -> str:
+    return "bias" if name.rpartition(".")[2] == "bias" else "weight"
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
