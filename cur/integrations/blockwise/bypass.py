@@ -26,6 +26,7 @@ from cur.integrations.model.blocks import (
     ChainError,
     ReachedError,
     and_left,
+    beside,
     is_handed_on,
     leave,
     unpack,
@@ -57,6 +58,9 @@ class Bypass:
         Number of the block that runs; the number of all blocks for none: then all of them were run.
     recording : bool
         Whether what the active block returns is stored.
+    starts : set of int
+        Numbers of blocks that are called with something else than what the block before returned: the first ones of
+        stacks, and those before which the model does something with the hidden state, as they are found.
     """
 
     def __init__(self, streamed: StreamedModel, states: HiddenStates) -> None:
@@ -64,7 +68,7 @@ class Bypass:
         self.states = states
         self.active = 0
         self.recording = False
-        self._ends = _ends([len(stack) for stack in streamed.stacks])
+        self.starts = set(streamed.starts)
         self._batch = ""
         self._latest: Any = None
         self._pack: Callable[[Any], Any] | None = None
@@ -115,7 +119,7 @@ class Bypass:
     def drop_before(self, index: int, *, keep: str | None = None) -> None:
         """Remove what the block before one returned, but for one batch.
 
-        What the last block of a stack returned stays: the next stack may need it.
+        What a block returned that the model does something with stays: it will do so again.
 
         Parameters
         ----------
@@ -124,7 +128,7 @@ class Bypass:
         keep : str, optional
             The name of a batch whose output stays.
         """
-        if index not in self.streamed.starts:
+        if index not in self.starts:
             self.states.drop(self.place(index - 1), keep=keep)
 
     def place(self, number: int) -> str:
@@ -173,6 +177,11 @@ class Bypass:
                         f"{self.streamed.blocks[number][0]} runs more than once in a pass, so block by block its input "
                         "is not known; load the whole model"
                     )
+                if self._parted and _holds_nan(BlockCall.of(args, kwargs)[0]):
+                    raise ChainError(
+                        f"{self.streamed.blocks[number][0]} depends on what several blocks before it returned, so "
+                        "block by block its input is not known; load the whole model"
+                    )
                 try:
                     self._latest, left = and_left(original, args, kwargs)
                 except ChainError as error:
@@ -184,11 +193,11 @@ class Bypass:
                     if left:
                         self.states.write(f"{_LEFT}{self.place(number)}", self._batch, [list(one) for one in left])
                 return self._latest
-            if number == self.active + 1 and number not in self.streamed.starts:
-                self._check_handed_on(number, args, kwargs)
+            if number == self.active + 1 and not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
+                self.starts.add(number)
             if number > self.active:
-                if self._ends[number] != self._ends[self.active]:  # another stack, whose blocks return another form
-                    last = self._ends[self.active] - 1
+                if self._end(number) != self._end(self.active):  # another stack, whose blocks return another form
+                    last = self._end(self.active) - 1
                     if self._met < last:
                         raise ChainError(
                             f"{self.streamed.blocks[number][0]} runs before {self.streamed.blocks[last][0]} does, so "
@@ -199,17 +208,22 @@ class Bypass:
                 return self._latest
             if number in self._leaving and self.states.has(f"{_LEFT}{self.place(number)}", self._batch):
                 leave(self.states.read(f"{_LEFT}{self.place(number)}", self._batch), args, kwargs)
-            return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
+            last = min(self.active, self._end(number)) - 1
+            output = self._before(last, args, kwargs)
+            if number < last and self._parted:  # the next one does not look at it, and nothing else may
+                return beside(output)(torch.full_like(unpack(output)[0], torch.nan))
+            return output
 
         return forward
 
-    def _check_handed_on(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse models that change the hidden state between blocks, which would happen once for every block."""
-        if not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
-            raise ChainError(
-                f"{self.streamed.blocks[number][0]} does not get the hidden state that the block before returned, so "
-                "block by block its input is not known; load the whole model"
-            )
+    @property
+    def _parted(self) -> bool:
+        """Whether the model does something with the hidden state between blocks of a stack."""
+        return len(self.starts) > len(self.streamed.starts)
+
+    def _end(self, number: int) -> int:
+        """Return the number of the block behind the last one that gets what the block before returned, from one on."""
+        return min((start for start in self.starts if start > number), default=len(self.streamed.blocks))
 
     def _before(self, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what block `last` returned for this batch.
@@ -218,7 +232,7 @@ class Bypass:
         """
         if last not in self._stored:
             place = self.place(last)
-            if self.active == len(self._ends) and not self.states.has(place, self._batch):
+            if self.active == len(self.streamed.blocks) and not self.states.has(place, self._batch):
                 hidden, _ = BlockCall.of(args, kwargs)
                 return hidden if self._pack is None else self._pack(hidden)
             self._stored[last] = self.states.read(place, self._batch)
@@ -277,10 +291,14 @@ class _Reading(TorchFunctionMode):
         self.tables, self.inside, self.found = tables, inside, found
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = function(*args, **(kwargs or {}))
-        if isinstance(output, (torch.Tensor, tuple, list)):  # and not a dtype or a device, which remain
+        if isinstance(output, (torch.Tensor, list, tuple)):  # and not a dtype or a device, which remain
             read = {id(one) for one in tree_leaves([args, kwargs]) if isinstance(one, torch.Tensor)}
             self.found |= {self.tables[key] for key in read & self.tables.keys() if key not in self.inside}
         return output
@@ -298,9 +316,5 @@ def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _ends(lengths: list[int]) -> list[int]:
-    """Return for every block the number of the block behind the last of its stack."""
-    ends: list[int] = []
-    for length in lengths:
-        ends += [len(ends) + length] * length
-    return ends
+def _holds_nan(hidden: Any) -> bool:
+    return isinstance(hidden, torch.Tensor) and bool(hidden.isnan().any())

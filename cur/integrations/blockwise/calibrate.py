@@ -122,8 +122,10 @@ class Calibration:
         if 0 < len(spent) < count and not all(self.group.gather(self._ready(len(spent) - 1, own))):
             spent = []
         first, self.earlier = len(spent), sum(spent)
-        if first > 0:
-            self.streamed.read.update((self.journal.facts(_step(0)) or {}).get("read", ()))
+        for index in range(first):
+            facts = self.journal.facts(_step(index)) or {}
+            self.streamed.read.update(facts["read"])
+            self.bypass.starts.update(facts["starts"])
         with self.bypass.open():
             if first < count:
                 self.streamed.load_outside()
@@ -184,7 +186,8 @@ class Calibration:
     def _ready(self, index: int, own: Sequence[Any]) -> bool:
         """Say whether all that block `index + 1` needs is stored and intact."""
         places = [self.bypass.place(index), *(place for kind in KEPT for place in self.states.places(kind))]
-        places += [self.bypass.place(end - 1) for end in self.streamed.starts if 0 < end <= index]
+        facts = self.journal.facts(_step(index)) or {}
+        places += [self.bypass.place(end - 1) for end in facts.get("starts", ()) if 0 < end <= index]
         return all(self.states.intact(place, key) for place in places for key in self._keys(own))
 
     def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
@@ -226,8 +229,8 @@ class Calibration:
             for file in files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
-            read = sorted(self.streamed.read)
-            self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin, read=read)
+            found = {"read": sorted(self.streamed.read), "starts": sorted(self.bypass.starts)}
+            self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin, **found)
         self.group.agree(True)  # nobody removes what a run that is killed now would need
         if self.group.leads:
             # The first batch stays everywhere: on it the change of each layer's output is measured.

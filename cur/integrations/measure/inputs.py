@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,14 @@ __all__ = ["InputSums", "add_gram_", "first_false", "mirror_"]
 _TRIANGLE_BLOCKS = 8
 # Rows in double precision at once: they stay in the cache of a processor, which is three times as fast as all at once.
 _ROWS = 64
+
+
+class _Sums(NamedTuple):
+    """Sums at some time: of how many calls and vectors, and second moments or squares."""
+
+    calls: int
+    vectors: int
+    total: torch.Tensor
 
 
 class InputSums:
@@ -51,6 +59,8 @@ class InputSums:
             self.modules[id(module)] = module
         self.leader: dict[int, int] = {}
         self.calls: dict[int, int] = {}
+        self.begun: dict[int, int] = {}
+        self.earlier: dict[int, _Sums] = {}
         self.sums: dict[int, torch.Tensor] = {}
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
@@ -65,6 +75,8 @@ class InputSums:
     def start(self) -> None:
         """Begin with a batch: what modules are called with counts from now on."""
         self.seen.clear()
+        self.earlier.clear()
+        self.begun = dict(self.calls)
         self.listening = True
 
     def finish(self) -> str | None:
@@ -78,12 +90,13 @@ class InputSums:
         Raises
         ------
         ValueError
-            If a module was called less often than the one whose sums it shares.
+            If the sums of a module that shared those of another are not known.
         """
         self.listening = False
         for key, leader in self.leader.items():
             if self.calls[key] != self.calls[leader]:
-                raise self._parted(key, leader)
+                self._part(key, leader, self.earlier.get(leader))
+        self.earlier.clear()
         # One question to the device for all modules: each would make the host wait for it.
         first = first_false([torch.isfinite(total).all() for total in self.sums.values()])
         return None if first is None else f"the input of {self.names[list(self.sums)[first]][0]!r}"
@@ -110,8 +123,11 @@ class InputSums:
             # What a leader was called with before, this module was not.
             known = self.leader[key] = leader if self.calls.get(leader) == 1 else key
         elif known not in (key, leader):
-            self._part(key, known)
+            self._part(key, known, self._so_far(known))
             known = key
+        if known == key and self.calls.get(key, 0) > self.begun.get(key, 0) and key not in self.earlier:
+            # Those that follow may have been called with the first of its inputs in this pass alone.
+            self.earlier[key] = self._so_far(key)
         return known == key
 
     def _first(self, key: int, x: torch.Tensor) -> int:
@@ -126,23 +142,21 @@ class InputSums:
         self.seen[place] = (weakref.ref(x), x._version, key)
         return key
 
-    def _part(self, key: int, leader: int) -> None:
-        """Let a module that shared the sums of another so far go on with its own."""
-        if self.calls[key] != self.calls[leader]:
-            raise self._parted(key, leader)
-        self.leader[key], self.counts[key] = key, self.counts[leader]
-        if leader in self.products:
-            self.products[key] = self.products[leader].clone()
-            self.sums[key] = self.products[key].diagonal()
-        else:
-            self.sums[key] = self.sums[leader].clone()
+    def _so_far(self, key: int) -> _Sums:
+        return _Sums(self.calls[key], self.counts[key], self.products.get(key, self.sums[key]).clone())
 
-    def _parted(self, key: int, leader: int) -> ValueError:
-        one, other = self.names[key][0], self.names[leader][0]
-        return ValueError(
-            f"{one!r} is called with some inputs of {other!r} and not with others; measure these modules in separate "
-            "calls"
-        )
+    def _part(self, key: int, leader: int, shared: _Sums | None) -> None:
+        """Let a module that shared the sums of another up to some time go on with its own."""
+        if shared is None or self.calls[key] != shared.calls:
+            one, other = self.names[key][0], self.names[leader][0]
+            raise ValueError(
+                f"{one!r} is called with some inputs of {other!r} and not with others; measure these modules in "
+                "separate calls"
+            )
+        self.leader[key], self.counts[key], self.sums[key] = key, shared.vectors, shared.total.clone()
+        if leader in self.products:
+            self.products[key] = self.sums[key]
+            self.sums[key] = self.products[key].diagonal()
 
     def _add(self, key: int, x: torch.Tensor) -> None:
         mask = self.masks.of(self.modules[key], x)

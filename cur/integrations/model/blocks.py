@@ -21,6 +21,7 @@ __all__ = [
     "ReachedError",
     "after_blocks",
     "and_left",
+    "beside",
     "chain_fault",
     "is_handed_on",
     "leave",
@@ -191,7 +192,7 @@ def and_left(block: Callable[..., Any], args: Sequence[Any], options: Mapping[st
     ChainError
         If the block changes a list among its arguments, or takes something out of a mapping.
     """
-    given = {**dict(enumerate(args)), **options}
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **options}
     before = {place: _held(value) for place, value in given.items() if isinstance(value, (Mapping, list))}
     output = block(*args, **options)
     left: Left = []
@@ -448,7 +449,7 @@ class BlockWalk:
                         return form.pack(ended[number])
                     hidden, _ = BlockCall.of(args, options)
                     if first and form.says_more:
-                        now[number] = _beside(original(*args, **options))
+                        now[number] = beside(original(*args, **options))
                     return now.get(number, form.pack)(hidden)
 
                 return pass_on
@@ -509,9 +510,22 @@ class _Form:
 _PLAIN = _Form(lambda hidden: hidden, False)
 
 
-def _beside(output: Any) -> Callable[[Any], Any]:
-    """Return what puts another hidden state beside the rest of what a block returned."""
-    kind = list if isinstance(output, list) else tuple
+def beside(output: Any) -> Callable[[Any], Any]:
+    """Return what puts another hidden state beside the rest of what a block returned.
+
+    Parameters
+    ----------
+    output : tensor, tuple or list
+        The output of a block, as for :func:`unpack`.
+
+    Returns
+    -------
+    callable
+        A function from a hidden state to an output.
+    """
+    if not isinstance(output, (tuple, list)):
+        return lambda hidden: hidden
+    kind = type(output)
     return lambda hidden: kind([hidden, *output[1:]])
 
 

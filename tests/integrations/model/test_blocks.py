@@ -185,7 +185,6 @@ def test_what_happens_between_blocks_is_noticed() -> None:
 def test_the_form_of_a_hidden_state_is_known_nowhere_else() -> None:
     files = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in ROOT.rglob("*.py")}
     assert "isinstance(output, (tuple, list))" in files["integrations/model/blocks.py"]
-    # What blocks returned is stored there, whatever it is.
-    known = {"integrations/model/blocks.py", "integrations/blockwise/hidden_states.py"}
+    known = {"integrations/model/blocks.py"}
     assert {where for where, text in files.items() if "isinstance(output, (tuple, list))" in text} == known
     assert {where for where, text in files.items() if '"hidden_states"' in text} == {"integrations/model/blocks.py"}
