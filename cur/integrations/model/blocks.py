@@ -192,7 +192,7 @@ def and_left(block: Callable[..., Any], args: Sequence[Any], options: Mapping[st
     ChainError
         If the block changes a list among its arguments, or takes something out of a mapping.
     """
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **options}
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **dict(options.items())}
     before = {place: _held(value) for place, value in given.items() if isinstance(value, (Mapping, list))}
     output = block(*args, **options)
     left: Left = []

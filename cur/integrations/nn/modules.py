@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.registry import layer_class
+from cur.integrations.nn.replaceable import carry_hooks_, has_own_forward
 
 __all__ = [
     "compressed_modules",
@@ -84,7 +85,7 @@ def is_linear(module: nn.Module) -> bool:
     bool
         Whether it is a linear layer.
     """
-    if made_of(module):
+    if made_of(module) or has_own_forward(module):
         return False
     if type(module) in (nn.Linear, Conv1D):
         return True
@@ -275,7 +276,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put other modules in the place of named ones, in place.
 
     A module that several parents share is replaced under each of them by the same new module, so it stays
-    shared.
+    shared. Hooks of the modules go over to those that replace them.
 
     Parameters
     ----------
@@ -284,12 +285,15 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
     """
-    new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    replaced = {name: model.get_submodule(name) for name in replacements}
+    new = {id(module): replacements[name] for name, module in replaced.items()}
     places = [
         (parent, child_name, new[id(child)])
         for parent in model.modules()
         for child_name, child in parent._modules.items()
         if id(child) in new
     ]
+    for name, module in replaced.items():
+        carry_hooks_(replacements[name], module)
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
