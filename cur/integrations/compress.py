@@ -290,7 +290,8 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
 def _held(beside: Mapping[str, str]) -> tuple[str, ...]:
     """Say which dense layers are held outside of the tree of modules, where none is replaced."""
     return tuple(
-        f"{name} lies in `{place}` as well, outside of the tree of modules, where it stays dense; put the new layer there."
+        f"{name} lies in `{place}` as well, outside of the tree of modules, where it stays dense; put the new layer "
+        "there."
         for name, place in beside.items()
     )
 

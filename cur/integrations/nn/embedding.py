@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cur.integrations.nn.base import CompressedLinear, fill_
 from cur.integrations.nn.registry import register
+from cur.integrations.nn.replaceable import has_own_forward
 from cur.integrations.nn.rounded import GridEmbedding
 from cur.integrations.nn.tensors import StoredTensor, Stores
 

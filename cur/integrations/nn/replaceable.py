@@ -61,7 +61,7 @@ def carry_hooks_(new: nn.Module, old: nn.Module) -> None:
         state._is_full_backward_hook = old._is_full_backward_hook
     dispatch = getattr(old, _DISPATCH, None)
     if dispatch is not None and not hasattr(new, _DISPATCH):
-        from accelerate.hooks import add_hook_to_module
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
 
         add_hook_to_module(new, dispatch)
 
