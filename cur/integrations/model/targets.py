@@ -100,8 +100,9 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
 def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
     parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
-    if isinstance(module, nn.ModuleList) and parts and all(isinstance(part, nn.ModuleList) for _, part in parts):
-        return [block for inner, part in parts for block in _repeated(inner, part)]
+    inner = [_repeated(place, part) if isinstance(part, nn.ModuleList) else [] for place, part in parts]
+    if isinstance(module, nn.ModuleList) and inner and all(inner):
+        return [block for blocks in inner for block in blocks]
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
