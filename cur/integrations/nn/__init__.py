@@ -62,7 +62,6 @@ from cur.integrations.nn.modules import (
 )
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
 from cur.integrations.nn.replaceable import has_own_forward, held_beside
-from cur.integrations.nn.replaceable import has_own_forward, held_beside
 from cur.integrations.nn.rounded import GridEmbedding, GridLinear, set_kernels_
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
