@@ -148,4 +148,4 @@ def _size(size: Size) -> str:
 def _is_on_hub(name: str, report: CompressionReport | None) -> bool:
     """Say whether a model was loaded by the id of a repository: a directory here may have a name of the same form."""
     shaped = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return shaped and report is not None and report.source == name
+    return shaped and report is not None and report.source in ("", name)
