@@ -331,7 +331,7 @@ def test_statistics_are_kept_and_used_again(
     assert CompressionReport.load(directory.parent / "first" / "report.json").perplexity == expected
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -365,11 +365,11 @@ def test_what_is_known_of_a_model_lasts_longer_than_a_run(
 
     def stop(stage: str, done: int, _: int | None) -> None:
         if stage == "calibrate" and done == 7:  # in the fourth block
-            raise Stop
+            raise StopError
 
     parts = as_batches(windows, 4)[:2]
     streamed = load_streamed(tmp_path / "dense")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         compress_blockwise(streamed, parts, tmp_path / "parts", config, progress=stop)
     found = compress_blockwise(load_streamed(tmp_path / "dense"), parts, tmp_path / "parts", config)
     whole = compress(load_model(tmp_path / "dense").model, parts, config)
