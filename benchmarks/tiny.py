@@ -60,7 +60,8 @@ def families(kind: str) -> list[str]:
     return sorted(getattr(modeling_auto, KINDS[kind].mapping))
 
 
-# What a field counts, by its whole name; the first pattern that fits gives the largest value. A value is never raised.
+# What a field counts, by its whole name; the first pattern that fits gives the largest value. But for the number of
+# blocks of a model, of which those between the first and the last are compressed, a value is never raised.
 _SIZES: dict[str, list[tuple[str, int]]] = {
     "vocabularies": [
         (r"(.*_)?vocab(_size)?(_base|_per_layer_input)?|.*_group_vocab|n_positions_vocab", WORDS),
@@ -191,7 +192,8 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
     """
     kind = type(config)
     defaults = {name: getattr(kind, name, None) for name in vars(config)}
-    layers = vars(config).get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    blocks = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    layers = vars(config).get(blocks)
     layers = layers if type(layers) is int else 0
     stages = any(name in vars(config) for name in ("depths", "depth", "num_block_repeats", "stage_num_blocks"))
     found: dict[str, Any] = {}
@@ -213,6 +215,8 @@ def _changes(config: PretrainedConfig, groups: list[str], *, fill: bool) -> dict
                 new = {"pad": 0, "bos": 1, "eos": 2}.get(name[:3], 3 + sum(map(ord, name)) % 5)
         elif type(value) is int and defaults[name] is None and not fill:
             continue  # made from other fields
+        elif type(value) is int and name == blocks and "blocks" in groups:
+            new = max(_size(name, value, groups), BLOCKS)
         elif type(value) is int:
             # Heads that all had keys of their own keep them: not every family can share.
             alone = value == vars(config).get("num_attention_heads") and re.search("kv|key_value", name)

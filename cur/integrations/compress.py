@@ -22,6 +22,7 @@ from cur._lib.moved import former_names
 from cur._lib.versions import versions
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.usage import used_as
+from cur.integrations.nn import held_beside
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import check_reached, few_tokens
 from cur.integrations.plan.make import make_plan
@@ -266,7 +267,9 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         The report on all layers and on the whole model.
     """
     plan.check(source.model)
-    check_reached(statistics, [entry.name for entry in plan.entries], gradients=plan.needs_gradients)
+    names = [entry.name for entry in plan.entries]
+    check_reached(statistics, names, gradients=plan.needs_gradients)
+    beside = held_beside(source.model, names)
     layers = source.factor(plan, statistics)
     after = source.replace_layers()
     return CompressionReport(
@@ -280,7 +283,16 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         source=source.origin.source,
         kept=source.kept(),
         unread=source.origin.unread,
-        notes=few_tokens(statistics, plan.entries),
+        notes=(*few_tokens(statistics, plan.entries), *_held(beside)),
+    )
+
+
+def _held(beside: Mapping[str, str]) -> tuple[str, ...]:
+    """Say which dense layers are held outside of the tree of modules, where none is replaced."""
+    return tuple(
+        f"{name} lies in `{place}` as well, outside of the tree of modules, where it stays dense; put the new layer "
+        "there."
+        for name, place in beside.items()
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.nn import compressed_modules, factored, grids_of, swap_
+from cur.integrations.nn import compressed_modules, factored, grids_of, learn_as_, swap_
 from cur.integrations.plan.layouts import PURPOSES, choose_layout
 from cur.integrations.store.format import mark_
 
@@ -58,6 +58,9 @@ def convert_(model: PreTrainedModel, layout: str = "auto", *, purpose: str = "in
         else layout
         for name, layer in layers.items()
     }
-    swap_(model, {name: layer.to_layout(wanted[name]) for name, layer in layers.items()})
+    made = {name: layer.to_layout(wanted[name]) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        learn_as_(made[name], layer)
+    swap_(model, made)
     mark_(model)
     return wanted

@@ -9,21 +9,37 @@ for one, sees exactly what it would see in the whole model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.streamed_model import StreamedModel
-from cur.integrations.model.blocks import BlockCall, ChainError, ReachedError, alone, is_handed_on, unpack
+from cur.integrations.model.blocks import (
+    BlockCall,
+    ChainError,
+    ReachedError,
+    and_left,
+    beside,
+    is_handed_on,
+    leave,
+    unpack,
+)
 from cur.integrations.model.hooks import forwards_replaced, hooked
 from cur.integrations.model.running import body
 
-__all__ = ["Bypass"]
+__all__ = ["KEPT", "Bypass"]
+
+_LEFT = "left-"
+
+KEPT = ("embedding-", _LEFT)
+"""What the names of places begin with whose outputs are needed to the end."""
 
 
 class Bypass:
@@ -42,6 +58,9 @@ class Bypass:
         Number of the block that runs; the number of all blocks for none: then all of them were run.
     recording : bool
         Whether what the active block returns is stored.
+    starts : set of int
+        Numbers of blocks that are called with something else than what the block before returned: the first ones of
+        stacks, and those before which the model does something with the hidden state, as they are found.
     """
 
     def __init__(self, streamed: StreamedModel, states: HiddenStates) -> None:
@@ -49,13 +68,16 @@ class Bypass:
         self.states = states
         self.active = 0
         self.recording = False
-        self._ends = _ends([len(stack) for stack in streamed.stacks])
+        self.starts = set(streamed.starts)
         self._batch = ""
         self._latest: Any = None
         self._pack: Callable[[Any], Any] | None = None
         self._stored: dict[int, Any] = {}
         self._calls: dict[str, int] = {}
         self._met = -1
+        self._leaving: set[int] = set()
+        self._leaving_of = -1
+        self._inside: list[int] = []
 
     @contextmanager
     def open(self) -> Iterator[Bypass]:
@@ -69,7 +91,8 @@ class Bypass:
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
         inner = body(self.streamed.model)
-        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, (inner, _until_reached)]):
+        whole = (inner, lambda original: _until_reached(self._watched(original)))
+        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, whole]):
             yield self
 
     @contextmanager
@@ -96,7 +119,7 @@ class Bypass:
     def drop_before(self, index: int, *, keep: str | None = None) -> None:
         """Remove what the block before one returned, but for one batch.
 
-        What the last block of a stack returned stays: the next stack may need it.
+        What a block returned that the model does something with stays: it will do so again.
 
         Parameters
         ----------
@@ -105,7 +128,7 @@ class Bypass:
         keep : str, optional
             The name of a batch whose output stays.
         """
-        if index not in self.streamed.starts:
+        if index not in self.starts:
             self.states.drop(self.place(index - 1), keep=keep)
 
     def place(self, number: int) -> str:
@@ -140,6 +163,10 @@ class Bypass:
         self._stored.clear()
         self._calls.clear()
         self._met = -1
+        if self._leaving_of != self.active:  # what the blocks before leave does not change any more
+            places = set(self.states.places(_LEFT))
+            self._leaving = {number for number in range(self.active) if f"{_LEFT}{self.place(number)}" in places}
+            self._leaving_of = self.active
 
     def _block(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -150,20 +177,27 @@ class Bypass:
                         f"{self.streamed.blocks[number][0]} runs more than once in a pass, so block by block its input "
                         "is not known; load the whole model"
                     )
+                if self._parted and _holds_nan(BlockCall.of(args, kwargs)[0]):
+                    raise ChainError(
+                        f"{self.streamed.blocks[number][0]} depends on what several blocks before it returned, so "
+                        "block by block its input is not known; load the whole model"
+                    )
                 try:
-                    self._latest = alone(original, args, kwargs)
+                    self._latest, left = and_left(original, args, kwargs)
                 except ChainError as error:
                     name = self.streamed.blocks[number][0]
                     raise ChainError(f"{name} cannot be run without others: {error}; load the whole model") from error
                 _, self._pack = unpack(self._latest)
                 if self.recording:
                     self.states.write(self.place(number), self._batch, self._latest)
+                    if left:
+                        self.states.write(f"{_LEFT}{self.place(number)}", self._batch, [list(one) for one in left])
                 return self._latest
-            if number == self.active + 1 and number not in self.streamed.starts:
-                self._check_handed_on(number, args, kwargs)
+            if number == self.active + 1 and not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
+                self.starts.add(number)
             if number > self.active:
-                if self._ends[number] != self._ends[self.active]:  # another stack, whose blocks return another form
-                    last = self._ends[self.active] - 1
+                if self._end(number) != self._end(self.active):  # another stack, whose blocks return another form
+                    last = self._end(self.active) - 1
                     if self._met < last:
                         raise ChainError(
                             f"{self.streamed.blocks[number][0]} runs before {self.streamed.blocks[last][0]} does, so "
@@ -172,17 +206,24 @@ class Bypass:
                     raise ReachedError
                 self._met = number
                 return self._latest
-            return self._before(min(self.active, self._ends[number]) - 1, args, kwargs)
+            if number in self._leaving and self.states.has(f"{_LEFT}{self.place(number)}", self._batch):
+                leave(self.states.read(f"{_LEFT}{self.place(number)}", self._batch), args, kwargs)
+            last = min(self.active, self._end(number)) - 1
+            output = self._before(last, args, kwargs)
+            if number < last and self._parted:  # the next one does not look at it, and nothing else may
+                return beside(output)(torch.full_like(unpack(output)[0], torch.nan))
+            return output
 
         return forward
 
-    def _check_handed_on(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse models that change the hidden state between blocks, which would happen once for every block."""
-        if not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
-            raise ChainError(
-                f"{self.streamed.blocks[number][0]} does not get the hidden state that the block before returned, so "
-                "block by block its input is not known; load the whole model"
-            )
+    @property
+    def _parted(self) -> bool:
+        """Whether the model does something with the hidden state between blocks of a stack."""
+        return len(self.starts) > len(self.streamed.starts)
+
+    def _end(self, number: int) -> int:
+        """Return the number of the block behind the last one that gets what the block before returned, from one on."""
+        return min((start for start in self.starts if start > number), default=len(self.streamed.blocks))
 
     def _before(self, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what block `last` returned for this batch.
@@ -191,7 +232,7 @@ class Bypass:
         """
         if last not in self._stored:
             place = self.place(last)
-            if self.active == len(self._ends) and not self.states.has(place, self._batch):
+            if self.active == len(self.streamed.blocks) and not self.states.has(place, self._batch):
                 hidden, _ = BlockCall.of(args, kwargs)
                 return hidden if self._pack is None else self._pack(hidden)
             self._stored[last] = self.states.read(place, self._batch)
@@ -205,12 +246,62 @@ class Bypass:
             place = f"embedding-{name}-{call}"
             if table.weight.is_meta:
                 return self.states.read(place, self._batch)
-            output = original(*args, **kwargs)
+            self._inside.append(id(table.weight))
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._inside.pop()
             if self.recording:
                 self.states.write(place, self._batch, output)
             return output
 
         return forward
+
+    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward pass of the model, which finds out what tables are read elsewhere than in their own.
+
+        That is seen while the first block is reached; from then on outputs of tables stand in for them.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.active > 0:
+                return original(*args, **kwargs)
+            tables = {id(table.weight): name for name, table in self.streamed.embeddings().items()}
+            with _Reading(tables, self._inside, self.streamed.read):
+                return original(*args, **kwargs)
+
+        return forward
+
+
+class _Reading(TorchFunctionMode):
+    """Notes which tables of embeddings are read elsewhere than in their own forward pass.
+
+    Parameters
+    ----------
+    tables : mapping of int to str
+        The names of tables by the addresses of their weights.
+    inside : sequence of int
+        The weights whose own forward pass runs.
+    found : set of str
+        Where names are added.
+    """
+
+    def __init__(self, tables: Mapping[int, str], inside: Sequence[int], found: set[str]) -> None:
+        super().__init__()
+        self.tables, self.inside, self.found = tables, inside, found
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, (torch.Tensor, list, tuple)):  # and not a dtype or a device, which remain
+            read = {id(one) for one in tree_leaves([args, kwargs]) if isinstance(one, torch.Tensor)}
+            self.found |= {self.tables[key] for key in read & self.tables.keys() if key not in self.inside}
+        return output
 
 
 def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,9 +316,5 @@ def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _ends(lengths: list[int]) -> list[int]:
-    """Return for every block the number of the block behind the last of its stack."""
-    ends: list[int] = []
-    for length in lengths:
-        ends += [len(ends) + length] * length
-    return ends
+def _holds_nan(hidden: Any) -> bool:
+    return isinstance(hidden, torch.Tensor) and bool(hidden.isnan().any())

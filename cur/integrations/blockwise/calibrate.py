@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cur.integrations.blockwise.bypass import Bypass
+from cur.integrations.blockwise.bypass import KEPT, Bypass
 from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
@@ -122,6 +122,10 @@ class Calibration:
         if 0 < len(spent) < count and not all(self.group.gather(self._ready(len(spent) - 1, own))):
             spent = []
         first, self.earlier = len(spent), sum(spent)
+        for index in range(first):
+            facts = self.journal.facts(_step(index)) or {}
+            self.streamed.read.update(facts["read"])
+            self.bypass.starts.update(facts["starts"])
         with self.bypass.open():
             if first < count:
                 self.streamed.load_outside()
@@ -181,8 +185,9 @@ class Calibration:
 
     def _ready(self, index: int, own: Sequence[Any]) -> bool:
         """Say whether all that block `index + 1` needs is stored and intact."""
-        places = [self.bypass.place(index), *self.states.places("embedding-")]
-        places += [self.bypass.place(end - 1) for end in self.streamed.starts if 0 < end <= index]
+        places = [self.bypass.place(index), *(place for kind in KEPT for place in self.states.places(kind))]
+        facts = self.journal.facts(_step(index)) or {}
+        places += [self.bypass.place(end - 1) for end in facts.get("starts", ()) if 0 < end <= index]
         return all(self.states.intact(place, key) for place in places for key in self._keys(own))
 
     def _measure(self, index: int, own: list[Any], progress: Callable[[int, int | None], object] | None) -> None:
@@ -224,7 +229,8 @@ class Calibration:
             for file in files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(statistics, text_hash=text_hash(self._inputs, self.given)).save(file)
-            self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin)
+            found = {"read": sorted(self.streamed.read), "starts": sorted(self.bypass.starts)}
+            self.journal.finish(_step(index), files, seconds=time.perf_counter() - begin, **found)
         self.group.agree(True)  # nobody removes what a run that is killed now would need
         if self.group.leads:
             # The first batch stays everywhere: on it the change of each layer's output is measured.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class HiddenStates:
         self.device = device
 
     def write(self, place: str, batch: str, output: Any) -> None:
-        """Store what a module returned: a tensor, or a tuple or list of tensors and Nones.
+        """Store what a module returned: a tensor, or tensors in tuples, lists and mappings, within others as well.
 
         Parameters
         ----------
@@ -42,7 +44,7 @@ class HiddenStates:
         batch : str
             The name of the batch.
         output : Any
-            The output: a tensor, or a tuple or list of tensors and Nones.
+            The output: a tensor, None, a number or a text, or a tuple, list or mapping of such.
 
         Raises
         ------
@@ -51,15 +53,14 @@ class HiddenStates:
         OSError
             If the disk is full or cannot be written.
         """
-        parts = output if isinstance(output, (tuple, list)) else (output,)
-        if not all(part is None or isinstance(part, torch.Tensor) for part in parts):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(f"{place} returns {kinds}; block by block only tensors are kept, so load the whole model")
-        tensors = {
-            str(index): part.detach().to("cpu").contiguous() for index, part in enumerate(parts) if part is not None
-        }
-        kind = type(output).__name__ if isinstance(output, (tuple, list)) else "tensor"
-        data = save(tensors, {"length": str(len(parts)), "kind": kind})
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            form = _taken_apart(output, tensors)
+        except TypeError as error:
+            raise TypeError(
+                f"{place} returns {error}; block by block only tensors are kept, so load the whole model"
+            ) from None
+        data = save(tensors, {"form": json.dumps(form)})
         file = self._file(place, batch)
         file.parent.mkdir(parents=True, exist_ok=True)
         # No fsync: a file that did not reach the disk is found by its checksum, and computed again.
@@ -128,15 +129,12 @@ class HiddenStates:
         file = self._file(place, batch)
         try:
             with safe_open(file, framework="pt") as stored:
-                length, kind = int(stored.metadata()["length"]), stored.metadata()["kind"]
+                form = json.loads(stored.metadata()["form"])
                 # Cloned: what `safe_open` returns is a view of the file, which is removed when the next block is done.
                 tensors = {key: stored.get_tensor(key).clone().to(self.device) for key in stored.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError) as error:
             raise OSError(f"the stored hidden state {file} cannot be read: {error}") from error
-        if kind == "tensor":
-            return tensors["0"]
-        parts = [tensors.get(str(index)) for index in range(length)]
-        return parts if kind == "list" else tuple(parts)
+        return _put_together(form, tensors)
 
     def places(self, prefix: str) -> list[str]:
         """Name the modules of which outputs are stored, by the beginning of their name.
@@ -173,3 +171,33 @@ class HiddenStates:
 
     def _file(self, place: str, batch: str) -> Path:
         return self.directory / place / f"{batch}{_SUFFIX}"
+
+
+def _taken_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return the form of a value as JSON types, and put its tensors into a mapping, by the names that the form has."""
+    if isinstance(value, torch.Tensor):
+        name, host = str(len(tensors)), value.detach().to("cpu").contiguous()
+        # What is there twice, or as a part of another, a file does not store.
+        shared = host.untyped_storage().data_ptr() in {known.untyped_storage().data_ptr() for known in tensors.values()}
+        tensors[name] = host.clone() if shared else host
+        return {"tensor": name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
+        return {"dict": [[key, _taken_apart(part, tensors)] for key, part in value.items()]}
+    for kind in (tuple, list):
+        if type(value) is kind:
+            return {kind.__name__: [_taken_apart(part, tensors) for part in value]}
+    raise TypeError(type(value).__name__)
+
+
+def _put_together(form: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the value that a form is of."""
+    [(kind, parts)] = form.items()
+    if kind == "tensor":
+        return tensors[parts]
+    if kind == "value":
+        return parts
+    if kind == "dict":
+        return {key: _put_together(part, tensors) for key, part in parts}
+    return {"tuple": tuple, "list": list}[kind](_put_together(part, tensors) for part in parts)

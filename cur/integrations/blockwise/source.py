@@ -429,4 +429,4 @@ class _Blocks(Layers):
 def _empty(report: LayerReport, dense: nn.Module) -> CompressedLinear:
     """Return the compressed layer of a report without its factors, on the meta device."""
     made = stand_in(dense, report.name, report.spec(), device="meta")
-    return made.train(dense.training).requires_grad_(next(dense.parameters()).requires_grad)
+    return made.train(dense.training)

@@ -48,6 +48,9 @@ class StreamedModel:
         Name and module of every block, of all stacks in order.
     starts : list of int
         Number of the first block of each stack.
+    read : set of str
+        Names of tables of embeddings that are read elsewhere than in their own forward pass, so that they stay in
+        memory with the rest that is outside of blocks.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class StreamedModel:
         self.stacks = block_stacks(model)
         self.blocks = [block for stack in self.stacks for block in stack]
         self.starts = [sum(len(stack) for stack in self.stacks[:number]) for number in range(len(self.stacks))]
+        self.read: set[str] = set()
         self._inside = tuple(f"{name}." for name, _ in self.blocks)
         parts = {id(part) for part in body(model).modules()}
         self._body = {
@@ -187,8 +191,11 @@ class StreamedModel:
         }
 
     def free_embeddings(self) -> None:
-        """Let go of the tables of embeddings, and of what is tied to them."""
+        """Let go of the tables of embeddings, but those that are read, and of what is tied to them."""
+        first = dict(self.model.all_tied_weights_keys)
+        kept = {first.get(name, name) for name in (f"{self._prefix()}{table}.weight" for table in self.read)}
         tables = {f"{self._prefix()}{name}.weight" for name in self.embeddings()}
+        tables = {name for name in tables if first.get(name, name) not in kept}
         tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
         self._free(tables | tied)
 

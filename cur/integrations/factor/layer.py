@@ -21,7 +21,14 @@ from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.nn import CompressedLinear, CURLinear, InterpolativeLinear, dense_weight, layer_class
+from cur.integrations.nn import (
+    CompressedLinear,
+    CURLinear,
+    InterpolativeLinear,
+    dense_weight,
+    layer_class,
+    learn_as_,
+)
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.guide import guide, link_weights
 from cur.integrations.plan.methods import CUREntry, RowsEntry, WeightedEntry
@@ -173,7 +180,7 @@ def factorize_as(
     layer = done.layer(entry.layout, dtype=weight.dtype, bias=bias, transposed=transposed)
     layer.adopt_(module)
     layer.train(module.training)
-    layer.requires_grad_(next(module.parameters()).requires_grad)
+    learn_as_(layer, module)
     left, right = _folded(done.factors)
     parts = list(done.factors) if isinstance(done.factors, CUR) else [left, right]
     return layer, report_on(

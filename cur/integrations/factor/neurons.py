@@ -19,7 +19,14 @@ from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.neurons import neuron_groups
-from cur.integrations.nn import CompressedLinear, InterpolativeLinear, KeptInputs, KeptOutputs, dense_weight
+from cur.integrations.nn import (
+    CompressedLinear,
+    InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
+    dense_weight,
+    learn_as_,
+)
 from cur.integrations.plan.entry import PlanEntry, PlanError
 from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
 from cur.integrations.plan.neuron_curves import double_weight, neuron_order
@@ -193,7 +200,7 @@ def keep_neurons(
             rows = _before(model, part, here, moments, fitted.get(part.name))
             layer = KeptOutputs.from_part(rows, mask, bias=some, transposed=transposed)
         layer.train(module.training)
-        layer.requires_grad_(next(module.parameters()).requires_grad)
+        learn_as_(layer, module)
         earlier = fitted[part.name].seconds if part.name in fitted else 0.0
         own = isinstance(layer, KeptOutputs) and part.name not in fitted and part.inner_rank is None
         wide, near, rounding = weight.to(torch.float64), layer.weight.to(torch.float64), 0.0

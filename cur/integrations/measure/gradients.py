@@ -108,7 +108,8 @@ class OutputGradients:
         """
         loss = self._told(output, inputs, batch) if self.loss is not None else self._drawn(output, mask, first)
         if not bool(torch.isfinite(loss)):
-            raise NumericalError(f"the loss is not finite; {find_nonfinite(self.model, self.model, inputs)}")
+            whose = "`loss`" if self.loss is not None else "the loss"
+            raise NumericalError(f"{whose} is not finite; {find_nonfinite(self.model, self.model, inputs)}")
         try:
             if loss.requires_grad:  # else nothing that is measured was called
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,19 @@ _TRIANGLE_BLOCKS = 8
 _ROWS = 64
 
 
+class _Sums(NamedTuple):
+    """Sums at some time: of how many calls and vectors, and second moments or squares."""
+
+    calls: int
+    vectors: int
+    total: torch.Tensor
+
+
 class InputSums:
-    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensor share one.
+    """Sums over the inputs of modules, gathered by hooks; modules called with the same tensors share one.
+
+    A module shares the sums of the one that was called first with its tensor, its leader, as long as it is called with
+    the tensors of that one; with the first other it goes on with sums of its own.
 
     Parameters
     ----------
@@ -47,6 +58,9 @@ class InputSums:
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
         self.leader: dict[int, int] = {}
+        self.calls: dict[int, int] = {}
+        self.begun: dict[int, int] = {}
+        self.earlier: dict[int, _Sums] = {}
         self.sums: dict[int, torch.Tensor] = {}
         self.products: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
@@ -61,6 +75,8 @@ class InputSums:
     def start(self) -> None:
         """Begin with a batch: what modules are called with counts from now on."""
         self.seen.clear()
+        self.earlier.clear()
+        self.begun = dict(self.calls)
         self.listening = True
 
     def finish(self) -> str | None:
@@ -70,8 +86,17 @@ class InputSums:
         -------
         str or None
             The name of the first module whose inputs are not finite, None if all are.
+
+        Raises
+        ------
+        ValueError
+            If the sums of a module that shared those of another are not known.
         """
         self.listening = False
+        for key, leader in self.leader.items():
+            if self.calls[key] != self.calls[leader]:
+                self._part(key, leader, self.earlier.get(leader))
+        self.earlier.clear()
         # One question to the device for all modules: each would make the host wait for it.
         first = first_false([torch.isfinite(total).all() for total in self.sums.values()])
         return None if first is None else f"the input of {self.names[list(self.sums)[first]][0]!r}"
@@ -83,29 +108,55 @@ class InputSums:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{self.names[key][0]!r} is not called with a tensor; its input cannot be measured")
-            leader = self._leader(key, x)
-            known = self.leader.setdefault(key, leader)
-            if known != leader:
-                raise ValueError(
-                    f"{self.names[key][0]!r} first had the input of {self.names[known][0]!r} and then that "
-                    "of "
-                    f"{self.names[leader][0]!r}; measure these modules in separate calls"
-                )
-            if leader == key:
+            if self._adds(key, x):
                 self._add(key, x)
+            self.calls[key] = self.calls.get(key, 0) + 1
 
         return gather
 
-    def _leader(self, key: int, x: torch.Tensor) -> int:
+    def _adds(self, key: int, x: torch.Tensor) -> bool:
+        """Say whether a module adds its input to its sums: not where the leader, whose sums it shares, has done so."""
+        first = self._first(key, x)
+        leader = key if first == key else self.leader[first]
+        known = self.leader.get(key)
+        if known is None:
+            # What a leader was called with before, this module was not.
+            known = self.leader[key] = leader if self.calls.get(leader) == 1 else key
+        elif known not in (key, leader):
+            self._part(key, known, self._so_far(known))
+            known = key
+        if known == key and self.calls.get(key, 0) > self.begun.get(key, 0) and key not in self.earlier:
+            # Those that follow may have been called with the first of its inputs in this pass alone.
+            self.earlier[key] = self._so_far(key)
+        return known == key
+
+    def _first(self, key: int, x: torch.Tensor) -> int:
+        """Return the module that was the first to be called with a tensor in this pass."""
         # Weak references: holding the tensors would keep every activation of the forward pass alive. The
         # version counter tells a tensor that was changed in place between two calls.
         # Tables of different sizes may be asked for the same tokens.
         place = id(x), self.tables.get(key, 0)
         found = self.seen.get(place)
         if found is not None and found[0]() is x and found[1] == x._version:
-            return key if self.leader.get(key) == key else found[2]
+            return found[2]
         self.seen[place] = (weakref.ref(x), x._version, key)
         return key
+
+    def _so_far(self, key: int) -> _Sums:
+        return _Sums(self.calls[key], self.counts[key], self.products.get(key, self.sums[key]).clone())
+
+    def _part(self, key: int, leader: int, shared: _Sums | None) -> None:
+        """Let a module that shared the sums of another up to some time go on with its own."""
+        if shared is None or self.calls[key] != shared.calls:
+            one, other = self.names[key][0], self.names[leader][0]
+            raise ValueError(
+                f"{one!r} is called with some inputs of {other!r} and not with others; measure these modules in "
+                "separate calls"
+            )
+        self.leader[key], self.counts[key], self.sums[key] = key, shared.vectors, shared.total.clone()
+        if leader in self.products:
+            self.products[key] = self.sums[key]
+            self.sums[key] = self.products[key].diagonal()
 
     def _add(self, key: int, x: torch.Tensor) -> None:
         mask = self.masks.of(self.modules[key], x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ __all__ = [
     "ChainError",
     "ReachedError",
     "after_blocks",
+    "and_left",
+    "beside",
     "chain_fault",
     "is_handed_on",
+    "leave",
     "unpack",
 ]
 
@@ -152,20 +155,75 @@ def alone(block: Callable[..., Any], args: Sequence[Any], options: Mapping[str, 
     ChainError
         If the block changes a mapping or a list among its arguments.
     """
-    before = _held(args, options)
-    output = block(*args, **options)
-    if _held(args, options) != before:
-        raise ChainError(
-            "a block leaves something for later ones in what it is called with, so that they depend on more than the "
-            "hidden state"
-        )
+    output, left = and_left(block, args, options)
+    if left:
+        raise ChainError(_LEAVES)
     return output
 
 
-def _held(args: Sequence[Any], options: Mapping[str, Any]) -> list[list[int]]:
-    """Return what mappings and lists among arguments hold, by address."""
-    given = [value for value in (*args, *options.values()) if isinstance(value, (Mapping, list))]
-    return [[id(part) for part in (value.values() if isinstance(value, Mapping) else value)] for value in given]
+_LEAVES = (
+    "a block leaves something for later ones in what it is called with, so that they depend on more than the hidden "
+    "state"
+)
+
+Left: TypeAlias = "list[tuple[int | str, Any, Any]]"
+"""What a block leaves for later ones: where among its arguments, under which key, and what."""
+
+
+def and_left(block: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> tuple[Any, Left]:
+    """Call a block; returns its output, and what it leaves for later ones in the mappings that it is called with.
+
+    Parameters
+    ----------
+    block : callable
+        The block, or its forward pass.
+    args : sequence
+        The positional arguments of the block.
+    options : mapping
+        The keyword arguments of the block.
+
+    Returns
+    -------
+    Any, list
+        The output, and what :func:`leave` puts there again.
+
+    Raises
+    ------
+    ChainError
+        If the block changes a list among its arguments, or takes something out of a mapping.
+    """
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **dict(options.items())}
+    before = {place: _held(value) for place, value in given.items() if isinstance(value, (Mapping, list))}
+    output = block(*args, **options)
+    left: Left = []
+    for place, held in before.items():
+        now = _held(given[place])
+        if now != held and (not isinstance(given[place], Mapping) or held.keys() - now.keys()):
+            raise ChainError(_LEAVES)
+        left += [(place, key, given[place][key]) for key in now if held.get(key) != now[key]]
+    return output, left
+
+
+def leave(left: Left, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Put what a block has left for later ones into the arguments of a call.
+
+    Parameters
+    ----------
+    left : list
+        What was left, as from :func:`and_left`.
+    args : sequence
+        The positional arguments of the call.
+    options : mapping
+        The keyword arguments of the call.
+    """
+    for place, key, value in left:
+        (options[place] if isinstance(place, str) else args[place])[key] = value
+
+
+def _held(value: Mapping[Any, Any] | list[Any]) -> dict[Any, int]:
+    """Return what a mapping or a list holds, by address."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return {key: id(part) for key, part in parts}
 
 
 def chain_fault(model: nn.Module, batch: Batch) -> str | None:
@@ -198,8 +256,12 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
                 ended.append(hidden)
         except ChainError as error:
             return str(error)
-        except (RuntimeError, TypeError, ValueError):  # whatever a block says that is not called so
-            return f"the blocks of {type(model).__name__} cannot be called one after the other on one hidden state"
+        except (RuntimeError, TypeError, ValueError) as error:  # whatever a block says that is not called so
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return (
+                f"the blocks of {type(model).__name__} cannot be called one after the other on one hidden state "
+                f"({reason})"
+            )
         with hooked(after_blocks([walk.blocks[-1][1]], lambda _, after: last.append(after))):
             run(body(model), model_inputs(body(model), batch))
     if len(last) == 1 and last[0].shape == hidden.shape and bool(torch.isclose(last[0], hidden, atol=1e-3).all()):
@@ -295,6 +357,11 @@ class BlockWalk:
         -------
         Tensor, BlockCall
             The hidden state and the other arguments that the block would be called with.
+
+        Raises
+        ------
+        ChainError
+            If the block is not called.
         """
         caught: list[tuple[Tensor, BlockCall]] = []
 
@@ -306,6 +373,8 @@ class BlockWalk:
         hooks: list[Hook] = [(self.blocks[index][1], "before", stop)]
         with suppress(ReachedError), self.passing(passed, ended=ended), hooked(hooks):
             run(self._body, model_inputs(self._body, batch))
+        if not caught:
+            raise ChainError(f"no input reaches {self.blocks[index][0]} with the first batch")
         return caught[0]
 
     def calls(self, batch: Batch, number: int = 0, ended: Sequence[Tensor] = ()) -> tuple[Tensor, list[BlockCall]]:
@@ -380,7 +449,7 @@ class BlockWalk:
                         return form.pack(ended[number])
                     hidden, _ = BlockCall.of(args, options)
                     if first and form.says_more:
-                        now[number] = _beside(original(*args, **options))
+                        now[number] = beside(original(*args, **options))
                     return now.get(number, form.pack)(hidden)
 
                 return pass_on
@@ -441,9 +510,22 @@ class _Form:
 _PLAIN = _Form(lambda hidden: hidden, False)
 
 
-def _beside(output: Any) -> Callable[[Any], Any]:
-    """Return what puts another hidden state beside the rest of what a block returned."""
-    kind = list if isinstance(output, list) else tuple
+def beside(output: Any) -> Callable[[Any], Any]:
+    """Return what puts another hidden state beside the rest of what a block returned.
+
+    Parameters
+    ----------
+    output : tensor, tuple or list
+        The output of a block, as for :func:`unpack`.
+
+    Returns
+    -------
+    callable
+        A function from a hidden state to an output.
+    """
+    if not isinstance(output, (tuple, list)):
+        return lambda hidden: hidden
+    kind = type(output)
     return lambda hidden: kind([hidden, *output[1:]])
 
 

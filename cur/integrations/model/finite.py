@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cur._lib.errors import NumericalError
 from cur.integrations.model.blocks import unpack
@@ -80,10 +81,13 @@ def find_nonfinite(model: nn.Module, module: nn.Module, inputs: Mapping[str, Any
 
     leaves = ((name, part) for name, part in model.named_modules() if next(part.children(), None) is None)
     with hooked([(part, "after", hook(name)) for name, part in leaves]):
-        run(module, inputs)
+        output = run(module, inputs)
     if culprit:
         return f"the output of {culprit[0]!r} is the first to overflow or lose its value"
-    return "no single module is the source"
+    returned = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if returned and all(bool(all_finite(x)) for x in returned):
+        return "what the model returns is finite, so that it is lost in what is made of that"
+    return "all modules without parts return what is finite, so that it is lost in a module that is made of them"
 
 
 def finite_weight(module: nn.Module, name: str) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from cur.integrations.nn.replaceable import STAND_IN
+
 __all__ = ["Hook", "call_groups", "forwards_replaced", "hooked", "inputs_of", "outputs_of"]
 
 Hook: TypeAlias = "tuple[nn.Module, Literal['before', 'after'], Callable[..., Any]]"
@@ -75,6 +77,7 @@ def _like(original: Forward, other: Forward) -> Forward:
     def forward(*args: Any, **options: Any) -> Any:
         return other(*args, **options)
 
+    setattr(forward, STAND_IN, True)
     return forward
 
 

@@ -22,6 +22,8 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 """Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None where unknown."""
 
 
+_TOKENS = "input_ids"
+
 _DECODED = "decoder_input"
 """What the inputs of a decoder begin with: ids, embeddings or values."""
 
@@ -36,7 +38,10 @@ def body(model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "base_model", None) if is_transformer(model) else None
     # What PEFT calls so has the head.
-    return inner if isinstance(inner, nn.Module) and not is_adapter(model) else model
+    if not isinstance(inner, nn.Module) or is_adapter(model):
+        return model
+    # Perceiver reads tokens under a name that its body does not take.
+    return model if _TOKENS in taken(model) and _TOKENS not in taken(inner) else inner
 
 
 @contextmanager

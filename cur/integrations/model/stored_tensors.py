@@ -214,6 +214,8 @@ class ModelFiles:
         self.places: dict[str, list[str]] = {}
         self.unread: list[str] = []
         self._converted: set[str] = set()
+        # What several tensors of the model are made of is found by the name of any of them.
+        self._with: dict[str, str] = {}
         for name, (target, converted) in named.items():
             if name == ADVICE:
                 continue
@@ -223,6 +225,9 @@ class ModelFiles:
             self.places.setdefault(target, []).append(name)
             if converted:
                 self._converted.add(target)
+                self._with |= dict.fromkeys(_made_with(target, hollow), target)
+        for other in self.places.keys() & self._with.keys():
+            del self._with[other]
 
     def holds(self, target: str) -> bool:
         """Say whether a tensor of the model is stored under one name or several.
@@ -237,7 +242,7 @@ class ModelFiles:
         bool
             Whether the files hold the tensor.
         """
-        return target in self.places
+        return target in self.places or target in self._with
 
     def read(self, target: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield one tensor of the model by its name there, and others that are made from the same stored ones.
@@ -252,6 +257,7 @@ class ModelFiles:
         (str, Tensor)
             The name of a tensor in the model, and its values.
         """
+        target = self._with.get(target, target)
         names = self.places[target]
         if target not in self._converted or self.hollow is None:
             yield target, self.weights.read(names[0])
@@ -271,6 +277,14 @@ class ModelFiles:
                 place, _, key = name.rpartition(".")
                 setattr(self.hollow.get_submodule(place), key, self._empty[name])
                 yield name, tensor
+
+
+def _made_with(target: str, model: Any) -> list[str]:
+    """Return the other tensors of a model that the same stored ones are split into as the one of this name."""
+    known = model.state_dict()
+    patterns = [entry.target_patterns for entry in conversions(model) if isinstance(entry, WeightConverter)]
+    places = [target.replace(first, other, 1) for first, *others in patterns if first in target for other in others]
+    return [place for place in places if place in known]
 
 
 class _Pickles:

@@ -9,12 +9,13 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
 from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
 from cur.integrations.model.usage import is_transformer, told_blocks
-from cur.integrations.nn import CompressedLinear, is_linear, is_table, made_of
+from cur.integrations.nn import CompressedLinear, has_own_forward, is_linear, is_table, made_of
 
 __all__ = [
     "ALL_EMBEDDINGS",
@@ -29,6 +30,8 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 ALL_EMBEDDINGS = "all-embeddings"
+
+_TOLD = 3
 
 _Stack: TypeAlias = "list[tuple[str, nn.Module]]"
 
@@ -63,8 +66,9 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     """Look for the stacks of blocks that make up a transformer: lists of modules that each hold linear layers.
 
     A stack is an ``nn.ModuleList``, or a run of modules of one class in an ``nn.Sequential``; its blocks may differ, as
-    where attention and recurrence take turns, but none is a linear layer itself. Lists inside blocks do not count. An
-    encoder-decoder is made up of all stacks that it has, any other model of those that are as long as
+    where attention and recurrence take turns, but none is a linear layer itself. A list of lists is one stack, lists
+    inside blocks do not count. Towers for images or sound are no part of a model that reads text. An
+    encoder-decoder is made up of all other stacks that it has, any other model of those that are as long as
     ``config.num_hidden_layers`` says; without such a config, or such a stack, of the longest one and of others with
     blocks of the same classes.
 
@@ -85,7 +89,7 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     for name, module in model.named_modules():
         if not any(name.startswith(outer + ".") for outer in found) and (blocks := _repeated(name, module)):
             found[name] = blocks
-    stacks = found
+    stacks = found = _reached_by_text(model, found)
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         stacks = _of_length(found, _num_hidden_layers(model))
         if len(stacks) > 1:
@@ -96,6 +100,9 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
 def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
     parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
+    inner = [_repeated(place, part) if isinstance(part, nn.ModuleList) else [] for place, part in parts]
+    if isinstance(module, nn.ModuleList) and inner and all(inner):
+        return [block for blocks in inner for block in blocks]
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
@@ -117,6 +124,18 @@ def _of_length(found: Mapping[str, _Stack], count: int | None) -> dict[str, _Sta
 
 def _classes(blocks: _Stack) -> set[type]:
     return {type(block) for _, block in blocks}
+
+
+def _reached_by_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
+    """Leave out stacks of models inside a model that reads text where these read none: towers for images or sound."""
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return stacks
+    others = tuple(
+        f"{name}."
+        for name, part in model.named_modules()
+        if name and isinstance(part, PreTrainedModel) and "text" not in part.input_modalities
+    )
+    return {name: blocks for name, blocks in stacks.items() if not f"{name}.".startswith(others)} or stacks
 
 
 def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
@@ -221,7 +240,7 @@ def linear_modules(
         possible = linear | tables if not isinstance(rule, str) else tables if rule == ALL_EMBEDDINGS else linear
         hits = {name for name in named if name in possible}
         if not hits:
-            raise ValueError(_nothing(pattern, named, modules, linear))
+            raise ValueError(_nothing(model, pattern, named, modules, linear, tables))
         if isinstance(rule, str):
             head = _output_head(model, modules)
             hits -= head
@@ -265,7 +284,8 @@ def targeted_singly(model: nn.Module, targets: str | Sequence[str], /) -> set[st
         if rule == ALL_EMBEDDINGS:  # which nobody named, however few there are
             continue
         hits = [name for name in linear if _matches(name, rule, "targets", family)]
-        found.update(hits if len(hits) == 1 else (name for name in hits if name in rule))
+        named = {rule} if isinstance(rule, str) else rule
+        found.update(hits if len(hits) == 1 else (name for name in hits if name in named))
     return found
 
 
@@ -348,7 +368,9 @@ def _odd(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for name, module in modules.items():
         kind = type(module).__name__
-        if isinstance(module, nn.Linear) and not isinstance(module, CompressedLinear) and not is_linear(module):
+        if has_own_forward(module) and isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            found[name] = name, f"{name} has a `forward` of its own beside that of {kind}, which would be lost"
+        elif isinstance(module, nn.Linear) and not isinstance(module, CompressedLinear) and not is_linear(module):
             parts = made_of(module)
             why = f"the weight of {name} is computed from {', '.join(parts)}"
             found[name] = name, why if parts else f"{name} is a {kind}, which does more than multiply with its weight"
@@ -362,25 +384,46 @@ def _odd(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _nothing(pattern: str, named: Sequence[str], modules: Mapping[str, nn.Module], linear: Collection[str]) -> str:
+def _nothing(
+    model: nn.Module,
+    pattern: str,
+    named: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    linear: Collection[str],
+    tables: Collection[str],
+) -> str:
+    if is_linear(model) or is_table(model):
+        return (
+            f"`model` must hold the layers to replace, got a layer itself ({type(model).__name__}); put it into a "
+            "module, as `torch.nn.Sequential(layer)`, and compress that, or factorize its weight by `cur.decompose`"
+        )
     if pattern == ALL_EMBEDDINGS:
         return f"`targets` {pattern!r} matches nothing: the model has no plain table of embeddings"
     odd = [sentence for full, (name, sentence) in _odd(modules).items() if _ends(full, pattern) or _ends(name, pattern)]
     if odd:
         return f"`targets` {pattern!r} names no linear layer: {odd[0]}; exclude it, or name other targets"
+    others = f"; tables of embeddings are targets by name, or as {ALL_EMBEDDINGS!r}: {_some(tables)}" if tables else ""
     if named:
         kinds = sorted({type(modules[name]).__name__ for name in named})
         return (
             f"`targets` {pattern!r} names {len(named)} module(s), {named[0]!r} first, none of them linear: "
-            f"they are {', '.join(kinds)}"
+            f"they are {', '.join(kinds)}{others}"
         )
-    ends = sorted({name.rpartition(".")[2] for name in linear})
+    ends = sorted({name.rpartition(".")[2] for name in (*linear, *tables)})
     ends = [end for end in ends if not end.isdigit()] or ends
     if not ends:
-        return f"`targets` {pattern!r} matches nothing: the model has no linear module"
+        return f"`targets` {pattern!r} matches nothing: the model has no linear module and no table of embeddings"
     close = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"`targets` {pattern!r} matches no module; {hint}linear modules here end in {', '.join(ends)}"
+    what = "linear modules" if linear else "the model has no linear module, and tables of embeddings"
+    ends = [end for end in ends if not linear or any(_ends(name, end) for name in linear)]
+    said = f"`targets` {pattern!r} matches no module; {hint}{what} here end in {', '.join(ends)}"
+    return said + (others if linear else "")
+
+
+def _some(names: Collection[str]) -> str:
+    told = sorted(names)
+    return ", ".join(told[:_TOLD]) + (f" and {len(told) - _TOLD} more" if len(told) > _TOLD else "")
 
 
 def _ends(name: str, pattern: str) -> bool:

@@ -54,12 +54,14 @@ from cur.integrations.nn.modules import (
     grids_of,
     is_linear,
     layout_for,
+    learn_as_,
     looks_up,
     made_of,
     stand_in,
     swap_,
 )
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
+from cur.integrations.nn.replaceable import has_own_forward, held_beside
 from cur.integrations.nn.rounded import GridEmbedding, GridLinear, set_kernels_
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
@@ -88,10 +90,13 @@ __all__ = [
     "dense_weight",
     "factored",
     "grids_of",
+    "has_own_forward",
+    "held_beside",
     "is_linear",
     "is_table",
     "layer_class",
     "layout_for",
+    "learn_as_",
     "looks_up",
     "made_of",
     "register",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cur.integrations.nn.base import CompressedLinear, fill_
 from cur.integrations.nn.registry import register
+from cur.integrations.nn.replaceable import has_own_forward
 from cur.integrations.nn.rounded import GridEmbedding
 from cur.integrations.nn.tensors import StoredTensor, Stores
 
@@ -33,13 +34,14 @@ def is_table(module: nn.Module) -> bool:
     Returns
     -------
     bool
-        Whether it is one; subclasses may do more, and tables that bound the norms of their rows do.
+        Whether it is one; subclasses may do more, and tables that bound the norms of their rows, or have a forward pass
+        of their own, do.
     """
     kind = type(module)
     if kind is not nn.Embedding and kind is not nn.EmbeddingBag:
         return False
     table: Any = module
-    return table.max_norm is None and (kind is nn.Embedding or table.mode in BAGS)
+    return table.max_norm is None and not has_own_forward(module) and (kind is nn.Embedding or table.mode in BAGS)
 
 
 @register

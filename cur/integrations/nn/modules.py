@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.registry import layer_class
+from cur.integrations.nn.replaceable import carry_hooks_, has_own_forward
 
 __all__ = [
     "compressed_modules",
@@ -20,6 +21,7 @@ __all__ = [
     "grids_of",
     "is_linear",
     "layout_for",
+    "learn_as_",
     "looks_up",
     "made_of",
     "stand_in",
@@ -83,7 +85,7 @@ def is_linear(module: nn.Module) -> bool:
     bool
         Whether it is a linear layer.
     """
-    if made_of(module):
+    if made_of(module) or has_own_forward(module):
         return False
     if type(module) in (nn.Linear, Conv1D):
         return True
@@ -199,7 +201,7 @@ def stand_in(
     kind = layer_class(spec["layout"])
     if kind.by_inputs != is_table(dense):
         raise ValueError(f"the layout `{kind.layout}` is not for a {type(dense).__name__}")
-    return kind.from_spec(
+    made = kind.from_spec(
         spec,
         n,
         m,
@@ -208,6 +210,33 @@ def stand_in(
         device=weight.device if device is None else device,
         dtype=weight.dtype,
     )
+    for part in made.modules():
+        # transformers would initialise factors, by rules for dense layers of these names.
+        part._is_hf_initialized = True  # type: ignore[assignment]
+    learn_as_(made, dense)
+    return made
+
+
+def learn_as_(layer: nn.Module, dense: nn.Module) -> None:
+    """Freeze of a layer what is frozen of the one that it stands in for: its weight, its bias, both or none of them.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        The layer, which is changed in place.
+    dense : nn.Module
+        The layer that it stands in for.
+    """
+    learns = {"weight": False, "bias": False}
+    for name, parameter in dense.named_parameters():
+        learns[_weight_or_bias(name)] |= parameter.requires_grad
+    for name, parameter in layer.named_parameters():
+        if not learns[_weight_or_bias(name)]:
+            parameter.requires_grad_(False)
+
+
+def _weight_or_bias(name: str) -> str:
+    return "bias" if name.rpartition(".")[2] == "bias" else "weight"
 
 
 def compressed_modules(model: nn.Module) -> dict[str, CompressedLinear]:
@@ -247,7 +276,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put other modules in the place of named ones, in place.
 
     A module that several parents share is replaced under each of them by the same new module, so it stays
-    shared.
+    shared. Hooks of the modules go over to those that replace them.
 
     Parameters
     ----------
@@ -256,12 +285,15 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
     """
-    new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    replaced = {name: model.get_submodule(name) for name in replacements}
+    new = {id(module): replacements[name] for name, module in replaced.items()}
     places = [
         (parent, child_name, new[id(child)])
         for parent in model.modules()
         for child_name, child in parent._modules.items()
         if id(child) in new
     ]
+    for name, module in replaced.items():
+        carry_hooks_(replacements[name], module)
     for parent, child_name, module in places:
         setattr(parent, child_name, module)

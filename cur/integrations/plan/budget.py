@@ -22,6 +22,7 @@ from cur.integrations.model.size import model_size
 from cur.integrations.model.usage import model_name
 from cur.integrations.nn import is_table
 from cur.integrations.plan.config import METHODS, BudgetConfig
+from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.file_size import ByteCosts
 from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
@@ -177,9 +178,9 @@ def plan_budget(
     options = _options(curves, neurons, prices)
     least = int(sum(option.costs.min() for option in options))
     if on_disk is not None and config.size is not None:
-        budget = _size_budget(config.size, on_disk, least=least)
+        budget = _size_budget(config.size, on_disk, least=least, dense=dense or {})
     else:
-        budget = _budget(config, targeted, whole, least=least)
+        budget = _budget(config, targeted, whole, least=least, dense=dense or {})
     if not config.gradients:
         options = _with_floor(options, budget)
     chosen = _shares(options, budget)
@@ -362,7 +363,7 @@ def _as_ranks(options: np.ndarray[Any, Any], curve: LayerCurve) -> np.ndarray[An
     return np.where(options == len(curve.errors) - 1, 0, options + 1)
 
 
-def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> int:
+def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int, dense: Mapping[str, str]) -> int:
     """Return the number of parameters that the targeted layers may keep."""
     if config.keep is not None:
         budget, given = int(config.keep * targeted), f"`keep` must be at least {least / targeted:.4f}"
@@ -378,11 +379,12 @@ def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int) -> i
     if budget < least:
         raise ValueError(
             f"{given}, the least that the targeted layers can be brought to (rank 1 or one neuron); got {got}"
+            f"{_beside(dense)}"
         )
     return budget
 
 
-def _size_budget(size: int, on_disk: ByteCosts, *, least: int) -> int:
+def _size_budget(size: int, on_disk: ByteCosts, *, least: int, dense: Mapping[str, str]) -> int:
     """Return the bytes that the targeted layers may take."""
     if size >= on_disk.dense():
         raise ValueError(
@@ -392,6 +394,12 @@ def _size_budget(size: int, on_disk: ByteCosts, *, least: int) -> int:
     if size < on_disk.fixed + least:
         raise ValueError(
             f"`size` must be at least {on_disk.fixed + least:,} bytes, of which {on_disk.fixed:,} belong to what is "
-            f"not targeted (the rest is rank 1 or one neuron); got {size:,}"
+            f"not targeted (the rest is rank 1 or one neuron); got {size:,}{_beside(dense)}"
         )
     return size - on_disk.fixed
+
+
+def _beside(dense: Mapping[str, str]) -> str:
+    """Return which targets stay dense and why, as the end of a sentence."""
+    remark = dense_remark(dense).rstrip(".")
+    return f"; {remark[:1].lower()}{remark[1:]}" if remark else ""

@@ -53,6 +53,7 @@ def unfit(model: nn.Module, config: CompressConfig | BudgetConfig, names: Iterab
         module = model.get_submodule(name)
         m, n = dense_weight(module, name)[0].shape
         if other := holders.get(_address(model.get_parameter(f"{name}.weight")), {name}) - {name}:
+            other = {holder or "a parameter of the model itself" for holder in other}
             found[name] = (
                 f"the weight of {name} is tied to {', '.join(sorted(other))}: compressing one would leave the other "
                 "dense"

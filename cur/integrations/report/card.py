@@ -39,7 +39,7 @@ def model_card(model: nn.Module, report: CompressionReport | None = None) -> str
     lines = [
         "---",
         f"library_name: {'transformers' if is_transformer(model) else 'pytorch'}",
-        *([f"base_model: {base}", "base_model_relation: finetune"] if _is_hub_id(base) else []),
+        *([f"base_model: {base}", "base_model_relation: finetune"] if _is_on_hub(base, report) else []),
         "tags:",
         "- cur-decomposition",
         "- low-rank",
@@ -145,5 +145,7 @@ def _size(size: Size) -> str:
     return f"{size.parameters:,} parameters in {size.bytes:,} bytes"
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def _is_on_hub(name: str, report: CompressionReport | None) -> bool:
+    """Say whether a model was loaded by the id of a repository: a directory here may have a name of the same form."""
+    shaped = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return shaped and report is not None and report.source in ("", name)

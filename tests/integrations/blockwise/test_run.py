@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -328,3 +329,51 @@ def test_statistics_are_kept_and_used_again(
     }
     assert first.perplexity == expected
     assert CompressionReport.load(directory.parent / "first" / "report.json").perplexity == expected
+
+
+class StopError(Exception):
+    pass
+
+
+def _funnel() -> PreTrainedModel:
+    config = hf.FunnelConfig(
+        vocab_size=101, block_sizes=[2, 2], d_model=32, n_head=4, d_head=8, d_inner=48, num_decoder_layers=1
+    )
+    return hf.FunnelForMaskedLM(config)
+
+
+def _prophetnet() -> PreTrainedModel:
+    sizes = {"num_encoder_layers": 2, "num_decoder_layers": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    config = hf.ProphetNetConfig(vocab_size=101, hidden_size=32, max_position_embeddings=64, **sizes, **heads)
+    return hf.ProphetNetForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "made", [_funnel, _prophetnet, lambda: models.make("gemma3n_text")], ids=["between", "read", "left"]
+)
+def test_what_is_known_of_a_model_lasts_longer_than_a_run(
+    made: Callable[[], PreTrainedModel], windows: torch.Tensor, tmp_path: Path
+) -> None:
+    """What happens between blocks, what tables are read and what blocks leave is found out once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made().eval()
+    model.save_pretrained(tmp_path / "dense")
+    models.tokenizer().save_pretrained(tmp_path / "dense")
+    config = CompressConfig(layers="all", targets="all-linear", rank=4)
+
+    def stop(stage: str, done: int, _: int | None) -> None:
+        if stage == "calibrate" and done == 7:  # in the fourth block
+            raise StopError
+
+    parts = as_batches(windows, 4)[:2]
+    streamed = load_streamed(tmp_path / "dense")
+    with pytest.raises(StopError):
+        compress_blockwise(streamed, parts, tmp_path / "parts", config, progress=stop)
+    found = compress_blockwise(load_streamed(tmp_path / "dense"), parts, tmp_path / "parts", config)
+    whole = compress(load_model(tmp_path / "dense").model, parts, config)
+    for one, other in zip(whole.layers, found.layers, strict=True):
+        assert one.name == other.name
+        assert one.relative_error == pytest.approx(other.relative_error, rel=1e-5)
+        assert one.weighted_error == pytest.approx(other.weighted_error, rel=1e-5)

@@ -220,11 +220,41 @@ def test_a_module_called_twice_counts_twice() -> None:
     x = torch.arange(8).view(2, 4)
     model = Branches(in_place=False)
     measured = collect(model, [x, x], modules=["a", "b"])
-    assert measured.counts == {"a": 8, "b": 8}
+    # The other one is called once, with the first tensor alone.
+    assert measured.counts == {"a": 8, "b": 4}
     with torch.no_grad():
         second = model.a(x.float()) + model.b(x.float())
     expected = 2 * (x.double().square() + second.double().square()).sum(0)
     torch.testing.assert_close(measured.square_sums["a"], expected, rtol=1e-12, atol=0)
+    assert torch.equal(measured.square_sums["b"], 2 * x.double().square().sum(0))
+
+
+class Parting(nn.Module):
+    """Layers called with one tensor, of which one gets others as well, before or after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.w = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = input_ids.float()
+        other = x.flip(0) * 3
+        both = self.w(other) + self.q(x) + self.k(x) + self.v(x) + self.k(other)
+        return both + self.w(x)
+
+
+@pytest.mark.parametrize("moments", ["diagonal", "full"])
+def test_modules_share_sums_as_long_as_their_inputs_are_the_same(moments: str) -> None:
+    parts = [torch.arange(8).view(2, 4), torch.arange(8, 16).view(2, 4) % 5]
+    names = ["q", "k", "v", "w"]
+    together = collect(Parting(), parts, modules=names, moments=moments)
+    for name in names:
+        alone = collect(Parting(), parts, modules=[name], moments=moments)
+        assert together.counts[name] == alone.counts[name] == (8 if name in "kw" else 4)
+        torch.testing.assert_close(together.square_sums[name], alone.square_sums[name], rtol=1e-12, atol=0)
+        if moments == "full":
+            torch.testing.assert_close(together.products[name], alone.products[name], rtol=1e-12, atol=0)
+    assert together.square_sums["q"] is together.square_sums["v"]
 
 
 def test_angles_are_those_of_the_last_token(llama: PreTrainedModel, windows: torch.Tensor) -> None:

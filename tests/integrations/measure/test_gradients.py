@@ -11,6 +11,7 @@ from cur import NumericalError
 from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
 from cur.integrations.measure import gradients
 from cur.integrations.model.running import model_inputs
+from cur.integrations.model.usage import used_as
 from tests.models import batch, make
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
@@ -251,3 +252,10 @@ def test_what_cannot_be_measured_says_so(llama: PreTrainedModel, windows: torch.
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
         go(llama, ["lm_head"], [windows])
+
+
+def test_a_loss_that_is_never_a_number_is_not_blamed_on_a_module() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    said = "`loss` is not finite; what the model returns is finite"
+    with used_as(net, loss=lambda output, _: output.mean() * torch.nan), pytest.raises(NumericalError, match=said):
+        collect(net, [torch.ones(3, 4)], modules=["0"], gradients=["0"])

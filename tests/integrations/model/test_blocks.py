@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwe
 
 import cur
 from cur.integrations import batches
-from cur.integrations.model.blocks import BlockCall, BlockWalk, ChainError, after_blocks, unpack
+from cur.integrations.model.blocks import BlockCall, BlockWalk, ChainError, after_blocks, chain_fault, unpack
 from cur.integrations.model.hooks import hooked
 
 ROOT = Path(cur.__file__).parent
@@ -185,7 +185,27 @@ def test_what_happens_between_blocks_is_noticed() -> None:
 def test_the_form_of_a_hidden_state_is_known_nowhere_else() -> None:
     files = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in ROOT.rglob("*.py")}
     assert "isinstance(output, (tuple, list))" in files["integrations/model/blocks.py"]
-    # What blocks returned is stored there, whatever it is.
-    known = {"integrations/model/blocks.py", "integrations/blockwise/hidden_states.py"}
+    known = {"integrations/model/blocks.py"}
     assert {where for where, text in files.items() if "isinstance(output, (tuple, list))" in text} == known
     assert {where for where, text in files.items() if '"hidden_states"' in text} == {"integrations/model/blocks.py"}
+
+
+def test_the_reason_of_a_block_that_cannot_be_called_is_told(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    def refuse(*_: object) -> None:
+        if not entered:
+            raise RuntimeError("rotary frequencies\nare for 7 heads")
+        entered.pop()
+
+    entered = [1]
+    block = llama.base_model.layers[1]
+    block.register_forward_pre_hook(refuse)
+    fault = chain_fault(llama, {"input_ids": windows})
+    assert fault is not None
+    assert "rotary frequencies are for 7 heads" in fault
+
+
+def test_a_block_that_is_not_reached_is_named(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    walk = BlockWalk(llama)
+    llama.base_model.layers = llama.base_model.layers[1:]
+    with pytest.raises(ChainError, match=r"no input reaches model\.layers\.0 with the first batch"):
+        walk.enter({"input_ids": windows})

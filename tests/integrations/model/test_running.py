@@ -35,3 +35,16 @@ def test_a_decoder_within_a_wrapper_keeps_nothing_between_passes(name: str) -> N
     assert model_inputs(body(model), ids)["use_cache"] is False
     report = compress(model, [ids], BudgetConfig(keep=0.7, own_text=0, correction=0.5))
     assert report.layers
+
+
+def test_a_body_that_does_not_take_tokens_is_run_with_its_head() -> None:
+    config = hf.PerceiverConfig(vocab_size=101, d_model=32, d_latents=32, num_latents=4, num_blocks=1)
+    config.num_self_attends_per_block, config.max_position_embeddings = 2, 24
+    model = hf.PerceiverForMaskedLM(config)
+    assert body(model) is model
+    assert (
+        body(
+            hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+        )
+        is not model
+    )

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from cur.integrations import block_stacks, decoder_layers, linear_modules
-from cur.integrations.model.targets import found_stacks, left_dense
+from cur.integrations.model.targets import found_stacks, left_dense, targeted_singly
 from tests.models import make
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -250,3 +252,56 @@ def test_linear_layers_without_names_are_there_as_well() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="matches no module; linear modules here end in 0, 2"):
         linear_modules(model, ["fc"])
+
+
+class _Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(50, 16), nn.Conv1d(16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("all-linear", "none of them linear: they are Conv1d, Embedding; tables of embeddings are targets by name, or"),
+        (["nothing"], "the model has no linear module, and tables of embeddings here end in words"),
+        (["mix"], "they are Conv1d; tables of embeddings are targets by name, or as 'all-embeddings': words"),
+    ],
+)
+def test_tables_are_named_where_no_layer_is_linear(targets: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        linear_modules(_Tables(), targets)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Embedding(8, 8)])
+def test_a_model_that_is_a_layer_itself_is_told_what_to_do(layer: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"`model` must hold the layers to replace, .* as `torch.nn.Sequential\(layer\)`"
+    ):
+        linear_modules(layer, "all-linear")
+
+
+def test_a_letter_of_all_linear_names_no_layer() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    assert targeted_singly(net, "all-linear") == set()
+    assert targeted_singly(net, "[ab]") == set()
+    assert targeted_singly(net, "a") == targeted_singly(net, ["a"]) == {"a"}
+
+
+def test_a_list_of_lists_of_blocks_is_one_stack() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())  # noqa: E731
+            self.stages = nn.ModuleList([nn.ModuleList([block() for _ in range(n)]) for n in (1, 2)])
+
+    assert [name for name, _ in decoder_layers(Net())] == ["stages.0.0", "stages.1.0", "stages.1.1"]
+
+
+def test_towers_are_no_part_of_a_model_that_reads_text() -> None:
+    inner = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = GitConfig(vocab_size=101, vision_config={**inner, "image_size": 16, "patch_size": 8}, **inner)
+    model = GitForCausalLM(config)
+    assert [name for name, _ in decoder_layers(model)] == [f"git.encoder.layer.{index}" for index in range(3)]
+    # of a model that reads images the tower is all there is
+    assert len(decoder_layers(model.git.image_encoder)) == 3

@@ -20,6 +20,7 @@ from cur.integrations.nn import (
     dense_weight,
     is_linear,
     layer_class,
+    stand_in,
     swap_,
 )
 
@@ -128,3 +129,10 @@ def test_the_argument_has_the_name_that_linear_layers_have(kind: type[Compressed
     for part in layer.parameters():
         nn.init.ones_(part)
     assert torch.equal(layer(input=x), layer(x))
+
+
+def test_factors_are_not_initialised_by_rules_for_dense_layers() -> None:
+    spec = CURLinear(N, M, RANK).spec()
+    made = stand_in(nn.Linear(N, M), "layer", spec)
+    assert len(list(made.modules())) > 1
+    assert all(getattr(part, "_is_hf_initialized", False) for part in made.modules())

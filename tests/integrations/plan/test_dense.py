@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -188,3 +189,23 @@ def test_the_commands_print_the_line(tmp_path: Path) -> None:
         printed = " ".join(done.output.split())
         assert "shared_expert_gate (1 x 32) is too small: no rank saves anything" in printed
     assert "is too small" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_a_budget_that_cannot_be_met_says_what_stays_dense() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.third(self.second(self.first(x)))
+
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"`keep` must be at least .*; targets that stay dense .*first is tied to second"
+    ):
+        compress(Tied(), [x], BudgetConfig(keep=0.3))
+    size = r"`parameters` must be at least .*; targets that stay dense .*first is tied to second"
+    with pytest.raises(ValueError, match=size):
+        compress(Tied(), [x], BudgetConfig(parameters=1100))

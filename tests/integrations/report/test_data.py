@@ -67,3 +67,13 @@ def test_the_card_names_the_base_model_only_when_the_hub_has_it(
     local = replace(report, plan=replace(report.plan, model="/somewhere/model"))
     assert "base_model" not in model_card(llama, local)
     assert "base_model" not in model_card(llama)
+
+
+def test_a_directory_named_like_a_repository_is_no_base_model_of_the_card(
+    llama: PreTrainedModel, windows: torch.Tensor
+) -> None:
+    report = compress(llama, windows, CompressConfig(layers=1, rank=4))
+    plan = replace(report.plan, model="org/name")
+    here = replace(report, plan=plan, source="/somewhere/org/name")
+    assert "base_model" not in model_card(llama, here)
+    assert "base_model: org/name" in model_card(llama, replace(here, source="org/name"))
