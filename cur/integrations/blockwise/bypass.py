@@ -91,7 +91,16 @@ class Bypass:
             self.recording = False
         self.streamed.free_block(index)
         if index == 0:
-            self.streamed.free_embeddings()
+            self.free_embeddings()
+
+    def free_embeddings(self) -> None:
+        """Let go of the tables of embeddings of which the outputs are stored.
+
+        Others stay: a model may read the weight of a table itself, as where positions are stretched to the size of an
+        image, or a later stack is the first that looks something up.
+        """
+        stored = self.states.places("embedding-")
+        self.streamed.free_embeddings({place.removeprefix("embedding-").rpartition("-")[0] for place in stored})
 
     def drop_before(self, index: int, *, keep: str | None = None) -> None:
         """Remove what the block before one returned, but for one batch.
@@ -204,7 +213,9 @@ class Bypass:
             call = self._calls[name] = self._calls.get(name, -1) + 1
             place = f"embedding-{name}-{call}"
             if table.weight.is_meta:
-                return self.states.read(place, self._batch)
+                if not self.recording or self.states.has(place, self._batch):
+                    return self.states.read(place, self._batch)
+                self.streamed.load_embedding(name)  # the first call was not the last, as between three stacks
             output = original(*args, **kwargs)
             if self.recording:
                 self.states.write(place, self._batch, output)

@@ -153,7 +153,7 @@ class Streamed(Source):
                     self._factor_in_order(plan, names, blocks)
                 self.group.gather(None)
             else:
-                self.streamed.free_embeddings()
+                self._measuring.bypass.free_embeddings()
                 for index, inside in self.each(blocks, "decompose", step="factors"):
                     with self._making(plan, index, inside):
                         pass
@@ -193,7 +193,7 @@ class Streamed(Source):
                         yield
             self.streamed.free_block(index)
             if index == self.streamed.starts[-1]:  # from here on blocks get hidden states
-                self.streamed.free_embeddings()
+                self._measuring.bypass.free_embeddings()
             if self.progress is not None:
                 done += len(blocks.get(index, ()))
                 self.progress("decompose", done, len(plan.entries))

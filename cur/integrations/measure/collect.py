@@ -238,7 +238,8 @@ def _collect(
     masks = Masks(model)
     outputs_of = OutputGradients(model, felt, masks, seed=seed) if felt else None
     inputs_of = InputSums(measured, masks, full=moments == "full")
-    causal = is_transformer(model)
+    # What reads no words, images for one, has no order in which they were said.
+    causal = is_transformer(model) and getattr(model, "main_input_name", "input_ids") == "input_ids"
     stacks = [HiddenAngles({name: blocks[name] for name in names}, masks, causal=causal) for names in by_stack(layers)]
     seen = Seen()
     # First the encoder's own hook: what it returns is told apart by it in those that follow.

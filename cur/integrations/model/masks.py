@@ -187,11 +187,12 @@ def token_shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(one.shape[0]), int(one.shape[1])) for one in given if one.ndim > 1]
 
 
-def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]], block: nn.Module | None = None) -> torch.Tensor:
     """Return a hidden state as one vector for each token: a view or copy of shape (batch, length, width).
 
     Several streams of a token (hyper-connections, alternating updates) become one vector. A state whose tokens come
-    before its samples, or in one axis with them, is brought into order.
+    before its samples, or in one axis with them, is brought into order. Places of an image are its tokens, whether
+    channels come first, as in convolutions, or last.
 
     Parameters
     ----------
@@ -200,6 +201,9 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
     shapes : sequence of (int, int)
         The numbers of samples and tokens to look for, as from :func:`token_shapes`; if there are none, or none is
         found, the first two axes are taken for them, and a state of two axes has one token a sample.
+    block : nn.Module, optional
+        The block that is called with the state, or returns it: its sizes tell which axis is the width. By default it
+        is the last.
 
     Raises
     ------
@@ -209,6 +213,9 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
     axes = _token_axes(state.shape, shapes)
     if axes is not None:
         return state.movedim(axes, (0, 1)).flatten(2)
+    if state.ndim >= 3 and not shapes:
+        state = state.movedim(1, -1) if block is not None and _channels_first(block, state.shape) else state
+        return state.flatten(1, -2)
     if state.ndim >= 3:
         return state.flatten(2)
     if not shapes:  # of a module that reads no tokens: one vector a sample
@@ -232,3 +239,16 @@ def _token_axes(shape: Sequence[int], shapes: Sequence[tuple[int, int]]) -> tupl
         if len(shape) == 3 and tuple(shape[:2]) == (length, batch):
             return 1, 0
     return None
+
+
+def _channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
+    """Say whether the axis after that of the samples is the width, which norms and biases of the block have.
+
+    Where that could be said of the last axis as well, it is that one, but for an image in a block of convolutions,
+    whose channels come first.
+    """
+    sizes = {int(part.shape[0]) for part in block.parameters() if part.ndim == 1}
+    first, last = shape[1] in sizes, shape[-1] in sizes
+    if first and last:
+        return len(shape) > 3 and any(isinstance(part, nn.Conv2d) for part in block.modules())
+    return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
@@ -25,9 +26,15 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 _DECODED = "decoder_input"
 """What the inputs of a decoder begin with: ids, embeddings or values."""
 
+_GIVEN = re.compile(r"(.*_)?(input|pixel)_(ids|values|features)")
+"""What transformers calls the tensors of text, images and sound that a model is given."""
+
 
 def body(model: nn.Module) -> nn.Module:
     """Return the model without its output head, or the model itself where that cannot be told apart.
+
+    Nor can it where the rest is called with other tensors than the whole, as Perceiver's, which reads arrays, and not
+    images.
 
     Parameters
     ----------
@@ -36,7 +43,10 @@ def body(model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "base_model", None) if is_transformer(model) else None
     # What PEFT calls so has the head.
-    return inner if isinstance(inner, nn.Module) and not is_adapter(model) else model
+    if not isinstance(inner, nn.Module) or is_adapter(model):
+        return model
+    read = taken(inner)
+    return inner if all(name in read for name in taken(model) if _GIVEN.fullmatch(name)) else model
 
 
 @contextmanager

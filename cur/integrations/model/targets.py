@@ -24,6 +24,7 @@ __all__ = [
     "found_stacks",
     "left_dense",
     "linear_modules",
+    "networks",
     "targeted_singly",
 ]
 
@@ -63,7 +64,9 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     """Look for the stacks of blocks that make up a transformer: lists of modules that each hold linear layers.
 
     A stack is an ``nn.ModuleList``, or a run of modules of one class in an ``nn.Sequential``; its blocks may differ, as
-    where attention and recurrence take turns, but none is a linear layer itself. Lists inside blocks do not count. An
+    where attention and recurrence take turns, but none is a linear layer itself. Lists inside blocks do not count, but
+    for those in stages: parts of several widths, as where images get smaller and channels more, or that are lists
+    themselves. The blocks of each stage are a stack, see :func:`networks`. An
     encoder-decoder is made up of all stacks that it has, any other model of those that are as long as
     ``config.num_hidden_layers`` says; without such a config, or such a stack, of the longest one and of others with
     blocks of the same classes.
@@ -90,17 +93,66 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
         stacks = _of_length(found, _num_hidden_layers(model))
         if len(stacks) > 1:
             stacks = _of_text(model, stacks)
-    return list(stacks.values())
+    return [stack for blocks in stacks.values() for stack in _stages(blocks)]
 
 
-def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
+def networks(stacks: Sequence[_Stack], /) -> list[list[_Stack]]:
+    """Group stacks into those that follow each other as the stages of one network: what lies in one list.
+
+    Parameters
+    ----------
+    stacks : sequence of list of (str, nn.Module)
+        Name and module of the blocks of each stack, as from :func:`found_stacks`.
+
+    Returns
+    -------
+    list of list of list of (str, nn.Module)
+        The stacks of each network, in order: of an encoder and its decoder two networks of one stack each.
+    """
+    found: dict[str, list[_Stack]] = {}
+    for stack in stacks:
+        place = stack[0][0].rpartition(".")[0]
+        found.setdefault(re.split(r"(?:^|\.)\d+(?:\.|$)", place)[0], []).append(stack)
+    return list(found.values())
+
+
+def _repeated(name: str, module: nn.Module, *, least: int = 2) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of the blocks that a container repeats; none if it is no stack.
+
+    A sequence has to repeat one class, at `least` so often.
+    """
     parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
-        return parts if len(parts) > 1 and all(_is_block(part) for _, part in parts) else []
+        return parts if len(parts) >= least and all(_is_block(part) for _, part in parts) else []
     return parts if isinstance(module, nn.ModuleList) and all(_is_block(part) for _, part in parts) else []
+
+
+def _stages(blocks: _Stack) -> list[_Stack]:
+    """Return the stacks within blocks that are the stages of a network; else the one stack of these blocks."""
+    inner = [_within(name, block) for name, block in blocks]
+    if not all(inner):
+        return [blocks]
+    lists = all(isinstance(block, nn.ModuleList) for _, block in blocks)  # which nobody can call
+    widths = [_width(stacks[-1][-1][1]) for stacks in inner]
+    apart = all(widths) and len(set(widths)) > 1
+    return [stack for stacks in inner for stack in stacks] if lists or apart else [blocks]
+
+
+def _within(name: str, block: nn.Module) -> list[_Stack]:
+    """Return the stacks within a block that may be a stage, or be a list itself, the outermost ones."""
+    found: dict[str, _Stack] = {}
+    for part, module in block.named_modules(prefix=name):
+        if not any(part.startswith(outer + ".") for outer in found) and (run := _repeated(part, module, least=1)):
+            found[part] = run
+    return list(found.values())
+
+
+def _width(block: nn.Module) -> int:
+    """Return the size of the largest norm of a block, which is the width of the hidden state; 0 if it has none."""
+    own = [list(module.parameters(recurse=False)) for module in block.modules()]
+    return max((int(part.shape[0]) for parts in own if all(p.ndim == 1 for p in parts) for part in parts), default=0)
 
 
 def _is_block(module: nn.Module) -> bool:
