@@ -69,7 +69,10 @@ class Bypass:
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
         inner = body(self.streamed.model)
-        with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, (inner, _until_reached)]):
+        with (
+            hooked([(inner, "before", self._start)]),
+            forwards_replaced([*blocks, *tables, (inner, self._until_reached)]),
+        ):
             yield self
 
     @contextmanager
@@ -206,6 +209,25 @@ class Bypass:
             self._stored[last] = self.states.read(place, self._batch)
         return self._stored[last]
 
+    def _until_reached(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward pass of a model that ends, with nothing, where all that was asked for is known.
+
+        What comes behind the blocks is not asked for while one runs that is not the last: it gets what that one
+        returned, which is of another shape where later ones have more channels.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except ReachedError:
+                return None
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ChainError) or not self.active < self._met == len(self._ends) - 1:
+                    raise
+                return None
+
+        return forward
+
     def _table(self, name: str, table: nn.Embedding, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward pass of a table of embeddings, whose outputs stand in for it once it is gone."""
 
@@ -222,18 +244,6 @@ class Bypass:
             return output
 
         return forward
-
-
-def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward pass of a model that ends, with nothing, where all that was asked for is known."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except ReachedError:
-            return None
-
-    return forward
 
 
 def _ends(lengths: list[int]) -> list[int]:

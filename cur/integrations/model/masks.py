@@ -11,10 +11,11 @@ from torch import nn
 
 from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.hooks import Hook
+from cur.integrations.model.pointwise import LinearConvolution
 from cur.integrations.model.running import is_encoder_decoder
 from cur.integrations.model.usage import Inputs
 
-__all__ = ["Masks", "by_token", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
+__all__ = ["Masks", "by_token", "channels_first", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
 
 
 def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
@@ -214,7 +215,7 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]], block: nn.M
     if axes is not None:
         return state.movedim(axes, (0, 1)).flatten(2)
     if state.ndim >= 3 and not shapes:
-        state = state.movedim(1, -1) if block is not None and _channels_first(block, state.shape) else state
+        state = state.movedim(1, -1) if block is not None and channels_first(block, state.shape) else state
         return state.flatten(1, -2)
     if state.ndim >= 3:
         return state.flatten(2)
@@ -241,14 +242,26 @@ def _token_axes(shape: Sequence[int], shapes: Sequence[tuple[int, int]]) -> tupl
     return None
 
 
-def _channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
-    """Say whether the axis after that of the samples is the width, which norms and biases of the block have.
+def channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
+    """Say whether the axis after that of the samples is the width, which norms and biases of a block have.
 
     Where that could be said of the last axis as well, it is that one, but for an image in a block of convolutions,
     whose channels come first.
+
+    Parameters
+    ----------
+    block : nn.Module
+        The block.
+    shape : sequence of int
+        The shape of a hidden state that it is called with, or returns.
+
+    Returns
+    -------
+    bool
+        Whether channels come first.
     """
     sizes = {int(part.shape[0]) for part in block.parameters() if part.ndim == 1}
     first, last = shape[1] in sizes, shape[-1] in sizes
     if first and last:
-        return len(shape) > 3 and any(isinstance(part, nn.Conv2d) for part in block.modules())
+        return len(shape) > 3 and any(isinstance(part, (nn.Conv2d, LinearConvolution)) for part in block.modules())
     return first

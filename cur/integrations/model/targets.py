@@ -12,7 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
-from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
+from cur.integrations.model.experts import three_axes
+from cur.integrations.model.pointwise import LinearConvolution, is_pointwise
+from cur.integrations.model.taken_apart import TakenApart
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, told_blocks
 from cur.integrations.nn import CompressedLinear, is_linear, is_table, made_of
 
@@ -125,8 +128,14 @@ def _repeated(name: str, module: nn.Module, *, least: int = 2) -> list[tuple[str
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
-        return parts if len(parts) >= least and all(_is_block(part) for _, part in parts) else []
-    return parts if isinstance(module, nn.ModuleList) and all(_is_block(part) for _, part in parts) else []
+        return parts if len(parts) >= least and _are_blocks(parts) else []
+    return parts if isinstance(module, nn.ModuleList) and _are_blocks(parts) else []
+
+
+def _are_blocks(parts: _Stack) -> bool:
+    """Say whether each part is a block, or of the class of one: some may have convolutions alone."""
+    blocks = [_is_block(part) for _, part in parts]
+    return all(blocks) or (any(blocks) and len(_classes(parts)) == 1)
 
 
 def _stages(blocks: _Stack) -> list[_Stack]:
@@ -183,7 +192,8 @@ def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
 
 def _is_matrix(module: nn.Module) -> bool:
     # A subclass that does more than multiply is one as well: blocks of quantized models have nothing else.
-    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
+    kinds = (nn.Linear, Conv1D, CompressedLinear, LinearConvolution)
+    return isinstance(module, kinds) or is_pointwise(module)
 
 
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
@@ -264,7 +274,7 @@ def linear_modules(
     tables = {name for name, module in modules.items() if is_table(module)}
     family = _expert_families(modules)
     excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
-    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
+    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], TakenApart))
     excluded |= {name for name in modules if name.startswith(whole)}
 
     chosen: set[str] = set()
@@ -341,12 +351,15 @@ def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mappi
 
 
 def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return by the name of each expert's matrix the name that it shares with those of the other experts."""
-    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, LinearExperts))
+    """Return by the name of each expert's matrix the name that it shares with those of the other experts.
+
+    That of a convolution of one point is the convolution's own.
+    """
+    apart = tuple(f"{name}." for name, module in modules.items() if isinstance(module, TakenApart))
     return {
         name: name.rpartition(".")[0]
-        for name in modules
-        if name.rpartition(".")[2].isdigit() and name.startswith(experts)
+        for name, module in modules.items()
+        if name.startswith(apart) and is_linear(module)
     }
 
 

@@ -18,9 +18,9 @@ from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules, networks
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, model_name
 from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
 from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks, shares
