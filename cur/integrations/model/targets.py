@@ -25,6 +25,7 @@ __all__ = [
     "block_stacks",
     "decoder_layers",
     "found_stacks",
+    "holds_linear",
     "left_dense",
     "linear_modules",
     "networks",
@@ -165,7 +166,23 @@ def _width(block: nn.Module) -> int:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not _is_matrix(module) and any(map(_is_matrix, module.modules()))
+    return not _is_matrix(module) and holds_linear(module)
+
+
+def holds_linear(module: nn.Module, /) -> bool:
+    """Say whether a module is or holds a linear layer, compressed or not.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look through.
+
+    Returns
+    -------
+    bool
+        Whether there is one.
+    """
+    return any(map(_is_matrix, module.modules()))
 
 
 def _of_length(found: Mapping[str, _Stack], count: int | None) -> dict[str, _Stack]:

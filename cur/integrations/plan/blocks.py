@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -50,6 +51,10 @@ def inner_blocks(stacks: Sequence[Length]) -> list[int]:
     return found
 
 
+def _allowed(stacks: Sequence[Length], among: Collection[int] | None) -> list[int]:
+    return [index for index in inner_blocks(stacks) if among is None or index in among]
+
+
 def _blocks(stack: Length) -> int:
     return stack if isinstance(stack, int) else sum(stack)
 
@@ -59,7 +64,7 @@ def _stages(stacks: Sequence[Length]) -> list[int]:
     return [length for stack in stacks for length in ([stack] if isinstance(stack, int) else stack)]
 
 
-def shares(count: int, stacks: Sequence[Length], span: int = 1) -> list[int]:
+def shares(count: int, stacks: Sequence[Length], span: int = 1, *, among: Collection[int] | None = None) -> list[int]:
     """Return how many of `count` blocks are chosen in each stack: in proportion to those that may be, and one at least.
 
     Angles of an encoder, which are means over its tokens, and of its decoder, at the last token, are not comparable, so
@@ -74,6 +79,8 @@ def shares(count: int, stacks: Sequence[Length], span: int = 1) -> list[int]:
         The number of blocks of each stack; of a network of stages, which is one, the numbers of their blocks.
     span : int, default 1
         Blocks are chosen in runs of this many.
+    among : collection of int, optional
+        Indices of the blocks that may be chosen. Default: all but the ends of stacks.
 
     Returns
     -------
@@ -86,7 +93,9 @@ def shares(count: int, stacks: Sequence[Length], span: int = 1) -> list[int]:
     >>> shares(4, [12, 4]), shares(2, [3, 3])
     ([3, 1], [1, 1])
     """
-    inner = [max(_blocks(stack) - 2, 0) for stack in stacks]
+    ends = list(itertools.accumulate(map(_blocks, stacks), initial=0))
+    allowed = _allowed(stacks, among)
+    inner = [sum(start <= index < stop for index in allowed) for start, stop in itertools.pairwise(ends)]
     runs = [0] * len(stacks)
     for _ in range(count // span):
         room = [number for number, most in enumerate(inner) if (runs[number] + 1) * span <= most]
@@ -106,6 +115,7 @@ def choose_blocks(
     by: str = "angular",
     span: int = 1,
     stacks: Sequence[Length] | None = None,
+    among: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[int]:
     """Choose blocks, by default those that change their input least. The ends of a stack are never chosen.
@@ -129,6 +139,8 @@ def choose_blocks(
     stacks : sequence of int or sequence of int, optional
         Number of blocks in each stack; of a network of stages a sequence of the numbers of their blocks: its ends are
         those of the first stage and the last. Default one stack, of as many blocks as `distances` has.
+    among : collection of int, optional
+        Indices of the blocks that may be chosen. Default: all but the ends of stacks.
     seed : int, default 0
         The seed of the choice ``by="random"``.
 
@@ -159,7 +171,8 @@ def choose_blocks(
         if distances is None:
             raise ValueError("one of `distances` and `stacks` must be given: they say how many blocks there are")
         stacks = [len(distances) + span - 1]
-    lengths, inner = [_blocks(stack) for stack in stacks], inner_blocks(stacks)
+    lengths = [_blocks(stack) for stack in stacks]
+    inner = _allowed(stacks, among)
     total = sum(lengths)
     if not 1 <= count <= len(inner) or count % span:
         multiple = "" if span == 1 else f", and a multiple of `span`, {span},"

@@ -19,7 +19,15 @@ from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules, networks
+from cur.integrations.model.targets import (
+    block_stacks,
+    decoder_layers,
+    found_stacks,
+    holds_linear,
+    left_dense,
+    linear_modules,
+    networks,
+)
 from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, model_name
 from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
@@ -384,17 +392,33 @@ def chosen_blocks(model: nn.Module, statistics: Statistics, config: CompressConf
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
     distances = statistics.angular_spans(config.span) if config.choose in BY_ANGLE else None
+    among = _with_layers(model)
     if len(stacks) > 1:
-        return _in_each_stack(distances, config, stacks)
-    return choose_blocks(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+        return _in_each_stack(distances, config, stacks, among)
+    return choose_blocks(
+        distances,
+        config.layers,
+        by=config.choose,
+        span=config.span,
+        stacks=stacks,
+        among=among,
+        seed=config.seed,
+    )
 
 
-def _in_each_stack(distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[list[int]]) -> list[int]:
+def _with_layers(model: nn.Module) -> set[int]:
+    """Return the indices of the blocks that hold linear layers: of convolutions, some may hold none."""
+    return {index for index, (_, block) in enumerate(decoder_layers(model)) if holds_linear(block)}
+
+
+def _in_each_stack(
+    distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[list[int]], among: set[int]
+) -> list[int]:
     """Return the indices of the blocks that are chosen, in each stack for itself."""
     assert isinstance(config.layers, int)
     chosen: list[int] = []
     first = 0
-    counts = shares(config.layers, stacks, config.span)
+    counts = shares(config.layers, stacks, config.span, among=among)
     if sum(counts) < config.layers:
         raise ValueError(
             f"`layers` must leave room for runs of {config.span} blocks that do not overlap in stacks of "
@@ -405,7 +429,13 @@ def _in_each_stack(distances: Mapping[int, float] | None, config: CompressConfig
         own = None if distances is None else {i - first: d for i, d in distances.items() if first <= i < last}
         if count:
             found = choose_blocks(
-                own, count, by=config.choose, span=config.span, stacks=[stack], seed=config.seed + first
+                own,
+                count,
+                by=config.choose,
+                span=config.span,
+                stacks=[stack],
+                among={index - first for index in among},
+                seed=config.seed + first,
             )
             chosen += [first + index for index in found]
         first = last
@@ -442,7 +472,7 @@ def candidates(model: nn.Module, config: CompressConfig | BudgetConfig, *, offlo
     inside = list(range(total))
     asked = config.layers if isinstance(config, CompressConfig) and stacks else "all"
     if isinstance(asked, int):
-        inside = inner_blocks(stacks)
+        inside = sorted(_with_layers(model).intersection(inner_blocks(stacks)))
         if not inside:
             raise ValueError(
                 f"`layers` as a number chooses among blocks that are not the first or the last, and the model has "
