@@ -243,10 +243,10 @@ def _token_axes(shape: Sequence[int], shapes: Sequence[tuple[int, int]]) -> tupl
 
 
 def channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
-    """Say whether the axis after that of the samples is the width, which norms and biases of a block have.
+    """Say whether the axis after that of the samples is the width of a hidden state.
 
-    Where that could be said of the last axis as well, it is that one, but for an image in a block of convolutions,
-    whose channels come first.
+    Of an image it is where the block has convolutions of so many channels. Else the width is what norms and biases of
+    the block have, and where that could be said of the last axis as well, it is that one.
 
     Parameters
     ----------
@@ -260,8 +260,9 @@ def channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
     bool
         Whether channels come first.
     """
+    if len(shape) > 3:
+        convolutions = [part for part in block.modules() if isinstance(part, (nn.Conv2d, LinearConvolution))]
+        if any(shape[1] in (part.in_channels, part.out_channels) for part in convolutions):
+            return True
     sizes = {int(part.shape[0]) for part in block.parameters() if part.ndim == 1}
-    first, last = shape[1] in sizes, shape[-1] in sizes
-    if first and last:
-        return len(shape) > 3 and any(isinstance(part, (nn.Conv2d, LinearConvolution)) for part in block.modules())
-    return first
+    return shape[1] in sizes and shape[-1] not in sizes

@@ -46,6 +46,8 @@ class LinearConvolution(TakenApart):
     def __init__(self, convolution: Any) -> None:
         super().__init__()
         self.kind = type(convolution)
+        self.in_channels: int = convolution.in_channels
+        self.out_channels: int = convolution.out_channels
         for name in convolution.__constants__:  # which its model may ask for
             setattr(self, name, getattr(convolution, name))
         weight, bias = convolution.weight, convolution.bias
