@@ -162,5 +162,5 @@ def test_layers_are_fitted_along_the_stages(name: str) -> None:
 
 def test_networks_with_no_linear_layer_in_their_blocks_are_refused() -> None:
     model = hf.BitForImageClassification(hf.BitConfig(embedding_size=32, hidden_sizes=[128, 128], depths=[1, 1]))
-    with pytest.raises(ValueError, match="has no stack of blocks .* that hold linear layers"):
+    with pytest.raises(ValueError, match=r"has no stack of blocks .* that hold linear layers"):
         compress(model, [batch("stages in modules")], CompressConfig(targets="all-linear"))

@@ -309,6 +309,11 @@ class BlockWalk:
         ----------
         number : int
             The number of the stack.
+
+        Returns
+        -------
+        bool
+            Whether the stack is the decoder's.
         """
         if not is_encoder_decoder(self.model):
             return False

@@ -251,7 +251,7 @@ def channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
     Parameters
     ----------
     block : nn.Module
-        The block.
+        The block that is called with the hidden state, or returns it.
     shape : sequence of int
         The shape of a hidden state that it is called with, or returns.
 

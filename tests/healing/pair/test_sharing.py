@@ -108,7 +108,5 @@ def test_compressed_convolutions_are_refused_in_a_sentence() -> None:
     student, teacher = (ResNetForImageClassification(config).eval() for _ in range(2))
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
     compress(student, [images], CompressConfig(layers="all", targets="all-linear", rank=2))
-    with pytest.raises(
-        ValueError, match=r"`student` has compressed convolutions \(.*linear.*`exclude` and their names"
-    ):
+    with pytest.raises(ValueError, match=r"compressed convolutions \(.*linear.*`exclude` and their names"):
         check_pair(student, teacher)
