@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 
@@ -276,6 +277,7 @@ def make(kind: str, family: str) -> Tiny:
         try:
             model = _built(kind, family, groups, fill=fill)
             batches, inputs = _fed(model, KINDS[kind].feed)
+            _normalize_(model, batches[0])
             return Tiny(model, batches, inputs, left)
         except Exception as error:  # noqa: BLE001 - whatever the code of a family raises
             first = first or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -323,6 +325,17 @@ def _fed(model: PreTrainedModel, feed: str) -> tuple[list[dict[str, torch.Tensor
         except Exception as error:  # noqa: BLE001 - whatever the code of a family raises
             first = first or error
     raise first or NotBuiltError("no form of input is known for it")
+
+
+def _normalize_(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Let batch norms have the moments of a batch, in place: with those of a new model, signals die out on the way."""
+    norms = {part: part.momentum for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    for norm in norms:
+        norm.train().momentum = 1.0
+    if norms:
+        logits(model, batch)
+    for norm, momentum in norms.items():
+        norm.eval().momentum = momentum
 
 
 def logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

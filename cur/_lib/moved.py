@@ -46,7 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cur.integrations.curves": ("cur.integrations.plan.rate_distortion",),
     "cur.integrations.disk": ("cur.integrations.plan.file_size",),
     "cur.integrations.evaluate": ("cur.integrations.report.perplexity",),
-    "cur.integrations.experts": ("cur.integrations.model.experts",),
+    "cur.integrations.experts": ("cur.integrations.model.experts", "cur.integrations.model.unrolling"),
     "cur.integrations.factorize": (
         "cur.integrations.factor.layer",
         "cur.integrations.model.finite",

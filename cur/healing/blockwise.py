@@ -248,7 +248,7 @@ class _Run:
                 self.teacher.load_outside()
                 if start == 0:
                     self._begin()
-                self.teacher.free_embeddings()
+                self.bypass.free_embeddings()
             for index in range(start, self.last + 1):
                 self._pass(index)
         self.teacher.free_outside()

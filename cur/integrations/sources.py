@@ -20,12 +20,12 @@ from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
 from cur.integrations.model.adapters import refuse_adapters
 from cur.integrations.model.blocks import ChainError, chain_fault
-from cur.integrations.model.experts import release_, unrolled
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.origin import Origin, changed_modules, kept_digest, origin_of, set_origin_
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.unrolling import release_, unrolled
 from cur.integrations.model.usage import is_transformer, usage_of
 from cur.integrations.nn import CompressedLinear, swap_
 from cur.integrations.plan.config import Asked, BudgetConfig

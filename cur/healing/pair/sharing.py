@@ -19,6 +19,7 @@ from cur.integrations.files.hashes import check_hashes, read_kept
 from cur.integrations.files.reading import CheckpointError, read_object
 from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.origin import changed_modules, kept_digest, origin_of, set_origin_
+from cur.integrations.model.pointwise import LinearConvolution
 from cur.integrations.nn import CompressedLinear, compressed_modules, dense_weight
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.checkpoint import read_config
@@ -41,7 +42,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     ------
     ValueError
         If the teacher is compressed itself, or its vocabulary, width or layers are others than the student's, or
-        experts are compressed.
+        experts or convolutions are compressed.
     """
     ours, theirs = _sizes(student), _sizes(teacher)
     for what, mine in ours.items():
@@ -57,6 +58,11 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
             f"`student` has compressed experts ({experts[0]}, {len(experts)} layers in all), which are not healed: a "
             'token may choose others in the dense model; compress with `exclude` "experts" to heal the other layers'
         )
+    if points := [name for name in layers if isinstance(_holder(student, name), LinearConvolution)]:
+        raise ValueError(
+            f"`student` has compressed convolutions ({points[0]}, {len(points)} layers in all), which are not healed; "
+            "compress with `exclude` and their names to heal the other layers"
+        )
     dense = dict(teacher.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         if name not in dense:
@@ -69,6 +75,10 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                 f"`teacher` has a weight of shape {tuple(weight.shape)} at {name}, the student's layer maps "
                 f"{layer.in_features} to {layer.out_features} features"
             )
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Bypass:
         blocks = [(block, partial(self._block, number)) for number, (_, block) in enumerate(self.streamed.blocks)]
         tables = [(table, partial(self._table, name, table)) for name, table in self.streamed.embeddings().items()]
         inner = body(self.streamed.model)
-        whole = (inner, lambda original: _until_reached(self._watched(original)))
+        whole = (inner, lambda original: self._until_reached(self._watched(original)))
         with hooked([(inner, "before", self._start)]), forwards_replaced([*blocks, *tables, whole]):
             yield self
 
@@ -114,7 +114,16 @@ class Bypass:
             self.recording = False
         self.streamed.free_block(index)
         if index == 0:
-            self.streamed.free_embeddings()
+            self.free_embeddings()
+
+    def free_embeddings(self) -> None:
+        """Let go of the tables of embeddings of which the outputs are stored.
+
+        Others stay: a model may read the weight of a table itself, as where positions are stretched to the size of an
+        image, or a later stack is the first that looks something up.
+        """
+        stored = self.states.places("embedding-")
+        self.streamed.free_embeddings({place.removeprefix("embedding-").rpartition("-")[0] for place in stored})
 
     def drop_before(self, index: int, *, keep: str | None = None) -> None:
         """Remove what the block before one returned, but for one batch.
@@ -238,6 +247,25 @@ class Bypass:
             self._stored[last] = self.states.read(place, self._batch)
         return self._stored[last]
 
+    def _until_reached(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward pass of a model that ends, with nothing, where all that was asked for is known.
+
+        What comes behind the blocks is not asked for while one runs that is not the last: it gets what that one
+        returned, which is of another shape where later ones have more channels.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except ReachedError:
+                return None
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ChainError) or not self.active < self._met == len(self.streamed.blocks) - 1:
+                    raise
+                return None
+
+        return forward
+
     def _table(self, name: str, table: nn.Embedding, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward pass of a table of embeddings, whose outputs stand in for it once it is gone."""
 
@@ -245,7 +273,9 @@ class Bypass:
             call = self._calls[name] = self._calls.get(name, -1) + 1
             place = f"embedding-{name}-{call}"
             if table.weight.is_meta:
-                return self.states.read(place, self._batch)
+                if not self.recording or self.states.has(place, self._batch):
+                    return self.states.read(place, self._batch)
+                self.streamed.load_embedding(name)  # the first call was not the last, as between three stacks
             self._inside.append(id(table.weight))
             try:
                 output = original(*args, **kwargs)
@@ -302,18 +332,6 @@ class _Reading(TorchFunctionMode):
             read = {id(one) for one in tree_leaves([args, kwargs]) if isinstance(one, torch.Tensor)}
             self.found |= {self.tables[key] for key in read & self.tables.keys() if key not in self.inside}
         return output
-
-
-def _until_reached(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward pass of a model that ends, with nothing, where all that was asked for is known."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except ReachedError:
-            return None
-
-    return forward
 
 
 def _holds_nan(hidden: Any) -> bool:

@@ -130,7 +130,7 @@ class Calibration:
             if first < count:
                 self.streamed.load_outside()
                 if first > 0:
-                    self.streamed.free_embeddings()
+                    self.bypass.free_embeddings()
             for index in range(first, count):
                 self._measure(index, own, progress)
         self.streamed.free_outside()

@@ -25,10 +25,10 @@ from cur.integrations.blockwise.writer import fill
 from cur.integrations.factor.making import Making, corrected, text_for
 from cur.integrations.measure.propagation import in_order
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.model.experts import release_, rolled, unroll_, unrolled
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.source import source_of
+from cur.integrations.model.unrolling import release_, rolled, unroll_, unrolled
 from cur.integrations.nn import CompressedLinear, stand_in, swap_
 from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers
@@ -153,7 +153,7 @@ class Streamed(Source):
                     self._factor_in_order(plan, names, blocks)
                 self.group.gather(None)
             else:
-                self.streamed.free_embeddings()
+                self._measuring.bypass.free_embeddings()
                 for index, inside in self.each(blocks, "decompose", step="factors"):
                     with self._making(plan, index, inside):
                         pass
@@ -193,7 +193,7 @@ class Streamed(Source):
                         yield
             self.streamed.free_block(index)
             if index == self.streamed.starts[-1]:  # from here on blocks get hidden states
-                self.streamed.free_embeddings()
+                self._measuring.bypass.free_embeddings()
             if self.progress is not None:
                 done += len(blocks.get(index, ()))
                 self.progress("decompose", done, len(plan.entries))

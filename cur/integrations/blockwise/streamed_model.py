@@ -190,14 +190,33 @@ class StreamedModel:
             if isinstance(module, nn.Embedding) and not f"{self._prefix()}{name}".startswith(self._inside)
         }
 
-    def free_embeddings(self) -> None:
-        """Let go of the tables of embeddings, but those that are read, and of what is tied to them."""
-        first = dict(self.model.all_tied_weights_keys)
-        kept = {first.get(name, name) for name in (f"{self._prefix()}{table}.weight" for table in self.read)}
-        tables = {f"{self._prefix()}{name}.weight" for name in self.embeddings()}
-        tables = {name for name in tables if first.get(name, name) not in kept}
-        tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in tables}
-        self._free(tables | tied)
+    def free_embeddings(self, names: Collection[str]) -> None:
+        """Let go of tables of embeddings, but those that are read, and of what is tied to them.
+
+        Parameters
+        ----------
+        names : collection of str
+            The names of the tables, as from :meth:`embeddings`.
+        """
+        sources = {self._source(name) for name in names} - {self._source(name) for name in self.read}
+        tied = {name for name, source in self.model.all_tied_weights_keys.items() if source in sources}
+        self._free(sources | tied)
+
+    def load_embedding(self, name: str) -> None:
+        """Bring one table of embeddings back into memory, and what is tied to it.
+
+        Parameters
+        ----------
+        name : str
+            The name of the table, as from :meth:`embeddings`.
+        """
+        self._load(self._source(name))
+
+    def _source(self, name: str) -> str:
+        """Return the name of the parameter that a table of embeddings has, or shares with others."""
+        weight = f"{self._prefix()}{name}.weight"
+        found: str = self.model.all_tied_weights_keys.get(weight, weight)
+        return found
 
     def _tied_with(self, prefix: str) -> set[str]:
         """Return the parameters that those with names of this beginning are tied to, such as of a block used twice."""

@@ -14,8 +14,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.files.tensor_file import INDEX, PATTERN, TensorFile
-from cur.integrations.model.experts import unrolled
 from cur.integrations.model.origin import KeptDigest, changed_modules, kept_names
+from cur.integrations.model.unrolling import unrolled
 
 if TYPE_CHECKING:
     from typing_extensions import Self

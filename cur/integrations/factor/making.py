@@ -13,8 +13,7 @@ from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.measure.spectra import spectrum
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.model.running import is_encoder_decoder
-from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.blocks import are_in_line
 from cur.integrations.nn import CompressedLinear, dense_weight
 from cur.integrations.plan.plan import PRECISIONS, Plan
 from cur.integrations.report.data import LayerReport
@@ -122,7 +121,7 @@ def corrected(model: nn.Module, plan: Plan) -> list[str]:
     list of str
         The names of the layers that are fitted to the inputs that compressed layers before them give.
     """
-    if plan.correction <= 0 or (len(found_stacks(model)) != 1 and not is_encoder_decoder(model)):
+    if plan.correction <= 0 or not are_in_line(model):
         return []
     return [entry.name for entry in plan.entries if entry.fits_inputs and not entry.layer_type.by_inputs]
 

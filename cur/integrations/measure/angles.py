@@ -24,7 +24,8 @@ class HiddenAngles:
     stack several times: then they are averaged over the passes.
 
     At the last token of each sample that is not padding, which in a causal model is the one that has seen all others.
-    Where every token sees all others, the mean over the tokens of the sample.
+    Where every token sees all others, the mean over the tokens of the sample. Hidden states of two shapes, before and
+    after a block that has more channels or fewer places of an image, have no angle: it counts as 1, the largest.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ class HiddenAngles:
         """Return what sees the hidden state before each block and behind the last."""
         blocks = list(self.blocks.values())
         watched: list[Hook] = [(block, "before", self._before(number)) for number, block in enumerate(blocks)]
-        return [*watched, *after_blocks(blocks[-1:], lambda _, hidden: self._keep(len(blocks), hidden))]
+        return [*watched, *after_blocks(blocks[-1:], lambda _, hidden: self._keep(len(blocks), blocks[-1], hidden))]
 
     def start(self) -> None:
         """Forget the states of the batch before."""
@@ -60,12 +61,12 @@ class HiddenAngles:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state, _ = BlockCall.of(args, kwargs)
             self.mask = self.masks.of(block, state)
-            self._keep(number, state)
+            self._keep(number, block, state)
 
         return before
 
-    def _keep(self, number: int, state: torch.Tensor) -> None:
-        state = by_token(state.detach(), self.masks.shapes)
+    def _keep(self, number: int, block: nn.Module, state: torch.Tensor) -> None:
+        state = by_token(state.detach(), self.masks.shapes, block)
         self.called.append(number)
         if self.causal:
             rows = torch.arange(len(state), device=state.device)
@@ -89,18 +90,13 @@ class HiddenAngles:
         Raises
         ------
         ChainError
-            If the blocks do not run in order, or the hidden state changes its shape between them.
+            If the blocks do not run in order.
         """
         names = list(self.blocks)
         count = len(names) + 1
         passes = [self.states[start : start + count] for start in range(0, len(self.states), count)]
         if not passes or self.called != list(range(count)) * len(passes):
             raise ChainError(f"`layers` must be blocks that run in order, got {', '.join(names[:3])} ...")
-        if any(len({state.shape for state in states}) > 1 for states in passes):
-            raise ChainError(
-                f"`layers` must be blocks that return what they are called with in shape, got {', '.join(names[:3])} "
-                "..., which do not; name the layers to compress instead of choosing among blocks"
-            )
         index = first_false([torch.isfinite(state).all() for state in self.states])
         if index is not None:
             index %= count
@@ -110,14 +106,24 @@ class HiddenAngles:
         return None
 
     def _add(self, states: Sequence[torch.Tensor], share: float) -> None:
+        samples = len(states[0])
+        found = torch.full_like(self.angles, samples).fill_diagonal_(0.0)
+        for shape in dict.fromkeys(state.shape for state in states):
+            same = [number for number, state in enumerate(states) if state.shape == shape]
+            found[torch.tensor(same)[:, None], same] = self._summed([states[number] for number in same])
+        self.angles += share * found
+
+    def _summed(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the angles between hidden states of one shape, summed over the samples."""
         if self.causal:
             place = states[0].device
-            stacked = torch.stack([state.to(place) for state in states], dim=1)  # (batch, blocks + 1, width)
-            self.angles += share * _angular_distances(stacked).sum(0).to(self.angles)
-            return
-        for sample, tokens in enumerate(torch.stack(list(states), dim=2)):  # (batch, length, blocks + 1, width)
+            stacked = torch.stack([state.to(place) for state in states], dim=1)  # (batch, states, width)
+            return _angular_distances(stacked).sum(0).to(self.angles)
+        total = torch.zeros(len(states), len(states), dtype=torch.float64)
+        for sample, tokens in enumerate(torch.stack(list(states), dim=2)):  # (batch, length, states, width)
             mask = None if self.mask is None or self.mask.shape[1] != len(tokens) else self.mask[sample].cpu()
-            self.angles += share * _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
+            total += _angular_distances(tokens if mask is None else tokens[mask]).mean(0)
+        return total
 
 
 def _is_causal(blocks: Iterable[nn.Module], *, silent: bool) -> bool:

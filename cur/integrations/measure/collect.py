@@ -15,7 +15,6 @@ from cur.integrations.measure.angles import HiddenAngles
 from cur.integrations.measure.gradients import OutputGradients
 from cur.integrations.measure.inputs import InputSums
 from cur.integrations.measure.statistics import Statistics, by_stack
-from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import check_finite_weights, find_nonfinite
 from cur.integrations.model.hashing import Seen
 from cur.integrations.model.hooks import hooked
@@ -33,6 +32,7 @@ from cur.integrations.model.running import (
     total_samples,
 )
 from cur.integrations.model.targets import found_stacks
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, model_name
 
 __all__ = ["Statistics", "collect", "collect_gradients"]
@@ -238,7 +238,8 @@ def _collect(
     masks = Masks(model)
     outputs_of = OutputGradients(model, felt, masks, seed=seed) if felt else None
     inputs_of = InputSums(measured, masks, full=moments == "full")
-    causal = is_transformer(model)
+    # What reads no words, images for one, has no order in which they were said.
+    causal = is_transformer(model) and getattr(model, "main_input_name", "input_ids") == "input_ids"
     stacks = [HiddenAngles({name: blocks[name] for name in names}, masks, causal=causal) for names in by_stack(layers)]
     seen = Seen()
     # First the encoder's own hook: what it returns is told apart by it in those that follow.

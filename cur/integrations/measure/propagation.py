@@ -20,7 +20,7 @@ from cur.integrations.model.hooks import Hook, forwards_replaced, hooked, inputs
 from cur.integrations.model.masks import decoder_mask, padding_mask, token_rows
 from cur.integrations.model.pauses import Course, layer_groups, out_of_turn, pauses
 from cur.integrations.model.precision import Precision
-from cur.integrations.model.running import evaluating, is_encoder_decoder, model_inputs
+from cur.integrations.model.running import evaluating, model_inputs
 from cur.integrations.model.usage import first_tensor
 from cur.integrations.nn import is_linear
 
@@ -209,7 +209,7 @@ class _Way:
         theirs, dense = walk.calls(batch, number, ends.theirs)
         ours, compressed = walk.calls(batch, number, ends.ours) if changed else (theirs, dense)
         mask = other = padding_mask(model_inputs(walk.model, batch))
-        if number and is_encoder_decoder(walk.model):
+        if walk.decodes(number):
             mask = decoder_mask(batch)
         return cls(theirs, ours, dense, compressed, mask, other)
 
@@ -359,6 +359,8 @@ def _added(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[str]:
         for name, seen in outputs.items()
         if len(seen) == 1 and seen[0].numel() == hidden.numel() and seen[0].shape[-1] == hidden.shape[-1]
     }
+    if after.shape != hidden.shape:  # what adds to the stream is not all that happens to it
+        return []
     scale = float((after - hidden).abs().max())
     for count in range(1, min(len(fitting), _WRITERS) + 1):
         for some in itertools.combinations(fitting, count):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cur._lib.versions import packages
-from cur.integrations.model.experts import unrolled
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.nn import dense_weight
 
 __all__ = ["Statistics", "by_stack"]

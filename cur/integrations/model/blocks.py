@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked
 from cur.integrations.model.running import body, evaluating, is_encoder_decoder, model_inputs, run
-from cur.integrations.model.targets import block_stacks, found_stacks
+from cur.integrations.model.targets import block_stacks, found_stacks, networks
 
 __all__ = [
     "BlockCall",
@@ -21,6 +21,7 @@ __all__ = [
     "ReachedError",
     "after_blocks",
     "and_left",
+    "are_in_line",
     "beside",
     "chain_fault",
     "is_handed_on",
@@ -241,10 +242,9 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
     str or None
         What is in the way, None if walking gives what the model itself gives.
     """
-    stacks = found_stacks(model)
-    if len(stacks) != 1 and not is_encoder_decoder(model):
-        return f"{type(model).__name__} has {len(stacks)} stacks of blocks, not one"
-    last: list[Any] = []
+    if not are_in_line(model):
+        return f"{type(model).__name__} has {len(found_stacks(model))} stacks of blocks, not one"
+    last: dict[int, list[Any]] = {}
     with evaluating(model):
         walk = BlockWalk(model)
         ended: list[Tensor] = []
@@ -262,11 +262,34 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
                 f"the blocks of {type(model).__name__} cannot be called one after the other on one hidden state "
                 f"({reason})"
             )
-        with hooked(after_blocks([walk.blocks[-1][1]], lambda _, after: last.append(after))):
+        ends = [stack[-1][1] for stack in walk.stacks]
+        with hooked(after_blocks(ends, lambda number, hidden: last.setdefault(number, []).append(hidden))):
             run(body(model), model_inputs(body(model), batch))
-    if len(last) == 1 and last[0].shape == hidden.shape and bool(torch.isclose(last[0], hidden, atol=1e-3).all()):
+    if all(_are_near(last.get(number, []), hidden) for number, hidden in enumerate(ended)):
         return None
     return f"the blocks of {type(model).__name__} depend on more than the hidden state and their arguments"
+
+
+def are_in_line(model: nn.Module) -> bool:
+    """Say whether the blocks of a model follow each other: in one stack, in stages, or in an encoder and its decoder.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look at.
+
+    Returns
+    -------
+    bool
+        Whether they do; stacks of another kind may run side by side.
+    """
+    return len(networks(found_stacks(model))) == 1 or is_encoder_decoder(model)
+
+
+def _are_near(found: list[Any], wanted: Tensor) -> bool:
+    """Say whether a block returned a hidden state, or one that is near to it, once."""
+    same = len(found) == 1 and isinstance(found[0], Tensor) and found[0].shape == wanted.shape
+    return same and bool(torch.isclose(found[0], wanted, atol=1e-3).all())
 
 
 def is_handed_on(left: Any, entered: Any) -> bool:
@@ -340,6 +363,25 @@ class BlockWalk:
         self._awake: set[int] = set()
         if probe is not None:
             self._learn(probe, 0, ())
+
+    def decodes(self, number: int) -> bool:
+        """Say whether a stack is the decoder's, in a model that has an encoder as well.
+
+        Parameters
+        ----------
+        number : int
+            The number of the stack.
+
+        Returns
+        -------
+        bool
+            Whether the stack is the decoder's.
+        """
+        if not is_encoder_decoder(self.model):
+            return False
+        known: Any = self.model
+        block = self.stacks[number][0][1]
+        return any(part is block for part in known.get_decoder().modules())
 
     def enter(self, batch: Batch, index: int = 0, ended: Sequence[Tensor] = ()) -> tuple[Tensor, BlockCall]:
         """Run the model on a batch up to a block, by default the first; returns what that is called with.

@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cur.integrations.nn import CompressedLinear, swap_
+from cur.integrations.model.taken_apart import TakenApart, to_linear
 
 __all__ = [
     "LinearExperts",
     "eager_experts",
     "inside_experts",
     "is_experts",
-    "release_",
-    "rolled",
     "three_axes",
-    "unroll_",
-    "unrolled",
 ]
 
 # What `transformers.integrations.moe.use_experts_implementation` puts on every class that keeps to its interface.
@@ -80,7 +76,7 @@ def _names(module: Any) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
-class LinearExperts(nn.Module):
+class LinearExperts(TakenApart):
     """The experts of one block, each matrix an ``nn.Linear`` or its compressed stand-in.
 
     Parameters
@@ -134,21 +130,11 @@ class LinearExperts(nn.Module):
         self.routed = None
         return total
 
-    def compressed(self) -> bool:
-        """Say whether any expert is.
-
-        Returns
-        -------
-        bool
-            Whether any expert is compressed.
-        """
-        return any(isinstance(module, CompressedLinear) for module in self.modules())
-
     def rolled(self) -> nn.Module:
         """Return the experts as transformers has them, multiplied out and copied into three-dimensional parameters."""
         experts = _without_parameters(self.shell)
         for name in self.names:
-            layers = [_dense(layer) for layer in getattr(self, name)]
+            layers = [to_linear(layer) for layer in getattr(self, name)]
             weight = torch.stack([layer.weight.detach() for layer in layers])
             if self.shell.is_transposed:
                 weight = weight.mT.contiguous()
@@ -180,51 +166,6 @@ def inside_experts(model: nn.Module) -> set[str]:
     }
 
 
-def unroll_(model: nn.Module) -> dict[str, tuple[nn.Module, LinearExperts]]:
-    """Turn all experts of a model into linear layers, in place; return by name what was there and what is now.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, which is changed in place.
-
-    Returns
-    -------
-    dict of str to (nn.Module, LinearExperts)
-        The module that was there and the one that is there now, by name.
-    """
-    found = {name: module for name, module in model.named_modules() if name and is_experts(module)}
-    pairs = {name: (module, LinearExperts(module)) for name, module in found.items()}
-    swap_(model, {name: linear for name, (_, linear) in pairs.items()})
-    return pairs
-
-
-@contextmanager
-def unrolled(model: nn.Module) -> Iterator[None]:
-    """Hold experts as linear layers for a while; those that got compressed meanwhile stay so.
-
-    Nothing is copied, and where nothing was compressed the original modules come back.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, whose experts are linear layers while the context is open.
-    """
-    pairs = unroll_(model)
-    try:
-        yield
-    finally:
-        places = dict(model.named_modules())
-        swap_(
-            model,
-            {
-                name: module
-                for name, (module, linear) in pairs.items()
-                if places.get(name) is linear and not linear.compressed()
-            },
-        )
-
-
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Let transformers multiply with the experts one by one for a while, by products that every precision reaches.
@@ -248,43 +189,6 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
             setattr(config, _EXPERTS, was)
 
 
-def release_(model: nn.Module) -> None:
-    """Copy what is left of experts that were compressed in part, so that the memory of the rest is freed.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, which is changed in place.
-    """
-    for module in model.modules():
-        if isinstance(module, LinearExperts) and module.compressed():
-            for layer in module.modules():
-                if type(layer) is nn.Linear:
-                    for name, parameter in list(layer._parameters.items()):
-                        if parameter is not None and parameter.untyped_storage().nbytes() > parameter.nbytes:
-                            copy = nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format))
-                            setattr(layer, name, copy.requires_grad_(parameter.requires_grad))
-
-
-def rolled(model: nn.Module, *, compressed: bool = True) -> dict[str, nn.Module]:
-    """Return by name, for experts that are linear layers, the modules that transformers would have there.
-
-    Those of which some are compressed are left out if `compressed` is False.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model to look through.
-    compressed : bool, default True
-        Whether experts with compressed layers are among them.
-    """
-    return {
-        name: module.rolled()
-        for name, module in model.named_modules()
-        if isinstance(module, LinearExperts) and (compressed or not module.compressed())
-    }
-
-
 def _without_parameters(experts: nn.Module) -> Any:
     """Return a module of the same class and settings, its activation and norms included, without weights of its own."""
     shell: Any = object.__new__(type(experts))
@@ -305,7 +209,3 @@ def _linears(weight: Any, bias: Any, *, transposed: bool) -> Iterator[nn.Linear]
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach()[index], requires_grad=bias.requires_grad)
         yield linear
-
-
-def _dense(layer: nn.Module) -> Any:
-    return layer.to_linear() if isinstance(layer, CompressedLinear) else layer

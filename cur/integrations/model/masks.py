@@ -11,10 +11,11 @@ from torch import nn
 
 from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.hooks import Hook
+from cur.integrations.model.pointwise import LinearConvolution
 from cur.integrations.model.running import is_encoder_decoder
 from cur.integrations.model.usage import Inputs
 
-__all__ = ["Masks", "by_token", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
+__all__ = ["Masks", "by_token", "channels_first", "decoder_mask", "padding_mask", "token_rows", "token_shapes"]
 
 
 def padding_mask(inputs: Mapping[str, Any], key: str = "attention_mask") -> torch.Tensor | None:
@@ -187,11 +188,12 @@ def token_shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(one.shape[0]), int(one.shape[1])) for one in given if one.ndim > 1]
 
 
-def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]], block: nn.Module | None = None) -> torch.Tensor:
     """Return a hidden state as one vector for each token: a view or copy of shape (batch, length, width).
 
     Several streams of a token (hyper-connections, alternating updates) become one vector. A state whose tokens come
-    before its samples, or in one axis with them, is brought into order.
+    before its samples, or in one axis with them, is brought into order. Places of an image are its tokens, whether
+    channels come first, as in convolutions, or last.
 
     Parameters
     ----------
@@ -200,6 +202,9 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
     shapes : sequence of (int, int)
         The numbers of samples and tokens to look for, as from :func:`token_shapes`; if there are none, or none is
         found, the first two axes are taken for them, and a state of two axes has one token a sample.
+    block : nn.Module, optional
+        The block that is called with the state, or returns it: its sizes tell which axis is the width. By default it
+        is the last.
 
     Raises
     ------
@@ -209,6 +214,9 @@ def by_token(state: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Te
     axes = _token_axes(state.shape, shapes)
     if axes is not None:
         return state.movedim(axes, (0, 1)).flatten(2)
+    if state.ndim >= 3 and not shapes:
+        state = state.movedim(1, -1) if block is not None and channels_first(block, state.shape) else state
+        return state.flatten(1, -2)
     if state.ndim >= 3:
         return state.flatten(2)
     if not shapes:  # of a module that reads no tokens: one vector a sample
@@ -232,3 +240,29 @@ def _token_axes(shape: Sequence[int], shapes: Sequence[tuple[int, int]]) -> tupl
         if len(shape) == 3 and tuple(shape[:2]) == (length, batch):
             return 1, 0
     return None
+
+
+def channels_first(block: nn.Module, shape: Sequence[int]) -> bool:
+    """Say whether the axis after that of the samples is the width of a hidden state.
+
+    Of an image it is where the block has convolutions of so many channels. Else the width is what norms and biases of
+    the block have, and where that could be said of the last axis as well, it is that one.
+
+    Parameters
+    ----------
+    block : nn.Module
+        The block that is called with the hidden state, or returns it.
+    shape : sequence of int
+        The shape of a hidden state that it is called with, or returns.
+
+    Returns
+    -------
+    bool
+        Whether channels come first.
+    """
+    if len(shape) > 3:
+        convolutions = [part for part in block.modules() if isinstance(part, (nn.Conv2d, LinearConvolution))]
+        if any(shape[1] in (part.in_channels, part.out_channels) for part in convolutions):
+            return True
+    sizes = {int(part.shape[0]) for part in block.parameters() if part.ndim == 1}
+    return shape[1] in sizes and shape[-1] not in sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -96,7 +97,7 @@ def open_checkpoint(
         else:
             config = AutoConfig.from_pretrained(str(place), **options)
             kind, config = model_class(config, place, trust_remote_code=trust_remote_code)
-            tokenizer = _tokenizer(kind, place, options)
+            tokenizer = _tokenizer(kind, config, place, options)
             options["config"] = config
             if dtype == "auto" and stored is not None:
                 dtype = stored.dtype()
@@ -123,14 +124,20 @@ def open_checkpoint(
     return Opened(model.eval(), tokenizer, unread)
 
 
-def _tokenizer(kind: Any, place: Path | str, options: Mapping[str, Any]) -> Any:
+def _tokenizer(kind: Any, config: Any, place: Path | str, options: Mapping[str, Any]) -> Any:
     """Return the tokenizer of a model, None of one that reads images or sound and has none."""
     try:
         return AutoTokenizer.from_pretrained(str(place), **options)
     except Exception:  # transformers raises what it likes where there is none
-        if getattr(kind, "main_input_name", "input_ids") == "input_ids":
+        if getattr(kind, "main_input_name", "input_ids") == "input_ids" and not _hears(kind, config):
             raise
         return None
+
+
+def _hears(kind: Any, config: Any) -> bool:
+    """Say whether an encoder takes sound, and may be given text instead, as that of Pop2Piano."""
+    sound = {"input_features", "input_values"} & set(inspect.signature(kind.forward).parameters)
+    return bool(sound) and bool(getattr(config, "is_encoder_decoder", False))
 
 
 def stored_dtype(directory: Path | str) -> torch.dtype:

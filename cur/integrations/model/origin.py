@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur.integrations.model.experts import LinearExperts
+from cur.integrations.model.taken_apart import TakenApart
 from cur.integrations.nn import compressed_modules
 
 __all__ = ["KeptDigest", "Origin", "changed_modules", "kept_digest", "kept_names", "origin_of", "set_origin_"]
@@ -133,8 +133,8 @@ def changed_modules(model: nn.Module) -> Collection[str]:
     collection of str
         The names of the modules.
     """
-    experts = {name for name, part in model.named_modules() if isinstance(part, LinearExperts)}
-    return experts | compressed_modules(model).keys()
+    apart = {name for name, part in model.named_modules() if isinstance(part, TakenApart)}
+    return apart | compressed_modules(model).keys()
 
 
 def kept_digest(model: nn.Module, without: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cur.integrations.model.blocks import BlockCall
 from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.hooks import Hook, call_groups, inputs_of
+from cur.integrations.model.masks import channels_first
 
 __all__ = ["Course", "layer_groups", "pauses"]
 
@@ -37,7 +38,8 @@ def layer_groups(block: nn.Module, call: BlockCall, hidden: Tensor, names: Seque
     names : sequence of str
         Layers, by their names in the block.
     """
-    tokens = hidden.numel() // hidden.shape[-1]
+    first = hidden.ndim > 3 and channels_first(block, hidden.shape)
+    tokens = hidden.numel() // hidden.shape[1 if first else -1]
     # One that happens to get every token of this batch may get others of the next, or none.
     experts = inside_experts(block)
     names = [name for name in names if name not in experts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
@@ -22,14 +23,18 @@ Progress: TypeAlias = Callable[[int, "int | None"], object]
 """Called as ``progress(done, total)`` after every batch, in samples; ``total`` is None where unknown."""
 
 
-_TOKENS = "input_ids"
-
 _DECODED = "decoder_input"
 """What the inputs of a decoder begin with: ids, embeddings or values."""
+
+_GIVEN = re.compile(r"(.*_)?(input|pixel)_(ids|values|features)")
+"""What transformers calls the tensors of text, images and sound that a model is given."""
 
 
 def body(model: nn.Module) -> nn.Module:
     """Return the model without its output head, or the model itself where that cannot be told apart.
+
+    Nor can it where the rest is called with other tensors than the whole, as Perceiver's, which reads arrays, and not
+    images.
 
     Parameters
     ----------
@@ -40,8 +45,8 @@ def body(model: nn.Module) -> nn.Module:
     # What PEFT calls so has the head.
     if not isinstance(inner, nn.Module) or is_adapter(model):
         return model
-    # Perceiver reads tokens under a name that its body does not take.
-    return model if _TOKENS in taken(model) and _TOKENS not in taken(inner) else inner
+    read = taken(inner)
+    return inner if all(name in read for name in taken(model) if _GIVEN.fullmatch(name)) else model
 
 
 @contextmanager

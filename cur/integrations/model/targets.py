@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cur._lib.moved import renamed
-from cur.integrations.model.experts import LinearExperts, three_axes, unrolled
+from cur.integrations.model.experts import three_axes
+from cur.integrations.model.pointwise import LinearConvolution, is_pointwise
+from cur.integrations.model.taken_apart import TakenApart
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, told_blocks
 from cur.integrations.nn import CompressedLinear, has_own_forward, is_linear, is_table, made_of
 
@@ -23,8 +26,10 @@ __all__ = [
     "block_stacks",
     "decoder_layers",
     "found_stacks",
+    "holds_linear",
     "left_dense",
     "linear_modules",
+    "networks",
     "targeted_singly",
 ]
 
@@ -66,11 +71,12 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
     """Look for the stacks of blocks that make up a transformer: lists of modules that each hold linear layers.
 
     A stack is an ``nn.ModuleList``, or a run of modules of one class in an ``nn.Sequential``; its blocks may differ, as
-    where attention and recurrence take turns, but none is a linear layer itself. A list of lists is one stack, lists
-    inside blocks do not count. Towers for images or sound are no part of a model that reads text. An
-    encoder-decoder is made up of all other stacks that it has, any other model of those that are as long as
-    ``config.num_hidden_layers`` says; without such a config, or such a stack, of the longest one and of others with
-    blocks of the same classes.
+    where attention and recurrence take turns, but none is a linear layer itself. A list of lists of one width is one
+    stack, and lists inside blocks do not count, but for those in stages: parts of several widths, as where images get
+    smaller and channels more. The blocks of each stage are a stack, see :func:`networks`. Towers for images or sound
+    are no part of a model that reads text. An encoder-decoder is made up of all other stacks that it has, any other
+    model of those that are as long as ``config.num_hidden_layers`` says; without such a config, or such a stack, of the
+    longest one and of others with blocks of the same classes.
 
     Parameters
     ----------
@@ -94,24 +100,96 @@ def found_stacks(model: nn.Module, /) -> list[list[tuple[str, nn.Module]]]:
         stacks = _of_length(found, _num_hidden_layers(model))
         if len(stacks) > 1:
             stacks = _of_text(model, stacks)
-    return list(stacks.values())
+    return [stack for blocks in stacks.values() for stack in _stages(blocks)]
 
 
-def _repeated(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the names and modules of the blocks that a container repeats; none if it is no stack."""
+def networks(stacks: Sequence[_Stack], /) -> list[list[_Stack]]:
+    """Group stacks into those that follow each other as the stages of one network: what lies in one list.
+
+    Parameters
+    ----------
+    stacks : sequence of list of (str, nn.Module)
+        Name and module of the blocks of each stack, as from :func:`found_stacks`.
+
+    Returns
+    -------
+    list of list of list of (str, nn.Module)
+        The stacks of each network, in order: of an encoder and its decoder two networks of one stack each.
+    """
+    found: dict[str, list[_Stack]] = {}
+    for stack in stacks:
+        place = stack[0][0].rpartition(".")[0]
+        found.setdefault(re.split(r"(?:^|\.)\d+(?:\.|$)", place)[0], []).append(stack)
+    return list(found.values())
+
+
+def _repeated(name: str, module: nn.Module, *, least: int = 2) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of the blocks that a container repeats; none if it is no stack.
+
+    A sequence has to repeat one class, at `least` so often.
+    """
     parts = [(f"{name}.{key}" if name else key, part) for key, part in module._modules.items() if part is not None]
     inner = [_repeated(place, part) if isinstance(part, nn.ModuleList) else [] for place, part in parts]
-    if isinstance(module, nn.ModuleList) and inner and all(inner):
-        return [block for blocks in inner for block in blocks]
+    joined = [block for blocks in inner for block in blocks]
+    if isinstance(module, nn.ModuleList) and inner and all(inner) and len({_width(part) for _, part in joined}) == 1:
+        return joined
     if isinstance(module, nn.Sequential):
         runs = [list(run) for _, run in groupby(parts, key=lambda part: type(part[1]))]
         parts = max(runs, key=len, default=[])
-        return parts if len(parts) > 1 and all(_is_block(part) for _, part in parts) else []
-    return parts if isinstance(module, nn.ModuleList) and all(_is_block(part) for _, part in parts) else []
+        return parts if len(parts) >= least and _are_blocks(parts) else []
+    return parts if isinstance(module, nn.ModuleList) and _are_blocks(parts) else []
+
+
+def _are_blocks(parts: _Stack) -> bool:
+    """Say whether each part is a block, or of the class of one: some may have convolutions alone."""
+    blocks = [_is_block(part) for _, part in parts]
+    return all(blocks) or (any(blocks) and len(_classes(parts)) == 1)
+
+
+def _stages(blocks: _Stack) -> list[_Stack]:
+    """Return the stacks within blocks that are the stages of a network; else the one stack of these blocks."""
+    inner = [_within(name, block) for name, block in blocks]
+    if not all(inner):
+        return [blocks]
+    lists = all(isinstance(block, nn.ModuleList) for _, block in blocks)  # which nobody can call
+    widths = [_width(stacks[-1][-1][1]) for stacks in inner]
+    apart = all(widths) and len(set(widths)) > 1
+    return [stack for stacks in inner for stack in stacks] if lists or apart else [blocks]
+
+
+def _within(name: str, block: nn.Module) -> list[_Stack]:
+    """Return the stacks within a block that may be a stage, or be a list itself, the outermost ones."""
+    found: dict[str, _Stack] = {}
+    for part, module in block.named_modules(prefix=name):
+        if not any(part.startswith(outer + ".") for outer in found) and (run := _repeated(part, module, least=1)):
+            found[part] = run
+    return list(found.values())
+
+
+def _width(block: nn.Module) -> int:
+    """Return the size of the largest norm of a block, which is the width of the hidden state; 0 if it has none."""
+    own = [list(module.parameters(recurse=False)) for module in block.modules()]
+    return max((int(part.shape[0]) for parts in own if all(p.ndim == 1 for p in parts) for part in parts), default=0)
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not _is_matrix(module) and any(map(_is_matrix, module.modules()))
+    return not _is_matrix(module) and holds_linear(module)
+
+
+def holds_linear(module: nn.Module, /) -> bool:
+    """Say whether a module is or holds a linear layer, compressed or not.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module to look through.
+
+    Returns
+    -------
+    bool
+        Whether there is one.
+    """
+    return any(map(_is_matrix, module.modules()))
 
 
 def _of_length(found: Mapping[str, _Stack], count: int | None) -> dict[str, _Stack]:
@@ -150,7 +228,8 @@ def _of_text(model: nn.Module, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
 
 def _is_matrix(module: nn.Module) -> bool:
     # A subclass that does more than multiply is one as well: blocks of quantized models have nothing else.
-    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
+    kinds = (nn.Linear, Conv1D, CompressedLinear, LinearConvolution)
+    return isinstance(module, kinds) or is_pointwise(module)
 
 
 def decoder_layers(model: nn.Module, /) -> list[tuple[str, nn.Module]]:
@@ -231,7 +310,7 @@ def linear_modules(
     tables = {name for name, module in modules.items() if is_table(module)}
     family = _expert_families(modules)
     excluded = {name for name in modules if _matches(name, exclude, "exclude", family)}
-    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], LinearExperts))
+    whole = tuple(f"{name}." for name in excluded if isinstance(modules[name], TakenApart))
     excluded |= {name for name in modules if name.startswith(whole)}
 
     chosen: set[str] = set()
@@ -309,12 +388,15 @@ def _matches(name: str, rule: str | Sequence[str], parameter: str, family: Mappi
 
 
 def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return by the name of each expert's matrix the name that it shares with those of the other experts."""
-    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, LinearExperts))
+    """Return by the name of each expert's matrix the name that it shares with those of the other experts.
+
+    That of a convolution of one point is the convolution's own.
+    """
+    apart = tuple(f"{name}." for name, module in modules.items() if isinstance(module, TakenApart))
     return {
         name: name.rpartition(".")[0]
-        for name in modules
-        if name.rpartition(".")[2].isdigit() and name.startswith(experts)
+        for name, module in modules.items()
+        if name.startswith(apart) and is_linear(module)
     }
 
 

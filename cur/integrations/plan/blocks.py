@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,27 +22,49 @@ less, any, or the last ones."""
 BY_ANGLE = ("angular", "position")
 """Those that need the angular distances of blocks."""
 
+Length: TypeAlias = "int | Sequence[int]"
+"""The number of blocks of a stack, or of each stage of a network."""
 
-def inner_blocks(stacks: Sequence[int]) -> list[int]:
+
+def inner_blocks(stacks: Sequence[Length]) -> list[int]:
     """Return the indices of all blocks but the first and the last of each stack, from the lengths of the stacks.
 
     The blocks of all stacks are numbered through. The ends of a stack do what no other block does, and are never
-    chosen.
+    chosen. A network of stages has two ends, of its first stage and of its last.
 
     Parameters
     ----------
-    stacks : sequence of int
-        The number of blocks of each stack.
+    stacks : sequence of int or sequence of int
+        The number of blocks of each stack; of a network of stages the numbers of their blocks.
+
+    Examples
+    --------
+    >>> from cur.integrations.plan.blocks import inner_blocks
+    >>> inner_blocks([4, 3]), inner_blocks([[2, 2, 3]])
+    ([1, 2, 5], [1, 2, 3, 4, 5])
     """
     found: list[int] = []
     first = 0
-    for length in stacks:
+    for length in map(_blocks, stacks):
         found += range(first + 1, first + length - 1)
         first += length
     return found
 
 
-def shares(count: int, stacks: Sequence[int], span: int = 1) -> list[int]:
+def _allowed(stacks: Sequence[Length], among: Collection[int] | None) -> list[int]:
+    return [index for index in inner_blocks(stacks) if among is None or index in among]
+
+
+def _blocks(stack: Length) -> int:
+    return stack if isinstance(stack, int) else sum(stack)
+
+
+def _stages(stacks: Sequence[Length]) -> list[int]:
+    """Return the lengths of stacks, those of stages one after the other."""
+    return [length for stack in stacks for length in ([stack] if isinstance(stack, int) else stack)]
+
+
+def shares(count: int, stacks: Sequence[Length], span: int = 1, *, among: Collection[int] | None = None) -> list[int]:
     """Return how many of `count` blocks are chosen in each stack: in proportion to those that may be, and one at least.
 
     Angles of an encoder, which are means over its tokens, and of its decoder, at the last token, are not comparable, so
@@ -51,10 +75,12 @@ def shares(count: int, stacks: Sequence[int], span: int = 1) -> list[int]:
     ----------
     count : int
         The number of blocks to choose; a multiple of `span`.
-    stacks : sequence of int
-        The number of blocks of each stack.
+    stacks : sequence of int or sequence of int
+        The number of blocks of each stack; of a network of stages, which is one, the numbers of their blocks.
     span : int, default 1
         Blocks are chosen in runs of this many.
+    among : collection of int, optional
+        Indices of the blocks that may be chosen. Default: all but the ends of stacks.
 
     Returns
     -------
@@ -67,7 +93,9 @@ def shares(count: int, stacks: Sequence[int], span: int = 1) -> list[int]:
     >>> shares(4, [12, 4]), shares(2, [3, 3])
     ([3, 1], [1, 1])
     """
-    inner = [max(length - 2, 0) for length in stacks]
+    ends = list(itertools.accumulate(map(_blocks, stacks), initial=0))
+    allowed = _allowed(stacks, among)
+    inner = [sum(start <= index < stop for index in allowed) for start, stop in itertools.pairwise(ends)]
     runs = [0] * len(stacks)
     for _ in range(count // span):
         room = [number for number, most in enumerate(inner) if (runs[number] + 1) * span <= most]
@@ -86,7 +114,8 @@ def choose_blocks(
     *,
     by: str = "angular",
     span: int = 1,
-    stacks: Sequence[int] | None = None,
+    stacks: Sequence[Length] | None = None,
+    among: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[int]:
     """Choose blocks, by default those that change their input least. The ends of a stack are never chosen.
@@ -107,8 +136,11 @@ def choose_blocks(
     span : int, default 1
         Blocks are chosen in runs of this many, whose inner blocks may turn the state and turn it back. Of all choices
         of runs that do not overlap, the one with the smallest sum of distances.
-    stacks : sequence of int, optional
-        Number of blocks in each stack; default one stack, of as many blocks as `distances` has.
+    stacks : sequence of int or sequence of int, optional
+        Number of blocks in each stack; of a network of stages a sequence of the numbers of their blocks: its ends are
+        those of the first stage and the last. Default one stack, of as many blocks as `distances` has.
+    among : collection of int, optional
+        Indices of the blocks that may be chosen. Default: all but the ends of stacks.
     seed : int, default 0
         The seed of the choice ``by="random"``.
 
@@ -139,7 +171,9 @@ def choose_blocks(
         if distances is None:
             raise ValueError("one of `distances` and `stacks` must be given: they say how many blocks there are")
         stacks = [len(distances) + span - 1]
-    total, inner = sum(stacks), inner_blocks(stacks)
+    lengths = [_blocks(stack) for stack in stacks]
+    inner = _allowed(stacks, among)
+    total = sum(lengths)
     if not 1 <= count <= len(inner) or count % span:
         multiple = "" if span == 1 else f", and a multiple of `span`, {span},"
         raise ValueError(
@@ -152,22 +186,22 @@ def choose_blocks(
         return sorted(int(index) for index in np.random.default_rng(seed).permutation(inner)[:count])
     found = dict(distances or {})
     if by == "position":
-        ends = np.repeat(np.cumsum(stacks), stacks)
+        ends = np.repeat(np.cumsum(lengths), lengths)
         found = {
-            index: distance * float(ends[index] - index) / float(np.repeat(stacks, stacks)[index])
+            index: distance * float(ends[index] - index) / float(np.repeat(lengths, lengths)[index])
             for index, distance in found.items()
             if 0 <= index < total
         }
-    return _least(found, count, span, stacks, inner)
+    return _least(found, count, span, _stages(stacks), inner)
 
 
 def _least(
     distances: Mapping[int, float], count: int, span: int, stacks: Sequence[int], inner: Sequence[int]
 ) -> list[int]:
     allowed = set(inner)
-    starts = [index for index in inner if all(index + step in allowed for step in range(span))]
     firsts = [sum(stacks[:number]) for number in range(len(stacks))]
     known = [first + index for first, n in zip(firsts, stacks, strict=True) for index in range(n - span + 1)]
+    starts = [index for index in known if all(index + step in allowed for step in range(span))]
     if sorted(distances) != known:
         raise ValueError(
             f"`distances` must have one entry per block, 0 to {sum(stacks) - 1} (runs of {span} begin at blocks of one "

@@ -18,9 +18,17 @@ from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.spectra import EXACT_UP_TO, singular_values
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.model.experts import unrolled
 from cur.integrations.model.finite import finite_weight
-from cur.integrations.model.targets import block_stacks, found_stacks, left_dense, linear_modules
+from cur.integrations.model.targets import (
+    block_stacks,
+    decoder_layers,
+    found_stacks,
+    holds_linear,
+    left_dense,
+    linear_modules,
+    networks,
+)
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, model_name
 from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
 from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks, shares
@@ -376,7 +384,7 @@ def chosen_blocks(model: nn.Module, statistics: Statistics, config: CompressConf
     """
     stacks = _stacks(model, config)
     if isinstance(config.layers, str) or not stacks:
-        return list(range(sum(stacks)))
+        return list(range(sum(map(sum, stacks))))
     if not isinstance(config.layers, int):
         return sorted(set(config.layers))
     if config.choose in BY_ANGLE and not statistics.angular:
@@ -384,30 +392,53 @@ def chosen_blocks(model: nn.Module, statistics: Statistics, config: CompressConf
             "`statistics` holds no angular distances, by which layers are chosen; collect it with `layers`"
         )
     distances = statistics.angular_spans(config.span) if config.choose in BY_ANGLE else None
+    among = _with_layers(model)
     if len(stacks) > 1:
-        return _in_each_stack(distances, config, stacks)
-    return choose_blocks(distances, config.layers, by=config.choose, span=config.span, stacks=stacks, seed=config.seed)
+        return _in_each_stack(distances, config, stacks, among)
+    return choose_blocks(
+        distances,
+        config.layers,
+        by=config.choose,
+        span=config.span,
+        stacks=stacks,
+        among=among,
+        seed=config.seed,
+    )
 
 
-def _in_each_stack(distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[int]) -> list[int]:
+def _with_layers(model: nn.Module) -> set[int]:
+    """Return the indices of the blocks that hold linear layers: of convolutions, some may hold none."""
+    return {index for index, (_, block) in enumerate(decoder_layers(model)) if holds_linear(block)}
+
+
+def _in_each_stack(
+    distances: Mapping[int, float] | None, config: CompressConfig, stacks: list[list[int]], among: set[int]
+) -> list[int]:
     """Return the indices of the blocks that are chosen, in each stack for itself."""
     assert isinstance(config.layers, int)
     chosen: list[int] = []
     first = 0
-    counts = shares(config.layers, stacks, config.span)
+    counts = shares(config.layers, stacks, config.span, among=among)
     if sum(counts) < config.layers:
         raise ValueError(
             f"`layers` must leave room for runs of {config.span} blocks that do not overlap in stacks of "
-            f"{', '.join(map(str, stacks))} blocks, got {config.layers}"
+            f"{', '.join(str(length) for stack in stacks for length in stack)} blocks, got {config.layers}"
         )
-    for length, count in zip(stacks, counts, strict=True):
-        own = None if distances is None else {i - first: d for i, d in distances.items() if first <= i < first + length}
+    for stack, count in zip(stacks, counts, strict=True):
+        last = first + sum(stack)
+        own = None if distances is None else {i - first: d for i, d in distances.items() if first <= i < last}
         if count:
             found = choose_blocks(
-                own, count, by=config.choose, span=config.span, stacks=[length], seed=config.seed + first
+                own,
+                count,
+                by=config.choose,
+                span=config.span,
+                stacks=[stack],
+                among={index - first for index in among},
+                seed=config.seed + first,
             )
             chosen += [first + index for index in found]
-        first += length
+        first = last
     return chosen
 
 
@@ -437,24 +468,25 @@ def candidates(model: nn.Module, config: CompressConfig | BudgetConfig, *, offlo
     """
     refuse_adapters(model)
     stacks = _stacks(model, config)
-    inside = list(range(sum(stacks)))
+    total = sum(map(sum, stacks))
+    inside = list(range(total))
     asked = config.layers if isinstance(config, CompressConfig) and stacks else "all"
     if isinstance(asked, int):
-        inside = inner_blocks(stacks)
+        inside = sorted(_with_layers(model).intersection(inner_blocks(stacks)))
         if not inside:
             raise ValueError(
                 f"`layers` as a number chooses among blocks that are not the first or the last, and the model has "
-                f"{sum(stacks)} in all, got {asked}; take 'all', or name blocks by their positions"
+                f"{total} in all, got {asked}; take 'all', or name blocks by their positions"
             )
         if asked > len(inside):
             raise ValueError(
-                f"`layers` must be between 1 and {len(inside)} for a model of {sum(stacks)} blocks, whose "
+                f"`layers` must be between 1 and {len(inside)} for a model of {total} blocks, whose "
                 f"first and last are never chosen, got {asked}"
             )
     elif stacks and not isinstance(asked, (str, int)):
         inside = sorted(set(asked))
-        if inside[-1] >= sum(stacks):
-            raise ValueError(f"`layers` must be between 0 and {sum(stacks) - 1} for this model, got {inside[-1]}")
+        if inside[-1] >= total:
+            raise ValueError(f"`layers` must be between 0 and {total - 1} for this model, got {inside[-1]}")
     names = _selected(model, config, inside)
     factored = tuple(f"{name}." for name in compressed_modules(model))
     limit, widest = 0, ""
@@ -499,8 +531,8 @@ def chooses_by_angle(model: nn.Module, asked: Asked) -> bool:
     return bool(_stacks(model, asked))
 
 
-def _stacks(model: nn.Module, config: CompressConfig | BudgetConfig) -> list[int]:
-    """Return the lengths of the stacks of blocks that targets lie in; none where they may lie anywhere.
+def _stacks(model: nn.Module, config: CompressConfig | BudgetConfig) -> list[list[int]]:
+    """Return the lengths of the stacks of blocks that targets lie in, by network; none where they may lie anywhere.
 
     That is where none is found and no blocks are chosen among, and of a module that is no transformer in any case.
     """
@@ -509,8 +541,8 @@ def _stacks(model: nn.Module, config: CompressConfig | BudgetConfig) -> list[int
     if named or isinstance(config, BudgetConfig) or config.layers == "all":
         if not is_transformer(model):
             return []
-        return [len(stack) for stack in found_stacks(model)]
-    return [len(stack) for stack in block_stacks(model)]
+        return [[len(stack) for stack in network] for network in networks(found_stacks(model))]
+    return [[len(stack) for stack in network] for network in networks(block_stacks(model))]
 
 
 def _selected(model: nn.Module, config: CompressConfig | BudgetConfig, blocks: list[int]) -> list[str]:

@@ -19,7 +19,8 @@ from torch import nn
 
 from cur._lib.atomic import replace_file
 from cur.integrations.files.reading import read_object
-from cur.integrations.model.experts import unrolled
+from cur.integrations.model.pointwise import LinearConvolution
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.nn import dense_weight, is_table
 from cur.integrations.plan.entry import METHODS, PlanEntry, PlanError, read_entry, refuse_unknown, require
 from cur.integrations.plan.methods import SUBSPACES
@@ -313,7 +314,16 @@ def fingerprint(model: nn.Module) -> str:
         The model to hash, whose values do not matter.
     """
     with unrolled(model):  # whether experts lie in one parameter or in many does not matter
-        shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+        convolutions = {
+            f"{name}.linear": part for name, part in model.named_modules() if isinstance(part, LinearConvolution)
+        }
+        shapes = []
+        for name, parameter in model.named_parameters():
+            place, _, key = name.rpartition(".")
+            if (part := convolutions.get(place)) is not None:  # by the names and shapes that they have themselves
+                name, parameter = f"{place.removesuffix('.linear')}.{key}", getattr(part, key)
+            shapes.append((name, list(parameter.shape)))
+        shapes.sort()
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

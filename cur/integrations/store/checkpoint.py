@@ -25,12 +25,12 @@ from cur.integrations.files.configuration import check_config, foreign_method
 from cur.integrations.files.directory import check_target, new_directory
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.model.experts import LinearExperts
 from cur.integrations.model.opening import stored_dtype
 from cur.integrations.model.origin import origin_of
 from cur.integrations.model.size import weight_bytes
 from cur.integrations.model.source import source_of
 from cur.integrations.model.stored_tensors import ModelFiles, has_weights, without_weights
+from cur.integrations.model.taken_apart import TakenApart
 from cur.integrations.nn import compressed_modules, swap_
 from cur.integrations.store.account import compare, read_account, write_account
 from cur.integrations.store.format import CURConfig, CURQuantizer, mark_, read_config
@@ -276,12 +276,12 @@ def _multiplied_out(model: PreTrainedModel) -> Iterator[None]:
         return
     mark_(model)
     tied = dict(model.all_tied_weights_keys)
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+    apart = {name: module for name, module in model.named_modules() if isinstance(module, TakenApart)}
     model.dequantize(dtype=model.dtype)
     try:
         yield
     finally:
-        swap_(model, experts)
+        swap_(model, apart)
         swap_(model, layers)
         model.all_tied_weights_keys = tied
         mark_(model)

@@ -23,7 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cur.integrations.files.configuration import check_config
 from cur.integrations.files.reading import ADVICE, CheckpointError
 from cur.integrations.model.adapters import refuse_adapters
-from cur.integrations.model.experts import LinearExperts, is_experts, rolled
+from cur.integrations.model.experts import LinearExperts
+from cur.integrations.model.taken_apart import TakenApart
+from cur.integrations.model.unrolling import rolled, take_apart
 from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, stand_in, swap_
 from cur.integrations.nn.base import spec_grid
 from cur.integrations.nn.registry import ranks_of
@@ -332,13 +334,14 @@ def narrow_(state: dict[str, Any], model: nn.Module) -> None:
 def _unroll_(model: nn.Module, config: CURConfig) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: _place(model, modules, name) for name in config.experts}
-    for name, place in places.items():
-        if not is_experts(modules[place]):
+    apart = {name: take_apart(modules[place]) for name, place in places.items()}
+    for name, made in apart.items():
+        if made is None:
             raise CheckpointError(
-                f"`config.json` lists the experts {name}, which is a {type(modules[place]).__name__}: the "
+                f"`config.json` lists the experts {name}, which is a {type(modules[places[name]]).__name__}: the "
                 "configuration and the checkpoint do not belong together"
             )
-    swap_(model, {place: LinearExperts(modules[place]) for place in places.values()})
+    swap_(model, {places[name]: made for name, made in apart.items() if made is not None})
 
 
 def read_config(directory: str | os.PathLike[str]) -> CURConfig:
@@ -426,7 +429,7 @@ def mark_(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     # Others are linear layers for the time of the compression alone.
-    experts = [name for name, part in model.named_modules() if isinstance(part, LinearExperts) and part.compressed()]
+    experts = [name for name, part in model.named_modules() if isinstance(part, TakenApart) and part.compressed()]
     config = CURConfig(describe(model), experts=experts)
     state: Any = model  # these attributes are set, not declared, by transformers itself
     state.hf_quantizer = CURQuantizer(config, pre_quantized=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from cur.healing import load_student, share_
 from cur.healing.pair.sharing import check_pair
@@ -101,3 +101,12 @@ def test_compressed_experts_are_refused_in_a_sentence(kind: str, windows: torch.
     others = make(kind)
     compress(others, windows, CompressConfig(layers=1, targets=("q_proj",), rank=6))
     check_pair(others, teacher)
+
+
+def test_compressed_convolutions_are_refused_in_a_sentence() -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck")
+    student, teacher = (ResNetForImageClassification(config).eval() for _ in range(2))
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    compress(student, [images], CompressConfig(layers="all", targets="all-linear", rank=2))
+    with pytest.raises(ValueError, match=r"compressed convolutions \(.*linear.*`exclude` and their names"):
+        check_pair(student, teacher)

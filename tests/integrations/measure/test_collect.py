@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Rob
 
 from cur import NumericalError
 from cur.integrations import Statistics, batches, collect, collect_gradients, decoder_layers, linear_modules
-from cur.integrations.model.experts import unrolled
+from cur.integrations.model.unrolling import unrolled
 
 LENGTHS = (24, 5, 17, 1, 11, 24)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from cur.integrations.model.masks import by_token, token_rows
 
@@ -22,6 +23,18 @@ STATES = [
 def test_a_hidden_state_has_a_vector_for_each_token(state: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.equal(by_token(state, [(BATCH, LENGTH)]), wanted)
     assert torch.equal(by_token(state, [(9, 11), (BATCH, LENGTH)]), wanted)
+
+
+def test_places_of_an_image_are_its_tokens() -> None:
+    image = torch.randn(BATCH, LENGTH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(2))
+    wanted = image.flatten(1, 2)
+    block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    assert torch.equal(by_token(image, [], block), wanted)
+    assert torch.equal(by_token(image.movedim(-1, 1), [], block), wanted)
+    square = torch.randn(BATCH, WIDTH, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
+    convolutions = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), nn.BatchNorm2d(WIDTH))
+    assert torch.equal(by_token(square, [], block), square.flatten(1, 2))
+    assert torch.equal(by_token(square, [], convolutions), square.flatten(2).mT)
 
 
 def test_a_hidden_state_without_one_is_refused() -> None:

@@ -362,3 +362,11 @@ def test_layers_are_not_compressed_twice(way: str, tmp_path: Path, text: Path) -
         cur(*again, "--windows", 4, "--window-length", 16, "--keep", 0.7, *whole),
         "is a factor of a layer that is compressed already; start from the dense model",
     )
+
+
+def test_what_hears_or_reads_needs_no_tokenizer(tmp_path: Path) -> None:
+    """Pop2Piano is given sound or text; without files its tokenizer cannot be made."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    config = hf.Pop2PianoConfig(vocab_size=20, **sizes)
+    hf.Pop2PianoForConditionalGeneration(config).save_pretrained(tmp_path / "sound")
+    assert load_model(tmp_path / "sound").tokenizer is None

@@ -48,3 +48,21 @@ def test_a_body_that_does_not_take_tokens_is_run_with_its_head() -> None:
         )
         is not model
     )
+
+
+def test_a_body_that_is_called_with_other_tensors_is_none() -> None:
+    """What the model is given would be taken for something else, or not be taken at all."""
+    config = hf.PerceiverConfig(
+        num_latents=4, d_latents=8, d_model=16, num_blocks=1, num_self_attends_per_block=2, image_size=16
+    )
+    images = hf.PerceiverForImageClassificationLearned(config)
+    assert body(images) is images
+    small: dict[str, int] = {
+        f"{side}_{what}": size
+        for side in ("encoder", "decoder")
+        for what, size in {"layers": 1, "attention_heads": 2, "ffn_dim": 16}.items()
+    }
+    speech = hf.SpeechT5ForSpeechToText(hf.SpeechT5Config(vocab_size=20, hidden_size=16, **small))
+    assert body(speech) is speech
+    texts = hf.BartForConditionalGeneration(hf.BartConfig(**SIZES, encoder_layers=1, d_model=32))
+    assert body(texts) is texts.model

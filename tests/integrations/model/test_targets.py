@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from cur.integrations import block_stacks, decoder_layers, linear_modules
-from cur.integrations.model.targets import found_stacks, left_dense, targeted_singly
+from cur.integrations.model.targets import found_stacks, holds_linear, left_dense, networks, targeted_singly
 from tests.models import make
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -102,6 +102,58 @@ def test_blocks_in_a_sequence() -> None:
 
     model = nn.Sequential(nn.Linear(3, 3), block(), block(), block(), Other(nn.Linear(3, 3)))
     assert [name for name, _ in decoder_layers(model)] == ["1", "2", "3"]
+
+
+def stage(width: int, depth: int = 2, kind: type[nn.Module] = nn.ModuleList) -> nn.Module:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width))
+
+    blocks = [block() for _ in range(depth)]
+    return kind(blocks) if kind is nn.ModuleList else nn.Sequential(*blocks)
+
+
+def names_of(stacks: list[list[tuple[str, nn.Module]]]) -> list[list[str]]:
+    return [[name for name, _ in stack] for stack in stacks]
+
+
+def test_the_blocks_of_each_stage_are_a_stack() -> None:
+    def within(part: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"blocks": part, "down": nn.Linear(8, 8)})
+
+    for kind in (nn.ModuleList, nn.Sequential):
+        model = nn.ModuleDict({"stages": nn.ModuleList([within(stage(w, kind=kind)) for w in (8, 16, 16)])})
+        wanted = [[f"stages.{part}.blocks.{index}" for index in range(2)] for part in range(3)]
+        assert names_of(block_stacks(model)) == wanted
+        assert [names_of(network) for network in networks(block_stacks(model))] == [wanted]
+
+
+def test_stages_that_are_lists_need_not_differ_and_may_have_one_block() -> None:
+    model = nn.ModuleDict({"block": nn.ModuleList([stage(8, 1), stage(8, 2)])})
+    assert names_of(block_stacks(model)) == [["block.0.0"], ["block.1.0", "block.1.1"]]
+
+
+def test_a_list_within_blocks_of_one_width_makes_no_stages() -> None:
+    class Block(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 12 + count)) for _ in range(count)])
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(2), Block(3), Block(4)])})
+    assert names_of(block_stacks(model)) == [["layers.0", "layers.1", "layers.2"]]
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+    assert [len(network) for network in networks(block_stacks(model))] == [1, 1]
+
+
+def test_some_blocks_of_a_class_may_hold_no_linear_layer() -> None:
+    class Block(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(4, 4, size)
+
+    model = nn.ModuleDict({"layer": nn.ModuleList([Block(size) for size in (3, 1, 3, 1)])})
+    assert names_of(block_stacks(model)) == [[f"layer.{index}" for index in range(4)]]
+    assert [holds_linear(block) for _, block in decoder_layers(model)] == [False, True, False, True]
 
 
 def test_no_stack_is_refused() -> None:

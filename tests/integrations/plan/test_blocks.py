@@ -24,6 +24,25 @@ def test_ends_of_every_stack_are_left_out() -> None:
         choose_blocks(dict.fromkeys(range(7), 0.0), 4, stacks=[4, 3])
 
 
+def test_stages_have_the_ends_of_their_network_alone() -> None:
+    assert inner_blocks([[2, 2, 3], 3]) == [1, 2, 3, 4, 5, 8]
+    distances = {0: 0.0, 1: 0.5, 2: 0.1, 3: 0.4, 4: 0.2, 5: 0.2, 6: 0.0}
+    assert choose_blocks(distances, 2, stacks=[[2, 2, 3]]) == [2, 4]
+    assert choose_blocks(distances, 2, stacks=[[2, 2, 3]], by="position") == [2, 5]
+    pairs = {0: 0.0, 2: 0.3, 4: 0.2, 5: 0.0}  # runs lie in one stage, and not at the ends of the network
+    assert choose_blocks(pairs, 2, stacks=[[2, 2, 3]], span=2) == [4, 5]
+    assert shares(3, [[2, 2, 3], 3]) == [2, 1]
+
+
+def test_some_blocks_alone_may_be_chosen() -> None:
+    distances = dict.fromkeys(range(6), 0.0)
+    assert choose_blocks(distances, 2, among={2, 4, 5}) == [2, 4]
+    assert choose_blocks(None, 1, by="last", stacks=[6], among={2, 3}) == [3]
+    with pytest.raises(ValueError, match="`count` must be between 1 and 2"):
+        choose_blocks(distances, 3, among={2, 4, 5})
+    assert shares(2, [6, 6], among={2, 4}) == [2, 0]
+
+
 def test_last_and_random() -> None:
     assert choose_blocks(None, 2, by="last", stacks=[6]) == [3, 4]
     assert choose_blocks(None, 2, by="last", stacks=[4, 4]) == [5, 6]
