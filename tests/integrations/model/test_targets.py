@@ -127,8 +127,10 @@ def test_the_blocks_of_each_stage_are_a_stack() -> None:
         assert [names_of(network) for network in networks(block_stacks(model))] == [wanted]
 
 
-def test_stages_that_are_lists_need_not_differ_and_may_have_one_block() -> None:
+def test_lists_of_one_width_are_one_stack_and_others_stages_which_may_have_one_block() -> None:
     model = nn.ModuleDict({"block": nn.ModuleList([stage(8, 1), stage(8, 2)])})
+    assert names_of(block_stacks(model)) == [["block.0.0", "block.1.0", "block.1.1"]]
+    model = nn.ModuleDict({"block": nn.ModuleList([stage(8, 1), stage(16, 2)])})
     assert names_of(block_stacks(model)) == [["block.0.0"], ["block.1.0", "block.1.1"]]
 
 
