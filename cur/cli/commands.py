@@ -31,7 +31,7 @@ from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
-from cur.integrations.quantize import grid_of, quantizable, quantize_, read_grids, save_quantized
+from cur.integrations.quantize import grid_of, grids_for, quantizable, quantize_, read_grids, save_quantized
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.report.speed import layer_speeds
 from cur.integrations.store.account import compare, read_account
@@ -259,7 +259,7 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
             model, batches = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
         show_unread(model)
-        names = quantizable(model)
+        names = list(grids_for(quantizable(model), grid))
         used = _passes(loaded, precision)
         measured = collect(
             model,

@@ -29,7 +29,7 @@ from cur.integrations.nn.rounded import OnGrid
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.format import mark_, refuse_other_formats
 
-__all__ = ["Quantization", "grid_of", "quantizable", "quantize_", "read_grids", "save_quantized"]
+__all__ = ["Quantization", "grid_of", "grids_for", "quantizable", "quantize_", "read_grids", "save_quantized"]
 
 _QUANTIZATION = "quantization.json"
 
@@ -97,7 +97,7 @@ def grid_of(bits: int = 8, group: int | str | None = None, *, symmetric: bool | 
     if group is None:
         return IntegerGrid(bits, None if bits == 8 else _GROUP, usual)
     if isinstance(group, str) and group != "row":
-        raise ValueError(f"`group` must be a multiple of 8, or 'row' for one step a row, got {group!r}")
+        raise ValueError(f"`group` must be a multiple of 8 such as 64, or row for one step a row, got {group!r}")
     return IntegerGrid(bits, None if isinstance(group, str) else group, usual)
 
 
@@ -251,13 +251,16 @@ def quantize_(
         raise TypeError(f"`model` must be a module, got {type(model).__name__}; load it first")
     refuse_adapters(model)
     refuse_other_formats(model)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"`damping` must be a number that is at least 0, got {damping}")
-    if not 0 <= correction <= 1:
-        raise ValueError(f"`correction` must be between 0 and 1, got {correction}")
-    if text is not None and statistics is None:
+    if not _is_between(damping, math.inf) or damping == math.inf:
+        raise ValueError(f"`damping` must be a number that is at least 0, got {damping!r}")
+    if not _is_between(correction, 1.0):
+        raise ValueError(f"`correction` must be a number between 0 and 1, got {correction!r}")
+    given = None if text is None else list(text)
+    if given is not None and statistics is None:
         raise ValueError("`text` needs `statistics`, by which layers are rounded; collect them on it")
-    grids = _grids(quantizable(model), grid)
+    if given is not None and not given:
+        raise ValueError("`text` is empty: it must hold at least one batch, or be None")
+    grids = grids_for(quantizable(model), grid)
     made: dict[str, RoundedLayer] = {}
 
     def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
@@ -275,8 +278,7 @@ def quantize_(
         return made[name].layer
 
     notes: list[str] = []
-    if text is not None:
-        given = list(text)
+    if given is not None:
         if fault := _unfit(model, given):
             notes.append(f"Layers are not fitted to what rounded ones before them give: {fault}.")
         else:
@@ -299,16 +301,49 @@ def quantize_(
     )
 
 
-def _grids(names: Sequence[str], grid: IntegerGrid | Mapping[str, IntegerGrid] | None) -> dict[str, IntegerGrid]:
-    """Return the grid of each layer that is rounded."""
-    if not isinstance(grid, Mapping):
+def grids_for(
+    names: Sequence[str], grid: IntegerGrid | Mapping[str, IntegerGrid] | None = None
+) -> dict[str, IntegerGrid]:
+    """Return the grid of each layer that is rounded.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The layers that can be rounded, by :func:`quantizable`.
+    grid : IntegerGrid or mapping of str to IntegerGrid, optional
+        The grid of all of them, or of each by its name. Default: eight bits, one step for each row.
+
+    Returns
+    -------
+    dict of str to IntegerGrid
+        The grids by name, in the order of the layers; those that a mapping does not name are left out.
+
+    Raises
+    ------
+    TypeError
+        If something else than a grid is given.
+    ValueError
+        If a mapping is empty, or names a layer that cannot be rounded.
+    """
+    if grid is None or isinstance(grid, IntegerGrid):
         return dict.fromkeys(names, grid or IntegerGrid())
+    given: Any = grid
+    if not isinstance(given, Mapping) or not all(isinstance(one, IntegerGrid) for one in given.values()):
+        raise TypeError(
+            f"`grid` must be an IntegerGrid, or one by the name of each layer, got {grid!r}; grid_of(4) is one"
+        )
+    if not grid:
+        raise ValueError("`grid` is an empty mapping, which rounds nothing; name the layers, or give one grid for all")
     if unknown := [name for name in grid if name not in names]:
         raise ValueError(
             f"`grid` names {', '.join(unknown[:5])}, which cannot be rounded; known are {', '.join(names[:5])} and "
             f"{max(len(names) - 5, 0)} more"
         )
     return {name: grid[name] for name in names if name in grid}
+
+
+def _is_between(value: Any, most: float) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= most
 
 
 def _unfit(model: nn.Module, text: Sequence[Mapping[str, Tensor]]) -> str | None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur import NumericalError
 from cur.healing import HealingConfig, heal
-from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, save
+from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, load_into, save
 from cur.integrations.convert import convert_
 from cur.integrations.files.reading import CheckpointError
 from cur.integrations.nn import CompressedLinear, GridLinear, IntegerGrid, compressed_modules, factored, layer_class
@@ -475,7 +477,7 @@ def test_checkpoints_that_contradict_themselves(llama: PreTrainedModel, windows:
         with pytest.raises(CheckpointError, match=f"{key} would be"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         (tmp_path / "model" / "account.json").unlink(missing_ok=True)
-        with pytest.raises(CheckpointError, match=f"W.{part} would be"):
+        with pytest.raises(CheckpointError, match=f"W.{part} of shape"):
             summarize(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     name, spec = next(iter(config["modules"].items()))
@@ -488,14 +490,24 @@ def test_checkpoints_that_contradict_themselves(llama: PreTrainedModel, windows:
     ("options", "error"),
     [
         ({"text": []}, "`text` needs `statistics`"),
-        ({"correction": 2}, "`correction` must be between 0 and 1, got 2"),
+        ({"correction": 2}, "`correction` must be a number between 0 and 1, got 2"),
+        ({"correction": None}, "`correction` must be a number between 0 and 1, got None"),
+        ({"damping": "0.1"}, "`damping` must be a number that is at least 0, got '0.1'"),
+        ({"grid": {}}, "`grid` is an empty mapping"),
+        ({"grid": 4}, r"`grid` must be an IntegerGrid, .* got 4; grid_of\(4\) is one"),
+        ({"grid": {"model.layers.0.mlp.up_proj": {"bits": 4}}}, "`grid` must be an IntegerGrid, or one by the name"),
         ({"grid": {"lm_head": IntegerGrid()}}, "`grid` names lm_head, which cannot be rounded; known are"),
     ],
 )
 def test_wrong_options_change_nothing(llama: PreTrainedModel, options: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((TypeError, ValueError), match=error):
         quantize_(llama, **options)
     assert not compressed_modules(llama)
+
+
+def test_no_batch_is_no_text(llama: PreTrainedModel, windows: Tensor) -> None:
+    with pytest.raises(ValueError, match="`text` is empty"):
+        quantize_(llama, measured(llama, windows), text=[])
 
 
 @pytest.mark.parametrize(
@@ -509,5 +521,111 @@ def test_wrong_options_change_nothing(llama: PreTrainedModel, options: dict[str,
 )
 def test_usual_grids(said: dict[str, Any], grid: IntegerGrid) -> None:
     assert grid_of(**said) == grid
-    with pytest.raises(ValueError, match="`group` must be a multiple of 8, or 'row' for one step a row, got 'column'"):
+    with pytest.raises(
+        ValueError, match="`group` must be a multiple of 8 such as 64, or row for one step a row, got 'column'"
+    ):
         grid_of(4, "column")
+
+
+def damaged(place: Path, config: Callable[[Any], None] | None = None, **tensors: Any) -> None:
+    """Change the description or stored tensors of a checkpoint, without the hashes that would notice."""
+    (place / "account.json").unlink(missing_ok=True)
+    if config is not None:
+        data = json.loads((place / "config.json").read_text())
+        config(data["quantization_config"]["modules"])
+        (place / "config.json").write_text(json.dumps(data))
+    if tensors:
+        weights = place / "cur_model.safetensors"
+        state = load_file(weights)
+        for part, change in tensors.items():
+            key = f"model.layers.1.mlp.up_proj.W.{part}"
+            if change is None:
+                del state[key]
+            else:
+                state[key] = change(state[key])
+        save_file(state, weights, metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "loads", "inspects"),
+    {
+        "symmetric": (lambda m: m[NAME]["grid"].update(symmetric=True), {}, "zeros, which", "symmetric grid, but"),
+        "shape": (lambda m: m[NAME].update(shape=[47, 32]), {}, "is 47 x 32, which is 48 x 32", "of shape"),
+        "rank": (lambda m: m[NAME].update(rank=31), {}, "must be its smaller side, got 31", "has rank 31"),
+        "no zeros": (None, {"zeros": None}, "lacks", "lacks"),
+        "integers": (None, {"integers": lambda x: x.to(torch.int32)}, None, "stored as I32"),
+        "steps": (None, {"scale": lambda x: x.to(torch.int16)}, None, "stored as I16"),
+        "NaN": (None, {"scale": lambda x: x * float("nan")}, "scale holds NaN", None),
+    }.values(),
+)
+def test_damage_to_what_is_packed_is_named(
+    config: Any,
+    tensors: dict[str, Any],
+    loads: str | None,
+    inspects: str | None,
+    llama: PreTrainedModel,
+    tmp_path: Path,
+) -> None:
+    quantize_(llama, grid=IntegerGrid(4, 16, symmetric=False))
+    save(llama, None, tmp_path / "model")
+    damaged(tmp_path / "model", config, **tensors)
+    if loads is not None:
+        with pytest.raises(CheckpointError, match=loads):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    if inspects is not None:
+        with pytest.raises(CheckpointError, match=inspects):
+            summarize(tmp_path / "model")
+
+
+@pytest.mark.parametrize("modules", [["a"], {"a": None}, None])
+def test_descriptions_of_no_modules_are_refused(modules: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"must describe modules by name|describes a as None"):
+        CURConfig(modules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_have_their_dtype_again(dtype: torch.dtype, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 8)).to(dtype)
+
+    model, tokens = build(), torch.arange(12).reshape(3, 4)
+    compress(model, [tokens], CompressConfig(layers="all", targets=["0"], rank=6))
+    quantize_(model, grid=grid_of(4, 8))
+    save(model, tmp_path / "small")
+    again = load_into(nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 8)), tmp_path / "small")
+    assert again(tokens).dtype == dtype
+    assert torch.equal(again(tokens), model(tokens))
+
+
+def test_what_was_arranged_goes_with_its_layer(llama: PreTrainedModel, windows: Tensor) -> None:
+    quantize_(llama, grid=grid_of(4, 16))
+    layer = llama.get_submodule(NAME).W
+    logits(llama, windows)
+    alive = weakref.ref(layer._product)
+    gc.disable()
+    try:
+        llama.get_submodule(NAME).W = nn.Identity()
+        del layer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_tokens_that_are_none_are_refused() -> None:
+    table = nn.Sequential(nn.Embedding(50, 32))
+    compress(table, [torch.arange(12).reshape(3, 4)], CompressConfig(layers="all", targets=["0"], rank=6))
+    quantize_(table, grid=grid_of(4, 8))
+    for token in (-1, 50):
+        with pytest.raises(IndexError):
+            table(torch.tensor([token]))
+
+
+def test_steps_that_half_precision_does_not_hold() -> None:
+    model = nn.Sequential(nn.Linear(16, 8)).half()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)
+    with pytest.raises(NumericalError, match=r"the steps of 0.W do not fit into float16; load the model in float32"):
+        quantize_(model, grid=grid_of(4, 8))

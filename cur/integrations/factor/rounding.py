@@ -283,6 +283,11 @@ def _integers(
             dtype=_steps(F, grid, dtype),
         )
     except ValueError as error:
+        if rows is None and columns is None:
+            raise NumericalError(
+                f"the steps of {name} do not fit into {str(dtype).removeprefix('torch.')}; load the model in float32 "
+                "or bfloat16"
+            ) from error
         raise NumericalError(f"{name} cannot be rounded with its statistics: {error}") from error
     take = {key: torch.from_numpy(getattr(found, key)).to(F.device) for key in ("integers", "steps")}
     zeros = None if found.zeros is None else torch.from_numpy(found.zeros).to(F.device)

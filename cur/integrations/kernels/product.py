@@ -82,6 +82,8 @@ class Product:
         Tensor
             The outputs, of shape (..., m), in the dtype of the inputs or that of autocast.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"`x` must be floating-point numbers, got {x.dtype}; convert the inputs of the layer")
         if torch.compiler.is_compiling() or _is_traced(x):
             return nn.functional.linear(x, self.weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
         device = x.device.type

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["GridWeight"]
 
-_BITS = (2, 3, 4, 5, 6, 8)
+_BITS = (2, 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,8 @@ class GridWeight:
 
     def __post_init__(self) -> None:
         m, n = self.integers.shape
-        if self.bits not in _BITS:
-            raise ValueError(
-                f"`bits` must be one of {', '.join(map(str, _BITS))}, got {self.bits}; round to one of them"
-            )
+        if not _BITS[0] <= self.bits <= _BITS[1]:
+            raise ValueError(f"`bits` must be between {_BITS[0]} and {_BITS[1]}, got {self.bits}; round to one of them")
         if not 1 <= self.group <= max(n, 1):
             raise ValueError(
                 f"`group` must be between 1 and {n}, the length of a row, got {self.group}; a whole row is {n}"

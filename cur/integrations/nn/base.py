@@ -305,7 +305,8 @@ class CompressedLinear(nn.Module):
         grid = spec_grid(spec)
         if grid is not None and not grid.signed:  # a row of bytes does not tell how many integers it has
             outputs, inputs = spec["shape"]
-            ranks = {key: spec[key] for key in ("rank", "inner_rank") if key in spec}
+            axes = {axis for tensor in cls.tensors(factored="inner_rank" in spec).values() for axis in tensor.axes}
+            ranks: dict[str, int] = {key: spec[key] for key in ("rank", "inner_rank") if key in spec and key in axes}
             return {"outputs": outputs, "inputs": inputs, **ranks}
         for key, tensor in cls.tensors(factored="inner_rank" in spec, grid=grid).items():
             for axis, name in enumerate(tensor.axes):
@@ -394,6 +395,19 @@ class CompressedLinear(nn.Module):
             A sentence that says what is wrong, None if nothing is.
         """
         return None
+
+    def damage(self) -> str | None:
+        """Say what is wrong with values that were loaded, of the layer or of its rounded factors; None if nothing is.
+
+        Returns
+        -------
+        str or None
+            A sentence that begins with the name of a tensor, None if nothing is wrong.
+        """
+        for name, part in self.named_modules():
+            if isinstance(part, (GridLinear, GridEmbedding)) and (why := part.fault()):
+                return f"{name}.{why}"
+        return self.fault()
 
     def trainable(self) -> Trainable | None:
         """Return what healing may train; None if nothing of the layer."""

@@ -45,11 +45,11 @@ class IntegerGrid:
     def __post_init__(self) -> None:
         """Refuse what cannot be packed."""
         if type(self.bits) is not int or self.bits not in BITS:
-            raise ValueError(f"`bits` must be one of {', '.join(map(str, BITS))}, got {self.bits!r}")
+            raise ValueError(f"`bits` must be one of {', '.join(map(str, BITS))}, got {self.bits!r}; take 4 or 8")
         if self.group is not None and (type(self.group) is not int or self.group < 8 or self.group % 8):
             raise ValueError(
-                f"`group` must be a multiple of 8, so that groups begin at a byte, or None for a whole row, got "
-                f"{self.group!r}; 64 is usual"
+                f"`group` must be a multiple of 8, so that groups begin at a byte, got {self.group!r}; 64 is usual, "
+                "and for one step a row it is None, or row on the command line"
             )
         if type(self.symmetric) is not bool:
             raise ValueError(f"`symmetric` must be True or False, got {self.symmetric!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,15 +96,36 @@ class OnGrid(nn.Module):
         GridWeight
             The rows, of which steps are not copied where a slice is taken.
         """
-        grid, integers, scale, zeros = self.grid, self.integers[rows], self.scale.detach()[rows], None
+        grid, zeros = self.grid, None
+        # what looks up rows refuses numbers that are none, negative ones too
+        integers, scale = (_rows(X.detach(), rows) for X in (self.integers, self.scale))
         if not grid.signed:
             integers = unpack(integers, grid.bits, self.columns)
             if self.zeros is None:
                 integers = integers.view(torch.int8) - grid.offset
             else:
-                zeros = unpack(self.zeros[rows], grid.bits, scale.shape[-1])
+                zeros = unpack(_rows(self.zeros.detach(), rows), grid.bits, scale.shape[-1])
         group = self.columns if grid.group is None else min(grid.group, self.columns)
-        return GridWeight(integers.detach(), scale, zeros, grid.bits, group)
+        return GridWeight(integers, scale, zeros, grid.bits, group)
+
+    def fault(self) -> str | None:
+        """Say what is wrong with values that were loaded, the name of their tensor first; None if nothing is.
+
+        Returns
+        -------
+        str or None
+            A sentence that says what is wrong, None if nothing is.
+        """
+        kind = torch.int8 if self.grid.signed else torch.uint8
+        for name, part in (("integers", self.integers), ("zeros", self.zeros)):
+            wanted = kind if name == "integers" else torch.uint8
+            if part is not None and part.dtype != wanted:
+                return f"{name} has the dtype {part.dtype}, where {wanted} is stored"
+        if not self.scale.is_floating_point():
+            return f"scale has the dtype {self.scale.dtype}, where steps are floating-point numbers"
+        if not self.scale.is_meta and not bool(torch.isfinite(self.scale).all()):
+            return "scale holds NaN or infinity"
+        return None
 
     @property
     def weight(self) -> Tensor:
@@ -179,6 +201,11 @@ class GridLinear(OnGrid):
         self._forget_()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._forget_()
+        return replica
+
     def _forget_(self) -> None:
         self.__dict__["_product"] = None
 
@@ -240,7 +267,14 @@ class GridLinear(OnGrid):
 
     def _multiply(self) -> Product:
         if self._product is None:
-            self._product = Product(self.on_grid, dtype=self.scale.dtype, settings=self.kernels)
+            me = weakref.ref(self)  # otherwise what a kernel holds would outlive the layer, until cycles are looked for
+
+            def source() -> GridWeight:
+                layer = me()
+                assert layer is not None
+                return layer.on_grid()
+
+            self._product = Product(source, dtype=self.scale.dtype, settings=self.kernels)
         return self._product
 
     def kernel(self, tokens: int) -> str:
@@ -339,6 +373,10 @@ class GridEmbedding(OnGrid):
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         return f"{self.scale.shape[0]}, {self.columns}, {self.grid}"
+
+
+def _rows(X: Tensor, rows: Tensor | slice) -> Tensor:
+    return nn.functional.embedding(rows, X) if isinstance(rows, Tensor) else X[rows]
 
 
 def set_kernels_(model: nn.Module, settings: KernelSettings) -> None:

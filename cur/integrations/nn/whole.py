@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from cur.integrations.nn.base import CompressedLinear, fill_, scaled, wide
 from cur.integrations.nn.registry import register
 from cur.integrations.nn.rounded import GridLinear
 from cur.integrations.nn.tensors import StoredTensor, Stores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["WholeLinear"]
 
@@ -28,6 +32,15 @@ class WholeLinear(CompressedLinear):
 
     def _make_(self, **place: Any) -> None:
         self.W = self._linear(self.in_features, self.out_features, bias=self.has_bias, **place)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], in_features: int, out_features: int, **options: Any) -> Self:
+        """Make the layer of such a description, with a weight yet to be loaded."""
+        if spec["rank"] != min(in_features, out_features):
+            raise ValueError(
+                f"`rank` of a whole {out_features} x {in_features} layer must be its smaller side, got {spec['rank']}"
+            )
+        return super().from_spec(spec, in_features, out_features, **options)
 
     @classmethod
     def from_rounded(cls, W: GridLinear, *, transposed: bool = False) -> WholeLinear:

@@ -90,10 +90,7 @@ class CURConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if format_version is None:
-            grids = any("grid" in spec for spec in dict(modules).values())
-            format_version = FORMAT_VERSION if grids else _WITHOUT_GRIDS
-        if type(format_version) is not int or format_version > FORMAT_VERSION:
+        if format_version is not None and (type(format_version) is not int or format_version > FORMAT_VERSION):
             raise CheckpointError(
                 f"the checkpoint has format version {format_version!r}, this package reads up to "
                 f"{FORMAT_VERSION}: "
@@ -107,6 +104,8 @@ class CURConfig(QuantizationConfigMixin):
             _check_spec(name, spec)
         if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
             raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
+        if format_version is None:
+            format_version = FORMAT_VERSION if any("grid" in spec for spec in modules.values()) else _WITHOUT_GRIDS
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
@@ -185,7 +184,7 @@ class CURQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in compressed_modules(model).items():
-            if fault := layer.fault():
+            if fault := layer.damage():
                 raise CheckpointError(f"{name}.{fault}: the checkpoint is corrupt")
         # A later `save_pretrained` of this model writes transformers' default names again.
         self.quantization_config.weights = None
@@ -479,6 +478,11 @@ def _layer(module: nn.Module, name: str, spec: Mapping[str, Any]) -> CompressedL
         layer = stand_in(module, name, spec)
     except ValueError as error:
         raise CheckpointError(f"`config.json` asks for {name}: {error}") from error
+    if list(layer.shape) != spec.get("shape", list(layer.shape)):
+        raise CheckpointError(
+            f"`config.json` says {name} is {' x '.join(map(str, spec['shape']))}, which is {layer.shape[0]} x "
+            f"{layer.shape[1]} in this model: the configuration and the checkpoint do not belong together"
+        )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         layer.requires_grad_(False)
     return layer.train(module.training)
@@ -507,6 +511,13 @@ def _stored_keys(spec: Mapping[str, Any]) -> Iterable[str]:
 
 def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {f"{name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
+    if layer.grid is not None:  # others than those of its grid, such as zeros of a symmetric one
+        own = tuple(f"{name}.{part}." for part, module in layer.named_modules() if isinstance(module, OnGrid))
+        if unknown := [key for key in shapes if key.startswith(own) and key not in expected]:
+            raise CheckpointError(
+                f"the checkpoint has {unknown[0]}, which {name} does not have on a grid of {layer.grid}: the "
+                "configuration and the checkpoint do not belong together"
+            )
     for key, shape in expected.items():
         if key not in shapes:
             raise CheckpointError(f"the checkpoint lacks {key}, a factor of the compressed module {name}")

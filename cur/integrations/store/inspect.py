@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from cur.integrations.files.hashes import check_hashes
@@ -16,6 +17,7 @@ from cur.integrations.files.reading import CheckpointError
 from cur.integrations.model.stored_tensors import names_in_model, without_weights
 from cur.integrations.nn import IntegerGrid, factored, grids_of, layer_class
 from cur.integrations.nn.base import spec_grid
+from cur.integrations.nn.tensors import PackedTensor, StoredTensor
 from cur.integrations.store.checkpoint import read_config
 
 __all__ = ["CheckpointSummary", "LayerSummary", "summarize"]
@@ -227,13 +229,22 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
             raise CheckpointError(
                 f"`config.json` says {name} has {what} {spec[key]}, the stored weights have {found[key]}"
             )
+    if not 1 <= spec["rank"] <= kind.largest_rank(m, n):
+        raise CheckpointError(
+            f"`config.json` says {name} has rank {spec['rank']}, the largest of {m} x {n} is {kind.largest_rank(m, n)}"
+        )
     every = kind.sizes(m, n, spec["rank"], spec.get("inner_rank"))
-    for key, (shape, _) in own.items():
-        if shape != (wanted := stored[key].shape(every)):
-            raise CheckpointError(
-                f"`config.json` says {name} is {m} x {n} of rank {spec['rank']}, so {key} would be {wanted}, but the "
-                f"stored one is {shape}: the checkpoint is corrupt; fetch it again"
-            )
+    for key, tensor in stored.items():
+        wanted = tensor.shape(every)
+        if 0 not in wanted:  # a factor without entries is not stored
+            _check_part(f"{name}.{key}", tensor, wanted, own.get(key))
+    if grid is not None and grid.symmetric:
+        for key in stored:
+            if (zeros := f"{name}.{key.removesuffix('scale')}zeros") in tensors:
+                raise CheckpointError(
+                    f"`config.json` says {name} is on a symmetric grid, but {zeros} is stored: the configuration and "
+                    "the checkpoint do not belong together"
+                )
     return LayerSummary(
         name=name,
         shape=(m, n),
@@ -243,3 +254,21 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
         dtype=dtype,
         grid=grid,
     )
+
+
+def _check_part(
+    name: str, tensor: StoredTensor, wanted: tuple[int, ...], found: tuple[tuple[int, ...], str] | None
+) -> None:
+    """Refuse a stored tensor that is missing, or not of the shape and kind that its layer has."""
+    if found is None:
+        raise CheckpointError(f"the checkpoint lacks {name}: it is corrupt; fetch it again")
+    shape, dtype = found
+    if shape != wanted:
+        raise CheckpointError(
+            f"`config.json` asks for {name} of shape {wanted}, the stored one is {shape}: the checkpoint is corrupt; "
+            "fetch it again"
+        )
+    if isinstance(tensor, PackedTensor):
+        kinds = ("F", "BF") if tensor.part == "scale" else "I8" if tensor.dtype == torch.int8 else "U8"
+        if not dtype.startswith(kinds):
+            raise CheckpointError(f"{name} is stored as {dtype}: the checkpoint is corrupt; fetch it again")

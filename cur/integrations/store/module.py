@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from cur.integrations.files.reading import ADVICE, CONFIG, CheckpointError
 from cur.integrations.files.shards import Shards
 from cur.integrations.files.tensor_file import PATTERN
 from cur.integrations.nn import CompressedLinear, compressed_modules
+from cur.integrations.nn.rounded import OnGrid
 from cur.integrations.store.format import CURConfig, describe, mark_, put_layers_, read_config, unique_state
 
 __all__ = ["load_into", "write_module"]
@@ -125,10 +127,11 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str], /) -> nn.Modu
         _check_fit(model, slots, shapes, place)
         stored = {key: next(name for name in names if name in shapes) for key, (_, names) in slots.items()}
         values = {key: files.read(name) for key, name in stored.items()}
+        _widen_steps_(model, values)
         inside = {id(tensor) for layer in compressed_modules(model).values() for tensor in _own(layer)}
         _fill_(model, slots, {key: value for key, value in values.items() if key in inside})
         for name, layer in compressed_modules(model).items():
-            if fault := layer.fault():
+            if fault := layer.damage():
                 raise CheckpointError(f"{name}.{fault}: the checkpoint is corrupt")
     _fill_(model, slots, {key: value for key, value in values.items() if key not in inside})
     mark_(model)
@@ -213,6 +216,19 @@ def _fill_(model: nn.Module, slots: Mapping[int, tuple[Tensor, list[str]]], valu
     for module in model.modules():
         for place in (module._parameters, module._buffers):
             _replace(place, made)
+
+
+def _widen_steps_(model: nn.Module, values: dict[int, Tensor]) -> None:
+    """Give stored steps, which are written in fewer bits, the dtype of what else is stored, in place.
+
+    Where nothing else is, it is that of the module as it was built.
+    """
+    steps = {id(part.scale): part for part in model.modules() if isinstance(part, OnGrid)}
+    others = Counter(value.dtype for key, value in values.items() if key not in steps and value.is_floating_point())
+    usual = max(others, key=others.__getitem__) if others else None
+    for key, part in steps.items():
+        if part.grid.step_dtype is not None and key in values:
+            values[key] = values[key].to(usual or part.scale.dtype)
 
 
 def _replace(place: dict[str, Any], made: Mapping[int, Tensor]) -> None:

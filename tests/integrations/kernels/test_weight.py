@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"bits": 7}, "bits"),
+        ({"bits": 9}, "bits"),
         ({"group": 0}, "group"),
         ({"group": 51}, "group"),
         ({"scale": torch.ones(4, 3)}, "scale"),
