@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-
-from threadpoolctl import ThreadpoolController
 
 __all__ = ["one_thread"]
 
 
 @functools.cache
-def _libraries() -> ThreadpoolController:
-    # looking for the libraries that are loaded takes milliseconds
+def _libraries() -> Any:
+    """Return the libraries that are loaded, which takes milliseconds to find; None without the package for it."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
     return ThreadpoolController().select(user_api="blas")
 
 
@@ -26,7 +28,8 @@ def one_thread() -> AbstractContextManager[Any]:
     Returns
     -------
     context manager
-        What restores the number of threads at its end.
+        What restores the number of threads at its end. Without threadpoolctl it does nothing: results are the same.
     """
-    limited: AbstractContextManager[Any] = _libraries().limit(limits=1)
+    found = _libraries()
+    limited: AbstractContextManager[Any] = nullcontext() if found is None else found.limit(limits=1)
     return limited

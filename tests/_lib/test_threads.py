@@ -1,8 +1,10 @@
+import sys
+
 import numpy as np
 from threadpoolctl import threadpool_info
 
 from cur._lib import plane
-from cur._lib.threads import one_thread
+from cur._lib.threads import _libraries, one_thread
 from cur.rounding import round_to_grid
 
 
@@ -26,3 +28,14 @@ def test_rounding_takes_one_thread(monkeypatch):
     round_to_grid(np.arange(16.0).reshape(4, 4), bits=3, row_weights=G, column_weights=G)
     assert seen
     assert all(count == {1} for count in seen)
+
+
+def test_without_the_package_nothing_is_limited(monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    _libraries.cache_clear()
+    try:
+        before = counts()
+        with one_thread():
+            assert counts() == before
+    finally:
+        _libraries.cache_clear()

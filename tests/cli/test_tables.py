@@ -50,7 +50,9 @@ def test_so_does_a_layer_of_a_plan_and_of_a_checkpoint() -> None:
         assert line.split()[-1] == "1.50e-04"
         assert entry.layout in line
     shown = ("name", "shape", "layout", "ranks", "parameters", "dense_parameters")
-    layers = [SimpleNamespace(dtype="bfloat16", **{key: getattr(entry, key) for key in shown}) for entry in entries]
+    layers = [
+        SimpleNamespace(dtype="bfloat16", grid=None, **{key: getattr(entry, key) for key in shown}) for entry in entries
+    ]
     text = printed(checkpoint_table(SimpleNamespace(directory="small", layers=layers)), 80)
     for entry in entries:
         (line,) = (line for line in text.splitlines() if f" {entry.name.removeprefix('model.layers.')} " in line)

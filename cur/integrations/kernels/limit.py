@@ -58,11 +58,11 @@ def claim(owner: object, size: int, device: torch.device) -> None:
     """
     place = str(device)
     _taken[place] = _taken.get(place, 0) + size
-    weakref.finalize(owner, _release, place, size).atexit = False
+    weakref.finalize(owner, _release, _taken, place, size).atexit = False
 
 
-def _release(place: str, size: int) -> None:
-    _taken[place] -= size
+def _release(taken: dict[str, int], place: str, size: int) -> None:
+    taken[place] -= size
 
 
 def _available(device: torch.device) -> float:
