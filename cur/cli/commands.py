@@ -279,7 +279,8 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
             progress=bar.of("quantize", len(names)),
         )
         with bar.busy("Saving"):
-            save_quantized(model, loaded.tokenizer, out, found, source=directory, overwrite=overwrite)
+            origin = directory if compressed else None  # of others it is what they were loaded from
+            save_quantized(model, loaded.tokenizer, out, found, source=origin, overwrite=overwrite)
     show_account(out)
     if as_json:
         print_json({"directory": str(out.expanduser().absolute()), **asdict(found)})

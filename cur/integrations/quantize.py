@@ -367,7 +367,7 @@ def save_quantized(
     directory: str | os.PathLike[str],
     found: Quantization,
     *,
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a rounded model, whole or not at all; see :func:`~cur.integrations.save`.
@@ -382,8 +382,9 @@ def save_quantized(
         The directory to create.
     found : Quantization
         The result of :func:`quantize_`, written as ``quantization.json``.
-    source : path
-        The checkpoint that was rounded. What it says of how it was made stays true of it, and is copied.
+    source : path, optional
+        The checkpoint that was rounded. What it says of how it was made stays true of it, and is copied. Default: what
+        the model was loaded from, if that is a directory or on the hub.
     overwrite : bool, default False
         Whether a directory that exists may be replaced, as for :func:`~cur.integrations.save`.
     """

