@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,17 +96,7 @@ class OnGrid(nn.Module):
         GridWeight
             The rows, of which steps are not copied where a slice is taken.
         """
-        grid, zeros = self.grid, None
-        # what looks up rows refuses numbers that are none, negative ones too
-        integers, scale = (_rows(X.detach(), rows) for X in (self.integers, self.scale))
-        if not grid.signed:
-            integers = unpack(integers, grid.bits, self.columns)
-            if self.zeros is None:
-                integers = integers.view(torch.int8) - grid.offset
-            else:
-                zeros = unpack(_rows(self.zeros.detach(), rows), grid.bits, scale.shape[-1])
-        group = self.columns if grid.group is None else min(grid.group, self.columns)
-        return GridWeight(integers, scale, zeros, grid.bits, group)
+        return _unpacked(self.grid, self.columns, self.integers, self.scale, self.zeros, rows)
 
     def fault(self) -> str | None:
         """Say what is wrong with values that were loaded, the name of their tensor first; None if nothing is.
@@ -267,14 +257,9 @@ class GridLinear(OnGrid):
 
     def _multiply(self) -> Product:
         if self._product is None:
-            me = weakref.ref(self)  # otherwise what a kernel holds would outlive the layer, until cycles are looked for
-
-            def source() -> GridWeight:
-                layer = me()
-                assert layer is not None
-                return layer.on_grid()
-
-            self._product = Product(source, dtype=self.scale.dtype, settings=self.kernels)
+            # of the tensors, and not of the layer: what a kernel holds would outlive it, until cycles are looked for
+            stored = self.grid, self.columns, self.integers, self.scale, self.zeros
+            self._product = Product(partial(_unpacked, *stored), dtype=self.scale.dtype, settings=self.kernels)
         return self._product
 
     def kernel(self, tokens: int) -> str:
@@ -373,6 +358,27 @@ class GridEmbedding(OnGrid):
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         return f"{self.scale.shape[0]}, {self.columns}, {self.grid}"
+
+
+def _unpacked(
+    grid: IntegerGrid,
+    columns: int,
+    integers: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    rows: Tensor | slice = slice(None),
+) -> GridWeight:
+    """Return what is stored of some rows, an integer in each entry."""
+    # what looks up rows refuses numbers that are none, negative ones too
+    integers, scale = (_rows(X.detach(), rows) for X in (integers, scale))
+    if not grid.signed:
+        integers = unpack(integers, grid.bits, columns)
+        if zeros is None:
+            integers = integers.view(torch.int8) - grid.offset
+        else:
+            zeros = unpack(_rows(zeros.detach(), rows), grid.bits, scale.shape[-1])
+    group = columns if grid.group is None else min(grid.group, columns)
+    return GridWeight(integers, scale, zeros, grid.bits, group)
 
 
 def _rows(X: Tensor, rows: Tensor | slice) -> Tensor:

@@ -205,3 +205,12 @@ def test_what_products_may_do_is_said_for_all_layers() -> None:
         assert layer._product is None
         assert layer.kernels.activations == "int8"
     model(torch.zeros(1, 8))
+
+
+def test_gradients_flow_when_the_layer_is_gone() -> None:
+    layer, matrix = on(IntegerGrid(4, 16, symmetric=False), 5, 32)
+    x = torch.randn(2, 32, requires_grad=True)
+    y = layer(x).sum()
+    del layer
+    y.backward()
+    torch.testing.assert_close(x.grad, matrix.sum(0).float().expand(2, -1), rtol=1e-4, atol=1e-4)
