@@ -25,9 +25,8 @@ from cur.integrations.model.running import Progress
 from cur.integrations.model.targets import decoder_layers
 from cur.integrations.model.usage import is_transformer
 from cur.integrations.nn import IntegerGrid, compressed_modules, is_linear, swap_
-from cur.integrations.nn.rounded import OnGrid
 from cur.integrations.store.checkpoint import save
-from cur.integrations.store.format import mark_, refuse_other_formats
+from cur.integrations.store.format import mark_, refuse_other_formats, unique_state
 
 __all__ = ["Quantization", "grid_of", "grids_for", "quantizable", "quantize_", "read_grids", "save_quantized"]
 
@@ -397,6 +396,4 @@ def save_quantized(
 
 
 def _bytes(module: nn.Module) -> int:
-    parts = {name: part.nbytes for name, part in (*module.named_parameters(), *module.named_buffers())}
-    narrow = {f"{name}.scale".lstrip("."): part for name, part in module.named_modules() if isinstance(part, OnGrid)}
-    return sum(parts.values()) + sum(part.stored_scale().nbytes - parts[name] for name, part in narrow.items())
+    return sum(part.nbytes for part in unique_state(module).values())

@@ -552,7 +552,7 @@ NAME = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("config", "tensors", "loads", "inspects"),
     {
-        "symmetric": (lambda m: m[NAME]["grid"].update(symmetric=True), {}, "zeros, which", "symmetric grid, but"),
+        "symmetric": (lambda m: m[NAME]["grid"].update(symmetric=True), {}, "zeros, which", "zeros, which"),
         "shape": (lambda m: m[NAME].update(shape=[47, 32]), {}, "is 47 x 32, which is 48 x 32", "of shape"),
         "rank": (lambda m: m[NAME].update(rank=31), {}, "must be its smaller side, got 31", "has rank 31"),
         "no zeros": (None, {"zeros": None}, "lacks", "lacks"),

@@ -328,7 +328,7 @@ class _Reading(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = function(*args, **(kwargs or {}))
-        if isinstance(output, (torch.Tensor, list, tuple)):  # and not a dtype or a device, which remain
+        if any(isinstance(one, torch.Tensor) for one in tree_leaves(output)):  # a shape, a dtype or a device remain
             read = {id(one) for one in tree_leaves([args, kwargs]) if isinstance(one, torch.Tensor)}
             self.found |= {self.tables[key] for key in read & self.tables.keys() if key not in self.inside}
         return output

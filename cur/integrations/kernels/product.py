@@ -16,7 +16,7 @@ from cur.integrations.kernels.entry import KERNELS, Kernel
 from cur.integrations.kernels.settings import KernelSettings
 from cur.integrations.kernels.weight import GridWeight
 
-__all__ = ["Product", "product"]
+__all__ = ["Product"]
 
 Source = Callable[[], GridWeight]
 
@@ -190,22 +190,3 @@ def _is_traced(x: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
-
-
-def product(weight: GridWeight | Source, *, dtype: torch.dtype, settings: KernelSettings | None = None) -> Product:
-    """Return the product with a weight on a grid.
-
-    Parameters
-    ----------
-    weight : GridWeight or callable
-        The weight, or what returns it whenever it is needed.
-    dtype : torch.dtype
-        The dtype of the weight multiplied out.
-    settings : KernelSettings, optional
-        What may be rounded, and how much memory may be taken. By default nothing, and half of what is available.
-
-    Returns
-    -------
-    Product
-    """
-    return Product(weight, dtype=dtype, settings=settings)

@@ -109,11 +109,10 @@ def _timed(layers: Sequence[CompressedLinear], tokens: int) -> tuple[float, floa
     m, n = part.out_features, part.in_features
     place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     x = torch.randn(tokens, n, **place)
-    # as many weights as it takes for none of them to stay in a cache, as in a model
-    count = times.copies(m * n * like.element_size(), tokens)
-    weights = [torch.randn(m, n, **place) for _ in range(count)]
-    dense = [_applied(weight) for weight in weights]
-    ours: list[Callable[[Tensor], Tensor]] = [layer.applied for layer in layers[: max(count, 1)]]
+    # as many weights as it takes for none of them to stay in a cache, as in a model, and no more than this one has
+    ours: list[Callable[[Tensor], Tensor]] = [layer.applied for layer in layers]
+    del ours[times.copies(m * n * like.element_size(), tokens) :]
+    dense = [_applied(torch.randn(m, n, **place)) for _ in ours]
     for run in ours:
         run(x)
     found = times.measured({"ours": ours, "dense": dense}, x)

@@ -238,13 +238,13 @@ def _layer(name: str, spec: dict[str, Any], tensors: dict[str, tuple[tuple[int, 
         wanted = tensor.shape(every)
         if 0 not in wanted:  # a factor without entries is not stored
             _check_part(f"{name}.{key}", tensor, wanted, own.get(key))
-    if grid is not None and grid.symmetric:
-        for key in stored:
-            if (zeros := f"{name}.{key.removesuffix('scale')}zeros") in tensors:
-                raise CheckpointError(
-                    f"`config.json` says {name} is on a symmetric grid, but {zeros} is stored: the configuration and "
-                    "the checkpoint do not belong together"
-                )
+    factors = tuple(f"{name}.{key.removesuffix('scale')}" for key in stored if key.endswith(".scale"))
+    known = {f"{name}.{key}" for key in (*stored, *kind.bias_names)}
+    if unknown := [key for key in tensors if factors and key.startswith(factors) and key not in known]:
+        raise CheckpointError(
+            f"the checkpoint has {unknown[0]}, which {name} does not have on a grid of {grid}: the configuration and "
+            "the checkpoint do not belong together"
+        )
     return LayerSummary(
         name=name,
         shape=(m, n),

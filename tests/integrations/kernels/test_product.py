@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, choice, limit, product, times
+from cur.integrations.kernels import KERNELS, GridWeight, KernelSettings, Product, choice, limit, times
 from tests.integrations.kernels.grids import inputs, make
 
 
@@ -31,7 +31,7 @@ def plain(weight: GridWeight, x: torch.Tensor, bias: torch.Tensor | None = None)
 
 def test_it_is_the_product_with_a_bias_for_inputs_of_every_form(kernel: str) -> None:
     weight, bias = make(6, 50, group=32), torch.arange(6.0)
-    P = product(weight, dtype=torch.float32)
+    P = Product(weight, dtype=torch.float32)
     turned = inputs(50, 4).T
     for x in (
         inputs(50),
@@ -53,7 +53,7 @@ def test_it_is_the_product_with_a_bias_for_inputs_of_every_form(kernel: str) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_outputs_have_the_dtype_of_inputs(kernel: str, dtype: torch.dtype) -> None:
     weight = make(6, 50, group=32)
-    P, x = product(weight, dtype=torch.float32), inputs(3, 50, dtype=dtype)
+    P, x = Product(weight, dtype=torch.float32), inputs(3, 50, dtype=dtype)
     found, expected = P(x, torch.ones(6)), plain(weight, x, torch.ones(6))
     assert found.dtype == dtype
     assert torch.allclose(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=30 * torch.finfo(dtype).eps)
@@ -61,7 +61,7 @@ def test_outputs_have_the_dtype_of_inputs(kernel: str, dtype: torch.dtype) -> No
 
 def test_gradients_are_those_of_the_dense_weight(kernel: str) -> None:
     weight = make(6, 50, group=32)
-    P = product(weight, dtype=torch.float32)
+    P = Product(weight, dtype=torch.float32)
     bias = torch.ones(6, requires_grad=True)
     for shape in ((50,), (2, 3, 50), (0, 50)):
         x = inputs(*shape).requires_grad_()
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_dense_weight(kernel: str) -> None:
 def test_what_was_prepared_without_gradients_serves_where_there_are(kernel: str) -> None:
     with torch.inference_mode():
         weight = make(6, 50, group=32)
-        P = product(weight, dtype=torch.float32)
+        P = Product(weight, dtype=torch.float32)
         P(inputs(2, 50))
     x = inputs(2, 50).requires_grad_()
     P(x).sum().backward()
@@ -87,7 +87,7 @@ def test_what_was_prepared_without_gradients_serves_where_there_are(kernel: str)
 
 def test_autocast_multiplies_in_its_dtype(kernel: str) -> None:
     weight = make(6, 50, group=32)
-    P, x = product(weight, dtype=torch.float32), inputs(2, 50).requires_grad_()
+    P, x = Product(weight, dtype=torch.float32), inputs(2, 50).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         found = P(x, torch.ones(6))
         found.float().sum().backward()
@@ -106,7 +106,7 @@ class Layer(nn.Module):
         self.register_buffer("integers", weight.integers)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zeros", weight.zeros)
-        self.product = product(self.grid, dtype=torch.float32)
+        self.product = Product(self.grid, dtype=torch.float32)
 
     def grid(self) -> GridWeight:
         return GridWeight(self.integers, self.scale, self.zeros, 4, 32)
@@ -148,13 +148,13 @@ def test_weights_are_multiplied_out_within_the_limit_and_given_back(monkeypatch:
     forced(monkeypatch, "multiplied out")
     monkeypatch.setattr(limit, "_taken", {})
     settings = KernelSettings(memory=2 * 6 * 50 * 4)
-    made = [product(make(6, 50, group=32), dtype=torch.float32, settings=settings) for _ in range(3)]
+    made = [Product(make(6, 50, group=32), dtype=torch.float32, settings=settings) for _ in range(3)]
     said = [P.describe() for P in made]
     assert said[:2] == ["multiplied out"] * 2
     assert said[2].startswith(("compiled", "rows"))
     del made[0]
     gc.collect()
-    P = product(make(6, 50, group=32), dtype=torch.float32, settings=settings)
+    P = Product(make(6, 50, group=32), dtype=torch.float32, settings=settings)
     assert P.describe() == "multiplied out"
 
 
@@ -176,8 +176,8 @@ def test_integers_multiply_only_where_a_user_allows_it(monkeypatch: pytest.Monke
     monkeypatch.setattr("cur.integrations.kernels.integer._adds_up", lambda: True)
     weight = make(16, 64, bits=8, symmetric=True)
     assert KERNELS[name].takes(weight, torch.float32)
-    assert product(weight, dtype=torch.float32, settings=KernelSettings("int8")).describe() == name
-    assert name not in product(weight, dtype=torch.float32).describe()
+    assert Product(weight, dtype=torch.float32, settings=KernelSettings("int8")).describe() == name
+    assert name not in Product(weight, dtype=torch.float32).describe()
 
 
 def test_the_source_is_asked_only_when_something_is_prepared(kernel: str) -> None:
@@ -188,7 +188,7 @@ def test_the_source_is_asked_only_when_something_is_prepared(kernel: str) -> Non
         asked.append(None)
         return weight
 
-    P = product(source, dtype=torch.float32)
+    P = Product(source, dtype=torch.float32)
     P(inputs(1, 50))
     before = len(asked)
     for _ in range(3):
