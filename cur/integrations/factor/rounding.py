@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
+from cur.integrations.measure.moments import damped
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.nn import (
@@ -122,11 +123,11 @@ def round_layer(
             elif factor.after is None:
                 wanted = target
             if made:
-                moment = _damped(_times(now, inputs) @ now.T, more)
+                moment = damped(_times(now, inputs) @ now.T, more)
                 F = F + _over(_times(wanted - F @ now, inputs) @ now.T, moment, f"{name}.{key}", damping)
             else:
-                F, moment = wanted, _damped(inputs, more)
-        rows = None if H is None or inputs is None else _damped(factor.weigh(H), damping)
+                F, moment = wanted, damped(inputs, more)
+        rows = None if H is None or inputs is None else damped(factor.weigh(H), damping)
         rounded = GridLinear.from_integers(
             bias=factor.bias, grid=grid, **_integers(f"{name}.{key}", F, grid, rows, moment, dtype)
         )
@@ -313,16 +314,6 @@ def _over(right: Tensor, moment: Tensor, name: str, damping: float) -> Tensor:
         )
     solved: Tensor = torch.cholesky_solve(right.T, L).T
     return solved
-
-
-def _damped(moment: Tensor | None, damping: float) -> Any:
-    if moment is None:
-        return None
-    if moment.ndim == 1:
-        return moment + damping * float(moment.mean())
-    damped = moment.clone()
-    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
-    return damped
 
 
 def _times(X: Tensor, G: Tensor | None) -> Tensor:

@@ -40,46 +40,24 @@ def _compiled(signature: Any) -> Callable[[Compiled], Any]:
     return compiled
 
 
-def _multiply_signed(fixed: int) -> Any:
+def _multiply_bytes(fixed: int, kind: Any) -> Any:
+    has_zeros = kind is np.uint8
+
     @_compiled(_MULTIPLIES)
     def loop(inputs, integers, steps, nothing, outputs, tokens, rows, count, length, low, high):  # type: ignore[no-untyped-def]
         group = fixed or length
         x, y = carray(inputs, (tokens, count * group), np.float32), carray(outputs, (tokens, rows), np.float32)
-        q, scale = carray(integers, (rows, count * group), np.int8), carray(steps, (rows, count), np.float32)
-        for i in range(low, high, 4):
-            for t in range(tokens):
-                a0 = a1 = a2 = a3 = np.float32(0)
-                for k in range(count):
-                    s0 = s1 = s2 = s3 = np.float32(0)
-                    for j in range(group):
-                        v = x[t, k * group + j]
-                        s0 += v * np.float32(q[i, k * group + j])
-                        s1 += v * np.float32(q[i + 1, k * group + j])
-                        s2 += v * np.float32(q[i + 2, k * group + j])
-                        s3 += v * np.float32(q[i + 3, k * group + j])
-                    a0 += s0 * scale[i, k]
-                    a1 += s1 * scale[i + 1, k]
-                    a2 += s2 * scale[i + 2, k]
-                    a3 += s3 * scale[i + 3, k]
-                y[t, i], y[t, i + 1], y[t, i + 2], y[t, i + 3] = a0, a1, a2, a3
-
-    return loop
-
-
-def _multiply_unsigned(fixed: int) -> Any:
-    @_compiled(_MULTIPLIES)
-    def loop(inputs, integers, steps, nothing, outputs, tokens, rows, count, length, low, high):  # type: ignore[no-untyped-def]
-        group = fixed or length
-        x, y = carray(inputs, (tokens, count * group), np.float32), carray(outputs, (tokens, rows), np.float32)
-        q, scale = carray(integers, (rows, count * group), np.uint8), carray(steps, (rows, count), np.float32)
+        q, scale = carray(integers, (rows, count * group), kind), carray(steps, (rows, count), np.float32)
         zeros = carray(nothing, (rows, count), np.uint8)
         for i in range(low, high, 4):
             for t in range(tokens):
                 a0 = a1 = a2 = a3 = np.float32(0)
                 for k in range(count):
                     # Taken away before it is multiplied: sums of integers up to 255 would lose what differences keep.
-                    z0, z1 = np.int32(zeros[i, k]), np.int32(zeros[i + 1, k])
-                    z2, z3 = np.int32(zeros[i + 2, k]), np.int32(zeros[i + 3, k])
+                    z0 = z1 = z2 = z3 = np.int32(0)
+                    if has_zeros:
+                        z0, z1 = np.int32(zeros[i, k]), np.int32(zeros[i + 1, k])
+                        z2, z3 = np.int32(zeros[i + 2, k]), np.int32(zeros[i + 3, k])
                     s0 = s1 = s2 = s3 = np.float32(0)
                     for j in range(group):
                         v = x[t, k * group + j]
@@ -175,8 +153,8 @@ def _unpack_halves(fixed: int) -> Any:
 
 
 _KINDS: dict[str, Callable[[int], tuple[Any, Any]]] = {
-    "signed": lambda fixed: (_multiply_signed(fixed), _unpack_bytes(fixed, np.int8)),
-    "unsigned": lambda fixed: (_multiply_unsigned(fixed), _unpack_bytes(fixed, np.uint8)),
+    "signed": lambda fixed: (_multiply_bytes(fixed, np.int8), _unpack_bytes(fixed, np.int8)),
+    "unsigned": lambda fixed: (_multiply_bytes(fixed, np.uint8), _unpack_bytes(fixed, np.uint8)),
     "halves": lambda fixed: (_multiply_halves(fixed), _unpack_halves(fixed)),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cur.integrations.measure.statistics import Statistics
 from cur.weights import Weight, diagonal, matrix
 
-__all__ = ["Measured", "Moments", "x_norm"]
+__all__ = ["Measured", "Moments", "damped", "x_norm"]
 
 
 def x_norm(statistics: Statistics, name: str) -> Tensor:
@@ -80,12 +80,12 @@ class Moments:
             raise ValueError(str(error.args[0])) from error
         if G.ndim == 1:  # of one-hot inputs: diagonal
             rows = None if H is None else self._factored(H, self.statistics.output_products[name], W, damping)
-            return rows, diagonal((G + damping * float(G.mean())).to(W))
+            return rows, diagonal(damped(G, damping).to(W))
         m, n = W.shape
         if m < n and H is not None:
-            return self._factored(H, self.statistics.output_products[name], W, damping), _damped(G.to(W), damping)
+            return self._factored(H, self.statistics.output_products[name], W, damping), damped(G.to(W), damping)
         factored = self._factored(G, self.statistics.products[name], W, damping)
-        return None if H is None else _damped(H.to(W), damping), factored
+        return None if H is None else damped(H.to(W), damping), factored
 
     def outputs(self, name: str, W: Tensor, *, damping: float) -> Tensor:
         """Return the damped second moment of a layer's output gradients as a matrix to take rows and columns of.
@@ -105,7 +105,7 @@ class Moments:
             If the statistics lack the moment, or the layer.
         """
         try:
-            return _damped(self.statistics.output_moment(name).to(W), damping)
+            return damped(self.statistics.output_moment(name).to(W), damping)
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
 
@@ -171,7 +171,18 @@ class Measured:
         return self._of.outputs(self._name, self._W, damping=0.0)
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    damped = moment.clone()
-    damped.diagonal().add_(damping * float(moment.diagonal().mean()))
-    return damped
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """Return a second moment with a multiple of its mean eigenvalue added to all eigenvalues.
+
+    Parameters
+    ----------
+    moment : Tensor
+        The moment, a matrix, or the vector of a diagonal one.
+    damping : float
+        The multiple of the mean eigenvalue.
+    """
+    if moment.ndim == 1:
+        return moment + damping * float(moment.mean())
+    found = moment.clone()
+    found.diagonal().add_(damping * float(moment.diagonal().mean()))
+    return found
