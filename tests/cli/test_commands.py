@@ -576,6 +576,7 @@ def test_quantize_to_few_bits(model: Path, small: Path, text: Path, tmp_path: Pa
     refused(cur("quantize", model, "--bits", 4, "--group", "col", *out), "`group` must be a multiple of 8 such as 64")
     refused(cur("quantize", model, "--bits", 4, "--grids", edited, *out), "leave out --bits and --group")
     refused(cur("quantize", model, "--grids", model / "config.json", *out), "has no `grids`")
+    refused(cur("quantize", model, "--grids", tmp_path / "none", *out), "does not exist; name the quantization.json")
     refused(cur("quantize", tmp_path / "mixed", *out), "is rounded to 4 bits in groups of 16, 6 bits in groups of 16")
     assert not (tmp_path / "x").exists()
 

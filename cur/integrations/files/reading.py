@@ -50,6 +50,8 @@ def read_object(
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as met:
+        raise FileNotFoundError(f"{path} does not exist; {remedy}") from met
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as met:
         raise error(f"{path} is not JSON ({met}): it is damaged; {remedy}") from met
     if not isinstance(data, dict):
