@@ -54,6 +54,7 @@ class OnGrid(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None = None
         self.grid = grid
         self.columns = columns
         kind = torch.int8 if grid.signed else torch.uint8
@@ -64,6 +65,48 @@ class OnGrid(nn.Module):
         self.zeros: nn.Parameter | None = None
         if not grid.symmetric:
             self.zeros = _fixed(torch.zeros(rows, grid.row_bytes(count), dtype=torch.uint8, device=device))
+
+    @classmethod
+    def _hollow(cls, rows: int, columns: int, grid: IntegerGrid | None, *, bias: bool) -> Self:
+        """Return one of a shape and grid, with a bias or without, of which nothing is in memory."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_integers(
+        cls,
+        integers: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        zeros: Tensor | None = None,
+        grid: IntegerGrid | None = None,
+    ) -> Self:
+        """Build the layer or table of a matrix of integers, and of a copy of a bias.
+
+        Parameters
+        ----------
+        integers : Tensor, shape (rows, columns)
+            The integers, as for :meth:`set_`.
+        scale : Tensor, shape (rows, groups)
+            The steps, in the dtype of the layer.
+        bias : Tensor, optional
+            The bias, with an entry for each row; a table has none.
+        zeros : Tensor, optional
+            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
+        grid : IntegerGrid, optional
+            The grid. By default 8 symmetric bits with one step for each row.
+
+        Returns
+        -------
+        OnGrid
+            The layer or table of these integers.
+        """
+        rows, columns = integers.shape
+        made = cls._hollow(rows, columns, grid, bias=bias is not None)
+        made.set_(integers, scale, zeros)
+        if bias is not None:
+            made.bias = _fixed(bias.detach().clone())
+        return made
 
     def set_(self, integers: Tensor, scale: Tensor, zeros: Tensor | None = None) -> None:
         """Take integers with their steps and zeros, in place.
@@ -204,41 +247,8 @@ class GridLinear(OnGrid):
         return {**self.__dict__, "_product": None}
 
     @classmethod
-    def from_integers(
-        cls,
-        integers: Tensor,
-        scale: Tensor,
-        bias: Tensor | None = None,
-        *,
-        zeros: Tensor | None = None,
-        grid: IntegerGrid | None = None,
-    ) -> GridLinear:
-        """Build the layer of a matrix of integers and a copy of a bias.
-
-        Parameters
-        ----------
-        integers : Tensor, shape (m, n)
-            The integers, as for :meth:`OnGrid.set_`.
-        scale : Tensor, shape (m, groups)
-            The steps, in the dtype of the layer.
-        bias : Tensor, optional
-            The bias of m entries.
-        zeros : Tensor, optional
-            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
-        grid : IntegerGrid, optional
-            The grid. By default 8 symmetric bits with one step for each row.
-
-        Returns
-        -------
-        GridLinear
-            The layer of these integers.
-        """
-        rows, columns = integers.shape
-        layer = cls(columns, rows, bias=bias is not None, grid=grid, device="meta")
-        layer.set_(integers, scale, zeros)
-        if bias is not None:
-            layer.bias = _fixed(bias.detach().clone())
-        return layer
+    def _hollow(cls, rows: int, columns: int, grid: IntegerGrid | None, *, bias: bool) -> Self:
+        return cls(columns, rows, bias=bias, grid=grid, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``input`` of shape (..., n); returns (..., m).
@@ -300,8 +310,6 @@ class GridEmbedding(OnGrid):
         The dtype of the steps, and of the rows that are looked up.
     """
 
-    bias: None = None
-
     def __init__(
         self,
         num_embeddings: int,
@@ -313,31 +321,8 @@ class GridEmbedding(OnGrid):
         super().__init__(num_embeddings, embedding_dim, grid or IntegerGrid(), device=device, dtype=dtype)
 
     @classmethod
-    def from_integers(
-        cls, integers: Tensor, scale: Tensor, *, zeros: Tensor | None = None, grid: IntegerGrid | None = None
-    ) -> GridEmbedding:
-        """Build the table of a matrix of integers.
-
-        Parameters
-        ----------
-        integers : Tensor, shape (n, r)
-            The integers, as for :meth:`OnGrid.set_`.
-        scale : Tensor, shape (n, groups)
-            The steps, in the dtype of the layer.
-        zeros : Tensor, optional
-            The integers that stand for 0, of the shape of the steps; None for a symmetric grid.
-        grid : IntegerGrid, optional
-            The grid. By default 8 symmetric bits with one step for each row.
-
-        Returns
-        -------
-        GridEmbedding
-            The table of these integers.
-        """
-        rows, columns = integers.shape
-        table = cls(rows, columns, grid=grid, device="meta")
-        table.set_(integers, scale, zeros)
-        return table
+    def _hollow(cls, rows: int, columns: int, grid: IntegerGrid | None, *, bias: bool) -> Self:
+        return cls(rows, columns, grid=grid, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up tokens of shape (...); returns (..., r), without forming the other rows.
