@@ -25,6 +25,7 @@ from cur.integrations.model.running import Progress
 from cur.integrations.model.targets import decoder_layers
 from cur.integrations.model.usage import is_transformer
 from cur.integrations.nn import IntegerGrid, compressed_modules, is_linear, swap_
+from cur.integrations.plan.methods import ROUNDING_DAMPING
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.format import mark_, refuse_other_formats, unique_state
 
@@ -192,7 +193,7 @@ def quantize_(
     grid: IntegerGrid | Mapping[str, IntegerGrid] | None = None,
     text: Sequence[Mapping[str, Tensor]] | None = None,
     correction: float = 0.5,
-    damping: float = 0.1,
+    damping: float = ROUNDING_DAMPING,
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> Quantization:

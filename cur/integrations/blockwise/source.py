@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,7 +230,7 @@ class Streamed(Source):
         save_file(
             {f"{name}.{key}": value for name, it in layers.items() for key, value in it.state_dict().items()}, file
         )
-        done = [asdict(replace(report, output=changes.get(report.name))) for report in reports]
+        done = [replace(report, output=changes.get(report.name)).to_dict() for report in reports]
         spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
         self.journal.finish(f"factors-{index:04}", [file], reports=done, seconds=spent)
 

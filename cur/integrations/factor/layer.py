@@ -268,6 +268,7 @@ def report_on(
         parameters_before=entry.dense_parameters,
         parameters_after=layer.stored,
         inner_rank=layer.inner_rank,
+        grid=layer.grid,
         certificate=certificate,
         relative_error=_ratio(missed, size),
         weighted_error=_ratio(missed_weighted, size_weighted),

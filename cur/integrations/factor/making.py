@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cur.integrations.factor.gridded import on_grids
 from cur.integrations.factor.methods import Task, make_layers
 from cur.integrations.measure.moments import Moments, x_norm
 from cur.integrations.measure.propagation import InputMoments, in_order, spread
@@ -80,7 +81,8 @@ class Making:
         """
         if self.progress is not None:
             self.progress(len(self.layers))
-        made = make_layers(self._task, self._entries[name], propagated)
+        entry = self._entries[name]
+        made = on_grids(self._task, entry, make_layers(self._task, entry, propagated), propagated)
         for each, (layer, report) in made.layers.items():
             self.layers[each] = layer
             if self._entries[each].of_weight:

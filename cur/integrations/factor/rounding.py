@@ -59,8 +59,11 @@ def round_layer(
     statistics: Statistics | None,
     *,
     damping: float,
+    gradients: bool = True,
     propagated: InputMoments | None = None,
     correction: float = 0.0,
+    inputs: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> RoundedLayer:
     """Round a layer to a grid; see :func:`~cur.integrations.quantize.quantize_` for what is done.
 
@@ -76,10 +79,14 @@ def round_layer(
         Statistics of the inputs of the layer; None rounds every entry to the nearest number.
     damping : float
         The share of its mean diagonal that is added to each second moment.
+    gradients : bool, default True
+        Whether outputs are weighted by the second moments of their gradients, where the statistics have them.
     propagated : InputMoments, optional
         Moments of the inputs that rounded layers before it give, to fit the layer to them.
     correction : float, default 0.0
         How much of the inputs' earlier error is corrected, see :meth:`InputMoments.problem`.
+    inputs, outputs : Tensor, optional
+        Which of the inputs or outputs in the statistics the layer has, as truth values; by default all.
 
     Returns
     -------
@@ -98,15 +105,15 @@ def round_layer(
     dtype = next(part.weight.dtype for part in _parts(name, layer).values())
     G = H = None
     if statistics is not None:
-        G = _moment(statistics.second_moment, name, W.shape[1], W, "inputs")
-        if name in statistics.output_products:
-            H = _moment(statistics.output_moment, name, W.shape[0], W, "outputs")
+        G = _moment(statistics.second_moment, name, W.shape[1], W, "inputs", inputs)
+        if gradients and name in statistics.output_products:
+            H = _moment(statistics.output_moment, name, W.shape[0], W, "outputs", outputs)
             H = H if bool(H.any()) else None  # no gradient ever came
-    inputs = None if G is None or not bool(G.any()) else G  # no input ever came
+    seen = None if G is None or not bool(G.any()) else G  # no input ever came
     target, more = W, damping
     if propagated is not None:
-        inputs, wanted = propagated.problem(W, correction=correction, damping=damping)
-        target, more = _over(wanted, inputs, name, damping), 0.0
+        seen, wanted = propagated.problem(W, correction=correction, damping=damping)
+        target, more = _over(wanted, seen, name, damping), 0.0
     made: dict[str, GridLinear | GridEmbedding] = {}
     was = now = torch.empty(0)
     for key, factor in factors.items():
@@ -116,18 +123,18 @@ def round_layer(
             table = GridEmbedding.from_integers(**_integers(f"{name}.{key}", F.T, grid, None, None, dtype), grid=grid)
             made[key], now, was = table, table.weight.T.double(), F
             continue
-        moment = inputs
-        if inputs is not None:
+        moment = seen
+        if seen is not None:
             if factor.outputs is not None:
                 wanted = target[factor.outputs]
             elif factor.after is None:
                 wanted = target
             if made:
-                moment = damped(_times(now, inputs) @ now.T, more)
-                F = F + _over(_times(wanted - F @ now, inputs) @ now.T, moment, f"{name}.{key}", damping)
+                moment = damped(_times(now, seen) @ now.T, more)
+                F = F + _over(_times(wanted - F @ now, seen) @ now.T, moment, f"{name}.{key}", damping)
             else:
-                F, moment = wanted, damped(inputs, more)
-        rows = None if H is None or inputs is None else damped(factor.weigh(H), damping)
+                F, moment = wanted, damped(seen, more)
+        rows = None if H is None or seen is None else damped(factor.weigh(H), damping)
         rounded = GridLinear.from_integers(
             bias=factor.bias, grid=grid, **_integers(f"{name}.{key}", F, grid, rows, moment, dtype)
         )
@@ -245,11 +252,13 @@ def _with(name: str, layer: nn.Module, made: dict[str, GridLinear | GridEmbeddin
     return whole.train(layer.training)
 
 
-def _moment(of: Callable[[str], Tensor], name: str, size: int, like: Tensor, what: str) -> Tensor:
+def _moment(of: Callable[[str], Tensor], name: str, size: int, like: Tensor, what: str, kept: Tensor | None) -> Tensor:
     try:
         found = of(name).to(like)
     except KeyError as error:
         raise ValueError(str(error.args[0])) from error
+    if kept is not None:
+        found = found[kept][:, kept]
     if len(found) != size:
         raise ValueError(
             f"`statistics` has {len(found)} {what} of {name}, which has {size}: measure them on this model"

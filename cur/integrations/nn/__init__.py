@@ -43,7 +43,7 @@ asked of a layer is a method of :class:`CompressedLinear`. :func:`register` make
 from typing import Any
 
 from cur._lib.errors import warn
-from cur.integrations.nn.base import CompressedLinear
+from cur.integrations.nn.base import CompressedLinear, grid_fields
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
 from cur.integrations.nn.factored import CURLinear, FactoredLinear, FoldedLinear, InterpolativeLinear, factored
 from cur.integrations.nn.grid import IntegerGrid
@@ -89,6 +89,7 @@ __all__ = [
     "compressed_modules",
     "dense_weight",
     "factored",
+    "grid_fields",
     "grids_of",
     "has_own_forward",
     "held_beside",

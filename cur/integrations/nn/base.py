@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cur.integrations.nn.trainable import Trainable
 
-__all__ = ["CompressedLinear", "check_bias", "fill_", "scaled", "spec_grid", "wide"]
+__all__ = ["CompressedLinear", "check_bias", "fill_", "grid_fields", "scaled", "spec_grid", "wide"]
 
 
 class CompressedLinear(nn.Module):
@@ -337,11 +337,7 @@ class CompressedLinear(nn.Module):
         found: dict[str, Any] = {"layout": self.layout, "rank": self.rank}
         if self.inner_rank is not None:
             found["inner_rank"] = self.inner_rank
-        if self.grid == IntegerGrid():
-            found["int8"] = True
-        elif self.grid is not None:
-            found |= {"grid": self.grid.spec(), "shape": list(self.shape)}
-        return found
+        return found | grid_fields(self.grid, self.shape)
 
     @classmethod
     def is_spec(cls, spec: Mapping[str, Any]) -> bool:
@@ -642,6 +638,21 @@ class CompressedLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         inner = "" if self.inner_rank is None else f", inner_rank={self.inner_rank}"
         return f"{sizes}{inner}, bias={self.has_bias}{'' if self.grid is None else f', {self.grid}'}"
+
+
+def grid_fields(grid: IntegerGrid | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """Return what the description of a layer says of its grid; nothing if its factors are not rounded.
+
+    Parameters
+    ----------
+    grid : IntegerGrid or None
+        The grid of its factors.
+    shape : (int, int)
+        The outputs and inputs of the dense layer, which rows of packed bytes do not tell.
+    """
+    if grid is None:
+        return {}
+    return {"int8": True} if grid == IntegerGrid() else {"grid": grid.spec(), "shape": list(shape)}
 
 
 def spec_grid(spec: Mapping[str, Any]) -> IntegerGrid | None:

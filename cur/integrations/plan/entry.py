@@ -8,9 +8,10 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cur._lib.errors import CURError, warn
-from cur.integrations.nn import layer_class
+from cur.integrations.nn import IntegerGrid, layer_class
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
     from cur.integrations.nn import CompressedLinear
@@ -77,6 +78,8 @@ class PlanEntry(metaclass=_Former):
         What the plan expects the layer to cost: with gradients the increase of the loss in nats per token, to second
         order; without, the squared relative error of its outputs. For the method "cur" the squared error that no
         factorization of the rank goes below, relative and with every input feature counted by its norm. For the reader.
+    grid : IntegerGrid or None
+        The grid of few bits that what is stored is rounded to; None where it is not.
 
     Raises
     ------
@@ -97,6 +100,7 @@ class PlanEntry(metaclass=_Former):
     shape: tuple[int, int]
     layout: str
     predicted: float | None = None
+    grid: IntegerGrid | None = None
 
     def __post_init__(self) -> None:
         """Check what every entry has, and then what its method has."""
@@ -108,6 +112,8 @@ class PlanEntry(metaclass=_Former):
                 f"`layout` of {self.name} must be one of {', '.join(self.layouts())} for the method {self.method!r}, "
                 f"got {self.layout!r}"
             )
+        if self.grid is not None and not isinstance(self.grid, IntegerGrid):
+            raise PlanError(f"`grid` of {self.name} must be an IntegerGrid or None, got {self.grid!r}")
         self.check()
 
     def __getattr__(self, name: str) -> Any:
@@ -196,6 +202,16 @@ class PlanEntry(metaclass=_Former):
         """Numbers in the dense weight."""
         return self.shape[0] * self.shape[1]
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of what is stored of the layer, the bias left out.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            The dtype of the dense weight.
+        """
+        return int(self.layer_type.nbytes(*self.shape, *self.ranks, dtype=dtype, grid=self.grid))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as JSON types, with ``parameters`` for the reader's information.
 
@@ -203,6 +219,8 @@ class PlanEntry(metaclass=_Former):
         """
         values = ((key, getattr(self, one.name), one.default) for key, one in _keys(type(self)).items())
         own = {key: value for key, value, default in values if key in _WRITTEN or value != default}
+        if self.grid is not None:
+            own["grid"] = self.grid.spec()
         return {
             **_WRITTEN,
             **own,
@@ -300,6 +318,11 @@ def read_entry(data: Mapping[str, Any]) -> PlanEntry:
     if not isinstance(data["shape"], (list, tuple)):
         raise PlanError(f"`shape` of {name} must be two positive integers, got {data['shape']!r}")
     values = {one.name: data[key] for key, one in own.items() if key in data}
+    if values.get("grid") is not None:
+        try:
+            values["grid"] = IntegerGrid.from_spec(values["grid"])
+        except ValueError as error:
+            raise PlanError(f"`grid` of {name} is none: {error}") from error
     return kind(**{**values, "layout": layout, "shape": tuple(data["shape"])})
 
 

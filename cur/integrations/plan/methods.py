@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cur.integrations.nn import EmbeddingFactors, InterpolativeLinear, KeptInputs, KeptOutputs, factored
+from cur.integrations.nn import (
+    EmbeddingFactors,
+    InterpolativeLinear,
+    KeptInputs,
+    KeptOutputs,
+    WholeLinear,
+    factored,
+    grids_of,
+)
 from cur.integrations.plan.entry import PlanEntry, PlanError, register_method
 from cur.scores import IMPORTANCES, LINKS, needs
 from cur.selection import SELECTORS
@@ -19,17 +27,24 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "ROUNDING_DAMPING",
     "SUBSPACES",
     "CUREntry",
     "NeuronsBeforeEntry",
     "NeuronsEntry",
     "RankEntry",
+    "RoundedEntry",
     "RowsEntry",
     "WeightedEntry",
 ]
 
 SUBSPACES = ("exact", "randomised")
 """Where the singular subspaces come from: an SVD, or a seeded random sketch, for layers too large for one."""
+
+
+ROUNDING_DAMPING = 0.1
+"""Multiple of the mean eigenvalue that is added to second moments for rounding. With less, errors go into directions
+that the text of the statistics hardly uses and other text may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +237,39 @@ class RowsEntry(_UnderMoments, RankEntry):
     def said(cls, entries: Sequence[Any]) -> str:
         """Return what chose the rows."""
         return f"The rows kept are the original weights' own, chosen by DEIM under {_moments(entries)}."
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class RoundedEntry(_UnderMoments):
+    """Keep the whole weight, rounded to a grid of few bits under second moments."""
+
+    method = "rounded"
+    of_weight = False
+
+    layout: str = WholeLinear.layout
+    damping: float = ROUNDING_DAMPING
+
+    def check(self) -> None:
+        """Refuse to be without a grid."""
+        super().check()
+        if self.grid is None:
+            raise PlanError(f"`grid` of {self.name} must say what it is rounded to for the method {self.method!r}")
+
+    @classmethod
+    def layouts(cls) -> Sequence[str]:
+        """Name the layout of whole weights."""
+        return (WholeLinear.layout,)
+
+    @property
+    def ranks(self) -> tuple[int, int | None]:
+        """The smaller side, and no other."""
+        return min(self.shape), None
+
+    @classmethod
+    def said(cls, entries: Sequence[Any]) -> str:
+        """Return what weights were rounded to."""
+        return f"Whole weights of {len(entries)} layers were rounded to {grids_of(entries)} under {_moments(entries)}."
 
 
 @dataclass(frozen=True, kw_only=True)

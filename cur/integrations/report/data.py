@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cur._lib.atomic import replace_file
 from cur.integrations.files.reading import CheckpointError, read_object
 from cur.integrations.model.size import Size
+from cur.integrations.nn import IntegerGrid, grid_fields
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.outputs import OutputChange
 
@@ -56,6 +57,8 @@ class LayerReport:
         The change of the layer's output on a batch of text; None unless it was measured.
     inner_rank : int or None
         The rank of the part that a layer keeps after neurons are removed; None if that is held whole.
+    grid : IntegerGrid or None
+        The grid that the factors are rounded to; None where they are not.
     """
 
     name: str
@@ -74,6 +77,7 @@ class LayerReport:
     spectrum: tuple[tuple[int, float], ...] = ()
     output: OutputChange | None = None
     inner_rank: int | None = None
+    grid: IntegerGrid | None = None
 
     @property
     def ranks(self) -> tuple[int, int | None]:
@@ -83,7 +87,14 @@ class LayerReport:
     def spec(self) -> dict[str, Any]:
         """Return what ``config.json`` says of the layer."""
         inner = {} if self.inner_rank is None else {"inner_rank": self.inner_rank}
-        return {"layout": self.layout, "rank": self.rank, **inner}
+        return {"layout": self.layout, "rank": self.rank, **inner, **grid_fields(self.grid, self.shape)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types; without a grid where there is none."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.grid is None:
+            del found["grid"]
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -102,6 +113,7 @@ class LayerReport:
                 "columns": tuple(data["columns"]),
                 "spectrum": tuple((int(index), float(value)) for index, value in data["spectrum"]),
                 "output": None if data["output"] is None else OutputChange(**data["output"]),
+                "grid": None if data.get("grid") is None else IntegerGrid.from_spec(data["grid"]),
             }
         )
 
@@ -170,7 +182,7 @@ class CompressionReport:
         """Return the report as JSON types; the plan under ``"plan"``."""
         return {
             "plan": self.plan.to_dict(),
-            "layers": [json.loads(json.dumps(asdict(layer))) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "before": asdict(self.before),
             "after": asdict(self.after),
             "seconds": dict(self.seconds),
