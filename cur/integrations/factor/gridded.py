@@ -68,7 +68,7 @@ def on_grids(task: Task, entry: PlanEntry, made: Made, propagated: InputMoments 
     entry : PlanEntry
         The entry whose maker was called.
     made : Made
-        What it made.
+        The layers that were made, and the replacement to call.
     propagated : InputMoments or None
         Moments of the inputs that the entry's layer gets, where it was fitted to them.
 

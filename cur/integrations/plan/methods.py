@@ -241,7 +241,7 @@ class RowsEntry(_UnderMoments, RankEntry):
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
-class RoundedEntry(_UnderMoments):
+class RoundedEntry(_UnderMoments, PlanEntry):
     """Keep the whole weight, rounded to a grid of few bits under second moments."""
 
     method = "rounded"
