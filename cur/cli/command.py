@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cur.cli._run import guarded
+from cur.cli._run import guarded, note
 from cur.cli.file import read_file
 from cur.cli.given import Given, merged
 from cur.settings.option import Named, options_of
@@ -22,6 +22,7 @@ HELP_ALL = "--help-all"
 
 _ALL = "cur.help_all"
 _ARGUMENT = "_argument"
+_FORMER = "_former"
 
 
 def command(
@@ -152,6 +153,9 @@ def _parameters(each: Named) -> list[inspect.Parameter]:
     )
     default = None if option.read is not None or each.default == () else each.default
     found.append(_parameter(each.name, default, Annotated[each.typed | None, info]))
+    if option.former is not None:
+        former = typer.Option(option.former, hidden=True)
+        found.append(_parameter(each.name + _FORMER, None, Annotated[each.typed | None, former]))
     return found
 
 
@@ -169,9 +173,12 @@ def _given(
     """Return what was typed, read, and what is in the configuration file."""
     typed = {}
     for each in options:
-        found = [values[key] for key in (each.name + _ARGUMENT, each.name) if _was_typed(ctx, key)]
+        if _was_typed(ctx, each.name + _FORMER):
+            note.print(f"{each.option.former} is {each.flag} now.")
+        keys = (each.name + _ARGUMENT, each.name, each.name + _FORMER)
+        found = [values[key] for key in keys if _was_typed(ctx, key)]
         if len(found) == 2 and found[0] != found[1]:
-            said = each.option.argument
+            said = each.option.argument or each.option.former
             raise ValueError(f"{said} is given twice, as {found[0]!r} and as {each.flag} {found[1]!r}; give one")
         if found:
             typed[each.name] = found[0] if each.option.read is None else each.option.read(found[0])

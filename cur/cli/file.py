@@ -64,12 +64,16 @@ def read_file(path: Path, command: str, options: Sequence[Named]) -> dict[str, A
             raise ValueError(f"{path}: {_misplaced(table, options, command)}")
         if table not in tables:
             raise ValueError(f"{path}: [{table}] is no heading of {command}; {_near(table, tables)}")
-        known = {each.key: each for each in options if each.table == table}
+        known = {key: each for each in options if each.table == table for key in (each.key, *_former(each))}
         for key, value in entries.items():
             if key not in known:
                 raise ValueError(f"{path}, [{table}]: {_unknown(key, table, options, command)}")
             found[known[key].name] = _value(value, known[key], f"{path}, [{table}] {key}")
     return found
+
+
+def _former(each: Named) -> list[str]:
+    return [] if each.option.former is None else [each.option.former.removeprefix("--")]
 
 
 def save_file(path: Path, groups: Iterable[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cur.cli.given import Given
-from cur.integrations.plan.config import METHODS, BudgetConfig, CompressConfig
+from cur.integrations.plan.config import BUDGETS, METHODS, BudgetConfig, CompressConfig
 from cur.settings.compress import BudgetSettings, PaperSettings
 from cur.settings.option import options_of
 
@@ -30,12 +30,13 @@ def compress_config(given: Given) -> CompressConfig | BudgetConfig:
     budget, fixed = given.only(BudgetSettings), given.only(PaperSettings)
     shared = {name: value for name, value in budget.items() if name in fixed}
     own = {name: value for name, value in fixed.items() if name not in shared}
-    asked = {name: budget[name] for name in ("keep", "parameters", "size") if name in budget}
+    asked = {name: budget[name] for name in BUDGETS if name in budget}
     method = budget.pop("method", None) or (next(iter(METHODS)) if asked else PAPER)
     if method not in (*METHODS, PAPER):
         raise ValueError(f"--method must be one of {', '.join((*METHODS, PAPER))}, got {method!r}")
     if len(asked) > 1:
-        raise ValueError("--keep, --target-parameters and --target-size exclude each other; give one")
+        flags = [each.flag for each in options_of(BudgetSettings) if each.name in BUDGETS]
+        raise ValueError(f"{', '.join(flags[:-1])} and {flags[-1]} exclude each other; give one")
     if method == PAPER:
         if asked:
             raise ValueError("--method paper has no budget; give --rank and --layers instead, or --method best")

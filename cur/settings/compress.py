@@ -50,9 +50,17 @@ class BudgetSettings:
         default=None,
         metadata=setting(
             "Instead: most bytes of the weight files, such as 200MB.",
-            flag="--target-size",
+            former="--target-size",
             basic=True,
             read=parse_size,
+            excludes="budget",
+        ),
+    )
+    bits: float | None = field(
+        default=None,
+        metadata=setting(
+            "Instead: bits for each number of the targeted layers, on average, such as 4.3.",
+            basic=True,
             excludes="budget",
         ),
     )
@@ -64,6 +72,10 @@ class BudgetSettings:
             heading=_METHOD,
             shown="best with a budget, paper without",
         ),
+    )
+    rounding: bool = field(
+        default=True,
+        metadata=setting("Whether numbers may be rounded to few bits within --bits or a size. For --method best."),
     )
     neurons: bool = field(
         default=True,

@@ -39,6 +39,8 @@ class Option:
         Why it has to be given, as the end of a sentence that says that it is missing.
     excludes : str, optional
         A name; of the options that have the same one at most one can be given.
+    former : str, optional
+        What was typed for it before; that still does, and says what it is now.
     """
 
     help: str
@@ -51,6 +53,7 @@ class Option:
     read: Callable[[str], Any] | None = None
     required: str | None = None
     excludes: str | None = None
+    former: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

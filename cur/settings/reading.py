@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise ValueError(f"--target-size must be a number of bytes, or one with a unit such as 200MB, got {text!r}")
+        raise ValueError(f"--size must be a number of bytes, or one with a unit such as 200MB, got {text!r}")
     power = " kmgt".index(found[2].lower() or " ")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 

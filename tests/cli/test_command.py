@@ -33,7 +33,7 @@ FIELDS = [
     for each in {each.name: each for group in reversed(groups) for each in options_of(group)}.values()
 ]
 MATTER = (
-    "--model --out --plan --keep --target-size --target-parameters --text --held-out --low-memory --device --overwrite "
+    "--model --out --plan --keep --size --target-parameters --bits --text --held-out --low-memory --device --overwrite "
     "--json --config --save-config --help-all"
 )
 LINES = 40
@@ -134,7 +134,7 @@ def test_what_is_typed_goes_before_the_file_and_the_file_before_defaults(
     }  # fmt: skip
     assert given.build(g.Text).window_length == 512
     # A budget of another kind takes the place of that in the file, and a data set that of a text.
-    typed = ["go", "--config", str(file), "--target-size", "2MB", "--dataset", "x/y"]
+    typed = ["go", "--config", str(file), "--size", "2MB", "--dataset", "x/y"]
     assert CliRunner().invoke(small, typed).exit_code == 0
     values = seen.pop()[0].values
     assert (values["size"], values["dataset"]) == (2_000_000, "x/y")
@@ -151,7 +151,7 @@ def test_what_is_typed_goes_before_the_file_and_the_file_before_defaults(
         (["--out", "x", "--seed", "1", "--config", "run.toml"], "run.toml, [budget] neurons: --no-neurons needs"),
         (["--out", "x", "--seed", "2", "--config", "run.toml"], "Error: --seed does not go with --no-neurons."),
         (["--out", "x", "--rank", "13"], "Error: `rank` must be another, got 13."),
-        (["--out", "x", "--target-size", "much"], "such as 200MB, got 'much'."),
+        (["--out", "x", "--size", "much"], "such as 200MB, got 'much'."),
         (
             ["--out", "x", "--config", "none.toml"],
             "none.toml cannot be read: No such file or directory; name a TOML file with --config.",

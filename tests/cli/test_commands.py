@@ -479,11 +479,11 @@ def test_a_target_size(model: Path, text: Path, tmp_path: Path) -> None:
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     wanted = int(0.75 * dense)
     calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--own-text", "0"]
-    done = cur("compress", model, *calibration, "--target-size", wanted, "--out", tmp_path / "small")
+    done = cur("compress", model, *calibration, "--size", wanted, "--out", tmp_path / "small")
     assert done.exit_code == 0, done.stderr
     found = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
     assert 0.99 * wanted <= found <= wanted
-    refused(cur("compress", model, *calibration, "--target-size", "1KB", "--out", tmp_path / "x"), "must be at least")
+    refused(cur("compress", model, *calibration, "--size", "1KB", "--out", tmp_path / "x"), "must be at least")
     refused(cur("compress", model, *calibration, "--target-size", "much", "--out", tmp_path / "x"), "such as 200MB")
 
 

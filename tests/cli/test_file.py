@@ -95,7 +95,7 @@ def test_what_is_saved_is_read_again(config: Any, tmp_path: Path) -> None:
         ("[budget]\nkep = 0.8\n", r", \[budget\]: kep is no option of cur compress; the nearest is keep"),
         ("[text]\nkeep = 0.8\n", r", \[text\]: keep belongs under \[budget\]"),
         ("keep = 0.8\n", r": keep must stand under its heading, \[budget\]"),
-        ("[budget]\nxyz = 0.8\n", r"xyz is no option of cur compress; there are correction, gradient-"),
+        ("[budget]\nxyz = 0.8\n", r"xyz is no option of cur compress; there are bits, correction, gradient-"),
         (
             '[budget]\nkeep = "much"\n',
             r", \[budget\] keep must be a number, got \'much\'; write for instance keep = 0.5",
@@ -104,7 +104,7 @@ def test_what_is_saved_is_read_again(config: Any, tmp_path: Path) -> None:
         ("[text]\nwindows = 1.5\n", r"\[text\] windows must be an integer, got 1.5"),
         ("[text]\nwindows = true\n", r"\[text\] windows must be an integer, got True"),
         ("[text]\ntext = 3\n", r"\[text\] text must be a path, got 3"),
-        ('[budget]\ntarget-size = "much"\n', r"\[budget\] target-size: --target-size must be a number of bytes"),
+        ('[budget]\ntarget-size = "much"\n', r"\[budget\] target-size: --size must be a number of bytes"),
         ("[budget]\ntarget-size = 1.5\n", r"target-size must be an integer or text, got 1.5"),
         ("[paper]\nlayers = {}\n", r"\[paper\] layers must be an integer or text or a list, each an integer, got {}"),
         ('[paper]\nlayers = [3, "all"]\n', r"\[paper\] layers must be .* or a list, each an integer, got \[3, 'all'\]"),

@@ -5,13 +5,12 @@ Every layer offers its error at each rank, in one unit for all layers; :func:`cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cur import ranks
 from cur._lib.versions import versions
@@ -23,12 +22,13 @@ from cur.integrations.model.usage import model_name
 from cur.integrations.nn import is_table
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.dense import dense_remark
-from cur.integrations.plan.entry import PlanEntry
-from cur.integrations.plan.file_size import ByteCosts
-from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry
+from cur.integrations.plan.file_size import ByteCosts, LayerBytes
+from cur.integrations.plan.grid_errors import expected_errors, pivots
+from cur.integrations.plan.methods import ROUNDING_DAMPING
 from cur.integrations.plan.neuron_curves import neuron_curves
+from cur.integrations.plan.options import Numbers, Options, Prices, layer_options
 from cur.integrations.plan.plan import Plan, fingerprint
-from cur.integrations.plan.rate_distortion import SMALLEST, Cut, LayerCurve, NeuronCurve, smallest_of, unit
+from cur.integrations.plan.rate_distortion import LayerCurve, NeuronCurve, smallest_of, unit
 
 __all__ = ["error_curves", "joint_curves", "plan_budget"]
 
@@ -82,20 +82,40 @@ def error_curves(
     NumericalError
         If a weight is NaN or infinite.
     """
-    moments = Moments(statistics)
+    moments, rounding = Moments(statistics), _Rounding(statistics, gradients=config.gradients)
     curves = []
     for done, name in enumerate(names, start=1):
         module = model.get_submodule(name)
         W, kind = finite_weight(module, name).to(torch.float64), smallest_of(module)
+        on_grids = rounding.errors(name, W) if config.rounds and not is_table(module) else None
         H, G = moments.weights(name, W, gradients=config.gradients, damping=config.damping)
         m, n = W.shape
         # What is kept of a table are its own rows, the columns of the weight.
         X, rows, columns = (W.mT, G, H) if kind.by_inputs else (W, H, G)
         squares = METHODS[config.method].square_errors(X, row_weights=rows, column_weights=columns)
-        curves.append(LayerCurve.of(name, (m, n), squares, unit(float(squares[0]), gradients=config.gradients), kind))
+        scale = unit(float(squares[0]), gradients=config.gradients)
+        curves.append(LayerCurve.of(name, (m, n), squares, scale, kind, on_grids))
         if progress is not None:
             progress(done, len(names))
     return curves
+
+
+class _Rounding:
+    """What rounding layers is expected to cost; layers in a row that share a moment share the work."""
+
+    def __init__(self, statistics: Statistics, *, gradients: bool) -> None:
+        self._statistics = statistics
+        self._gradients = gradients
+        self._latest: tuple[int, Tensor] | None = None
+
+    def errors(self, name: str, W: Tensor) -> Any:
+        shared = self._statistics.products[name]
+        if self._latest is None or self._latest[0] != id(shared):
+            self._latest = id(shared), pivots(self._statistics.second_moment(name).to(W), ROUNDING_DAMPING, name)
+        rows = None
+        if self._gradients:
+            rows = pivots(self._statistics.output_moment(name).to(W), ROUNDING_DAMPING, name)
+        return expected_errors(W, rows, self._latest[1])
 
 
 def joint_curves(
@@ -173,18 +193,21 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    on_disk = None if config.size is None else ByteCosts(model, [curve.name for curve in curves])
-    prices = on_disk or _Numbers()
-    options = _options(curves, neurons, prices)
-    least = int(sum(option.costs.min() for option in options))
+    names = [curve.name for curve in curves]
+    on_disk = None if config.size is None else ByteCosts(model, names)
+    prices: Prices = on_disk or (Numbers() if config.bits is None else LayerBytes(model, names))
+    options = layer_options(curves, neurons, prices)
+    least = sum(option.least for option in options)
     if on_disk is not None and config.size is not None:
-        budget = _size_budget(config.size, on_disk, least=least, dense=dense or {})
+        budget = _size_budget(config.size, on_disk, least=least, rest=_rest(config), dense=dense or {})
+    elif config.bits is not None:
+        budget = _bits_budget(config.bits, targeted, prices, curves, least=least, dense=dense or {})
     else:
         budget = _budget(config, targeted, whole, least=least, dense=dense or {})
     if not config.gradients:
         options = _with_floor(options, budget)
     chosen = _shares(options, budget)
-    alone = _options(curves, (), prices)
+    alone = layer_options(curves, (), prices)
     if neurons and sum(option.costs.min() for option in alone) <= budget:
         if not config.gradients:
             alone = _with_floor(alone, budget)
@@ -215,76 +238,12 @@ def plan_budget(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    """What one layer, or layers with neurons between them, can take.
-
-    Attributes
-    ----------
-    names : sequence of str
-        The names of the layers; of those around neurons the consumer comes first.
-    shapes : sequence of (int, int)
-        The numbers of outputs and inputs of each layer.
-    neurons : array of int, shape (k,)
-        The number of neurons kept by each option; 0 for all.
-    ranks : array of int, shape (k, layers)
-        The rank of each layer, or of its part for the kept neurons, in each option; 0 for whole.
-    predicted : array, shape (k, layers)
-        The predicted error of each option, for each layer.
-    costs : array, shape (k,)
-        The cost of each option, of all these layers together.
-    layout : str
-        The layout of a layer that is factored by itself.
-    """
-
-    names: Sequence[str]
-    shapes: Sequence[tuple[int, int]]
-    neurons: np.ndarray[Any, Any]
-    ranks: np.ndarray[Any, Any]
-    predicted: np.ndarray[Any, Any]
-    costs: np.ndarray[Any, Any]
-    layout: str = SMALLEST.layout
-
-    @property
-    def errors(self) -> np.ndarray[Any, Any]:
-        """Of all these layers together."""
-        total: np.ndarray[Any, Any] = self.predicted.sum(axis=1)
-        return total
-
-    def at_least(self, share: float) -> _Options:
-        """Return those options that keep a share of the whole, and the next one below."""
-        below = self.costs[self.costs <= share * self.costs.max()]
-        kept = self.costs >= below.max(initial=0)
-        parts = {name: getattr(self, name)[kept] for name in ("neurons", "ranks", "predicted", "costs")}
-        return replace(self, **parts)
-
-    def entries(self, number: int, config: BudgetConfig) -> Iterator[PlanEntry]:
-        """Yield what one of the options makes of the layers; one left dense has no entry."""
-        count = int(self.neurons[number])
-        for place, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True)):
-            rank = int(self.ranks[number, place])
-            common: dict[str, Any] = {
-                "name": name,
-                "shape": shape,
-                "predicted": float(self.predicted[number, place]),
-                "gradients": config.gradients,
-                "damping": config.damping,
-            }
-            kept: dict[str, Any] = {"neurons": count, "inner_rank": rank or None}
-            if count and place:
-                yield NeuronsBeforeEntry(consumer=self.names[0], **kept, **common)
-            elif count:
-                yield NeuronsEntry(**kept, **common)
-            elif rank:
-                yield METHODS[config.method](rank=rank, layout=self.layout, **common)
-
-
-def _shares(options: Sequence[_Options], budget: int) -> tuple[int, ...]:
+def _shares(options: Sequence[Options], budget: int) -> tuple[int, ...]:
     """Return which option each takes, so that the sum of errors is least."""
     return ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
 
 
-def _with_floor(options: Sequence[_Options], budget: int) -> list[_Options]:
+def _with_floor(options: Sequence[Options], budget: int) -> list[Options]:
     """Return the options that leave all about :data:`_LEAST_SHARE` of an even share, less if the budget is small."""
     share = _LEAST_SHARE * budget / sum(float(option.costs.max()) for option in options)
     while True:
@@ -294,73 +253,8 @@ def _with_floor(options: Sequence[_Options], budget: int) -> list[_Options]:
         share /= 2.0
 
 
-def _lost(options: Sequence[_Options], chosen: Sequence[int]) -> float:
+def _lost(options: Sequence[Options], chosen: Sequence[int]) -> float:
     return sum(float(option.errors[number]) for option, number in zip(options, chosen, strict=True))
-
-
-class _Numbers:
-    """Counts parameters, where :class:`ByteCosts` counts bytes."""
-
-    def options(self, curve: LayerCurve) -> np.ndarray[Any, Any]:
-        """Return what one layer takes at each rank, and dense."""
-        return curve.costs
-
-    def neurons(self, curve: NeuronCurve) -> np.ndarray[Any, Any]:
-        """Return what layers take for each number of neurons kept between them."""
-        return curve.costs
-
-    def cut(self, curve: NeuronCurve, cut: Cut) -> list[np.ndarray[Any, Any]]:
-        """Return what kept neurons leave of each of these layers, at each rank, and whole."""
-        return [layer.costs for layer in cut.layers]
-
-
-def _options(
-    curves: Sequence[LayerCurve], neurons: Sequence[NeuronCurve], prices: _Numbers | ByteCosts
-) -> list[_Options]:
-    """Return the options of layers that choose alone, and of those that have neurons between them."""
-    by_name = {curve.name: curve for curve in curves}
-    grouped = {name for curve in neurons for name in curve.names}
-    found = []
-    for curve in curves:
-        if curve.name not in grouped:
-            rank = _as_ranks(np.arange(len(curve.errors)), curve)[:, None]
-            none = np.zeros(len(rank), dtype=np.int64)
-            errors, costs = curve.errors[:, None], prices.options(curve)
-            found.append(_Options([curve.name], [curve.shape], none, rank, errors, costs, curve.kind.layout))
-    for group in neurons:
-        alone = [by_name[name] for name in group.names]
-        forms: list[tuple[Any, ...]] = [(0, *_together(alone, [prices.options(curve) for curve in alone]))]
-        some = np.arange(1, len(group.errors) + 1)
-        whole = np.zeros((len(some), len(alone)), dtype=np.int64)
-        lost = np.zeros(whole.shape)
-        lost[:, 0] = group.errors
-        forms.append((some, whole, lost, prices.neurons(group)))
-        for cut in group.cuts:
-            rank, lost, costs = _together(cut.layers, prices.cut(group, cut))
-            lost[:, 0] += cut.error
-            forms.append((cut.count, rank, lost, costs))
-        counts = np.concatenate([np.broadcast_to(count, len(rank)) for count, rank, _, _ in forms])
-        rank, lost, costs = (np.concatenate(part) for part in zip(*(form[1:] for form in forms), strict=True))
-        found.append(_Options(group.names, group.shapes, counts, rank, lost, costs))
-    return found
-
-
-def _together(
-    curves: Sequence[LayerCurve], costs: Sequence[np.ndarray[Any, Any]]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return ranks, errors and costs of what several layers do each for itself.
-
-    Of the many combinations those that some multiplier would choose: allocation by one would never take another.
-    """
-    choices = ranks.combinations([curve.errors for curve in curves], costs)
-    rank = np.stack([_as_ranks(choices[:, i], curve) for i, curve in enumerate(curves)], axis=1)
-    lost = np.stack([curve.errors[choices[:, i]] for i, curve in enumerate(curves)], axis=1)
-    return rank, lost, np.asarray(sum(cost[choices[:, i]] for i, cost in enumerate(costs)))
-
-
-def _as_ranks(options: np.ndarray[Any, Any], curve: LayerCurve) -> np.ndarray[Any, Any]:
-    """Return the rank of options of a curve, the last of which is to leave the layer whole, as 0."""
-    return np.where(options == len(curve.errors) - 1, 0, options + 1)
 
 
 def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int, dense: Mapping[str, str]) -> int:
@@ -384,7 +278,12 @@ def _budget(config: BudgetConfig, targeted: int, whole: int, *, least: int, dens
     return budget
 
 
-def _size_budget(size: int, on_disk: ByteCosts, *, least: int, dense: Mapping[str, str]) -> int:
+def _rest(config: BudgetConfig) -> str:
+    """Say what the least is that layers can be brought to."""
+    return "what grids of 2 bits take" if config.rounds else "rank 1 or one neuron"
+
+
+def _size_budget(size: int, on_disk: ByteCosts, *, least: int, rest: str, dense: Mapping[str, str]) -> int:
     """Return the bytes that the targeted layers may take."""
     if size >= on_disk.dense():
         raise ValueError(
@@ -394,9 +293,33 @@ def _size_budget(size: int, on_disk: ByteCosts, *, least: int, dense: Mapping[st
     if size < on_disk.fixed + least:
         raise ValueError(
             f"`size` must be at least {on_disk.fixed + least:,} bytes, of which {on_disk.fixed:,} belong to what is "
-            f"not targeted (the rest is rank 1 or one neuron); got {size:,}{_beside(dense)}"
+            f"not targeted (the rest is {rest}); got {size:,}{_beside(dense)}"
         )
     return size - on_disk.fixed
+
+
+def _bits_budget(
+    bits: float,
+    targeted: int,
+    prices: Prices,
+    curves: Sequence[LayerCurve],
+    *,
+    least: int,
+    dense: Mapping[str, str],
+) -> int:
+    """Return the bytes that the targeted layers may take, from the bits for each of their numbers."""
+    now = sum(prices.whole(curve.name, curve.shape) for curve in curves)
+    if 8 * now <= bits * targeted:
+        raise ValueError(
+            f"`bits` must be below {8 * now / targeted:g}, what a number of the targeted layers takes now; got {bits}: "
+            "there is nothing to do"
+        )
+    if bits * targeted < 8 * least:
+        raise ValueError(
+            f"`bits` must be at least {math.ceil(800 * least / targeted) / 100}, what grids of 2 bits take with their "
+            f"steps; got {bits}{_beside(dense)}"
+        )
+    return int(bits * targeted / 8)
 
 
 def _beside(dense: Mapping[str, str]) -> str:

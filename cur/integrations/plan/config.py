@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from cur.selection import SELECTORS
 from cur.settings.compress import BudgetSettings, PaperSettings
 from cur.settings.former import former
 
-__all__ = ["DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
+__all__ = ["BUDGETS", "DEFAULT_RANK", "METHODS", "Asked", "BudgetConfig", "CompressConfig"]
 
 DEFAULT_RANK = 128
 """Largest rank where neither one nor a rule of ranks is given."""
@@ -147,6 +148,10 @@ METHODS: dict[str, type[WeightedEntry | RowsEntry]] = {"best": WeightedEntry, "r
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
 
 
+BUDGETS = ("keep", "parameters", "size", "bits")
+"""The fields of a budget of which one is given."""
+
+
 @former(allocation="loss")
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig(BudgetSettings):
@@ -156,11 +161,16 @@ class BudgetConfig(BudgetSettings):
     ----------
     keep : float, optional
         Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this,
-        `parameters` and `size` is given. The budget is never exceeded.
+        `parameters`, `size` and `bits` is given. The budget is never exceeded.
     parameters : int, optional
         Parameters to keep in the whole model, embeddings and all.
     size : int, optional
         Bytes that the weight files of the checkpoint may take on disk, in the dtype that the model has.
+    bits : float, optional
+        Bits that a number of the targeted layers may take on average: eight times their bytes over their numbers.
+    rounding : bool, default True
+        Whether numbers may be rounded to few bits, weights as well as factors, where a budget is one of bytes or bits:
+        then bits, ranks and neurons share it at one price. For the method "best".
     method : {"best", "rows"}, default "best"
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as
@@ -195,19 +205,19 @@ class BudgetConfig(BudgetSettings):
     Raises
     ------
     TypeError, ValueError
-        If not one of `keep`, `parameters` and `size` is given, or a value is out of range.
+        If not one of `keep`, `parameters`, `size` and `bits` is given, or a value is out of range.
     """
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if [self.keep, self.parameters, self.size].count(None) != 2:
-            raise TypeError(
-                "one of `keep`, `parameters` and `size` must be given, "
-                f"got keep={self.keep!r}, parameters={self.parameters!r} and size={self.size!r}"
-            )
+        given = {name: getattr(self, name) for name in BUDGETS}
+        if sum(value is not None for value in given.values()) != 1:
+            got = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None) or "none"
+            raise TypeError(f"one of {', '.join(f'`{name}`' for name in BUDGETS)} must be given, got {got}")
         keep: Any = self.keep
-        number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-        if keep is not None and not (number and 0.0 < keep < 1.0):
+        if self.bits is not None and not (_is_number(self.bits) and 0.0 < self.bits < math.inf):
+            raise ValueError(f"`bits` must be a positive number, such as 4.3, got {self.bits!r}")
+        if keep is not None and not (_is_number(keep) and 0.0 < keep < 1.0):
             raise ValueError(
                 "`keep` must be between 0 and 1, both excluded: the share of parameters to keep in the targeted "
                 f"layers; got {keep!r}"
@@ -229,9 +239,18 @@ class BudgetConfig(BudgetSettings):
     needs_moments = True
 
     @property
+    def rounds(self) -> bool:
+        """Whether numbers may be rounded to few bits."""
+        return self.rounding and self.method == "best" and (self.size is not None or self.bits is not None)
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether second moments of the gradients at the outputs are needed."""
         return self.gradients
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 Asked: TypeAlias = CompressConfig | BudgetConfig | Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,9 @@ class LayerCurve:
         The number of parameters stored at each of these ranks.
     kind : type of CompressedLinear
         The type that it is stored as.
+    rounded : array
+        Error of the whole weight on each of :data:`~cur.integrations.plan.grid_errors.GRIDS`, as it is expected; empty
+        where it may not be rounded.
     """
 
     name: str
@@ -66,6 +69,7 @@ class LayerCurve:
     errors: np.ndarray[Any, Any]
     costs: np.ndarray[Any, Any]
     kind: type[CompressedLinear] = SMALLEST
+    rounded: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
     def of(
@@ -75,6 +79,7 @@ class LayerCurve:
         squares: np.ndarray[Any, Any],
         scale: float,
         kind: type[CompressedLinear] = SMALLEST,
+        rounded: np.ndarray[Any, Any] | None = None,
     ) -> LayerCurve:
         """Return the curve of a layer from the squares of its weighted errors at the ranks 0, 1, ..., its smaller side.
 
@@ -92,12 +97,15 @@ class LayerCurve:
             The factor that brings the squares to one unit for all layers, see :func:`unit`.
         kind : type of CompressedLinear, optional
             The type that the layer is stored as; the smallest of linear layers by default.
+        rounded : ndarray, optional
+            The squares of the weighted errors on grids. By default it may not be rounded.
         """
         m, n = shape
         # Ranks from the break-even on would cost as much as the dense layer and lose something.
         rank = np.arange(1, min(kind.rank_within(m, n, m * n - 1), len(squares) - 1) + 1)
         costs = np.append(kind.parameter_count(m, n, rank), m * n)
-        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs, kind)
+        on_grids = np.zeros(0) if rounded is None else scale * rounded
+        return cls(name, shape, np.append(scale * squares[rank], 0.0), costs, kind, on_grids)
 
     @classmethod
     def dense(cls, name: str, shape: tuple[int, int]) -> LayerCurve:

@@ -33,7 +33,7 @@ def test_a_size_is_met_within_a_percent_and_never_exceeded(
     model.save_pretrained(tmp_path / "dense")
     size = int(share * on_disk(tmp_path / "dense"))
     tokens = torch.randint(0, 101, (6, 24), generator=torch.Generator().manual_seed(1))
-    compress(model, tokens, BudgetConfig(size=size, gradients=False, own_text=0))
+    compress(model, tokens, BudgetConfig(size=size, rounding=False, gradients=False, own_text=0))
     save(model, None, tmp_path / "model")
     assert 0.99 * size <= on_disk(tmp_path / "model") <= size
 
@@ -43,7 +43,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
     size = int(0.8 * on_disk(tmp_path / "dense"))
-    compress(model, [batch(name)], BudgetConfig(size=size, gradients=False, own_text=0))
+    compress(model, [batch(name)], BudgetConfig(size=size, rounding=False, gradients=False, own_text=0))
     save(model, None, tmp_path / "model")
     # So small a model is a fifth headers, whose names alone differ from what was foreseen.
     assert 0.95 * size <= on_disk(tmp_path / "model") <= size
