@@ -64,6 +64,15 @@ class BudgetSettings:
             excludes="budget",
         ),
     )
+    tol: float | None = field(
+        default=None,
+        metadata=setting(
+            "Instead: the smallest model that diverges from the dense one by at most so many nats per token on held-out "
+            "text, such as 0.05.",
+            basic=True,
+            excludes="budget",
+        ),
+    )
     method: str = field(
         default="best",
         metadata=setting(

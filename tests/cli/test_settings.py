@@ -30,7 +30,7 @@ def test_a_budget_means_the_best_method_on_all_layers() -> None:
     ("given", "message"),
     [
         ({"method": "luck"}, "--method must be one of best, rows, paper, got 'luck'"),
-        ({"keep": 0.5, "parameters": 7}, "--keep, --target-parameters, --size and --bits exclude each other"),
+        ({"keep": 0.5, "parameters": 7}, "--keep, --target-parameters, --size, --bits and --tol exclude each other"),
         ({"keep": 0.5, "method": "paper"}, "--method paper has no budget"),
         ({"method": "best"}, "--method best needs a budget: give --keep"),
         ({"keep": 0.5, "rank": 8, "link": "optimal"}, "--rank, --link belong to --method paper"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cur.integrations.measure.moments import Moments
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.size import model_size
+from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import model_name
 from cur.integrations.nn import is_table
 from cur.integrations.plan.config import METHODS, BudgetConfig
@@ -30,7 +32,7 @@ from cur.integrations.plan.options import Numbers, Options, Prices, layer_option
 from cur.integrations.plan.plan import Plan, fingerprint
 from cur.integrations.plan.rate_distortion import LayerCurve, NeuronCurve, smallest_of, unit
 
-__all__ = ["error_curves", "joint_curves", "plan_budget"]
+__all__ = ["SHARE", "Forms", "error_curves", "joint_curves", "plan_budget"]
 
 
 # Share of the predicted loss that removing neurons must save in all. What the calibration text never asks of a neuron
@@ -42,6 +44,10 @@ _LEAST_GAIN = 0.2
 # relative. Outputs that a few tokens with enormous inputs dominate have a small error at rank 1, and whatever else the
 # layer does would be lost.
 _LEAST_SHARE = 0.75
+
+SHARE = 0.4
+"""Of a tolerance, what layers may be predicted to lose in the first plan for it: on other text than that of the
+calibration, and together, they lose two or three times what is predicted."""
 
 
 def error_curves(
@@ -98,6 +104,47 @@ def error_curves(
         if progress is not None:
             progress(done, len(names))
     return curves
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forms:
+    """What the layers of a model can take, from which plans for a budget follow without looking at the layers again.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    statistics : Statistics
+        The statistics that the curves come from.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    curves : sequence of LayerCurve
+        The results of :func:`error_curves` for the targeted layers.
+    neurons : sequence of NeuronCurve
+        The results of :func:`joint_curves`.
+    dense : mapping of str to str
+        A sentence by the name of each layer that nothing could be gained or measured of.
+    """
+
+    model: nn.Module
+    statistics: Statistics
+    config: BudgetConfig
+    curves: Sequence[LayerCurve]
+    neurons: Sequence[NeuronCurve]
+    dense: Mapping[str, str]
+
+    def plan(self, *, loss: float | None = None) -> Plan:
+        """Share the budget among the layers, see :func:`plan_budget`.
+
+        Parameters
+        ----------
+        loss : float, optional
+            What all layers may lose, as it is predicted, where the budget is a tolerance.
+        """
+        with unrolled(self.model):
+            return plan_budget(
+                self.model, self.statistics, self.config, self.curves, self.neurons, self.dense, loss=loss
+            )
 
 
 class _Rounding:
@@ -162,6 +209,8 @@ def plan_budget(
     curves: Sequence[LayerCurve],
     neurons: Sequence[NeuronCurve] = (),
     dense: Mapping[str, str] | None = None,
+    *,
+    loss: float | None = None,
 ) -> Plan:
     """Share the budget among layers; those that are worth their parameters stay dense and have no entry.
 
@@ -179,6 +228,8 @@ def plan_budget(
         The results of :func:`joint_curves`: options that remove neurons from a group of these layers.
     dense : mapping of str to str, optional
         A sentence by the name of each layer that nothing could be gained or measured of. Default: none.
+    loss : float, optional
+        What all layers may lose, as it is predicted, where the budget is a tolerance. By default :data:`SHARE` of that.
 
     Returns
     -------
@@ -195,8 +246,34 @@ def plan_budget(
     whole = model_size(model).parameters
     names = [curve.name for curve in curves]
     on_disk = None if config.size is None else ByteCosts(model, names)
-    prices: Prices = on_disk or (Numbers() if config.bits is None else LayerBytes(model, names))
+    prices: Prices = on_disk or (LayerBytes(model, names) if config.rounds or config.bits else Numbers())
+
+    def made(options: Sequence[Options], chosen: Sequence[int]) -> Plan:
+        found = {
+            entry.name: entry
+            for option, number in zip(options, chosen, strict=True)
+            for entry in option.entries(int(number), config)
+        }
+        return Plan(
+            entries=tuple(found[curve.name] for curve in curves if curve.name in found),
+            fingerprint=fingerprint(model),
+            model=model_name(model),
+            seed=config.seed,
+            calibration=statistics.text_hash or None,
+            calibration_tokens=statistics.tokens,
+            calibration_precision=statistics.precision,
+            own_text=statistics.own_text,
+            correction=config.correction,
+            angular=statistics.angular,
+            versions=versions(),
+            targeted_parameters=targeted,
+            model_parameters=whole,
+            dense=dense or {},
+        )
+
     options = layer_options(curves, neurons, prices)
+    if config.tol is not None:
+        return made(options, _within(options, SHARE * config.tol if loss is None else loss, config.tol))
     least = sum(option.least for option in options)
     if on_disk is not None and config.size is not None:
         budget = _size_budget(config.size, on_disk, least=least, rest=_rest(config), dense=dense or {})
@@ -214,33 +291,17 @@ def plan_budget(
         without = _shares(alone, budget)
         if _lost(options, chosen) >= (1.0 - _LEAST_GAIN) * _lost(alone, without):
             options, chosen = alone, without
-    made = {
-        entry.name: entry
-        for option, number in zip(options, chosen, strict=True)
-        for entry in option.entries(int(number), config)
-    }
-    entries = tuple(made[curve.name] for curve in curves if curve.name in made)
-    return Plan(
-        entries=entries,
-        fingerprint=fingerprint(model),
-        model=model_name(model),
-        seed=config.seed,
-        calibration=statistics.text_hash or None,
-        calibration_tokens=statistics.tokens,
-        calibration_precision=statistics.precision,
-        own_text=statistics.own_text,
-        correction=config.correction,
-        angular=statistics.angular,
-        versions=versions(),
-        targeted_parameters=targeted,
-        model_parameters=whole,
-        dense=dense or {},
-    )
+    return made(options, chosen)
 
 
 def _shares(options: Sequence[Options], budget: int) -> tuple[int, ...]:
     """Return which option each takes, so that the sum of errors is least."""
     return ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
+
+
+def _within(options: Sequence[Options], loss: float, tol: float) -> tuple[int, ...]:
+    """Return which option each takes, so that the sum of costs is least where that of errors is no more than a loss."""
+    return ranks.allocate([option.costs for option in options], [option.errors for option in options], loss)
 
 
 def _with_floor(options: Sequence[Options], budget: int) -> list[Options]:

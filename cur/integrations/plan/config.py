@@ -148,7 +148,7 @@ METHODS: dict[str, type[WeightedEntry | RowsEntry]] = {"best": WeightedEntry, "r
 """What the methods of a budget do to a layer, by :data:`cur.integrations.plan.plan.METHODS`."""
 
 
-BUDGETS = ("keep", "parameters", "size", "bits")
+BUDGETS = ("keep", "parameters", "size", "bits", "tol")
 """The fields of a budget of which one is given."""
 
 
@@ -161,13 +161,16 @@ class BudgetConfig(BudgetSettings):
     ----------
     keep : float, optional
         Share of the parameters to keep in the weights of the targeted layers, between 0 and 1. One of this,
-        `parameters`, `size` and `bits` is given. The budget is never exceeded.
+        `parameters`, `size`, `bits` and `tol` is given. The budget is never exceeded.
     parameters : int, optional
         Parameters to keep in the whole model, embeddings and all.
     size : int, optional
         Bytes that the weight files of the checkpoint may take on disk, in the dtype that the model has.
     bits : float, optional
         Bits that a number of the targeted layers may take on average: eight times their bytes over their numbers.
+    tol : float, optional
+        Kullback-Leibler divergence from the dense model, in nats per token on held-out text, that the smallest model
+        which stays within it may have: the mean and its 95 percent interval, measured before anything is written.
     rounding : bool, default True
         Whether numbers may be rounded to few bits, weights as well as factors, where a budget is one of bytes or bits:
         then bits, ranks and neurons share it at one price. For the method "best".
@@ -205,7 +208,7 @@ class BudgetConfig(BudgetSettings):
     Raises
     ------
     TypeError, ValueError
-        If not one of `keep`, `parameters`, `size` and `bits` is given, or a value is out of range.
+        If not one of `keep`, `parameters`, `size`, `bits` and `tol` is given, or a value is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -217,6 +220,10 @@ class BudgetConfig(BudgetSettings):
         keep: Any = self.keep
         if self.bits is not None and not (_is_number(self.bits) and 0.0 < self.bits < math.inf):
             raise ValueError(f"`bits` must be a positive number, such as 4.3, got {self.bits!r}")
+        if self.tol is not None and not (_is_number(self.tol) and 0.0 < self.tol < math.inf):
+            raise ValueError(f"`tol` must be a positive number of nats per token, such as 0.05, got {self.tol!r}")
+        if self.tol is not None and not self.gradients:
+            raise ValueError("`tol` needs `gradients` (leave out --no-gradients), by which loss is foreseen")
         if keep is not None and not (_is_number(keep) and 0.0 < keep < 1.0):
             raise ValueError(
                 "`keep` must be between 0 and 1, both excluded: the share of parameters to keep in the targeted "
@@ -241,7 +248,8 @@ class BudgetConfig(BudgetSettings):
     @property
     def rounds(self) -> bool:
         """Whether numbers may be rounded to few bits."""
-        return self.rounding and self.method == "best" and (self.size is not None or self.bits is not None)
+        of_bytes = any(value is not None for value in (self.size, self.bits, self.tol))
+        return self.rounding and self.method == "best" and of_bytes
 
     @property
     def needs_gradients(self) -> bool:

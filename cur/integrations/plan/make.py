@@ -32,7 +32,7 @@ from cur.integrations.model.unrolling import unrolled
 from cur.integrations.model.usage import is_transformer, model_name
 from cur.integrations.nn import compressed_modules, dense_weight, is_table, layer_class, layout_for
 from cur.integrations.plan.blocks import BY_ANGLE, choose_blocks, inner_blocks, shares
-from cur.integrations.plan.budget import error_curves, joint_curves, plan_budget
+from cur.integrations.plan.budget import Forms, error_curves, joint_curves
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import refuse_all, refuse_named, refuse_unfit, unfit, unmeasured
 from cur.integrations.plan.entry import PlanEntry
@@ -42,7 +42,16 @@ from cur.integrations.plan.methods import CUREntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
 from cur.integrations.plan.rate_distortion import LayerCurve
 
-__all__ = ["Layers", "candidates", "chooses_by_angle", "chosen_blocks", "layer_entries", "make_plan", "plan_of"]
+__all__ = [
+    "Layers",
+    "budget_forms",
+    "candidates",
+    "chooses_by_angle",
+    "chosen_blocks",
+    "layer_entries",
+    "make_plan",
+    "plan_of",
+]
 
 T = TypeVar("T")
 
@@ -153,6 +162,57 @@ def make_plan(
     """
     config = config or CompressConfig()
     layers = layers or Layers(model, statistics, progress)
+    if isinstance(config, BudgetConfig):
+        return budget_forms(model, statistics, config, layers).plan()
+    names, _, dense = _among(model, statistics, config, layers)
+    entries = _in_order(
+        names,
+        layers.gather({group[0]: layer_entries(model, part, config, group) for group, part in layers.groups(names)}),
+    )
+    with unrolled(model):
+        return plan_of(model, statistics, config, [entry for some in entries for entry in some], names, dense)
+
+
+def budget_forms(model: nn.Module, statistics: Statistics, config: BudgetConfig, layers: Layers) -> Forms:
+    """Look at what layers can take within a budget, all that takes time in :func:`make_plan`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, which is not changed.
+    statistics : Statistics
+        Statistics of the whole model, as for :func:`make_plan`.
+    config : BudgetConfig
+        The configuration, which has the budget.
+    layers : Layers
+        The access to the layers.
+
+    Returns
+    -------
+    Forms
+        What plans follow from.
+
+    Raises
+    ------
+    ValueError
+        As :func:`make_plan`.
+    """
+    names, targets, dense = _among(model, statistics, config, layers)
+    curves = {}
+    for group, part in layers.groups(names):
+        one = error_curves(model, part, config, group, progress=layers.watch("plan"))
+        curves[group[0]] = one, joint_curves(model, part, config, group, progress=layers.watch("neurons"))
+    found = _in_order(names, layers.gather(curves))
+    with unrolled(model):
+        every = _with_dense(model, targets, [curve for one, _ in found for curve in one])
+    neurons = [n for _, two in found for n in two]
+    return Forms(model=model, statistics=statistics, config=config, curves=every, neurons=neurons, dense=dense)
+
+
+def _among(
+    model: nn.Module, statistics: Statistics, config: CompressConfig | BudgetConfig, layers: Layers
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Return the layers to decide on, all that are targeted, and a sentence for each that stays dense."""
     with unrolled(model):
         names = candidates(model, config, offloaded=layers.offloaded)
         if isinstance(config, CompressConfig):
@@ -163,29 +223,7 @@ def make_plan(
         refuse_all(names, dense)
         targets, names = names, [name for name in names if name not in dense]
         dense = left_dense(model, config.targets, exclude=config.exclude) | dense
-    if isinstance(config, CompressConfig):
-        entries = _in_order(
-            names,
-            layers.gather(
-                {group[0]: layer_entries(model, part, config, group) for group, part in layers.groups(names)}
-            ),
-        )
-        with unrolled(model):
-            return plan_of(model, statistics, config, [entry for some in entries for entry in some], names, dense)
-    curves = {}
-    for group, part in layers.groups(names):
-        one = error_curves(model, part, config, group, progress=layers.watch("plan"))
-        curves[group[0]] = one, joint_curves(model, part, config, group, progress=layers.watch("neurons"))
-    found = _in_order(names, layers.gather(curves))
-    with unrolled(model):
-        return plan_budget(
-            model,
-            statistics,
-            config,
-            _with_dense(model, targets, [curve for one, _ in found for curve in one]),
-            [n for _, two in found for n in two],
-            dense,
-        )
+    return names, targets, dense
 
 
 def _with_dense(model: nn.Module, names: list[str], curves: list[LayerCurve]) -> list[LayerCurve]:

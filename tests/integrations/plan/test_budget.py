@@ -265,7 +265,7 @@ def test_budgets_that_cannot_be_met(llama: PreTrainedModel, statistics: Statisti
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({}, TypeError, "one of `keep`, `parameters`, `size`, `bits` must be given, got none"),
+        ({}, TypeError, "one of `keep`, `parameters`, `size`, `bits`, `tol` must be given, got none"),
         ({"keep": 0.5, "parameters": 9}, TypeError, "one of .* must be given, got keep=0.5, parameters=9"),
         ({"keep": 1.0}, ValueError, "`keep` must be between 0 and 1, both excluded.*got 1.0"),
         ({"keep": 0}, ValueError, "`keep` must be between 0 and 1"),
