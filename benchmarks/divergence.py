@@ -1,54 +1,38 @@
-"""How far a changed model predicts otherwise than the dense one: divergence and top token, window by window."""
+"""How far a changed model predicts otherwise than the dense one: divergence and top token, by text and window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Reference"]
+from cur.integrations import Reference
 
-# Tokens whose logits of both models are in memory at once.
-CHUNK = 128
+__all__ = ["References"]
 
 
-class Reference:
-    """The last hidden states of the dense model on windows of some texts.
+class References:
+    """The predictions of the dense model on windows of some texts, kept to compare others with it."""
 
-    Logits are made of them where they are needed, for those of all windows would be many times as large. Both models
-    have the same head, and are run in the dtype of their weights.
-    """
+    def __init__(self, model: nn.Module, texts: Mapping[str, Tensor], progress: Callable[[int, int], Any]) -> None:
+        self.total = sum(map(len, texts.values()))
+        self.of: dict[str, Reference] = {}
+        for name, windows in texts.items():
+            self.of[name] = Reference(
+                model, windows, precision="float32", progress=self._after(list(self.of), progress)
+            )
 
-    @torch.no_grad()
-    def __init__(self, model: Any, texts: Mapping[str, Tensor], progress: Callable[[int, int], Any]) -> None:
-        self.texts = dict(texts)
-        self.total = sum(map(len, self.texts.values()))
-        self.head = model.get_output_embeddings()
-        self.states: dict[str, list[Tensor]] = {name: [] for name in self.texts}
-        for name, state in self._run(model, progress):
-            self.states[name].append(state)
+    def compare(self, model: nn.Module, progress: Callable[[int, int], Any]) -> dict[str, dict[str, list[float]]]:
+        """Return by text and window ``kl``, nats per token from the dense model, and share of the ``same`` top."""
+        names = list(self.of)
+        found = {
+            name: self.of[name].compare(model, precision="float32", progress=self._after(names[:place], progress))
+            for place, name in enumerate(names)
+        }
+        return {name: {"kl": list(each.kl), "same": list(each.same)} for name, each in found.items()}
 
-    @torch.no_grad()
-    def compare(self, model: Any, progress: Callable[[int, int], Any]) -> dict[str, dict[str, list[float]]]:
-        """Return by text ``kl``, nats per token from the dense model, and the share of the ``same`` top token."""
-        found: dict[str, dict[str, list[float]]] = {name: {"kl": [], "same": []} for name in self.texts}
-        for name, state in self._run(model, progress):
-            divergence, same = 0.0, 0
-            expected = self.states[name][len(found[name]["kl"])]
-            for ours, theirs in zip(state.split(CHUNK), expected.split(CHUNK), strict=True):
-                p, q = (self.head(x).float().log_softmax(-1) for x in (theirs, ours))
-                same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                divergence += float(torch.linalg.vecdot(p.exp(), p - q).double().sum())
-            found[name]["kl"].append(divergence / len(state))
-            found[name]["same"].append(same / len(state))
-        return found
-
-    def _run(self, model: Any, progress: Callable[[int, int], Any]) -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for name, windows in self.texts.items():
-            for window in windows:
-                yield name, model.base_model(input_ids=window[None], use_cache=False)[0][0]
-                done += 1
-                progress(done, self.total)
+    def _after(self, names: list[str], progress: Callable[[int, int], Any]) -> Callable[[int, int | None], Any]:
+        """Return what counts on from the windows of texts that are done."""
+        done = sum(len(self.of[name].windows) for name in names)
+        return lambda number, _: progress(done + number, self.total)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
+from cur._lib.interval import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(
@@ -593,15 +593,6 @@ def rounding(data: dict[str, Any]) -> str:
     head = ["Layer", "bits", "one / nearest", "both / one", "one, s", "both, s", "ratio"]
     about = f"*Groups of {data['group']}, asymmetric, steps in float16, damping {data['damping']}; one thread.*"
     return f"{table(head, rows)}\n\n{about}\n\n{provenance(data)}"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of windows, and half the length of its interval of 95 percent by Student's distribution."""
-    count, mean = len(values), math.fsum(values) / len(values)
-    if count < 2:
-        return mean, math.inf
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
 
 
 def off_grid(data: dict[str, Any]) -> str:

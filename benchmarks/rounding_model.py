@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.baselines import magnitudes
-from benchmarks.divergence import Reference
+from benchmarks.divergence import References
 from benchmarks.environment import add_precision, environment
 from benchmarks.off_grid import SEED, SPREAD, leave_grid_
-from benchmarks.render import interval
 from benchmarks.rounding_methods import DAMPING, METHODS, Known, int4_of_torchao, sharing
 from benchmarks.rounding_picture import draw
+from cur._lib.interval import interval
 from cur.integrations import (
     Statistics,
     batches,
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
         }.items()
     }
     known = calibrated(dense, windows, names, options.cache, digest[:12], precision)
-    reference = Reference(dense, held_out, count("dense"))
+    reference = References(dense, held_out, count("dense"))
     for bits, group in SETTINGS:
         if bits not in options.bits or group not in options.groups:
             continue
@@ -162,7 +162,7 @@ def calibrated(model: Any, windows: Tensor, names: list[str], cache: Path, diges
     return Known(model, names, statistics, load_file(beside), windows)
 
 
-def measured(known: Known, reference: Reference, title: str, bits: int, group: int) -> dict[str, Any]:
+def measured(known: Known, reference: References, title: str, bits: int, group: int) -> dict[str, Any]:
     """Round the model, and compare what it predicts with the dense one, window by window."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.render import interval
+from cur._lib.interval import interval
 
 __all__ = ["draw"]
 

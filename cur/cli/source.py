@@ -17,7 +17,7 @@ from cur.integrations.measure.rows import Conversation
 from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
 from cur.integrations.model.limits import check_windows, positions
 from cur.integrations.pipeline import unread_remark
-from cur.integrations.report.perplexity import output_head
+from cur.integrations.report.endings import output_head
 
 __all__ = ["HeldOut", "Source", "check_file", "read_for", "show_unread", "tell"]
 

@@ -21,6 +21,7 @@ from cur.integrations.plan.config import BudgetConfig, CompressConfig
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.plan import Plan, PlanEntry
 from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.divergence import Divergence, Reference, divergence
 from cur.integrations.report.perplexity import Perplexity, perplexity
 from cur.integrations.store.checkpoint import dense_export, save
 from cur.integrations.store.module import load_into
@@ -33,6 +34,7 @@ __all__ = [
     "CompressConfig",
     "CompressionReport",
     "DEFAULT_MODEL",
+    "Divergence",
     "FoldedLinear",
     "InterpolativeLinear",
     "LayerReport",
@@ -40,6 +42,7 @@ __all__ = [
     "Perplexity",
     "Plan",
     "PlanEntry",
+    "Reference",
     "Statistics",
     "batches",
     "block_stacks",
@@ -52,6 +55,7 @@ __all__ = [
     "dataset_texts",
     "decoder_layers",
     "dense_export",
+    "divergence",
     "embedded_text",
     "evaluate_model",
     "linear_modules",

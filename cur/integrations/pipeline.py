@@ -34,7 +34,8 @@ from cur.integrations.model.precision import Precision, check
 from cur.integrations.plan.config import Asked, CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
-from cur.integrations.report.perplexity import Perplexity, output_head, perplexity
+from cur.integrations.report.endings import output_head
+from cur.integrations.report.perplexity import Perplexity, perplexity
 from cur.integrations.sources import InMemory, StageProgress, as_batches, busy, silent
 
 __all__ = [

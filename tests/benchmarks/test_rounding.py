@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import rounding_methods, rounding_model
 from benchmarks.baselines import magnitudes
-from benchmarks.divergence import Reference
-from benchmarks.render import interval
+from benchmarks.divergence import References
 from benchmarks.tiny import WORDS, tokenizer
+from cur._lib.interval import interval
 from cur.integrations import batches, collect, linear_modules
 
 METHODS = list(rounding_methods.METHODS)
@@ -102,12 +102,12 @@ def test_the_last_group_of_a_row_may_be_shorter(method: str, known: rounding_met
 
 
 def test_divergence_and_top_tokens_are_those_of_the_logits(llama: LlamaForCausalLM, monkeypatch: Any) -> None:
-    monkeypatch.setattr("benchmarks.divergence.CHUNK", 5)
+    monkeypatch.setattr("cur.integrations.report.endings._CHUNK", 5 * 4 * WORDS)
     windows = {
         name: torch.randint(WORDS, (2, 12), generator=torch.Generator().manual_seed(place))
         for place, name in enumerate("ab")
     }
-    reference = Reference(llama, windows, quiet)
+    reference = References(llama, windows, quiet)
     torch.manual_seed(1)
     other = LlamaForCausalLM(llama.config).eval()
     other.lm_head = llama.lm_head

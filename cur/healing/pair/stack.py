@@ -13,7 +13,7 @@ from cur.integrations.model.blocks import BlockCall, BlockWalk, ReachedError, af
 from cur.integrations.model.hooks import hooked
 from cur.integrations.model.running import body, model_inputs, run
 from cur.integrations.nn import compressed_modules
-from cur.integrations.report.perplexity import head_is_separate, output_head
+from cur.integrations.report.endings import head_is_separate, output_head
 
 __all__ = ["Outputs", "Stack"]
 

@@ -17,7 +17,8 @@ from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import Progress, body, evaluating, model_inputs, run
-from cur.integrations.report.perplexity import Perplexity, output_head, perplexity
+from cur.integrations.report.endings import output_head
+from cur.integrations.report.perplexity import Perplexity, perplexity
 
 __all__ = ["perplexity_blockwise"]
 

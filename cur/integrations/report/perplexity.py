@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from cur._lib.errors import NumericalError
 from cur.integrations.measure.text import batches
-from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.finite import find_nonfinite
-from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.precision import Precision
-from cur.integrations.model.running import Progress, body, evaluating, model_inputs, run
+from cur.integrations.model.running import Progress, model_inputs
+from cur.integrations.report.endings import Predictor, output_head, predicting
 
 __all__ = ["Perplexity", "perplexity"]
-
-# Logits in memory at once: 64 MB in float32.
-_CHUNK = 1 << 24
-_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ def perplexity(
     NumericalError
         If the likelihood is not finite; the message names where that began.
     """
-    head = output_head(model)
+    output_head(model)
     parts = batches(windows, batch_size=batch_size)
     if windows.shape[1] < 2:
         raise ValueError("`windows` must have at least 2 tokens each, one to see and one to predict")
@@ -117,96 +109,44 @@ def perplexity(
     passes = Precision.of(model, precision)
     begin = time.perf_counter()
     nll, done = 0.0, 0
-    with evaluating(model), eager_experts(model), passes.products(), _unrounded(head, passes):
-        separate = head_is_separate(model, head, windows[:1, :_PROBE])
+    with predicting(model, windows, passes) as predictor:
         for batch in parts:
-            ids = batch["input_ids"]
-            loss = _nll_in_chunks(model, head, batch) if separate else _nll(model, batch)
+            loss = _nll(predictor, batch)
             if not math.isfinite(loss):
                 raise NumericalError(
                     f"the likelihood of window {done} is not finite; "
                     f"{find_nonfinite(model, model, model_inputs(model, batch))}"
                 )
             nll += loss
-            done += len(ids)
+            done += len(batch["input_ids"])
             if progress is not None:
                 progress(done, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = nll / tokens
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = exponential(nll / tokens)
     return Perplexity(value, nll, tokens, len(windows), time.perf_counter() - begin, passes.name)
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """Return the output head of a causal language model; a TypeError says what is not one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    can_generate = getattr(model, "can_generate", None)
-    generates = callable(can_generate) and can_generate()
-    if not isinstance(head, nn.Linear) or encoder_decoder or not generates or _sees_what_follows(model):
-        raise TypeError(
-            f"perplexity needs a causal language model, {type(model).__name__} is not one: it has no predictions of "
-            "the next token from those before it"
-        )
-    return head
+def exponential(nll: float) -> float:
+    """Return the perplexity of a mean negative log-likelihood, infinite where a float does not hold it.
 
+    Parameters
+    ----------
+    nll : float
+        The mean negative log-likelihood of a token, in nats.
 
-def _sees_what_follows(model: nn.Module) -> bool:
-    """Say whether a model is an encoder under the name of a decoder, as BERT with a language modelling head."""
-    config = getattr(model, "config", None)
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    return masked and getattr(config, "is_decoder", True) is False
-
-
-def head_is_separate(model: nn.Module, head: nn.Module, ids: torch.Tensor) -> bool:
-    """Say whether the logits are just the head applied to the body's output, by trying a few tokens.
-
-    Some models scale or cap the logits after the head; then the whole model is run at once.
+    Returns
+    -------
+    float
+        The perplexity.
     """
-    inner = body(model)
-    if inner is model:
-        return False
-    state = run(inner, model_inputs(inner, ids))[0]
-    whole = run(model, model_inputs(model, ids)).logits
-    ours = head(state.to(_dtype(head)))  # some models keep the stream in float32 beside weights of half precision
-    tolerance = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-    return ours.shape == whole.shape and bool((ours - whole).abs().max() <= tolerance)
+    return math.exp(nll) if nll < 700 else math.inf
 
 
-def _dtype(head: nn.Module) -> torch.dtype:
-    weight: torch.Tensor = head.get_parameter("weight")
-    return weight.dtype
-
-
-def _unrounded(head: nn.Linear, passes: Precision) -> AbstractContextManager[None]:
-    """Let a head compute logits as its weights are: their third digit is one of the likelihood."""
-
-    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def exact(x: torch.Tensor) -> Any:
-            with passes.exact():
-                return forward(x.to(head.weight.dtype))
-
-        return exact
-
-    return forwards_replaced([(head, wrapped)])
-
-
-def _nll_in_chunks(model: nn.Module, head: nn.Linear, batch: dict[str, Any]) -> float:
-    inner = body(model)
-    inputs = model_inputs(inner, batch)
-    states = run(inner, inputs)[0][:, :-1].flatten(0, 1)
-    targets = inputs["input_ids"][:, 1:].flatten().to(states.device)
-    step = max(_CHUNK // head.weight.shape[0], 1)
-    return sum(
-        _sum_nll(head(part), target) for part, target in zip(states.split(step), targets.split(step), strict=True)
-    )
-
-
-def _nll(model: nn.Module, batch: dict[str, Any]) -> float:
-    inputs = model_inputs(model, batch)
-    logits = run(model, inputs).logits[:, :-1].flatten(0, 1)
-    return _sum_nll(logits, inputs["input_ids"][:, 1:].flatten().to(logits.device))
+def _nll(predictor: Predictor, batch: dict[str, Any]) -> float:
+    states = predictor.states(batch)[:, :-1].flatten(0, 1)
+    targets = batch["input_ids"][:, 1:].flatten()
+    parts = zip(*(torch.split(each, predictor.step) for each in (states, targets)), strict=True)
+    return sum(_sum_nll(predictor.logits(part), target) for part, target in parts)
 
 
 def _sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> float:

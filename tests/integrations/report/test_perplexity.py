@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from cur import NumericalError
 from cur.integrations import perplexity, read_text, token_windows
 from cur.integrations.model.loading import LoadedModel
-from cur.integrations.report import perplexity as evaluate
+from cur.integrations.report import endings
 
 
 def by_definition(model: PreTrainedModel, windows: torch.Tensor) -> float:
@@ -46,7 +46,7 @@ def test_chunks_of_logits_do_not_matter(
     whole = perplexity(llama, windows).nll
     sizes: list[int] = []
     handle = llama.lm_head.register_forward_hook(lambda _, args, __: sizes.append(args[0][..., 0].numel()))
-    monkeypatch.setattr(evaluate, "_CHUNK", 101 * 5)
+    monkeypatch.setattr(endings, "_CHUNK", 101 * 5)
     assert perplexity(llama, windows, batch_size=3).nll == pytest.approx(whole, rel=1e-6)
     handle.remove()
     # The first two are the trial of a few tokens.
