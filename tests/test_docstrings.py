@@ -104,6 +104,8 @@ def _public(path: Path) -> Iterator[Documented]:
     names = ast.literal_eval(exported[0]) if exported else ()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names:
+            if "overload" in Documented(node, None).decorators:  # what is described stands below
+                continue
             yield Documented(node, None)
             if isinstance(node, ast.ClassDef):
                 for part in node.body:

@@ -49,10 +49,11 @@ _DESCRIPTIONS = {
     "neurons": "Looking at neurons",
     "decompose": "Factorizing weights",
     "quantize": "Rounding weights",
-    "before": "Perplexity before",
-    "after": "Perplexity after",
+    "before": "Dense, held-out text",
+    "after": "Compressed, held-out",
     "healed": "Perplexity when healed",
-    "evaluate": "Perplexity",
+    "evaluate": "Predictions",
+    "reference": "Dense predictions",
 }
 
 

@@ -173,11 +173,20 @@ def heal(given: Given, overwrite: o.Overwrite = False, as_json: o.AsJson = False
     run_heal(given, overwrite=overwrite, as_json=as_json)
 
 
-@command(app, g.Model, g.ScoredText, g.Loading, example="`cur evaluate small --text notes.txt`")
+@command(
+    app,
+    g.Model,
+    g.ScoredText,
+    g.Loading,
+    example="`cur evaluate small --against my-model --text notes.txt`",
+)
 def evaluate(given: Given, as_json: o.AsJson = False) -> None:
-    """Measure the perplexity of a model on text, compressed or not.
+    """Measure how far a model predicts otherwise than another, or its perplexity alone.
 
-    Lower is better: the model is as unsure about the next token as if it chose among that many.
+    With `--against DENSE` the Kullback-Leibler divergence of the next token comes first, in nats per token: zero where
+    both predict the same. Its interval says how much of it may be chance. Then come how often both have the same most
+    likely token, and the perplexities. Perplexity, lower is better, says among how many tokens the model is as unsure
+    as if it chose; on a small text it may fall by luck.
     """
     from cur.cli.commands import run_evaluate
 

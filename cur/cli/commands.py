@@ -33,6 +33,7 @@ from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import grid_of, grids_for, quantizable, quantize_, read_grids, save_quantized
 from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.perplexity import Perplexity
 from cur.integrations.report.speed import layer_speeds
 from cur.integrations.store.account import compare, read_account
 from cur.integrations.store.checkpoint import save
@@ -124,6 +125,10 @@ def _show_compressed(target: Path, report: CompressionReport, out: Path, *, as_j
     if report.plan.kept is not None:
         output.print(tables.budget_line(report.plan))
     _show_dense(report.plan)
+    if report.divergence is not None:
+        for name, figure in report.divergence.figures().items():
+            output.print(f"{name}, held-out: {figure}")
+        output.print(report.divergence.remark)
     for name, value in report.perplexity.items():
         output.print(f"Perplexity {name}: {value:.2f}")
     page = target / PAGE
@@ -316,7 +321,7 @@ def run_evaluate(given: Given, *, as_json: bool) -> None:
     Raises
     ------
     ValueError
-        If a column is named without a text, or the model or the text cannot be used.
+        If a column is named without a text, or a model or the text cannot be used.
     """
     model, scored = given.build(Model).model, given.build(ScoredText)
     if scored.column is not None and scored.text is None:
@@ -330,16 +335,27 @@ def run_evaluate(given: Given, *, as_json: bool) -> None:
         result = evaluate_model(
             model,
             lambda tokenizer: token_windows(tokenizer, source, length=length, count=count, name=name),
+            against=scored.against,
             batch_size=scored.batch_size,
             progress=bar,
             announce=tell,
             **_loaded(given.build(Loading)),
         )
     called = DEFAULT_MODEL if model is None else model
-    if as_json:
-        print_json({"model": called, "text": name, "window_length": length, **asdict(result)})
+    if isinstance(result, Perplexity):
+        if as_json:
+            print_json({"model": called, "text": name, "window_length": length, **asdict(result)})
+        else:
+            output.print(f"{called}: perplexity {result} of {name}")
         return
-    output.print(f"{called}: perplexity {result} of {name}")
+    if as_json:
+        about = {"model": called, "against": scored.against, "text": name, "window_length": length}
+        print_json({**about, "divergence": result.to_dict()})
+        return
+    for line in result.lines(str(scored.against)):
+        output.print(line, markup=False)
+    said = f"{called} on {name}: {result.remark} {result.seconds:.1f} s, products in {result.precision}."
+    output.print(said, markup=False)
 
 
 def run_inspect(directory: Path, *, against: Path | None, speed: bool, as_json: bool) -> None:

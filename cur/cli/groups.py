@@ -222,9 +222,20 @@ class HealingText(Text):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredText:
-    """Text to measure perplexity on."""
+    """Text to measure predictions on, and what to compare them with."""
 
     heading: ClassVar[str] = "Text"
+
+    against: str | None = field(
+        default=None,
+        metadata=setting(
+            "The model to compare it with, as a rule the dense one that it was made from: a directory, a .gguf file, "
+            "or a hub id.",
+            basic=True,
+            heading="Model",
+            shown="perplexity alone is measured",
+        ),
+    )
 
     text: Path | None = field(
         default=None, metadata=setting(_TEXT, short="-t", basic=True, shown="part of the Python language reference")
@@ -237,14 +248,15 @@ class ScoredText:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutText:
-    """Text to measure perplexity on before and after."""
+    """Text to compare the compressed model with the dense one on."""
 
-    heading: ClassVar[str] = "Perplexity"
+    heading: ClassVar[str] = "Held-out text"
 
     held_out: str | None = field(
         default=None,
         metadata=setting(
-            "Text file to measure perplexity on before and after; or `reference`, the rest of the default text.",
+            "Text file to compare the compressed model with the dense one on, by divergence and perplexity; or "
+            "`reference`, the rest of the default text.",
             basic=True,
             shown="not measured",
         ),

@@ -185,7 +185,7 @@ class Source(CompressionText):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut(HeldOutText):
-    """Text to measure perplexity on, before and after."""
+    """Text to compare the compressed model with the dense one on."""
 
     @property
     def reader(self) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], torch.Tensor] | None:

@@ -155,7 +155,7 @@ def compress_to(
     target : Path
         The path of the directory to create.
     held_out : Tensor, optional
-        Windows of tokens whose perplexity is measured before and after; the checkpoint is there before the second.
+        Windows of tokens on which the compressed model is compared with the dense one, once the checkpoint is there.
     overwrite : bool, default False
         Whether a directory that is not empty may be replaced.
     max_shard_size : int or str, default "5GB"
@@ -166,14 +166,15 @@ def compress_to(
     CompressionReport
         The report, as it was saved with the checkpoint.
     """
-    figures = {} if held_out is None else {"before, held-out": source.score("before", held_out)}
-    report = replace(compress_source(source, asked), perplexity=figures)
+    compared = None if held_out is None else source.judged(held_out)
+    report = compress_source(source, asked)
     if not source.leads:
         return report
     report = source.save(report, target, overwrite=overwrite, max_shard_size=max_shard_size)
-    if held_out is not None:
-        figures["after, held-out"] = source.score("after", held_out, target)
-        report = replace(report, perplexity=figures)
+    if compared is not None:
+        found = compared(target)
+        figures = {"before, held-out": found.reference_perplexity, "after, held-out": found.perplexity}
+        report = replace(report, divergence=found, perplexity=figures)
         describe(source.compressed, target, report)
     return report
 

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.memory import fits
 from cur.integrations.blockwise.run import compress_blockwise
-from cur.integrations.blockwise.score import perplexity_blockwise
-from cur.integrations.blockwise.streamed_model import load_streamed
+from cur.integrations.blockwise.score import compare_blockwise, perplexity_blockwise, reference_blockwise
+from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.compress import compress_to, planned
 from cur.integrations.files.directory import check_target
 from cur.integrations.files.header import ShardError
@@ -28,12 +28,14 @@ from cur.integrations.files.shards import Shards
 from cur.integrations.measure.text import embedded_text, read_text, token_windows
 from cur.integrations.model.adapters import refuse_adapter_directory
 from cur.integrations.model.limits import check_windows
-from cur.integrations.model.loading import LoadedModel, load_model
+from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.origin import origin_of
 from cur.integrations.model.precision import Precision, check
+from cur.integrations.model.running import Progress
 from cur.integrations.plan.config import Asked, CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.divergence import Divergence, Reference, check_vocabulary
 from cur.integrations.report.endings import output_head
 from cur.integrations.report.perplexity import Perplexity, perplexity
 from cur.integrations.sources import InMemory, StageProgress, as_batches, busy, silent
@@ -49,6 +51,9 @@ __all__ = [
     "unread_remark",
 ]
 
+Given: TypeAlias = "str | Path | PreTrainedModel | LoadedModel | None"
+"""A model: a directory, a ``.gguf`` file or a hub id, or one in memory; None is the embedded one."""
+
 Text: TypeAlias = (
     "str | Path | Tensor | Iterable[Mapping[str, Tensor]] | Callable[[PreTrainedTokenizerBase], list[Any]] | None"
 )
@@ -56,7 +61,7 @@ Text: TypeAlias = (
 None is one half of the Python language reference."""
 
 HeldOut: TypeAlias = "Tensor | Callable[[PreTrainedModel, PreTrainedTokenizerBase], Tensor] | None"
-"""Windows of tokens to measure perplexity on, or a function that makes them by a model and its tokenizer."""
+"""Windows of tokens to compare models on, or a function that makes them by a model and its tokenizer."""
 
 _WINDOWS, _LENGTH = 64, 512
 _TOLD = 5
@@ -95,7 +100,8 @@ def compress_model(
     text : optional
         The text to measure the model on, see :data:`Text`.
     held_out : optional
-        The text to measure perplexity on before and after, see :data:`HeldOut`. By default it is not measured.
+        The text to compare the compressed model with the dense one on, see :data:`HeldOut`. By default they are not
+        compared.
     statistics : path, optional
         File of statistics: used in the place of the text if it is there, written otherwise.
     tokenizer : PreTrainedTokenizerBase, optional
@@ -218,10 +224,12 @@ def plan_model(
     return planned(source, asked)[1]
 
 
+@overload
 def evaluate_model(
-    model: str | Path | PreTrainedModel | LoadedModel | None,
+    model: Given,
     text: Callable[[PreTrainedTokenizerBase], Tensor] | Tensor,
     *,
+    against: None = None,
     batch_size: int = 1,
     dtype: torch.dtype | str = "auto",
     precision: str = "auto",
@@ -230,8 +238,40 @@ def evaluate_model(
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
     announce: Callable[[str], object] | None = None,
-) -> Perplexity:
-    """Measure the perplexity of a model, compressed or not, in memory or block by block.
+) -> Perplexity: ...
+@overload
+def evaluate_model(
+    model: Given,
+    text: Callable[[PreTrainedTokenizerBase], Tensor] | Tensor,
+    *,
+    against: str | Path | PreTrainedModel | LoadedModel,
+    batch_size: int = 1,
+    dtype: torch.dtype | str = "auto",
+    precision: str = "auto",
+    device: str = "cpu",
+    low_memory: bool | None = None,
+    trust_remote_code: bool = False,
+    progress: StageProgress | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> Divergence: ...
+def evaluate_model(
+    model: Given,
+    text: Callable[[PreTrainedTokenizerBase], Tensor] | Tensor,
+    *,
+    against: Given = None,
+    batch_size: int = 1,
+    dtype: torch.dtype | str = "auto",
+    precision: str = "auto",
+    device: str = "cpu",
+    low_memory: bool | None = None,
+    trust_remote_code: bool = False,
+    progress: StageProgress | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> Perplexity | Divergence:
+    """Measure what a model, compressed or not, predicts: its divergence from another, or its perplexity alone.
+
+    Each model is in memory or passes through it block by block. Of the one to compare with no more than its last hidden
+    states and its head are kept while the other runs.
 
     Parameters
     ----------
@@ -239,46 +279,112 @@ def evaluate_model(
         The model: a path, a hub id, or one in memory, as for :func:`compress_model`.
     text : Tensor or callable
         Windows of tokens, or a function that makes them by the model's tokenizer.
+    against : str, Path, PreTrainedModel or LoadedModel, optional
+        The model to compare it with, such as the dense one that it was made from; the embedded one by its name,
+        :data:`~cur.integrations.DEFAULT_MODEL`. Default: perplexity alone is measured.
     batch_size : int, default 1
         The number of windows in one forward pass.
     dtype, precision, device, low_memory, trust_remote_code, progress, announce
-        How to load and run the model, as for :func:`compress_model`.
+        How to load and run the models, as for :func:`compress_model`.
 
     Returns
     -------
-    Perplexity
+    Divergence or Perplexity
+        With `against` the divergence from that model, which has the perplexities of both; else the perplexity.
 
     Raises
     ------
+    TypeError
+        If a model is not a causal language model; before any pass.
     ValueError
-        If several processes were started, or an argument is not allowed.
+        If several processes were started, an argument is not allowed, or the models have different vocabularies or
+        tokenizers; before any pass.
     """
     check(precision)
-    where, tell = place(device), announce or silent
-    watch = None if progress is None else functools.partial(progress, "evaluate")
+    how = _How(precision, dtype, place(device), low_memory, trust_remote_code, batch_size, progress, announce or silent)
+    scored = _Scored(model, how)
+    windows = text(scored.tokenizer) if callable(text) else text
+    check_windows(scored.model, windows)
+    if against is None:
+        return scored.perplexity(windows)
+    dense = _Scored(None if against == DEFAULT_MODEL else against, how)
+    check_vocabulary(scored.model, type(dense.model).__name__, output_head(dense.model).out_features)
+    _check_tokens(windows, scored.tokenizer, dense.tokenizer)
+    reference = dense.reference(windows)
+    del dense
+    return scored.compare(reference)
 
-    def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        output_head(model)
-        windows = text(tokenizer) if callable(text) else text
-        check_windows(model, windows)
-        return windows
 
-    if not isinstance(model, (PreTrainedModel, tuple)) and block_by_block(model, low_memory, dtype):
-        if ProcessGroup().size > 1:
-            raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
-        streamed = load_streamed(str(model), dtype=dtype, device=where, trust_remote_code=trust_remote_code)
-        windows = read(streamed.model, streamed.tokenizer)
-        _tell_unread(streamed.model, tell)
-        passes = Precision.on(streamed.device, streamed.dtype, precision)
-        tell(passes.remark(precision))
-        return perplexity_blockwise(streamed, windows, batch_size=batch_size, precision=passes.name, progress=watch)
-    with busy(progress, "load"):
-        loaded = _loaded(model, None, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
-        windows = read(loaded.model, loaded.tokenizer)
-    _tell_unread(loaded.model, tell)
-    passes = Precision.of(loaded.model, precision)
-    tell(passes.remark(precision))
-    return perplexity(loaded.model, windows, batch_size=batch_size, precision=passes.name, progress=watch)
+class _How(NamedTuple):
+    """How models are loaded and run, as for :func:`evaluate_model`."""
+
+    precision: str
+    dtype: torch.dtype | str
+    device: str
+    low_memory: bool | None
+    trust_remote_code: bool
+    batch_size: int
+    progress: StageProgress | None
+    tell: Callable[[str], object]
+
+    def watch(self, stage: str) -> Progress | None:
+        """Return a callback for the steps of one stage."""
+        return None if self.progress is None else functools.partial(self.progress, stage)
+
+
+class _Scored:
+    """A causal language model that is opened, in memory or block by block, for what it predicts."""
+
+    def __init__(self, given: Given, how: _How) -> None:
+        self._streamed: StreamedModel | None = None
+        opening: dict[str, Any] = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
+        if not isinstance(given, (PreTrainedModel, tuple)) and block_by_block(given, how.low_memory, how.dtype):
+            if ProcessGroup().size > 1:
+                raise ValueError("`cur evaluate` runs in one process; start it without torchrun")
+            self._streamed = load_streamed(str(given), device=how.device, **opening)
+            self.model, self.tokenizer = self._streamed.model, self._streamed.tokenizer
+            passes = Precision.on(self._streamed.device, self._streamed.dtype, how.precision)
+        else:
+            with busy(how.progress, "load"):
+                self.model, self.tokenizer, _ = _loaded(given, None, device_map=how.device, **opening)
+            passes = Precision.of(self.model, how.precision)
+        output_head(self.model)
+        _tell_unread(self.model, how.tell)
+        how.tell(passes.remark(how.precision))
+        self._how = how
+        self._options: dict[str, Any] = {"batch_size": how.batch_size, "precision": passes.name}
+
+    def perplexity(self, windows: Tensor) -> Perplexity:
+        watch = self._how.watch("evaluate")
+        if self._streamed is not None:
+            return perplexity_blockwise(self._streamed, windows, progress=watch, **self._options)
+        return perplexity(self.model, windows, progress=watch, **self._options)
+
+    def reference(self, windows: Tensor) -> Reference:
+        watch = self._how.watch("reference")
+        if self._streamed is not None:
+            return reference_blockwise(self._streamed, windows, progress=watch, **self._options)
+        return Reference(self.model, windows, progress=watch, **self._options)
+
+    def compare(self, reference: Reference) -> Divergence:
+        watch = self._how.watch("evaluate")
+        if self._streamed is not None:
+            return compare_blockwise(self._streamed, reference, progress=watch, **self._options)
+        return reference.compare(self.model, progress=watch, **self._options)
+
+
+def _check_tokens(windows: Tensor, ours: Any, theirs: Any) -> None:
+    """Refuse windows whose tokens mean something else to the other model's tokenizer."""
+    if ours is None or theirs is None:
+        return
+    ids = sorted(set(windows.flatten().tolist()))
+    pairs = zip(ids, *(each.convert_ids_to_tokens(ids) for each in (ours, theirs)), strict=True)
+    for number, own, other in pairs:
+        if own != other:
+            raise ValueError(
+                f"`against` (--against) must have the tokenizer of the model, to which token {number} of the text is "
+                f"{own!r}; to that model it is {other!r}: compare a model with the one that it was made from"
+            )
 
 
 def place(device: str) -> str:

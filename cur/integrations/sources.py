@@ -32,8 +32,8 @@ from cur.integrations.plan.config import Asked, BudgetConfig
 from cur.integrations.plan.make import Layers, candidates, chooses_by_angle
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.divergence import Divergence, Reference
 from cur.integrations.report.outputs import output_changes
-from cur.integrations.report.perplexity import perplexity
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
@@ -267,17 +267,23 @@ class Source(ABC):
         """Return the hash of the parameters that the compressed model shares with the dense one; empty if unknown."""
 
     @abstractmethod
-    def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
-        """Return the perplexity of the model on windows of tokens, or of what was written.
+    def judged(self, windows: Tensor) -> Callable[[Path], Divergence]:
+        """Prepare to compare the compressed model with the dense one, which may be gone by then.
 
         Parameters
         ----------
-        stage : str
-            The name of the stage, for progress and seconds.
         windows : Tensor
             Windows of tokens: int64, shape (count, length).
-        written : Path, optional
-            The directory of a checkpoint to score instead of the model in memory.
+
+        Returns
+        -------
+        callable
+            A function that compares them, given the directory that the compressed model was written to.
+
+        Raises
+        ------
+        TypeError
+            If the model is not a causal language model.
         """
 
     @abstractmethod
@@ -473,9 +479,11 @@ class InMemory(Source):
         set_origin_(self.model, origin)
         return origin.kept
 
-    def score(self, stage: str, windows: Tensor, written: Path | None = None) -> float:
-        """Return the perplexity of the model as it is."""
-        return perplexity(self.model, windows, precision=self.precision.name, progress=self.watch(stage)).value
+    def judged(self, windows: Tensor) -> Callable[[Path], Divergence]:
+        """Keep what the dense model predicts."""
+        how = self.precision.name
+        reference = Reference(self.model, windows, precision=how, progress=self.watch("before"))
+        return lambda _: reference.compare(self.model, precision=how, progress=self.watch("after"))
 
     def save(
         self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str

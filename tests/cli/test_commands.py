@@ -184,6 +184,39 @@ def test_evaluate(model: Path, small: Path, text: Path) -> None:
     assert f"perplexity {values[1]:.2f}" in " ".join(done.stdout.split())
 
 
+def test_evaluate_against_the_dense_model(model: Path, small: Path, text: Path) -> None:
+    how = [small, "--against", model, "--text", text, "--windows", 3, "--window-length", 16]
+    done = cur("evaluate", *how, "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert (data["model"], data["against"], data["text"]) == (str(small), str(model), str(text))
+    found = data["divergence"]
+    assert list(found)[:6] == [
+        "mean",
+        "half_width",
+        "same_top",
+        "same_top_half_width",
+        "perplexity",
+        "reference_perplexity",
+    ]
+    assert (found["windows"], found["tokens"], len(found["kl"])) == (3, 3 * 16, 3)
+    assert found["mean"] > 0
+    lines = cur("evaluate", *how).stdout.replace("\n", " ")
+    said = [
+        f"KL divergence from {model}: {found['mean']:.4g} ± {found['half_width']:.4g} nats per token",
+        f"Same most likely token: {100 * found['same_top']:.1f} ± {100 * found['same_top_half_width']:.1f} %",
+        f"Perplexity: {found['perplexity']:.2f}, of {model} {found['reference_perplexity']:.2f}",
+        "Predictions of 48 tokens in 3 windows were compared",
+    ]
+    squeezed = "".join(lines.split())
+    places = [squeezed.find("".join(part.split())) for part in said]
+    assert places[0] == 0
+    assert places == sorted(places)
+    same = json.loads(cur("evaluate", model, *how[1:], "--json").stdout)["divergence"]
+    assert (same["mean"], same["same_top"]) == (0.0, 1.0)
+    refused(cur("evaluate", small, "--against", model.parent / "nothing", *how[3:]), "nothing' does not exist")
+
+
 def test_inspect(small: Path) -> None:
     done = cur("inspect", small)
     assert done.exit_code == 0, done.stderr
@@ -606,6 +639,11 @@ def test_perplexity_before_and_after(model: Path, text: Path, tmp_path: Path) ->
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     assert set(report["perplexity"]) == {"before, held-out", "after, held-out"}
     assert "Perplexity after, held-out" in done.stdout
+    places = [done.stdout.find(part) for part in ("KL divergence from", "Same most likely token", "Perplexity before")]
+    assert -1 < places[0] < places[1] < places[2]
+    assert report["divergence"]["tokens"] == 1024
+    assert report["divergence"]["mean"] > 0
+    assert report["divergence"]["half_width"] is None
 
 
 def test_other_libraries_say_nothing_when_they_are_imported(tmp_path: Path) -> None:

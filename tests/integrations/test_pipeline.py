@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import filecmp
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cur.integrations import (
     BudgetConfig,
@@ -18,6 +20,7 @@ from cur.integrations import (
     Plan,
     compress,
     compress_model,
+    divergence,
     evaluate_model,
     load_model,
     perplexity,
@@ -25,7 +28,7 @@ from cur.integrations import (
     save,
 )
 from cur.integrations.pipeline import place
-from tests.models import write
+from tests.models import make, write
 
 CONFIG = CompressConfig(layers=2, rank=4)
 
@@ -63,6 +66,12 @@ def test_it_writes_what_the_steps_write(directory: Path, tokens: torch.Tensor, l
         assert filecmp.cmp(directory.parent / "steps" / name, directory.parent / "out" / name, shallow=False)
     assert set(report.perplexity) == {"before, held-out", "after, held-out"}
     assert report == CompressionReport.load(directory.parent / "out" / "report.json")
+    dense, made = (load_model(directory.parent / name).model for name in ("dense", "out"))
+    found, direct = report.divergence, divergence(made, dense, tokens[:2])
+    assert found is not None
+    assert 0 < found.mean < found.upper
+    assert (found.kl, found.same) == (pytest.approx(direct.kl, rel=1e-5), direct.same)
+    assert (found.reference_perplexity, found.perplexity) == tuple(report.perplexity.values())
     assert report.perplexity["before, held-out"] == pytest.approx(
         perplexity(load_model(directory).model, tokens[:2]).value
     )
@@ -126,7 +135,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
 ) -> None:
     run: Callable[..., Any] = lambda *_, **__: pytest.fail("the model ran")  # noqa: E731
     monkeypatch.setattr("cur.integrations.sources.collect", run)
-    monkeypatch.setattr("cur.integrations.sources.perplexity", run)
+    monkeypatch.setattr("cur.integrations.sources.Reference", run)
     with pytest.raises(ValueError, match=message):
         compress_model(directory, directory.parent / "out", **{"text": tokens, **wrong})
     assert [path.name for path in directory.parent.iterdir()] == ["dense"]
@@ -137,3 +146,64 @@ def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert place("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [place(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.fixture
+def compressed(directory: Path, tokens: torch.Tensor) -> Path:
+    compress_model(directory, directory.parent / "small", CONFIG, text=tokens)
+    return directory.parent / "small"
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_model_is_evaluated_against_another(
+    directory: Path, compressed: Path, tokens: torch.Tensor, low_memory: bool
+) -> None:
+    dense, made = load_model(directory).model, load_model(compressed).model
+    expected = divergence(made, dense, tokens)
+    stages: list[str] = []
+    found = evaluate_model(
+        compressed,
+        lambda _: tokens,
+        against=directory,
+        low_memory=low_memory,
+        batch_size=2,
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    assert found.kl == pytest.approx(expected.kl, rel=1e-5)
+    assert found.same == expected.same
+    assert {"reference", "evaluate"} <= set(stages)
+    assert evaluate_model(directory, tokens, against=directory, low_memory=low_memory).mean == 0.0
+    # One of them in memory, the other read from disk.
+    for pair in ((made, directory), (compressed, dense)):
+        mixed = evaluate_model(pair[0], tokens, against=pair[1], low_memory=low_memory)
+        assert mixed.kl == pytest.approx(expected.kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_models_of_other_tokens_are_refused_before_any_pass(
+    directory: Path, tmp_path: Path, tokens: torch.Tensor, low_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("report.divergence.predicting", "report.perplexity.predicting", "blockwise.score._walked"):
+        monkeypatch.setattr(f"cur.integrations.{name}", lambda *_: pytest.fail("the model ran"))
+    read: Callable[..., Any] = lambda _: tokens  # noqa: E731
+    other = shutil.copytree(directory, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    first, second = (next(word for word, number in vocabulary.items() if number == wanted) for wanted in (10, 11))
+    vocabulary[first], vocabulary[second] = 11, 10
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    met = rf"`against` .* token 10 of the text is '{first}'; to that model .* '{second}'"
+    with pytest.raises(ValueError, match=met):
+        evaluate_model(directory, read, against=other, low_memory=low_memory)
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(other)
+    with pytest.raises(ValueError, match="`reference` must predict the tokens that the model does"):
+        evaluate_model(directory, read, against=other, low_memory=low_memory)
+    encoder = shutil.copytree(directory, tmp_path / "encoder")
+    (encoder / "model.safetensors").unlink()
+    make("bert").save_pretrained(encoder)
+    for pair in ((directory, encoder), (encoder, directory)):
+        with pytest.raises(TypeError, match="perplexity and divergence need a causal language model, BertForMaskedLM"):
+            evaluate_model(pair[0], read, against=pair[1], low_memory=low_memory)

@@ -77,7 +77,7 @@ def compress_blockwise(
     statistics : path, optional
         File of statistics, as for :meth:`Statistics.save`: used in the place of the text if it is there, else written.
     held_out : Tensor, optional
-        Token windows whose perplexity is measured before and after, for the report.
+        Token windows on which the compressed model is compared with the dense one, for the report.
     precision : str, default "auto"
         The precision of matrix products in passes over text, as for :func:`~cur.integrations.compress`. All processes
         compute in one, float32 where ``"auto"`` would be another in each; a run that goes on does so in that in which

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import nn
 from cur.integrations.blockwise.calibrate import Calibration
 from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.journal import Journal
-from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.blockwise.score import compare_blockwise, reference_blockwise
 from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.factor.making import Making, corrected, text_for
@@ -34,6 +33,8 @@ from cur.integrations.plan.config import Asked
 from cur.integrations.plan.make import Layers
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.divergence import Divergence
+from cur.integrations.report.endings import output_head
 from cur.integrations.report.outputs import output_changes
 from cur.integrations.sources import Clock, Source, StageProgress, silent
 from cur.integrations.store.checkpoint import REPORT, save
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 # The step of the journal that says that the statistics are in the file that was asked for.
 _SAVED = "statistics-saved"
+
+_COMPARED = "compared"
 
 
 class Streamed(Source):
@@ -265,25 +268,22 @@ class Streamed(Source):
         """Return nothing: the hash is found while the weights are written."""
         return ""
 
-    def score(self, stage: str, windows: torch.Tensor, written: Path | None = None) -> float:
-        """Return the perplexity, which the process that leads measures once."""
-        if not self.leads:
-            return math.nan
-        facts = self.journal.facts(stage)
-        if facts is None:
-            streamed = self.streamed
-            if written is not None:
-                streamed = load_streamed(written, dtype=streamed.dtype, device=streamed.device)
-            scored = perplexity_blockwise(
-                streamed,
-                windows,
-                precision=self.precision.name,
-                scratch=self.journal.directory,
-                progress=self.watch(stage),
-            )
-            facts = {"value": scored.value}
-            self.journal.finish(stage, **facts)
-        return float(facts["value"])
+    def judged(self, windows: torch.Tensor) -> Callable[[Path], Divergence]:
+        """Compare both in the end: the dense model is still there, and its blocks are read once more."""
+        output_head(self.model)
+
+        def compared(written: Path) -> Divergence:
+            facts = self.journal.facts(_COMPARED)
+            if facts is None:
+                streamed = self.streamed
+                how: dict[str, Any] = {"precision": self.precision.name, "scratch": self.journal.directory}
+                reference = reference_blockwise(streamed, windows, progress=self.watch("before"), **how)
+                made = load_streamed(written, dtype=streamed.dtype, device=streamed.device)
+                facts = compare_blockwise(made, reference, progress=self.watch("after"), **how).to_dict()
+                self.journal.finish(_COMPARED, **facts)
+            return Divergence.from_dict(facts)
+
+        return compared
 
     def save(
         self, report: CompressionReport, target: Path, *, overwrite: bool, max_shard_size: int | str

@@ -106,6 +106,8 @@ def _figures(report: CompressionReport) -> list[str]:
         *(f"| {name} | {before:,} | {after:,} |" for name, before, after in report.sizes()),
         f"| compressed weights, numbers | {plan.dense_parameters:,} | {plan.parameters:,} |",
     ]
+    if report.divergence is not None:
+        lines += [f"| {name}, held-out | | {value} |" for name, value in report.divergence.figures().items()]
     for text in dict.fromkeys(name.partition(", ")[2] for name in report.perplexity):
         values = [report.perplexity.get(f"{state}, {text}") for state in ("before", "after")]
         cells = ["" if value is None else f"{value:.2f}" for value in values]
@@ -113,6 +115,7 @@ def _figures(report: CompressionReport) -> list[str]:
     return [
         *lines,
         "",
+        *([report.divergence.remark] if report.divergence is not None else []),
         *_how(plan),
         *report.notes,
         f"Calibrated on {plan.calibration_tokens:,} tokens of text (SHA-256 of the tokens: `{plan.calibration}`), "

@@ -13,6 +13,7 @@ from cur.integrations.files.reading import CheckpointError, read_object
 from cur.integrations.model.size import Size
 from cur.integrations.nn import IntegerGrid, grid_fields
 from cur.integrations.plan.plan import Plan
+from cur.integrations.report.divergence import Divergence
 from cur.integrations.report.outputs import OutputChange
 
 if TYPE_CHECKING:
@@ -152,6 +153,9 @@ class CompressionReport:
     account : mapping
         A comparison of the checkpoint with the model that it was made from, as JSON types; see
         :class:`~cur.integrations.store.account.Account`. Empty where that came from no directory.
+    divergence : Divergence or None
+        How far the compressed model predicts otherwise than the dense one on held-out text; None unless it was
+        measured.
     """
 
     plan: Plan
@@ -167,6 +171,7 @@ class CompressionReport:
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     account: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    divergence: Divergence | None = None
 
     def sizes(self) -> list[tuple[str, int, int]]:
         """Return what is counted, and how much of it there was before and after; bytes on disk where they are known."""
@@ -186,6 +191,7 @@ class CompressionReport:
             "before": asdict(self.before),
             "after": asdict(self.after),
             "seconds": dict(self.seconds),
+            **({"divergence": self.divergence.to_dict()} if self.divergence is not None else {}),
             "perplexity": dict(self.perplexity),
             "precision": self.precision,
             "versions": dict(self.versions),
@@ -217,6 +223,7 @@ class CompressionReport:
             raise ValueError(f"the report has unknown fields: {', '.join(unknown)}")
         try:
             layers = tuple(LayerReport.from_dict(layer) for layer in data["layers"])
+            compared = data.get("divergence")
             return cls(
                 **{
                     **data,
@@ -224,6 +231,7 @@ class CompressionReport:
                     "layers": layers,
                     "before": Size(**data["before"]),
                     "after": Size(**data["after"]),
+                    "divergence": None if compared is None else Divergence.from_dict(compared),
                     "unread": tuple(data.get("unread", ())),
                     "notes": tuple(data.get("notes", ())),
                 }

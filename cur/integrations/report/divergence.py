@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
@@ -20,7 +25,7 @@ from cur.integrations.model.finite import all_finite, find_nonfinite
 from cur.integrations.model.limits import check_windows
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import Progress, model_inputs
-from cur.integrations.report.endings import Ending, output_head, predicting, unrounded
+from cur.integrations.report.endings import output_head, predicting, unrounded
 from cur.integrations.report.perplexity import exponential
 
 if TYPE_CHECKING:
@@ -96,24 +101,51 @@ class Divergence:
         """Half the length of the 95 percent interval of :attr:`same_top`, as :attr:`half_width` has it."""
         return interval(self.same)[1]
 
-    def lines(self) -> list[str]:
-        """Return the figures as sentences, the divergence first.
+    @property
+    def remark(self) -> str:
+        """A sentence on what was compared, and what an interval is."""
+        interval = "" if self.windows == 1 else "; ± is half the 95 % interval by Student's t over the windows"
+        return f"Predictions of {self.tokens:,} tokens in {self.windows} windows were compared{interval}."
+
+    def figures(self, reference: str = "the dense model") -> dict[str, str]:
+        """Return the divergence and the share of the same top tokens as text, with their intervals.
+
+        Parameters
+        ----------
+        reference : str, default "the dense model"
+            The name of the reference.
+
+        Returns
+        -------
+        dict of str to str
+            The figures by what they are, the divergence first.
+        """
+        return {
+            f"KL divergence from {reference}": f"{_figure(self.mean, self.half_width, '.4g')} nats per token",
+            "Same most likely token": f"{_figure(100 * self.same_top, 100 * self.same_top_half_width, '.1f')} %",
+        }
+
+    def lines(self, reference: str = "the reference") -> list[str]:
+        """Return all figures as lines of a text, the divergence first.
+
+        Parameters
+        ----------
+        reference : str, default "the reference"
+            The name of the reference.
 
         Returns
         -------
         list of str
             A line each for the divergence, the share of the same top tokens, and the perplexities.
         """
-        how = "" if self.windows == 1 else ", 95 % interval by Student's t over the windows"
         return [
-            f"KL divergence from the reference: {_figure(self.mean, self.half_width, '.4g')} nats per token "
-            f"({self.tokens} tokens in {self.windows} windows{how})",
-            f"Same most likely token: {_figure(100 * self.same_top, 100 * self.same_top_half_width, '.1f')} %",
-            f"Perplexity: {self.perplexity:.2f}, of the reference {self.reference_perplexity:.2f}",
+            *(f"{name}: {value}" for name, value in self.figures(reference).items()),
+            f"Perplexity: {self.perplexity:.2f}, of {reference} {self.reference_perplexity:.2f}",
         ]
 
     def __str__(self) -> str:
-        return "; ".join(self.lines()) + f" ({self.seconds:.1f} s, products in {self.precision})"
+        said = "; ".join(self.lines())
+        return f"{said}. {self.remark} ({self.seconds:.1f} s, products in {self.precision})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON types, the divergence first; an interval of one window, which has none, is None.
@@ -128,8 +160,10 @@ class Divergence:
             "half_width": _or_none(self.half_width),
             "same_top": self.same_top,
             "same_top_half_width": _or_none(self.same_top_half_width),
+            **{key: value for key, value in asdict(self).items() if not isinstance(value, tuple)},
             "windows": self.windows,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()},
+            "kl": list(self.kl),
+            "same": list(self.same),
         }
 
     @classmethod
@@ -155,7 +189,8 @@ class Reference:
 
     Kept are its last hidden states, in main memory and in the dtype of the model, and its end: the head, and what
     scales or caps logits after it. So the rest of the model may be changed or thrown away, and the states are some
-    hundred times smaller than logits.
+    hundred times smaller than logits. Of a model whose logits depend on more than these states the logits themselves
+    are kept, in files that go with the reference.
 
     Parameters
     ----------
@@ -178,10 +213,11 @@ class Reference:
     TypeError
         If the model is not a causal language model, or `windows` is not an integer matrix.
     ValueError
-        If a token is outside the model's vocabulary, there is no such precision, or the logits depend on more than the
-        last hidden states.
+        If a token is outside the model's vocabulary, or there is no such precision.
     NumericalError
         If a hidden state is not finite; the message names where that began.
+    OSError
+        If logits are kept, and the disk is full or cannot be written.
 
     Examples
     --------
@@ -216,11 +252,12 @@ class Reference:
         parts = batches(windows, batch_size=batch_size)
         check_windows(model, windows)
         self.windows = windows.cpu().clone()
-        self.states: list[Tensor] = []
+        self.states: list[Tensor | _Stored] = []
         self._opened: Callable[[], AbstractContextManager[object]] = opened or nullcontext
         self._name = type(model).__name__
         self.passes = passes = Precision.of(model, precision)
         with predicting(model, windows, passes) as predictor:
+            self._ending = predictor.ending
             for batch in parts:
                 states = predictor.states(batch)
                 if not bool(all_finite(states)):
@@ -228,16 +265,11 @@ class Reference:
                         f"the hidden states of window {len(self.states)} are not finite; "
                         f"{find_nonfinite(model, model, model_inputs(model, batch))}"
                     )
-                if predictor.ending is None:
-                    raise ValueError(
-                        f"`reference` must make its logits of its last hidden states alone, {self._name} does not: "
-                        "what it predicts cannot be kept; compare models by `perplexity`"
-                    )
-                self._ending: Ending = predictor.ending
-                self.states += states.cpu().unbind()
+                kept = states.cpu().unbind()
+                self.states += kept if predictor.ending is not None else map(_Stored, kept)
                 if progress is not None:
                     progress(len(self.states), len(windows))
-        self._digest = "" if opened else _digest(self._ending.head)
+        self._digest = "" if opened or self._ending is None else _digest(self._ending.head)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model whose predictions are not of the same tokens, before any pass.
@@ -254,7 +286,7 @@ class Reference:
         ValueError
             If its vocabulary is another.
         """
-        _check_vocabulary(model, self._name, self.vocabulary)
+        check_vocabulary(model, self._name, self.vocabulary)
         check_windows(model, self.windows)
 
     def compare(
@@ -304,7 +336,7 @@ class Reference:
             step = max(predictor.step // _SHARES, 1)
             for batch in parts:
                 states, ids = predictor.states(batch), batch["input_ids"]
-                expected = torch.stack(self.states[len(rows) : len(rows) + len(ids)])
+                expected = torch.stack([_read(kept) for kept in self.states[len(rows) : len(rows) + len(ids)]])
                 flat = (states.flatten(0, 1), expected.flatten(0, 1), ids.roll(-1, dims=1).flatten())
                 parts_of = zip(*(torch.split(each, step) for each in flat), strict=True)
                 found = torch.cat(
@@ -321,8 +353,11 @@ class Reference:
         return _summed(rows, time.perf_counter() - begin, passes.name)
 
     @contextmanager
-    def _end(self, passes: Precision) -> Iterator[Ending]:
+    def _end(self, passes: Precision) -> Iterator[Callable[[Tensor], Tensor]]:
         """Have the end of the model in memory, as it was."""
+        if self._ending is None:  # what is kept are logits
+            yield lambda logits: logits
+            return
         with self._opened(), unrounded(self._ending.head, passes):
             if self._digest and self._digest != _digest(self._ending.head):
                 raise ValueError(
@@ -405,7 +440,7 @@ def divergence(
         return reference.compare(model, batch_size=batch_size, precision=precision, progress=progress)
     if windows is None:
         raise ValueError("`windows` must be given with a reference that is a model; pass windows of tokens")
-    _check_vocabulary(model, type(reference).__name__, output_head(reference).out_features)
+    check_vocabulary(model, type(reference).__name__, output_head(reference).out_features)
     check_windows(model, windows)
     total = 2 * len(windows)
     kept = Reference(
@@ -423,7 +458,43 @@ def divergence(
     )
 
 
-def _check_vocabulary(model: nn.Module, name: str, vocabulary: int) -> None:
+class _Stored:
+    """A tensor in a file, which goes with this object."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        handle, name = tempfile.mkstemp(prefix="cur-", suffix=".safetensors")
+        os.close(handle)
+        self._file = Path(name)
+        weakref.finalize(self, self._file.unlink, missing_ok=True)
+        save_file({"": tensor.contiguous()}, self._file)
+
+    def read(self) -> Tensor:
+        return load_file(self._file)[""]
+
+
+def _read(kept: Tensor | _Stored) -> Tensor:
+    return kept.read() if isinstance(kept, _Stored) else kept
+
+
+def check_vocabulary(model: nn.Module, name: str, vocabulary: int) -> None:
+    """Refuse a model that does not predict as many tokens as a reference.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The causal language model that is to be compared.
+    name : str
+        The name of the reference, for the error.
+    vocabulary : int
+        The number of tokens that the reference predicts.
+
+    Raises
+    ------
+    TypeError
+        If the model is not a causal language model.
+    ValueError
+        If its vocabulary is another.
+    """
     own = output_head(model).out_features
     if own != vocabulary:
         raise ValueError(
@@ -448,8 +519,11 @@ def _summed(rows: list[Tensor], seconds: float, precision: str) -> Divergence:
     """Return the figures of windows, each of shape (4, tokens) as :func:`_compared` has them."""
     each = torch.stack(rows).cpu()
     kl, same = each[:, :2].mean(-1).T.tolist()
-    # The last token of a window is followed by none.
-    ours, theirs = each[:, 2:, :-1].mean((0, 2)).tolist()
+    # The last token of a window is followed by none. Added up as for perplexity, window by window.
+    ours, theirs = (
+        sum(float(window[:-1].sum()) for window in each[:, place]) / (len(each) * (each.shape[-1] - 1))
+        for place in (2, 3)
+    )
     return Divergence(
         kl=tuple(kl),
         same=tuple(same),

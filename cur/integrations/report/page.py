@@ -133,6 +133,9 @@ def _summary(report: CompressionReport) -> str:
     if remark := dense_remark(plan.dense):
         lines.append(remark)
     lines += report.notes
+    if report.divergence is not None:
+        said = "; ".join(f"{name}, held-out: {value}" for name, value in report.divergence.figures().items())
+        lines.append(f"{said}. {report.divergence.remark}")
     if report.perplexity:
         said = "; ".join(f"{name} {value:.2f}" for name, value in report.perplexity.items())
         lines.append(f"Perplexity: {said}.")

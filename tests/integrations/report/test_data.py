@@ -15,6 +15,7 @@ from cur.integrations.model.size import Size, model_size
 from cur.integrations.plan.config import CompressConfig
 from cur.integrations.report.card import model_card
 from cur.integrations.report.data import CompressionReport
+from cur.integrations.report.divergence import Divergence
 
 
 @pytest.fixture
@@ -26,6 +27,34 @@ def test_json_round_trip(report: CompressionReport, tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
     assert CompressionReport.load(tmp_path / "report.json") == report
     json.loads(json.dumps(report.to_dict(), allow_nan=False))
+
+
+def test_what_was_compared_is_part_of_the_report(report: CompressionReport, llama: PreTrainedModel) -> None:
+    assert "divergence" not in report.to_dict()
+    figures = {"before, held-out": 10.0, "after, held-out": 12.34}
+    for kl in ((0.1, 0.3), (0.2,)):
+        same = tuple(0.5 for _ in kl)
+        found = Divergence(
+            kl=kl,
+            same=same,
+            perplexity=12.34,
+            reference_perplexity=10.0,
+            tokens=48,
+            seconds=1.0,
+            precision="float32",
+        )
+        compared = replace(report, divergence=found, perplexity=figures)
+        data = json.loads(json.dumps(compared.to_dict(), allow_nan=False))
+        assert CompressionReport.from_dict(data) == compared
+        assert list(data).index("divergence") < list(data).index("perplexity")
+        card = model_card(llama, compared)
+        mean = "0.2" if len(kl) == 1 else "0.2 ± 1.271"
+        row = f"| KL divergence from the dense model, held-out | | {mean} nats per token |"
+        places = [card.find(part) for part in (row, "| Same most likely token", "| perplexity, held-out | 10.00 |")]
+        assert -1 < places[0] < places[1] < places[2]
+        assert ("Student's t" in card) == (len(kl) > 1)
+        with pytest.raises(ValueError, match="the report is malformed"):
+            CompressionReport.from_dict({**data, "divergence": {"mean": 1.0}})
 
 
 def test_stages_are_timed(report: CompressionReport) -> None:

@@ -4,8 +4,10 @@ import copy
 import gc
 import json
 import math
+import tempfile
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,10 +135,10 @@ def test_the_interval_is_students_over_windows() -> None:
     assert found.same_top == pytest.approx(0.6)
     assert found.same_top_half_width == pytest.approx(4.302652729 * 0.1)
     lines = found.lines()
-    assert lines[0].startswith("KL divergence from the reference: 2 ± 2.484 nats per token (30 tokens in 3 windows")
+    assert lines[0] == "KL divergence from the reference: 2 ± 2.484 nats per token"
     assert lines[1] == "Same most likely token: 60.0 ± 43.0 %"
     assert lines[2] == "Perplexity: 9.00, of the reference 8.00"
-    assert str(found).startswith(lines[0])
+    assert str(found).startswith("; ".join(lines) + ". Predictions of 30 tokens in 3 windows were compared; ± is half")
 
 
 def test_one_window_has_no_interval(llama: PreTrainedModel, windows: torch.Tensor) -> None:
@@ -185,9 +187,7 @@ def test_the_rest_of_the_reference_need_not_be_in_memory(
 def test_a_head_that_is_changed_in_place_is_noticed(llama: PreTrainedModel, windows: torch.Tensor) -> None:
     reference = Reference(llama, windows)
     llama.lm_head.weight.data[3, 3] += 1e-3
-    with pytest.raises(
-        ValueError, match=r"`reference` must have the output head .* that of LlamaForCausalLM was"
-    ):
+    with pytest.raises(ValueError, match=r"`reference` must have the output head .* that of LlamaForCausalLM was"):
         reference.compare(llama)
 
 
@@ -227,18 +227,29 @@ def test_what_cannot_be_compared_is_refused_before_any_pass(
     assert not calls
 
 
-def test_logits_of_more_than_the_last_state_cannot_be_kept(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+def test_logits_of_more_than_the_last_state_are_kept_in_files(
+    llama: PreTrainedModel, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Shifted(type(llama)):  # type: ignore[misc]
         """Logits that depend on the text as well."""
 
         def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
             output = super().forward(input_ids=input_ids, **options)
-            output.logits = output.logits + input_ids[..., None]
+            output.logits[:, 1:, :5] += input_ids[:, :-1, None]
             return output
 
     llama.__class__ = Shifted
-    with pytest.raises(ValueError, match="`reference` must make its logits of its last hidden states alone, Shifted"):
-        divergence(llama, llama, windows)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight *= 2
+    reference = Reference(llama, windows)
+    assert len(list(tmp_path.iterdir())) == 6
+    assert reference.compare(llama).mean == 0.0
+    found = reference.compare(other, batch_size=4)
+    assert (list(found.kl), list(found.same)) == by_definition(other, llama, windows)
+    del reference
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_finite_is_named(llama: PreTrainedModel, windows: torch.Tensor) -> None:
