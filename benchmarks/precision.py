@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from environment import environment, processor
 from torch import nn
 
-from cur.integrations import load_model, perplexity, token_windows
+from cur.integrations import Reference, load_model, perplexity, token_windows
 from cur.integrations.model.precision import Precision, slowdown
 from cur.integrations.quantize import quantize_
 
@@ -88,25 +89,13 @@ def passes(model: Any, windows: torch.Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
 def differences(model: Any, windows: torch.Tensor) -> dict[str, Any]:
     """Compare what is measured in bfloat16 with the same in float32."""
     found: dict[str, Any] = {"windows": len(windows), "length": windows.shape[1]}
     found["perplexity"] = {name: perplexity(model, windows, precision=name).value for name in ("float32", "bfloat16")}
-    divergence = []
-    for window in windows:
-        logits = []
-        for name in ("float32", "bfloat16"):
-            precision = Precision.of(model, name)
-            with precision.products():
-                state = model.model(window[None])[0]
-                with precision.exact():
-                    logits.append(model.lm_head(state.float())[0].log_softmax(-1))
-        divergence.append((logits[0].exp() * (logits[0] - logits[1])).sum(-1))
-    every = torch.cat(divergence).double()
-    means = every.reshape(len(windows), -1).mean(1)
-    found["divergence, nats"] = float(every.mean())
-    found["its standard error, over windows"] = float(means.std() / len(means) ** 0.5)
+    diverged = Reference(model, windows, precision="float32").compare(model, precision="bfloat16")
+    found["divergence, nats"] = diverged.mean
+    found["its standard error, over windows"] = statistics.stdev(diverged.kl) / len(windows) ** 0.5
     return found
 
 

@@ -51,7 +51,7 @@ _DESCRIPTIONS = {
     "quantize": "Rounding weights",
     "before": "Dense, held-out text",
     "after": "Compressed, held-out",
-    "healed": "Perplexity when healed",
+    "healed": "Healed, held-out text",
     "evaluate": "Predictions",
     "reference": "Dense predictions",
 }

@@ -27,7 +27,7 @@ from cur.integrations.measure.text import embedded_text, token_windows
 from cur.integrations.model.loading import LoadedModel, load_model
 from cur.integrations.model.precision import Precision
 from cur.integrations.plan.config import CompressConfig
-from cur.integrations.report.perplexity import perplexity
+from cur.integrations.report.divergence import Reference
 from cur.integrations.store.checkpoint import save
 
 __all__ = ["run_demo"]
@@ -113,17 +113,18 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
         passes = Precision.of(loaded.model)
         note.print(passes.remark())
         numerics = _numerics(loaded)
-        before = perplexity(loaded.model, held_out, precision=passes.name, progress=bar.of("before", len(held_out)))
+        reference = Reference(loaded.model, held_out, precision=passes.name, progress=bar.of("before", len(held_out)))
         dense_sentence = _say(loaded)
         student = twin(loaded.model)
         report = compress(student, calibration, SETTING, precision=passes.name, progress=bar)
-        after = perplexity(student, held_out, precision=passes.name, progress=bar.of("after", len(held_out)))
+        after = reference.compare(student, progress=bar.of("after", len(held_out)))
         text = calibration.reshape(-1, HEALING_LENGTH)
         how = replace(HEALING, precision=passes.name)
         healing = heal(student, loaded.model, text, how, progress=show_status(bar))
-        healed = perplexity(student, held_out, precision=passes.name, progress=bar.of("healed", len(held_out)))
+        healed = reference.compare(student, progress=bar.of("healed", len(held_out)))
         with bar.busy("Saving"):
-            report = replace(report, perplexity={"before, held-out": before.value, "after, held-out": healed.value})
+            figures = {"before, held-out": healed.reference_perplexity, "after, held-out": healed.perplexity}
+            report = replace(report, divergence=healed, perplexity=figures)
             save(student, tokenizer, out, report=report, overwrite=overwrite)
         with bar.busy("Reloading, new process"):
             reloaded = _reload(loaded._replace(model=student), out)
@@ -134,16 +135,19 @@ def _run(out: Path, *, overwrite: bool, as_json: bool) -> None:
             "seconds": seconds,
             "reload": reloaded,
             "numerics": numerics,
-            "healing": {"trainable": healing.trainable, "compressed, held-out": after.value},
+            "healing": {"trainable": healing.trainable, "compressed, held-out": after.perplexity},
         }
         print_json(data)
     else:
         output.print(tables.layers_table(report.layers), tables.size_table(report))
         output.print(tables.seconds_line(seconds))
         output.print(
-            f"Perplexity on held-out text ({after.tokens:,} tokens): {before.value:.2f} before, {after.value:.2f} "
-            f"compressed, {healed.value:.2f} healed ({healing.trainable:,} numbers, {healing.steps} steps); products "
-            f"in {passes.name}."
+            f"KL divergence from the dense model on held-out text, nats per token: {after.said} compressed, "
+            f"{healed.said} healed ({healing.trainable:,} numbers, {healing.steps} steps). {healed.remark}"
+        )
+        output.print(
+            f"Perplexity on it: {healed.reference_perplexity:.2f} before, {after.perplexity:.2f} compressed, "
+            f"{healed.perplexity:.2f} healed; products in {passes.name}."
         )
         output.print(
             "DEIM-CUR of {matrix}, {shape[0]} x {shape[1]}, rank {rank}: ||A - CUR|| = {error:.6f} <= "

@@ -104,8 +104,17 @@ class Divergence:
     @property
     def remark(self) -> str:
         """A sentence on what was compared, and what an interval is."""
-        interval = "" if self.windows == 1 else "; ± is half the 95 % interval by Student's t over the windows"
-        return f"Predictions of {self.tokens:,} tokens in {self.windows} windows were compared{interval}."
+        if self.windows == 1:
+            return f"Predictions of {self.tokens:,} tokens in one window were compared, of which no interval is known."
+        return (
+            f"Predictions of {self.tokens:,} tokens in {self.windows} windows were compared; ± is half the 95 % "
+            "interval by Student's t over the windows."
+        )
+
+    @property
+    def said(self) -> str:
+        """The divergence with its interval, without its unit."""
+        return _figure(self.mean, self.half_width, ".4g")
 
     def figures(self, reference: str = "the dense model") -> dict[str, str]:
         """Return the divergence and the share of the same top tokens as text, with their intervals.
@@ -121,7 +130,7 @@ class Divergence:
             The figures by what they are, the divergence first.
         """
         return {
-            f"KL divergence from {reference}": f"{_figure(self.mean, self.half_width, '.4g')} nats per token",
+            f"KL divergence from {reference}": f"{self.said} nats per token",
             "Same most likely token": f"{_figure(100 * self.same_top, 100 * self.same_top_half_width, '.1f')} %",
         }
 
