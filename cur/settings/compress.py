@@ -67,8 +67,8 @@ class BudgetSettings:
     tol: float | None = field(
         default=None,
         metadata=setting(
-            "Instead: the smallest model whose predictions diverge from the dense one's by at most so many nats per token "
-            "on held-out text, such as 0.05.",
+            "Instead: the smallest model that diverges from the dense one by at most so many nats a token on held-out "
+            "text, such as 0.05.",
             basic=True,
             excludes="budget",
         ),
