@@ -25,11 +25,13 @@ from cur.integrations.model.usage import used_as
 from cur.integrations.nn import held_beside
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.dense import check_reached, few_tokens
-from cur.integrations.plan.make import make_plan
+from cur.integrations.plan.make import budget_forms, make_plan
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
+from cur.integrations.report.divergence import Divergence
 from cur.integrations.sources import InMemory, Source, StageProgress, as_batches
 from cur.integrations.store.checkpoint import describe
+from cur.integrations.tolerance import within_tolerance
 
 __all__ = ["apply_plan_", "carry_out", "carry_out_", "compress", "compress_source", "compress_to", "measure", "planned"]
 
@@ -128,7 +130,17 @@ def compress_source(source: Source, asked: Asked) -> CompressionReport:
     Returns
     -------
     CompressionReport
+
+    Raises
+    ------
+    ValueError
+        If the budget is a tolerance, for which there is no text here.
     """
+    if isinstance(asked, BudgetConfig) and asked.tol is not None:
+        raise ValueError(
+            "`tol` needs text that the model was not measured on, to compare on; call compress_model with a place to "
+            "write to, or give `size` or `bits`"
+        )
     asked, notes = source.settled(asked)
     statistics, plan = planned(source, asked)
     report = carry_out(source, plan, statistics)
@@ -167,7 +179,10 @@ def compress_to(
         The report, as it was saved with the checkpoint.
     """
     compared = None if held_out is None else source.judged(held_out)
-    report = compress_source(source, asked)
+    if isinstance(asked, BudgetConfig) and asked.tol is not None:
+        report = compress_within(source, asked, compared, windows=0 if held_out is None else len(held_out))
+    else:
+        report = compress_source(source, asked)
     if not source.leads:
         return report
     report = source.save(report, target, overwrite=overwrite, max_shard_size=max_shard_size)
@@ -177,6 +192,55 @@ def compress_to(
         report = replace(report, divergence=found, perplexity=figures)
         describe(source.compressed, target, report)
     return report
+
+
+def compress_within(
+    source: Source,
+    asked: BudgetConfig,
+    compared: Callable[[Path | None], Divergence] | None,
+    *,
+    windows: int,
+) -> CompressionReport:
+    """Compress a model as far as a tolerance allows, of the divergence as it is measured.
+
+    Plans are carried out one after the other, at most three. The first may lose what is usual for the tolerance; what
+    was measured of a plan says what the next one may lose. The smallest model that stays within the tolerance is taken.
+
+    Parameters
+    ----------
+    source : Source
+        The model, with the text it is measured on.
+    asked : BudgetConfig
+        The configuration, which has the tolerance.
+    compared : callable or None
+        Measures the divergence, see :meth:`Source.judged`.
+    windows : int
+        The number of windows that it is measured on.
+
+    Returns
+    -------
+    CompressionReport
+
+    Raises
+    ------
+    ValueError
+        If there is no held-out text, or no plan stays within the tolerance.
+    """
+    if compared is None:
+        raise ValueError("`tol` needs `held_out` text (--held-out), on which the divergence is measured; name some")
+    if windows < 2:
+        raise ValueError(
+            f"`tol` needs at least 2 windows of `held_out` text (--held-out-windows), of which an interval is known; got "
+            f"{windows}, ask for more"
+        )
+    settled, notes = source.settled(asked)
+    assert isinstance(settled, BudgetConfig)
+    statistics = measured(source, settled)
+    with source.clock.stage("plan"):
+        forms = budget_forms(source.model, statistics, settled, source.layers(statistics))
+    found = within_tolerance(source, forms, statistics, compared)
+    report = finish(source, found.plan, statistics, found.layers)
+    return replace(report, notes=(*notes, *report.notes))
 
 
 def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
@@ -189,9 +253,7 @@ def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
     asked : Asked
         The configuration to plan by, or the plan to apply.
     """
-    names = source.check(asked)
-    with source.clock.stage("calibrate"):
-        statistics = _measured(source, asked, names)
+    statistics = measured(source, asked)
     with source.clock.stage("plan"):
         if isinstance(asked, Plan):
             if asked.calibration not in (None, statistics.text_hash):
@@ -200,8 +262,22 @@ def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
         return statistics, make_plan(source.model, statistics, asked, layers=source.layers(statistics))
 
 
-def _measured(source: Source, asked: Asked, names: Sequence[str]) -> Statistics:
-    """Return statistics of some layers: those that are known, else measured."""
+def measured(source: Source, asked: Asked) -> Statistics:
+    """Return the statistics that are asked for: those that are known, else measured.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is, with its text.
+    asked : Asked
+        The configuration to plan by, or the plan to apply.
+    """
+    names = source.check(asked)
+    with source.clock.stage("calibrate"):
+        return _of_layers(source, asked, names)
+
+
+def _of_layers(source: Source, asked: Asked, names: Sequence[str]) -> Statistics:
     known = source.known()
     own = 0.0
     share = asked.own_text if known is None else known.own_text
@@ -268,10 +344,30 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         The report on all layers and on the whole model.
     """
     plan.check(source.model)
-    names = [entry.name for entry in plan.entries]
-    check_reached(statistics, names, gradients=plan.needs_gradients)
-    beside = held_beside(source.model, names)
-    layers = source.factor(plan, statistics)
+    check_reached(statistics, [entry.name for entry in plan.entries], gradients=plan.needs_gradients)
+    return finish(source, plan, statistics, source.factor(plan, statistics))
+
+
+def finish(source: Source, plan: Plan, statistics: Statistics, layers: Sequence[LayerReport]) -> CompressionReport:
+    """Put the layers that were made last into their places, and report.
+
+    Parameters
+    ----------
+    source : Source
+        The model, wherever it is.
+    plan : Plan
+        The plan that the layers were made by.
+    statistics : Statistics
+        Statistics that cover the plan's layers.
+    layers : sequence of LayerReport
+        The reports on the layers.
+
+    Returns
+    -------
+    CompressionReport
+        The report on all layers and on the whole model.
+    """
+    beside = held_beside(source.model, [entry.name for entry in plan.entries])
     after = source.replace_layers()
     return CompressionReport(
         plan=plan.as_done(layers),

@@ -100,6 +100,8 @@ class Source(ABC):
         Called with sentences on what was found.
     compressed : nn.Module
         The compressed model that :meth:`replace_layers` makes; perhaps the same object.
+    made : Any
+        The layers that :meth:`factor` made last, which may be put back after others were tried.
     """
 
     leads = True
@@ -116,6 +118,7 @@ class Source(ABC):
     progress: StageProgress | None
     announce: Callable[[str], object]
     compressed: Any
+    made: Any
 
     def watch(self, stage: str) -> Callable[[int, int | None], object] | None:
         """Return a callback for the steps of one stage.
@@ -267,7 +270,7 @@ class Source(ABC):
         """Return the hash of the parameters that the compressed model shares with the dense one; empty if unknown."""
 
     @abstractmethod
-    def judged(self, windows: Tensor) -> Callable[[Path], Divergence]:
+    def judged(self, windows: Tensor) -> Callable[[Path | None], Divergence]:
         """Prepare to compare the compressed model with the dense one, which may be gone by then.
 
         Parameters
@@ -278,13 +281,37 @@ class Source(ABC):
         Returns
         -------
         callable
-            A function that compares them, given the directory that the compressed model was written to.
+            A function that compares them, given the directory that the compressed model was written to; None for what
+            is in memory.
 
         Raises
         ------
         TypeError
             If the model is not a causal language model.
         """
+
+    def on_trial(self, compare: Callable[[Path | None], Divergence]) -> Divergence:
+        """Compare the model, with the layers that were made last, with the dense one, and leave it as it is.
+
+        Parameters
+        ----------
+        compare : callable
+            The function that :meth:`judged` returned.
+
+        Returns
+        -------
+        Divergence
+            How far the predictions are from the dense model's.
+
+        Raises
+        ------
+        ValueError
+            If the model is not in memory as a whole.
+        """
+        raise ValueError(
+            "`tol` needs the whole model in memory (--in-memory), where plans are tried; block by block give `size` or "
+            "`bits`"
+        )
 
     @abstractmethod
     def save(
@@ -353,7 +380,7 @@ class InMemory(Source):
         origin = origin_of(model)
         self.before = replace(model_size(model), file_bytes=weight_bytes(origin.source) if origin.source else None)
         self._statistics = statistics
-        self._made: dict[str, CompressedLinear] = {}
+        self.made: dict[str, CompressedLinear] = {}
 
     def check(self, asked: Asked) -> list[str]:
         """Name the layers to measure, refusing what could not be compressed, and text that the model cannot take."""
@@ -455,19 +482,19 @@ class InMemory(Source):
         """Factor all layers, fitted to the inputs that compressed ones give, and compare outputs on the first batch."""
         with unrolled(self.model):
             with self.clock.stage("decompose"):
-                self._made, reports = decompose(
+                self.made, reports = decompose(
                     self.model, plan, statistics, self.progress, text=self.text, precision=self.precision.name
                 )
             if self.text is None:  # outputs are compared on a batch, which statistics do not hold
                 return reports
             with self.clock.stage("outputs"):
-                changes = output_changes(self.model, self._made, self.text[0])
+                changes = output_changes(self.model, self.made, self.text[0])
                 return [replace(done, output=changes.get(done.name)) for done in reports]
 
     def replace_layers(self) -> Size:
         """Swap the layers of the model."""
         with unrolled(self.model), self.clock.stage("swap"):
-            swap_(self.model, self._made)
+            swap_(self.model, self.made)
             # Of experts in one tensor, those that stay dense are views that would keep all of it in memory.
             release_(self.model)
             mark_(self.model)
@@ -479,7 +506,17 @@ class InMemory(Source):
         set_origin_(self.model, origin)
         return origin.kept
 
-    def judged(self, windows: Tensor) -> Callable[[Path], Divergence]:
+    def on_trial(self, compare: Callable[[Path | None], Divergence]) -> Divergence:
+        """Put the layers into their places, compare, and put the dense ones back."""
+        with unrolled(self.model):
+            dense = {name: self.model.get_submodule(name) for name in self.made}
+            swap_(self.model, self.made)
+            try:
+                return compare(None)
+            finally:
+                swap_(self.model, dense)
+
+    def judged(self, windows: Tensor) -> Callable[[Path | None], Divergence]:
         """Keep what the dense model predicts."""
         how = self.precision.name
         reference = Reference(self.model, windows, precision=how, progress=self.watch("before"))

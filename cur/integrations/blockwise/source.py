@@ -268,11 +268,12 @@ class Streamed(Source):
         """Return nothing: the hash is found while the weights are written."""
         return ""
 
-    def judged(self, windows: torch.Tensor) -> Callable[[Path], Divergence]:
+    def judged(self, windows: torch.Tensor) -> Callable[[Path | None], Divergence]:
         """Compare both in the end: the dense model is still there, and its blocks are read once more."""
         output_head(self.model)
 
-        def compared(written: Path) -> Divergence:
+        def compared(written: Path | None) -> Divergence:
+            assert written is not None
             facts = self.journal.facts(_COMPARED)
             if facts is None:
                 streamed = self.streamed

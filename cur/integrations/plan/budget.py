@@ -140,6 +140,11 @@ class Forms:
         ----------
         loss : float, optional
             What all layers may lose, as it is predicted, where the budget is a tolerance.
+
+        Returns
+        -------
+        Plan
+            The plan.
         """
         with unrolled(self.model):
             return plan_budget(
