@@ -29,6 +29,7 @@ from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
 from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
+from cur.integrations.plan.config import BudgetConfig
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
 from cur.integrations.quantize import grid_of, grids_for, quantizable, quantize_, read_grids, save_quantized
@@ -93,13 +94,16 @@ def run_compress(given: Given, *, save_config: Path | None, overwrite: bool, as_
     out = Path(str(place.out))
     check_target(out, overwrite=overwrite, needed=model.model)
     source.check()
+    judges = held_out.reader
+    if judges is None and isinstance(how, BudgetConfig) and how.tol is not None:
+        judges = source.unseen
     with bars() as bar:
         report = compress_model(
             model.model,
             out,
             how if planned.plan is None else Plan.load(planned.plan),
             text=source.batches,
-            held_out=held_out.reader,
+            held_out=judges,
             statistics=source.stats,
             overwrite=overwrite,
             progress=bar,

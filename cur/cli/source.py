@@ -14,9 +14,17 @@ from cur.cli._run import note
 from cur.cli.groups import CompressionText, HeldOutText
 from cur.integrations.files.directory import check_parent
 from cur.integrations.measure.rows import Conversation
-from cur.integrations.measure.text import batches, dataset_texts, embedded_text, evenly, read_text, token_windows
+from cur.integrations.measure.text import (
+    batches,
+    dataset_texts,
+    embedded_text,
+    evenly,
+    read_text,
+    token_windows,
+    windows_left,
+)
 from cur.integrations.model.limits import check_windows, positions
-from cur.integrations.pipeline import unread_remark
+from cur.integrations.pipeline import reference_windows, unread_remark
 from cur.integrations.report.endings import output_head
 
 __all__ = ["HeldOut", "Source", "check_file", "read_for", "show_unread", "tell"]
@@ -158,6 +166,29 @@ class Source(CompressionText):
         learnt = len(every) - watched
         return torch.cat([every[evenly(self.windows - watched, learnt)], every[learnt:]])
 
+    def unseen(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return windows that are not calibrated on: of the end of the text, or of the rest of the embedded one.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model that is to read them.
+        tokenizer : PreTrainedTokenizerBase
+            The tokenizer of the model.
+
+        Raises
+        ------
+        ValueError
+            If a data set is streamed, or too little of the text is left.
+        """
+        if self.dataset is not None:
+            raise ValueError("--tol with --dataset needs other text to compare on; name some with --held-out")
+        if self.text is None:
+            return reference_windows(model, tokenizer)
+        source, name = self._open()
+        count = 64 if self.windows is None else self.windows
+        return windows_left(tokenizer, source, length=self.window_length, count=count, name=name)
+
     def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """Return batches of windows of tokens.
 
@@ -208,7 +239,8 @@ class HeldOut(HeldOutText):
             If the model has no output head, or the text has too few windows.
         """
         output_head(model)
-        name = str(self.held_out)
-        text = embedded_text("evaluate") if name == "reference" else read_text(name)
+        name, count = str(self.held_out), self.held_out_windows
+        if name == "reference":
+            return read_for(model, reference_windows(model, tokenizer, count))
         length = min(1024, positions(model) or 1024)
-        return read_for(model, token_windows(tokenizer, text, length=length, count=self.held_out_windows, name=name))
+        return read_for(model, token_windows(tokenizer, read_text(name), length=length, count=count, name=name))

@@ -230,8 +230,8 @@ def compress_within(
         raise ValueError("`tol` needs `held_out` text (--held-out), on which the divergence is measured; name some")
     if windows < 2:
         raise ValueError(
-            f"`tol` needs at least 2 windows of `held_out` text (--held-out-windows), of which an interval is known; got "
-            f"{windows}, ask for more"
+            f"`tol` needs at least 2 windows of `held_out` text (--held-out-windows) for an interval, got {windows}; "
+            "ask for more"
         )
     settled, notes = source.settled(asked)
     assert isinstance(settled, BudgetConfig)

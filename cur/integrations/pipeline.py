@@ -25,14 +25,14 @@ from cur.integrations.compress import compress_to, planned
 from cur.integrations.files.directory import check_target
 from cur.integrations.files.header import ShardError
 from cur.integrations.files.shards import Shards
-from cur.integrations.measure.text import embedded_text, read_text, token_windows
+from cur.integrations.measure.text import embedded_text, read_text, token_windows, windows_left
 from cur.integrations.model.adapters import refuse_adapter_directory
-from cur.integrations.model.limits import check_windows
+from cur.integrations.model.limits import check_windows, positions
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.origin import origin_of
 from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.running import Progress
-from cur.integrations.plan.config import Asked, CompressConfig
+from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.report.divergence import Divergence, Reference, check_vocabulary
@@ -48,6 +48,7 @@ __all__ = [
     "evaluate_model",
     "place",
     "plan_model",
+    "reference_windows",
     "unread_remark",
 ]
 
@@ -101,7 +102,7 @@ def compress_model(
         The text to measure the model on, see :data:`Text`.
     held_out : optional
         The text to compare the compressed model with the dense one on, see :data:`HeldOut`. By default they are not
-        compared.
+        compared; for a tolerance on the end of the text, which is not calibrated on, or the rest of the embedded one.
     statistics : path, optional
         File of statistics: used in the place of the text if it is there, written otherwise.
     tokenizer : PreTrainedTokenizerBase, optional
@@ -161,7 +162,7 @@ def compress_model(
             target,
             asked,
             statistics=file,
-            held_out=_windows(held_out, streamed.model, streamed.tokenizer),
+            held_out=_windows(_judges(held_out, text, asked), streamed.model, streamed.tokenizer),
             precision=precision,
             announce=tell,
             overwrite=overwrite,
@@ -170,7 +171,7 @@ def compress_model(
         )
     with busy(progress, "load"):
         loaded = _loaded(model, tokenizer, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
-        judged = _windows(held_out, loaded.model, loaded.tokenizer)
+        judged = _windows(_judges(held_out, text, asked), loaded.model, loaded.tokenizer)
         source = _in_memory(loaded, asked, text, file, precision, progress, tell)
     return compress_to(source, asked, target, held_out=judged, overwrite=overwrite, max_shard_size=max_shard_size)
 
@@ -517,6 +518,38 @@ def _batches(text: Text, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> li
         name = "the embedded text" if text is None else str(text)
         text = token_windows(tokenizer, words, length=_LENGTH, count=_WINDOWS, spread=True, name=name)
     return as_batches(text, asked.batch_size)
+
+
+def _judges(given: HeldOut, text: Text, asked: Asked) -> HeldOut:
+    """Return the text to compare on: for a tolerance, where none is named, what of the other is not calibrated on."""
+    known = text is None or isinstance(text, (str, Path))
+    if given is not None or not isinstance(asked, BudgetConfig) or asked.tol is None or not known:
+        return given
+    if text is None:
+        return reference_windows
+    words, name = read_text(text), str(text)  # type: ignore[arg-type]
+    return lambda _, tokenizer: windows_left(tokenizer, words, length=_LENGTH, count=_WINDOWS, name=name)
+
+
+def reference_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 12) -> Tensor:
+    """Return windows of the half of the embedded text that is not calibrated on.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that is to read them.
+    tokenizer : PreTrainedTokenizerBase
+        The tokenizer of the model.
+    count : int, default 12
+        The number of windows, of 1024 tokens, or as many as the model has positions for.
+
+    Returns
+    -------
+    Tensor
+        The windows: int64, shape (count, length).
+    """
+    length = min(1024, positions(model) or 1024)
+    return token_windows(tokenizer, embedded_text("evaluate"), length=length, count=count, name="the reference")
 
 
 def _windows(given: HeldOut, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

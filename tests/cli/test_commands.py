@@ -22,6 +22,8 @@ from cur.cli.heal import show_status
 from cur.healing import Status
 from cur.integrations import pipeline, sources
 from cur.integrations.nn import compressed_modules
+from cur.integrations.plan.plan import Plan
+from cur.integrations.report.data import CompressionReport
 from cur.integrations.store.inspect import summarize
 
 ROOT = Path(__file__).parents[1]
@@ -512,12 +514,36 @@ def test_a_target_size(model: Path, text: Path, tmp_path: Path) -> None:
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     wanted = int(0.75 * dense)
     calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--own-text", "0"]
-    done = cur("compress", model, *calibration, "--size", wanted, "--out", tmp_path / "small")
+    done = cur("compress", model, *calibration, "--size", wanted, "--no-rounding", "--out", tmp_path / "small")
     assert done.exit_code == 0, done.stderr
     found = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
     assert 0.99 * wanted <= found <= wanted
     refused(cur("compress", model, *calibration, "--size", "1KB", "--out", tmp_path / "x"), "must be at least")
     refused(cur("compress", model, *calibration, "--target-size", "much", "--out", tmp_path / "x"), "such as 200MB")
+
+
+def test_bits_and_a_tolerance(model: Path, text: Path, tmp_path: Path) -> None:
+    calibration = ["--text", text, "--windows", "4", "--window-length", "16", "--own-text", "0"]
+    done = cur("compress", model, *calibration, "--bits", "4.5", "--out", tmp_path / "bits")
+    assert done.exit_code == 0, done.stderr
+    plan = Plan.load(tmp_path / "bits" / "plan.json")
+    bits = 8 * sum(entry.nbytes(torch.float32) for entry in plan.entries) / plan.targeted_parameters
+    assert 4.3 < bits <= 4.5
+    assert "bits" in cur("inspect", tmp_path / "bits").stdout
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{4 + index % 90}" for index in range(2200)))
+    tolerance = ["--tol", "0.01", "--held-out", other, "--held-out-windows", "2"]
+    done = cur("compress", model, *calibration, *tolerance, "--out", tmp_path / "near", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = CompressionReport.load(tmp_path / "near" / "report.json")
+    assert report.divergence is not None
+    assert report.divergence.upper <= 0.01
+    assert "Plan 1: predicted loss" in done.stderr
+    none = [*calibration, "--out", tmp_path / "x"]
+    refused(cur("compress", model, *none, "--bits", "4", "--tol", "1"), "exclude each other")
+    refused(cur("compress", model, *none, "--bits", "1"), "`bits` must be at least 2")
+    refused(cur("compress", model, *none, "--tol", "0.01"), "too short to compare models on a part of it")
+    assert not (tmp_path / "x").exists()
 
 
 def test_convert(small: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from cur.integrations.measure.rows import ROWS, Conversation, read_rows, texts_o
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["batches", "dataset_texts", "embedded_text", "evenly", "read_text", "token_windows"]
+__all__ = ["batches", "dataset_texts", "embedded_text", "evenly", "read_text", "token_windows", "windows_left"]
 
 # Tokens at the end of a text that are not calibrated on: what `cur heal` holds out, 8 windows of 256.
-_LEFT = 2048
+_LEFT, _SHORT = 2048, 256
 
 
 def embedded_text(half: Literal["calibrate", "evaluate"]) -> str:
@@ -273,11 +273,63 @@ def token_windows(
     count = available if count is None else count
     places = torch.arange(count)
     if spread:
-        left = min(math.ceil(_LEFT / length), available // 10, available - count)
+        left = _left(available, count, length)
         # Most windows are where they would be without an end that is left.
         places = torch.minimum(evenly(count, available), places + available - left - count)
     windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
     return windows[places]
+
+
+def windows_left(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str | Conversation],
+    /,
+    *,
+    length: int,
+    count: int,
+    name: str = "text",
+) -> torch.Tensor:
+    """Return windows of the end that :func:`token_windows` leaves where it spreads others over a text.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's own tokenizer.
+    text : str, or iterable of str or list of dict
+        The text, as for :func:`token_windows`.
+    length, count : int
+        The length and the number of the windows that are spread over it.
+    name : str, default "text"
+        The name that errors use for the text.
+
+    Returns
+    -------
+    torch.Tensor
+        The windows, of 256 tokens or `length` if that is less: int64, shape (count, length).
+
+    Raises
+    ------
+    ValueError
+        If fewer than two windows are left, or the text is too short.
+    """
+    taken = token_windows(tokenizer, text, length=length, count=count, spread=True, name=name)
+    every = token_windows(tokenizer, text, length=length, name=name)
+    left = _left(len(every), len(taken), length)
+    short = min(_SHORT, length)
+    rest = every[len(every) - left :].flatten()
+    rest = rest[len(rest) % short :].view(-1, short)
+    if len(rest) < 2:
+        raise ValueError(
+            f"{name} is too short to compare models on a part of it as well: it holds {len(every)} windows of {length} "
+            f"tokens, of which {count} are calibrated on; name another text with --held-out (`held_out`), or calibrate "
+            "on fewer windows"
+        )
+    return rest
+
+
+def _left(available: int, count: int, length: int) -> int:
+    """Return how many windows at the end of a text are left."""
+    return max(min(math.ceil(_LEFT / length), available // 10, available - count), 0)
 
 
 def evenly(count: int, available: int, /) -> torch.Tensor:
