@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cur.integrations import Statistics, batches
 from cur.integrations.quantize import grid_of, quantize_
 from cur.rounding import round_to_grid
 
-__all__ = ["DAMPING", "METHODS", "Known", "int4_of_torchao"]
+__all__ = ["DAMPING", "METHODS", "Known", "Made", "by_plane", "int4_of_torchao"]
 
 DAMPING = 0.01
 """Of second moments, relative to their mean eigenvalue, for GPTQ and both sides alike."""
@@ -92,27 +93,23 @@ def layer_by_layer(
     return run
 
 
-def by_plane(*, outputs: bool) -> Callable[[Known, int, int], Made]:
-    """Make nearest plane under the moments of the inputs, which is GPTQ, or under those of both sides."""
-
-    def rounded(known: Known, name: str, bits: int, group: int) -> Tensor:
-        W, G = known.dense.get_submodule(name).weight.detach(), known.statistics.second_moment(name)
-        n = len(G)
-        more = missing(n, group)
-        # whole groups of zeros and of inputs of a mean size, whose errors nothing else makes up for
-        beside = float(G.diagonal().mean()) * torch.eye(more, dtype=G.dtype)
-        found = round_to_grid(
-            nn.functional.pad(W, (0, more)),
-            bits=bits,
-            group=group,
-            row_weights=known.statistics.output_moment(name) if outputs else None,
-            column_weights=torch.block_diag(G, beside),
-            damping=DAMPING,
-        )
-        values: Tensor = found.toarray()[:, :n]
-        return values
-
-    return layer_by_layer(rounded)
+def by_plane(known: Known, name: str, bits: int, group: int, *, outputs: bool) -> Tensor:
+    """Return nearest plane under the moments of the inputs, which is GPTQ, or under those of both sides."""
+    W, G = known.dense.get_submodule(name).weight.detach(), known.statistics.second_moment(name)
+    n = len(G)
+    more = missing(n, group)
+    # whole groups of zeros and of inputs of a mean size, whose errors nothing else makes up for
+    beside = float(G.diagonal().mean()) * torch.eye(more, dtype=G.dtype)
+    found = round_to_grid(
+        nn.functional.pad(W, (0, more)),
+        bits=bits,
+        group=group,
+        row_weights=known.statistics.output_moment(name) if outputs else None,
+        column_weights=torch.block_diag(G, beside),
+        damping=DAMPING,
+    )
+    values: Tensor = found.toarray()[:, :n]
+    return values
 
 
 def awq(known: Known, bits: int, group: int) -> Made:
@@ -185,7 +182,7 @@ METHODS: dict[str, Callable[[Known, int, int], Made]] = {
         lambda k, name, bits, group: half_quadratic(k.weight(name), bits=bits, group=group), zero_bits=16
     ),
     "AWQ": awq,
-    "GPTQ": by_plane(outputs=False),
-    "both sides": by_plane(outputs=True),
+    "GPTQ": layer_by_layer(partial(by_plane, outputs=False)),
+    "both sides": layer_by_layer(partial(by_plane, outputs=True)),
     "ours, block after block": block_after_block,
 }

@@ -34,7 +34,7 @@ from benchmarks.baselines import magnitudes
 from benchmarks.divergence import References
 from benchmarks.environment import add_precision, environment
 from benchmarks.off_grid import SEED, SPREAD, leave_grid_
-from benchmarks.rounding_methods import DAMPING, METHODS, Known, int4_of_torchao, sharing
+from benchmarks.rounding_methods import DAMPING, METHODS, Known, Made, int4_of_torchao, sharing
 from benchmarks.rounding_picture import draw
 from cur._lib.interval import interval
 from cur.integrations import (
@@ -62,65 +62,19 @@ BITS, GROUPS = (sorted({setting[place] for setting in SETTINGS}) for place in (0
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="rounding.py model", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="directory of a Llama; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
-    parser.add_argument("--windows", type=int, default=6, help="windows of each text to score")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in a window to score")
-    parser.add_argument("--calibration", type=int, default=48, help="windows of 512 tokens to calibrate on")
+    add_setup(parser, RESULTS, PICTURE)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS, help="bits to measure")
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, choices=GROUPS, help="groups to measure")
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure")
-    parser.add_argument("--again", action="store_true", help="measure what is in the results again")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of passes through the model")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="directory that keeps the calibration")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    add_precision(parser)
     options = parser.parse_args(arguments)
-    if not options.wikitext.is_dir():
-        sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
-
-    torch.set_num_threads(options.threads)
-    dense, tokenizer, source = load_model(options.model, dtype=torch.float32)
-    leave_grid_(dense)
-    names = linear_modules(dense, "all-linear", blocks=range(len(decoder_layers(dense))))
-    windows = token_windows(
-        tokenizer,
-        read_text(options.wikitext / "valid.txt"),
-        length=min(512, options.length),
-        count=options.calibration,
-        spread=True,
-        name="valid.txt",
-    )
-    precision = Precision.of(dense, options.precision).name
-    digest = hashlib.sha256(windows.numpy().tobytes() + f"{source} {SEED} {SPREAD} {precision}".encode()).hexdigest()
+    known, reference, facts = set_up(options)
     result = {
         "question": (__doc__ or "").splitlines()[0],
-        "model": source,
-        "spread": SPREAD,
-        "seed": SEED,
+        **facts,
         "damping": DAMPING,
-        "weights": sum(dense.get_submodule(name).weight.numel() for name in names),
-        "calibration": {
-            "file": "valid.txt",
-            "windows": len(windows),
-            "length": windows.shape[1],
-            "products": precision,
-            "hash": digest[:12],
-        },
-        "length": options.length,
         "int4 of torchao": int4_of_torchao(),
         **environment(),
     }
-    held_out = {
-        name: token_windows(tokenizer, text, length=options.length, count=options.windows, name=name)
-        for name, text in {
-            "WikiText-2": read_text(options.wikitext / "test.txt"),
-            "language reference": "\n\n".join(topics.values()),
-        }.items()
-    }
-    known = calibrated(dense, windows, names, options.cache, digest[:12], precision)
-    reference = References(dense, held_out, count("dense"))
     for bits, group in SETTINGS:
         if bits not in options.bits or group not in options.groups:
             continue
@@ -137,6 +91,64 @@ def main(arguments: Sequence[str]) -> None:
         print(said(row))
     draw({**result, "rows": rows}, options.picture)
     print(f"written: {options.out}, {options.picture}")
+
+
+def add_setup(parser: argparse.ArgumentParser, out: Path, picture: Path) -> None:
+    """Add the options of what is measured, on which text and with what."""
+    parser.add_argument("--model", help="directory of a Llama; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--wikitext", type=Path, default=WIKITEXT, help="directory of valid.txt and test.txt")
+    parser.add_argument("--windows", type=int, default=6, help="windows of each text to score")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a window to score")
+    parser.add_argument("--calibration", type=int, default=48, help="windows of 512 tokens to calibrate on")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results again")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of passes through the model")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="directory that keeps the calibration")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--picture", type=Path, default=picture)
+    add_precision(parser)
+
+
+def set_up(options: argparse.Namespace) -> tuple[Known, References, dict[str, Any]]:
+    """Take the model off its grid and calibrate it; returns that, its predictions, and the facts for the results."""
+    if not options.wikitext.is_dir():
+        sys.exit(f"{options.wikitext} is not there; pass --wikitext DIR with WikiText-2's valid.txt and test.txt")
+    torch.set_num_threads(options.threads)
+    dense, tokenizer, source = load_model(options.model, dtype=torch.float32)
+    leave_grid_(dense)
+    names = linear_modules(dense, "all-linear", blocks=range(len(decoder_layers(dense))))
+    windows = token_windows(
+        tokenizer,
+        read_text(options.wikitext / "valid.txt"),
+        length=min(512, options.length),
+        count=options.calibration,
+        spread=True,
+        name="valid.txt",
+    )
+    precision = Precision.of(dense, options.precision).name
+    digest = hashlib.sha256(windows.numpy().tobytes() + f"{source} {SEED} {SPREAD} {precision}".encode()).hexdigest()
+    facts = {
+        "model": source,
+        "spread": SPREAD,
+        "seed": SEED,
+        "weights": sum(dense.get_submodule(name).weight.numel() for name in names),
+        "calibration": {
+            "file": "valid.txt",
+            "windows": len(windows),
+            "length": windows.shape[1],
+            "products": precision,
+            "hash": digest[:12],
+        },
+        "length": options.length,
+    }
+    held_out = {
+        name: token_windows(tokenizer, text, length=options.length, count=options.windows, name=name)
+        for name, text in {
+            "WikiText-2": read_text(options.wikitext / "test.txt"),
+            "language reference": "\n\n".join(topics.values()),
+        }.items()
+    }
+    known = calibrated(dense, windows, names, options.cache, digest[:12], precision)
+    return known, References(dense, held_out, count("dense")), facts
 
 
 def calibrated(model: Any, windows: Tensor, names: list[str], cache: Path, digest: str, precision: str) -> Known:
@@ -164,19 +176,26 @@ def calibrated(model: Any, windows: Tensor, names: list[str], cache: Path, diges
 
 def measured(known: Known, reference: References, title: str, bits: int, group: int) -> dict[str, Any]:
     """Round the model, and compare what it predicts with the dense one, window by window."""
+    (model, stored), seconds = timed(lambda: METHODS[title](known, bits, group))
+    found = compared(reference, model, f"{title}, {bits} bits, groups of {group}")
+    return {"method": title, "bits": bits, "group": group, "bytes": stored, "seconds": seconds, **found}
+
+
+def timed(run: Callable[[], Made]) -> tuple[Made, float]:
+    """Call a function on one thread; returns what it made and the seconds of the processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     begin = time.process_time()
-    model, stored = METHODS[title](known, bits, group)
+    made = run()
     seconds = time.process_time() - begin
     torch.set_num_threads(threads)
-    found = reference.compare(model, count(f"{title}, {bits} bits, groups of {group}"))
+    return made, seconds
+
+
+def compared(reference: References, model: Any, title: str) -> dict[str, Any]:
+    """Compare what a model predicts with the dense one, window by window."""
+    found = reference.compare(model, count(title))
     return {
-        "method": title,
-        "bits": bits,
-        "group": group,
-        "bytes": stored,
-        "seconds": seconds,
         "kl": {text: values["kl"] for text, values in found.items()},
         "same": {text: values["same"] for text, values in found.items()},
     }
