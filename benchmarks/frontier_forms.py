@@ -1,7 +1,7 @@
 """Compare what rounding is foreseen to lose, in nats a token, with what it loses, in single layers.
 
-For layers of four blocks and 2 to 8 bits in groups of 64: the loss under both moments that the budget foresees, and that
-of the rounding that is done. For factors of some ranks: what rounding adds, relative to rounding the whole weight.
+For layers of four blocks and 2 to 8 bits in groups of 64: the loss under both moments that the budget foresees, and
+that of the rounding that is done. For factors of some ranks: what rounding adds, relative to rounding the whole weight.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str]) -> None:
                     near = round_layer(name, made, grid, statistics, damping=ROUNDING_DAMPING).layer
                     added = loss(near.weight.double() - W, H, G) - cut
                     rows.append({"layer": name, "bits": bits, "rank": entry.rank, "times": added / done[bits]})
-            print(f"{name}: {', '.join(f'{row["done"] / row["foreseen"]:.2f}' for row in rows[-15:] if 'done' in row)}")
+            ratios = [row["done"] / row["foreseen"] for row in rows if row["layer"] == name and "done" in row]
+            print(f"{name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
     result = {"question": (__doc__ or "").splitlines()[0], **facts, **environment()}
     result |= {"shortened": SHORTENED, "factors": FACTORS, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +88,9 @@ def summary(result: dict[str, Any]) -> str:
     """Return the range of what was done over what was foreseen, by bits, and of what factors add."""
     rows = []
     for bits in BITS:
-        ratios = sorted(
-            row["done"] / row["foreseen"] for row in result["rows"] if row["bits"] == bits and "done" in row
-        )
-        times = sorted(row["times"] for row in result["rows"] if row["bits"] == bits and "times" in row)
+        own = [row for row in result["rows"] if row["bits"] == bits]
+        ratios = sorted(row["done"] / row["foreseen"] for row in own if "done" in row)
+        times = sorted(row["times"] for row in own if "times" in row)
         shown = [f"{x[0]:.2f} to {x[-1]:.2f} (median {x[len(x) // 2]:.2f})" if x else "" for x in (ratios, times)]
         rows.append([str(bits), *shown])
     return table(["Bits", "Loss as done over as foreseen", "Added by rounding factors, over the whole weight"], rows)
