@@ -21,7 +21,7 @@ from cur.integrations.factor.layer import factorize
 from cur.integrations.factor.rounding import round_layer
 from cur.integrations.measure.moments import Moments
 from cur.integrations.nn import IntegerGrid
-from cur.integrations.plan.grid_errors import FACTORS, SHORTENED, expected_errors, pivots
+from cur.integrations.plan.grid_errors import BEYOND, FACTORS, expected_errors, pivots
 from cur.integrations.plan.methods import ROUNDING_DAMPING, WeightedEntry
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
             ratios = [row["done"] / row["foreseen"] for row in rows if row["layer"] == name and "done" in row]
             print(f"{name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
     result = {"question": (__doc__ or "").splitlines()[0], **facts, **environment()}
-    result |= {"shortened": SHORTENED, "factors": FACTORS, "rows": rows}
+    result |= {"beyond": BEYOND, "factors": FACTORS, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(summary(result))

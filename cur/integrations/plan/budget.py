@@ -203,6 +203,7 @@ def joint_curves(
     if not config.neurons or config.method != "best":
         return []
     options: dict[str, Any] = {"gradients": config.gradients, "damping": config.damping, "progress": progress}
+    options["cuts"] = not config.rounds  # of which none is offered on a grid
     names = [name for name in names if not is_table(model.get_submodule(name))]
     return neuron_curves(model, Moments(statistics), names, **options)
 

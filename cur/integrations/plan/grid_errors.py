@@ -4,24 +4,27 @@ Nearest plane under damped second moments ``H + a I = A A^T`` and ``G + b I = B 
 entries of ``A^T E B`` are about independent and uniform between half a step up and down, times the pivots. In the norm
 of ``H`` and ``G`` themselves that is ``1/12 sum_ij s_ij^2 p_i q_j`` for steps ``s``, where ``p_i`` is the square of the
 pivot ``A_ii`` times ``(A^-1 H A^-T)_ii``, and ``q_j`` likewise: what lies in directions that only the damping has costs
-nothing. Steps are those of whole ranges; for few bits ranges are shortened, by which less is lost (`SHORTENED`).
+nothing. Steps are those of whole ranges. For few bits ranges are shortened, by which some rows tell how much less is
+lost; and what entries make up for each other takes them beyond the ends of a grid, which costs a part more (`BEYOND`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cur._lib.errors import NumericalError
+from cur._lib.steps import FACTORS as PARTS
+from cur._lib.steps import least
 from cur.integrations.measure.moments import damped
 from cur.integrations.nn import IntegerGrid
 
-__all__ = ["FACTORS", "GRIDS", "SHORTENED", "expected_errors", "pivots"]
+__all__ = ["BEYOND", "FACTORS", "GRIDS", "expected_errors", "pivots"]
 
 GRIDS = (
     *(IntegerGrid(bits, group, symmetric=False) for bits in (2, 3, 4, 5, 6, 8) for group in (128, 64, 32)),
@@ -29,10 +32,12 @@ GRIDS = (
 )
 """The grids that a budget of bytes chooses among."""
 
-SHORTENED = {2: 0.57, 3: 0.77, 4: 0.93}
-"""What is lost where ranges are shortened, relative to whole ranges, by bits; about the same for more. Measured on
-layers of SmolLM2-135M by ``benchmarks/frontier.py forms``, where they are 0.39 to 0.78, 0.59 to 1.01 and 0.78 to
-1.06."""
+BEYOND = {2: 1.5, 3: 1.25, 4: 1.12}
+"""What is lost by bits, relative to nearest rounding of entries by themselves, with shortened ranges; 1.06 for more
+bits. Measured on layers of SmolLM2-135M and on random matrices by ``benchmarks/frontier.py forms``."""
+
+_ROWS, _TRIED = 16, PARTS[::3]
+"""Rows that tell what shortened ranges save, and the parts of ranges that are tried."""
 
 FACTORS = 6.0
 """What rounding two factors of a weight loses, relative to rounding the whole weight to the same grid: each entry of a
@@ -58,22 +63,76 @@ def expected_errors(W: Tensor, rows: Tensor | None, columns: Tensor, grids: Sequ
     """
     m, n = W.shape
     outputs = torch.ones(m, dtype=W.dtype, device=W.device) if rows is None else rows
+    ends = {
+        (group, symmetric): _Ranges.of(W, outputs, columns, group, symmetric) for group, symmetric in _kinds(grids, n)
+    }
+    return np.array([ends[grid.group or n, grid.symmetric].lost(grid) for grid in grids])
 
-    @functools.cache
-    def lost(group: int, symmetric: bool) -> float:
-        # the sum for steps that are the whole range of a group
+
+def _kinds(grids: Sequence[IntegerGrid], n: int) -> set[tuple[int, bool]]:
+    return {(grid.group or n, grid.symmetric) for grid in grids}
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranges:
+    """The ranges of the groups of a weight, and what an error of a twelfth of their squares is worth.
+
+    Attributes
+    ----------
+    whole : float
+        The sum of the squares of all ranges, as they count, over 12.
+    X : array, shape (r, groups, group)
+        Some rows, in the proportion in which they count.
+    span, bottom : array, shape (r, groups)
+        Their ranges, and where these begin.
+    inputs : array, shape (groups, group)
+        What each column counts.
+    """
+
+    whole: float
+    X: Any
+    span: Any
+    bottom: Any
+    inputs: Any
+
+    @classmethod
+    def of(cls, W: Tensor, outputs: Tensor, columns: Tensor, group: int, symmetric: bool) -> _Ranges:
+        m, n = W.shape
         more = -n % group
-        X = torch.nn.functional.pad(W, (0, more)).reshape(m, -1, group)
-        inputs = torch.nn.functional.pad(columns, (0, more)).reshape(-1, group).sum(1)
+        X = nn.functional.pad(W, (0, more)).reshape(m, -1, group)
+        inputs = nn.functional.pad(columns, (0, more)).reshape(-1, group)
         top, bottom = X.amax(2).clamp(min=0), X.amin(2).clamp(max=0)
         span = 2 * torch.maximum(top, -bottom) if symmetric else top - bottom
-        return float(outputs @ span.square() @ inputs) / 12
+        each = outputs * (span.square() @ inputs.sum(1))
+        reached = each.cumsum(0) / each.sum().clamp(min=torch.finfo(each.dtype).tiny)
+        places = (torch.arange(min(_ROWS, m), dtype=each.dtype, device=each.device) + 0.5) / min(_ROWS, m)
+        some = torch.searchsorted(reached, places).clamp(max=m - 1)
+        parts = (X[some], span[some], bottom[some], inputs)
+        return cls(float(each.sum()) / 12, *(part.cpu().numpy() for part in parts))
 
-    found = []
-    for grid in grids:
+    def lost(self, grid: IntegerGrid) -> float:
         levels = 2**grid.bits - (2 if grid.symmetric else 1)
-        found.append(lost(grid.group or n, grid.symmetric) / levels**2 * SHORTENED.get(grid.bits, 1.0))
-    return np.array(found)
+        found: float = self.whole / levels**2 * BEYOND.get(grid.bits, 1.06)
+        return found * self._shortened(levels) if grid.bits in BEYOND and not grid.symmetric else found
+
+    def _shortened(self, levels: int) -> float:
+        """Return what nearest rounding loses with the best ranges, relative to uniform errors on whole ones."""
+        span = np.where(self.span > 0, self.span, 1.0)
+        steps, zeros = least(
+            self.X.reshape(len(self.X), -1),
+            (span / levels, self.bottom),
+            self.inputs.ravel(),
+            0,
+            levels,
+            lambda X: X,
+            _TRIED,
+        )
+        assert zeros is not None
+        q = np.clip(np.rint(self.X / steps[:, :, None] + zeros[:, :, None]), 0, levels)
+        lost = (((q - zeros[:, :, None]) * steps[:, :, None] - self.X) ** 2 * self.inputs).sum((1, 2))
+        uniform = (self.span**2 @ self.inputs.sum(1)) / 12 / levels**2
+        live = uniform > 0
+        return float((lost[live] / uniform[live]).mean()) if live.any() else 1.0
 
 
 def pivots(moment: Tensor, damping: float, name: str) -> Tensor:

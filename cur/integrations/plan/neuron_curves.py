@@ -29,6 +29,7 @@ def neuron_curves(
     *,
     gradients: bool,
     damping: float,
+    cuts: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[NeuronCurve]:
     """Compute the error of every layer that reads neurons at every number of neurons kept.
@@ -49,6 +50,8 @@ def neuron_curves(
         Whether errors are weighted by output gradients.
     damping : float
         The share of its mean diagonal that is added to each moment.
+    cuts : bool, default True
+        Whether what is left may be of a lower rank as well, which takes most of the time.
     progress : callable, optional
         Called as ``progress(done, total)`` after every group of layers.
 
@@ -67,8 +70,10 @@ def neuron_curves(
         count = np.arange(1, len(squares) - 1)
         scale = unit(float(squares[0]), gradients=gradients)
         each = shapes[0][0] + sum(n for _, n in shapes[1:])
-        cuts = _cuts(model, moments, found, (consumer, *producers), gradients=gradients, damping=damping)
-        curves.append(NeuronCurve(consumer, producers, shapes, scale * squares[count], count * each, cuts))
+        parts: tuple[Cut, ...] = ()
+        if cuts:
+            parts = _cuts(model, moments, found, (consumer, *producers), gradients=gradients, damping=damping)
+        curves.append(NeuronCurve(consumer, producers, shapes, scale * squares[count], count * each, parts))
         if progress is not None:
             progress(done, len(groups))
     return curves
