@@ -250,7 +250,7 @@ class ScoredText:
 class HeldOutText:
     """Text to compare the compressed model with the dense one on."""
 
-    heading: ClassVar[str] = "Held-out text"
+    heading: ClassVar[str] = "Perplexity"
 
     held_out: str | None = field(
         default=None,
