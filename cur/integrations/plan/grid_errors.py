@@ -118,15 +118,8 @@ class _Ranges:
     def _shortened(self, levels: int) -> float:
         """Return what nearest rounding loses with the best ranges, relative to uniform errors on whole ones."""
         span = np.where(self.span > 0, self.span, 1.0)
-        steps, zeros = least(
-            self.X.reshape(len(self.X), -1),
-            (span / levels, self.bottom),
-            self.inputs.ravel(),
-            0,
-            levels,
-            lambda X: X,
-            _TRIED,
-        )
+        X, inputs = self.X.reshape(len(self.X), -1), self.inputs.ravel()
+        steps, zeros = least(X, (span / levels, self.bottom), inputs, 0, levels, lambda step: step, _TRIED)
         assert zeros is not None
         q = np.clip(np.rint(self.X / steps[:, :, None] + zeros[:, :, None]), 0, levels)
         lost = (((q - zeros[:, :, None]) * steps[:, :, None] - self.X) ** 2 * self.inputs).sum((1, 2))
