@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.render import table
+from benchmarks.render import forms
 from benchmarks.rounding_model import add_setup, set_up
 from cur.integrations.factor.layer import factorize
 from cur.integrations.factor.rounding import round_layer
@@ -77,20 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     result |= {"beyond": BEYOND, "factors": FACTORS, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(summary(result))
+    print(forms(result))
 
 
 def loss(change: torch.Tensor, H: torch.Tensor, G: torch.Tensor) -> float:
     return 0.5 * float(((H @ change) * (change @ G)).sum())
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Return the range of what was done over what was foreseen, by bits, and of what factors add."""
-    rows = []
-    for bits in BITS:
-        own = [row for row in result["rows"] if row["bits"] == bits]
-        ratios = sorted(row["done"] / row["foreseen"] for row in own if "done" in row)
-        times = sorted(row["times"] for row in own if "times" in row)
-        shown = [f"{x[0]:.2f} to {x[-1]:.2f} (median {x[len(x) // 2]:.2f})" if x else "" for x in (ratios, times)]
-        rows.append([str(bits), *shown])
-    return table(["Bits", "Loss as done over as foreseen", "Added by rounding factors, over the whole weight"], rows)

@@ -661,6 +661,66 @@ def rounding_model(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, provenance(data)])
 
 
+def frontier(data: dict[str, Any]) -> str:
+    """Return divergences against bytes, and which forms were chosen."""
+    texts = list(data["rows"][0]["kl"]) if data["rows"] else []
+    rows = []
+    for row in sorted(data["rows"], key=lambda row: -row["bytes"]):
+        name = f"{row['method']} {row['setting']}" if row["method"] == "GGUF" else row["method"]
+        foreseen = "" if "predicted" not in row else f"{row['predicted']:.3g}"
+        figures = [
+            cell_
+            for text in texts
+            for cell_ in (_with_interval(row["kl"][text]), f"{interval(row['same'][text])[0]:.3f}")
+        ]
+        rows.append(
+            [name, f"{row['bits']:.2f}", f"{row['bytes'] / 2**20:.1f}", *figures, foreseen, cell(row["seconds"])]
+        )
+    across = [title for text in texts for title in (f"Divergence, {text}", "same top token")]
+    parts = [table(["", "bits", "MiB", *across, "foreseen", "seconds"], rows)]
+    parts.extend(_forms_chosen(data))
+    windows, taken = sorted({row["windows"] for row in data["rows"]}), data["calibration"]
+    parts.append(
+        f"*Nats a token, means over the first {' or '.join(map(str, windows))} windows of {data['length']} tokens of "
+        f"each text, with intervals of 95 percent over windows. Calibration: {taken['windows']} windows of "
+        f"{taken['length']} tokens, products in {taken['products']}. Foreseen: the sum of what the forms of all layers "
+        "are expected to cost. Seconds of one processor, without calibration.*"
+    )
+    return "\n\n".join([*parts, provenance(data)])
+
+
+def _forms_chosen(data: dict[str, Any]) -> list[str]:
+    """Return how many layers of each kind took which form, at each size."""
+    own = sorted((row for row in data["rows"] if row["method"] == "ours"), key=lambda row: row["bytes"])
+    kinds = list(dict.fromkeys(kind for row in own for kind in row["forms"]))
+    rows = []
+    for row in own:
+        cells = []
+        for kind in kinds:
+            said = list(row["forms"].get(kind, {}).values())
+            bits = sorted({int(form.split()[0]) for form in said})
+            more = [f"{count} {word}" for word in ("rank", "neurons") if (count := sum(word in form for form in said))]
+            cells.append(
+                ", ".join([f"{bits[0]} to {bits[-1]}" if len(bits) > 1 else f"{bits[0]}", *more]) if bits else ""
+            )
+        rows.append([f"{row['bits']:.1f}", *cells])
+    return [table(["Bits that were chosen (and in how many layers a rank, or neurons)", *kinds], rows)] if rows else []
+
+
+def forms(data: dict[str, Any]) -> str:
+    """Return what rounding was foreseen to lose beside what it lost."""
+    rows = []
+    for bits in sorted({row["bits"] for row in data["rows"]}):
+        own = [row for row in data["rows"] if row["bits"] == bits]
+        ratios = sorted(row["done"] / row["foreseen"] for row in own if "done" in row)
+        times = sorted(row["times"] for row in own if "times" in row)
+        shown = [f"{x[0]:.2f} to {x[-1]:.2f}, median {x[len(x) // 2]:.2f}" if x else "" for x in (ratios, times)]
+        rows.append([str(bits), *shown])
+    head = ["Bits", "Loss as done over as foreseen", "Added by rounding two factors, over that of the whole weight"]
+    layers = len({row["layer"] for row in data["rows"]})
+    return f"{table(head, rows)}\n\n*{layers} layers, groups of 64.*\n\n{provenance(data)}"
+
+
 def _with_interval(values: Sequence[float]) -> str:
     mean, half = interval(values)
     return f"{mean:.2g} ± {half:.1g}" if mean < 0.01 else f"{mean:.3f} ± {half:.3f}"
@@ -738,6 +798,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "off_grid": off_grid,
     "rounding": rounding,
     "rounding_model": rounding_model,
+    "frontier": frontier,
+    "forms": forms,
     "gpu": gpu,
     "scale": scale,
     "cost": cost,
