@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cur.integrations.plan.entry import PlanEntry
     from cur.integrations.plan.plan import Plan
     from cur.integrations.report.data import CompressionReport, LayerReport
     from cur.integrations.report.speed import LayerSpeed
@@ -60,6 +62,7 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
     bounds = [_bound(layer) for layer in layers]
     columns = {
         **{key: [cells(layer)[key] for layer in layers] for key in ("shape", "rank")},
+        **_bits(layers),
         "kept": [f"{layer.parameters_after / layer.parameters_before:.1%}" for layer in layers],
         "error": [f"{layer.certificate['relative']:.3f}" for layer in layers],
         **({"bound": bounds} if any(bounds) else {}),
@@ -81,6 +84,14 @@ def layers_table(layers: Sequence[LayerReport]) -> Table:
     return table
 
 
+def _bits(layers: Sequence[LayerReport] | Sequence[PlanEntry]) -> dict[str, list[str]]:
+    """Return a column of the bits of each layer, and of the neighbours that share a step; none if none is rounded."""
+    if all(layer.grid is None for layer in layers):
+        return {}
+    grids = [layer.grid for layer in layers]
+    return {"bits": ["" if g is None else f"{g.bits}" if g.group is None else f"{g.bits} by {g.group}" for g in grids]}
+
+
 def _bound(layer: LayerReport) -> str:
     bound, scale = layer.certificate.get("projection"), layer.certificate["scale"]
     return "" if bound is None or not scale else f"{bound / scale:.3f}"
@@ -98,18 +109,21 @@ def plan_table(plan: Plan) -> Table:
 
     table, names = _of_layers("Plan", [entry.name for entry in plan.entries], show_footer=True)
     table.add_column("layer", "all", overflow="fold", min_width=_LEAST)
+    bits = _bits(plan.entries)
     for heading, footer in (
         ("shape", ""),
         ("rank", ""),
         ("layout", ""),
+        *((heading, "") for heading in bits),
         ("kept", f"{plan.parameters / plan.dense_parameters:.1%}" if plan.entries else ""),
         ("predicted", ""),
     ):
         table.add_column(heading, footer, justify="right", no_wrap=True)
-    for name, entry in zip(names, plan.entries, strict=True):
+    for place, (name, entry) in enumerate(zip(names, plan.entries, strict=True)):
         table.add_row(
             name,
             *(cells(entry)[key] for key in ("shape", "rank", "layout")),
+            *(column[place] for column in bits.values()),
             f"{entry.parameters / entry.dense_parameters:.1%}",
             "" if entry.predicted is None else f"{entry.predicted:.2e}",
         )
@@ -161,11 +175,16 @@ def budget_line(plan: Plan) -> str:
     plan : Plan
         The plan, made for a budget.
     """
-    return (
+    kept = (
         f"Kept: {plan.kept or 0:.2%} of the parameters of the targeted layers, {plan.model_kept or 0:.2%} of the "
         "model; "
-        f"{len(plan.entries)} layers factored, the other targets stay dense."
     )
+    if all(entry.grid is None for entry in plan.entries):
+        return f"{kept}{len(plan.entries)} layers factored, the other targets stay dense."
+    counts = Counter(entry.method for entry in plan.entries)
+    forms = {"rounded": "whole in few bits", "weighted": "of a lower rank", "neurons": "with fewer neurons"}
+    said = ", ".join(f"{counts[method]} layers {words}" for method, words in forms.items() if counts[method])
+    return f"{kept}{said}; the other targets stay dense."
 
 
 def perplexity_table(values: Mapping[str, float], title: str) -> Table:

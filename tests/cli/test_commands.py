@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -529,6 +530,8 @@ def test_bits_and_a_tolerance(model: Path, text: Path, tmp_path: Path) -> None:
     plan = Plan.load(tmp_path / "bits" / "plan.json")
     bits = 8 * sum(entry.nbytes(torch.float32) for entry in plan.entries) / plan.targeted_parameters
     assert 4.3 < bits <= 4.5
+    assert "whole in few bits" in done.stdout
+    assert re.search(r" [2-8] by (32|64|128) ", done.stdout)
     assert "bits" in cur("inspect", tmp_path / "bits").stdout
     other = tmp_path / "other.txt"
     other.write_text(" ".join(f"w{4 + index % 90}" for index in range(2200)))
