@@ -18,7 +18,7 @@ def layer(name: str, **others: Any) -> Any:
     given = {"layout": "inputs", "shape": (1536, 576), "ranks": (1382, None)}
     given |= {"weighted_error": 0.1, "weighted_bound": 0.1}
     kept = {"parameters_after": 700, "parameters_before": 1000, "certificate": {"relative": 0.1, "scale": 2.0}}
-    return SimpleNamespace(name=name, **{**given, **kept, **others})
+    return SimpleNamespace(grid=None, name=name, **{**given, **kept, **others})
 
 
 def printed(table: Any, width: int) -> str:
