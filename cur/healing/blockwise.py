@@ -118,12 +118,12 @@ def heal_blockwise(
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
     passes = precision_blockwise(teacher, target, config)
-    rehearsal = Rehearsal(teacher, [text.batch(0)], passes)
-    rehearsal.check()
-    if fault := rehearsal.chain_fault():
-        raise ValueError(f"`student` cannot be healed from block to block: {fault}")
     journal = Journal(target)
     if journal.begun_with("teacher") != teacher.shards.digest():  # a run that goes on was begun with the right one
+        rehearsal = Rehearsal(teacher, [text.batch(0)], passes)
+        rehearsal.check()
+        if fault := rehearsal.chain_fault():
+            raise ValueError(f"`student` cannot be healed from block to block: {fault}")
         check_teacher(student.shards.directory, student.model, teacher.kept_digest)
     config = replace(config, precision=passes.name)
     journal.begin(

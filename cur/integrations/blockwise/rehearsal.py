@@ -207,9 +207,12 @@ class Rehearsal:
         bypass = Bypass(self.streamed, HeldStates(self.streamed.device))
         with bypass.open():
             for index, (name, _) in enumerate(self.streamed.blocks):
-                found = self._alone(bypass, index, names)
                 if index not in wanted:
-                    return f"no input reaches {name} with the first batch; load the whole model"
+                    return (
+                        f"no input reaches {name}, or its parts are called and not the block itself, so block by block "
+                        "it would never run; load the whole model"
+                    )
+                found = self._alone(bypass, index, names)
                 if not _are_near(found, wanted[index][-1]):
                     return (
                         f"{name} of {kind} depends on more than what it is called with, so block by block it would "
