@@ -34,6 +34,7 @@ from cur.healing.training.state import StateError, StateFile
 from cur.integrations.blockwise.bypass import Bypass
 from cur.integrations.blockwise.hidden_states import HiddenStates
 from cur.integrations.blockwise.journal import Journal
+from cur.integrations.blockwise.rehearsal import Rehearsal
 from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.blockwise.writer import fill
 from cur.integrations.files.directory import check_target
@@ -116,10 +117,14 @@ def heal_blockwise(
     check_windows(teacher.model, [batches] if isinstance(batches, Tensor) else batches, name="batches")
     target = check_target(directory, overwrite=overwrite)
     text = Text(batches, batch_size=config.batch_size, held_out=config.held_out, seed=config.seed)
+    passes = precision_blockwise(teacher, target, config)
     journal = Journal(target)
     if journal.begun_with("teacher") != teacher.shards.digest():  # a run that goes on was begun with the right one
+        rehearsal = Rehearsal(teacher, [text.batch(0)], passes)
+        rehearsal.check()
+        if fault := rehearsal.chain_fault():
+            raise ValueError(f"`student` cannot be healed from block to block: {fault}")
         check_teacher(student.shards.directory, student.model, teacher.kept_digest)
-    passes = precision_blockwise(teacher, target, config)
     config = replace(config, precision=passes.name)
     journal.begin(
         {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cur.integrations.factor.making import decompose
 from cur.integrations.measure.collect import collect
 from cur.integrations.measure.generated_text import own_text, writing_fault
+from cur.integrations.measure.propagation import fitting_fault
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.measure.text import batches
 from cur.integrations.model.adapters import refuse_adapters
@@ -37,7 +38,7 @@ from cur.integrations.report.outputs import output_changes
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
-__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "silent"]
+__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "silent", "uncorrected"]
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
 """Called as ``progress(stage, done, total)``.
@@ -411,12 +412,21 @@ class InMemory(Source):
         if asked.own_text and not measured and (fault := writing_fault(self.model)):
             asked = replace(asked, own_text=0.0)
             notes.append(f"No text of the model's own was measured: {fault}.")
-        if asked.correction and (fault := chain_fault(self.model, self.text[0])):
+        if asked.correction and (fault := self._correction_fault(asked)):
             asked = replace(asked, correction=0.0)
-            notes.append(f"Layers are not fitted to what compressed ones before them give: {fault}.")
+            notes.append(uncorrected(fault))
         for note in notes:
             self.announce(note)
         return asked, tuple(notes)
+
+    def _correction_fault(self, asked: Asked) -> str | None:
+        """Say why layers cannot be fitted to what compressed ones before them give, as a pass over one batch tells."""
+        assert self.text is not None
+        if fault := chain_fault(self.model, self.text[0]):
+            return fault
+        names = self.check(asked)
+        with unrolled(self.model):
+            return fitting_fault(self.model, self.text[0], names, precision=self.precision.name)
 
     def known(self) -> Statistics | None:
         """Return statistics that were given, or are in a file."""
@@ -554,6 +564,17 @@ def busy(progress: StageProgress | None, stage: str) -> Iterator[None]:
     yield
     if progress is not None:
         progress(stage, 1, 1)
+
+
+def uncorrected(fault: str) -> str:
+    """Return the sentence that a report has where layers are not fitted to those before them.
+
+    Parameters
+    ----------
+    fault : str
+        What is in the way.
+    """
+    return f"Layers are not fitted to what compressed ones before them give: {fault}."
 
 
 def silent(_: str) -> None:

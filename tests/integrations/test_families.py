@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur.healing import HealingConfig, heal
+from cur.healing.blockwise import heal_blockwise
 from cur.integrations import BudgetConfig, CompressConfig, CompressionReport, collect, compress, decoder_layers, save
 from cur.integrations.blockwise.run import compress_blockwise
 from cur.integrations.blockwise.streamed_model import load_streamed
+from cur.integrations.files.shards import Shards
 from cur.integrations.model import targets
 from cur.integrations.model.blocks import ChainError
 from cur.integrations.nn import compressed_modules
@@ -96,7 +98,7 @@ def test_block_by_block_refuses_blocks_that_run_several_times(tmp_path: Path) ->
     tokenizer().save_pretrained(tmp_path / "dense")
     with pytest.raises(ChainError, match=r"runs more than once in a pass.*load the whole model"):
         compress_blockwise(load_streamed(tmp_path / "dense"), windows(), tmp_path / "out", PAPER)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize("name", ["openai-gpt", "olmo_hybrid"])
@@ -181,6 +183,23 @@ def test_healing_refuses_blocks_that_depend_on_more_than_the_hidden_state() -> N
     compress(student, windows(), PAPER)
     with pytest.raises(ValueError, match=r"`student` cannot be healed from block to block: .*leaves something"):
         heal(student, teacher, batch("llama", count=14)["input_ids"], HealingConfig(steps=2, held_out=4))
+
+
+def test_healing_block_by_block_refuses_them_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make("gemma3n_text")
+    student = copy.deepcopy(teacher)
+    compress(student, windows(), PAPER)
+    save(student, tokenizer(), tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    pair = [load_streamed(tmp_path / name) for name in ("student", "teacher")]
+    config = HealingConfig(steps=2, held_out=4, scope="block", metric_windows=0)
+    monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a tensor is read"))
+    with pytest.raises(ValueError, match=r"`student` cannot be healed from block to block: .*leaves something"):
+        heal_blockwise(*pair, batch("llama", count=14)["input_ids"], tmp_path / "out", config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
 
 def test_gradients_that_a_model_refuses_are_told() -> None:

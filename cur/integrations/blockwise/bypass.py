@@ -24,6 +24,7 @@ from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.model.blocks import (
     BlockCall,
     ChainError,
+    Left,
     ReachedError,
     and_left,
     beside,
@@ -73,6 +74,7 @@ class Bypass:
         self._latest: Any = None
         self._pack: Callable[[Any], Any] | None = None
         self._stored: dict[int, Any] = {}
+        self._blank: dict[int, Any] = {}
         self._calls: dict[str, int] = {}
         self._met = -1
         self._leaving: set[int] = set()
@@ -170,6 +172,7 @@ class Bypass:
         self._batch = self.key({**{str(index): value for index, value in enumerate(args)}, **kwargs})
         self._latest = None
         self._stored.clear()
+        self._blank.clear()
         self._calls.clear()
         self._met = -1
         if self._leaving_of != self.active:  # what the blocks before leave does not change any more
@@ -186,7 +189,7 @@ class Bypass:
                         f"{self.streamed.blocks[number][0]} runs more than once in a pass, so block by block its input "
                         "is not known; load the whole model"
                     )
-                if self._parted and _holds_nan(BlockCall.of(args, kwargs)[0]):
+                if _hold_nan([args, kwargs]) and not _hold_nan(list(self._stored.values())):
                     raise ChainError(
                         f"{self.streamed.blocks[number][0]} depends on what several blocks before it returned, so "
                         "block by block its input is not known; load the whole model"
@@ -198,9 +201,7 @@ class Bypass:
                     raise ChainError(f"{name} cannot be run without others: {error}; load the whole model") from error
                 _, self._pack = unpack(self._latest)
                 if self.recording:
-                    self.states.write(self.place(number), self._batch, self._latest)
-                    if left:
-                        self.states.write(f"{_LEFT}{self.place(number)}", self._batch, [list(one) for one in left])
+                    self._write(number, self._latest, left)
                 return self._latest
             if number == self.active + 1 and not is_handed_on(unpack(self._latest)[0], BlockCall.of(args, kwargs)[0]):
                 self.starts.add(number)
@@ -219,16 +220,29 @@ class Bypass:
                 leave(self.states.read(f"{_LEFT}{self.place(number)}", self._batch), args, kwargs)
             last = min(self.active, self._end(number)) - 1
             output = self._before(last, args, kwargs)
-            if number < last and self._parted:  # the next one does not look at it, and nothing else may
-                return beside(output)(torch.full_like(unpack(output)[0], torch.nan))
+            if number < last and last in self._stored:  # the next one does not look at it, and nothing else may
+                return self._nothing(last)
             return output
 
         return forward
 
-    @property
-    def _parted(self) -> bool:
-        """Whether the model does something with the hidden state between blocks of a stack."""
-        return len(self.starts) > len(self.streamed.starts)
+    def _write(self, number: int, output: Any, left: Left) -> None:
+        """Store what a block returned, and what it left in its arguments."""
+        try:
+            self.states.write(self.place(number), self._batch, output)
+            if left:
+                self.states.write(f"{_LEFT}{self.place(number)}", self._batch, [list(one) for one in left])
+        except TypeError as error:
+            raise ChainError(f"{self.streamed.blocks[number][0]}: {error}") from None
+
+    def _nothing(self, last: int) -> Any:
+        """Return what a block before `last` returns, in the form of what that one returned: NaN, and the rest of it."""
+        if last not in self._blank:
+            output = self._stored[last]
+            hidden = unpack(output)[0]
+            floating = isinstance(hidden, torch.Tensor) and hidden.is_floating_point()
+            self._blank[last] = beside(output)(torch.full_like(hidden, torch.nan)) if floating else output
+        return self._blank[last]
 
     def _end(self, number: int) -> int:
         """Return the number of the block behind the last one that gets what the block before returned, from one on."""
@@ -256,7 +270,10 @@ class Bypass:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                if self.active == len(self.streamed.blocks):
+                    self._check_end(output)
+                return output
             except ReachedError:
                 return None
             except (RuntimeError, ValueError) as error:
@@ -265,6 +282,15 @@ class Bypass:
                 return None
 
         return forward
+
+    def _check_end(self, output: Any) -> None:
+        """Refuse what a model makes of more than the last block of each stack: the others returned nothing."""
+        found = next((one for one in tree_leaves(output) if isinstance(one, torch.Tensor)), None)
+        if _hold_nan(found) and not _hold_nan(list(self._stored.values())):
+            raise ChainError(
+                f"what {type(self.streamed.model).__name__} returns depends on what several of its blocks returned, so "
+                "block by block it is not known; load the whole model"
+            )
 
     def _table(self, name: str, table: nn.Embedding, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward pass of a table of embeddings, whose outputs stand in for it once it is gone."""
@@ -334,5 +360,7 @@ class _Reading(TorchFunctionMode):
         return output
 
 
-def _holds_nan(hidden: Any) -> bool:
-    return isinstance(hidden, torch.Tensor) and bool(hidden.isnan().any())
+def _hold_nan(values: Any) -> bool:
+    """Say whether a tensor is NaN somewhere, among whatever holds tensors."""
+    tensors = (one for one in tree_leaves(values) if isinstance(one, torch.Tensor) and one.is_floating_point())
+    return any(bool(one.isnan().any()) for one in tensors)

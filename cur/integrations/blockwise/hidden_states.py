@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-__all__ = ["HiddenStates"]
+__all__ = ["HeldStates", "HiddenStates"]
 
 _SUFFIX = ".safetensors"
 
@@ -53,13 +53,7 @@ class HiddenStates:
         OSError
             If the disk is full or cannot be written.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        try:
-            form = _taken_apart(output, tensors)
-        except TypeError as error:
-            raise TypeError(
-                f"{place} returns {error}; block by block only tensors are kept, so load the whole model"
-            ) from None
+        form, tensors = self._parts(place, output)
         data = save(tensors, {"form": json.dumps(form)})
         file = self._file(place, batch)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +165,107 @@ class HiddenStates:
 
     def _file(self, place: str, batch: str) -> Path:
         return self.directory / place / f"{batch}{_SUFFIX}"
+
+    @staticmethod
+    def _parts(place: str, output: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            return _taken_apart(output, tensors), tensors
+        except TypeError as error:
+            raise TypeError(
+                f"{place} returns {error}; block by block only tensors are kept, so load the whole model"
+            ) from None
+
+
+class HeldStates(HiddenStates):
+    """Outputs of modules in memory, for so few tokens that they fit; nothing is written.
+
+    Parameters
+    ----------
+    device : torch.device
+        The device that outputs are read onto.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(Path(), device)
+        self._held: dict[tuple[str, str], tuple[Any, dict[str, torch.Tensor]]] = {}
+
+    def write(self, place: str, batch: str, output: Any) -> None:
+        """Keep what a module returned.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+        output : Any
+            The output, as for :meth:`HiddenStates.write`.
+
+        Raises
+        ------
+        TypeError
+            If the output could not be stored.
+        """
+        self._held[place, batch] = self._parts(place, output)
+
+    def has(self, place: str, batch: str) -> bool:
+        """Say whether an output is kept.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+
+        Returns
+        -------
+        bool
+            Whether it is there.
+        """
+        return (place, batch) in self._held
+
+    def read(self, place: str, batch: str) -> Any:
+        """Return an output, in memory of its own.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module that returned the output.
+        batch : str
+            The name of the batch.
+        """
+        form, tensors = self._held[place, batch]
+        return _put_together(form, {name: tensor.clone().to(self.device) for name, tensor in tensors.items()})
+
+    def places(self, prefix: str) -> list[str]:
+        """Name the modules of which outputs are kept, by the beginning of their name.
+
+        Parameters
+        ----------
+        prefix : str
+            The beginning of the names to look for.
+
+        Returns
+        -------
+        list of str
+            The names of the modules.
+        """
+        return sorted({place for place, _ in self._held if place.startswith(prefix)})
+
+    def drop(self, place: str, *, keep: str | None = None) -> None:
+        """Let go of the outputs of one module, but for one batch.
+
+        Parameters
+        ----------
+        place : str
+            The name of the module whose outputs are let go of.
+        keep : str, optional
+            The name of a batch whose output stays.
+        """
+        for key in [key for key in self._held if key[0] == place and key[1] != keep]:
+            del self._held[key]
 
 
 def _taken_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -131,7 +131,7 @@ def compress_blockwise(
             progress=progress,
             announce=announce,
         )
-        source.check(asked)
+        source.rehearse(asked, source.check(asked), end=held_out is not None)
         _begin(group, journal, _inputs(source, asked, held_out))
         try:
             with journal.explaining(target):

@@ -15,6 +15,7 @@ import torch
 
 from cur.integrations.blockwise.bypass import Bypass
 from cur.integrations.blockwise.hidden_states import HiddenStates
+from cur.integrations.blockwise.rehearsal import Rehearsal
 from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.measure.text import batches
 from cur.integrations.model.experts import eager_experts
@@ -68,6 +69,8 @@ def perplexity_blockwise(
     ------
     TypeError, ValueError, NumericalError
         In the cases in which :func:`~cur.integrations.perplexity` raises them.
+    ChainError
+        If the model cannot be run block by block; before any window is scored.
     """
     start = time.perf_counter()
     how = _How(batch_size, precision, scratch, progress)
@@ -172,6 +175,8 @@ def _walked(streamed: StreamedModel, windows: torch.Tensor, how: _How) -> Iterat
     check_windows(model, windows)
     total = (count + 1) * len(windows)
     inner = body(model)
+    passes = Precision.on(streamed.device, streamed.dtype, how.precision)
+    Rehearsal(streamed, parts, passes).check(end=True)
 
     def watch(done: int, _: int | None, index: int = count) -> None:
         if how.progress is not None:
@@ -179,7 +184,6 @@ def _walked(streamed: StreamedModel, windows: torch.Tensor, how: _How) -> Iterat
 
     with tempfile.TemporaryDirectory(prefix="cur-", dir=how.scratch) as directory:
         bypass = Bypass(streamed, HiddenStates(Path(directory), streamed.device))
-        passes = Precision.on(streamed.device, streamed.dtype, how.precision)
         with bypass.open(), evaluating(model), eager_experts(model):
             streamed.load_outside()
             for index in range(count):

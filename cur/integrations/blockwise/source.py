@@ -18,6 +18,7 @@ from torch import nn
 from cur.integrations.blockwise.calibrate import Calibration
 from cur.integrations.blockwise.distributed import ProcessGroup
 from cur.integrations.blockwise.journal import Journal
+from cur.integrations.blockwise.rehearsal import Rehearsal
 from cur.integrations.blockwise.score import compare_blockwise, reference_blockwise
 from cur.integrations.blockwise.streamed_model import StreamedModel, load_streamed
 from cur.integrations.blockwise.writer import fill
@@ -29,14 +30,14 @@ from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.source import source_of
 from cur.integrations.model.unrolling import release_, rolled, unroll_, unrolled
 from cur.integrations.nn import CompressedLinear, stand_in, swap_
-from cur.integrations.plan.config import Asked
+from cur.integrations.plan.config import Asked, BudgetConfig
 from cur.integrations.plan.make import Layers
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.divergence import Divergence
 from cur.integrations.report.endings import output_head
 from cur.integrations.report.outputs import output_changes
-from cur.integrations.sources import Clock, Source, StageProgress, silent
+from cur.integrations.sources import Clock, Source, StageProgress, silent, uncorrected
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
@@ -112,6 +113,37 @@ class Streamed(Source):
         self.stored = file if file is not None and file.exists() and journal.facts(_SAVED) is None else None
         self._calibration: Calibration | None = None
         self._reports: list[LayerReport] = []
+        self._uncorrected: str | None = None
+
+    def rehearse(self, asked: Asked, names: Sequence[str], *, end: bool) -> None:
+        """Refuse a model that cannot be run block by block, before anything is measured or written.
+
+        Parameters
+        ----------
+        asked : Asked
+            The configuration to plan by, or the plan to apply.
+        names : sequence of str
+            The names of the layers to measure.
+        end : bool
+            Whether the perplexity of the model is measured as well.
+
+        Raises
+        ------
+        ChainError
+            In the cases in which :meth:`Rehearsal.check` and :meth:`Rehearsal.correction_fault` raise it.
+        """
+        rehearsal = Rehearsal(self.streamed, self.text, self.precision)
+        rehearsal.check(names if self.stored is None else None, end=end)
+        if asked.correction:
+            self._uncorrected = rehearsal.correction_fault(names)
+
+    def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
+        """Leave out what a rehearsal could not do, as in memory."""
+        if self._uncorrected is None or not isinstance(asked, (BudgetConfig, Plan)):
+            return asked, ()
+        note = uncorrected(self._uncorrected)
+        self.announce(note)
+        return replace(asked, correction=0.0), (note,)
 
     def known(self) -> Statistics | None:
         """Return statistics that are in a file, without second moments, which are read block by block."""

@@ -14,7 +14,7 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from cur.integrations.measure.inputs import add_gram_, mirror_
-from cur.integrations.model.blocks import BlockCall, BlockWalk
+from cur.integrations.model.blocks import BlockCall, BlockWalk, HollowError
 from cur.integrations.model.experts import inside_experts
 from cur.integrations.model.hooks import Hook, forwards_replaced, hooked, inputs_of
 from cur.integrations.model.masks import decoder_mask, padding_mask, token_rows
@@ -24,7 +24,7 @@ from cur.integrations.model.running import evaluating, model_inputs
 from cur.integrations.model.usage import first_tensor
 from cur.integrations.nn import is_linear
 
-__all__ = ["InputMoments", "in_order", "spread"]
+__all__ = ["InputMoments", "fitting_fault", "in_order", "spread"]
 
 # Multiple of the median square of an input feature by which the fit is drawn to the dense layer. Against the median, as
 # a few features of the first tokens can be a thousand times the others and would hide the ridge, or be all it leaves.
@@ -180,6 +180,51 @@ def in_order(
                 ends.theirs.append(way.theirs)
                 ends.ours.append(way.ours)
             first += len(stack)
+
+
+def fitting_fault(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    precision: str = "auto",
+    loaded: Callable[[int], AbstractContextManager[object]] | None = None,
+) -> str | None:
+    """Say why layers cannot be made in order, as :func:`in_order` does; None if they can.
+
+    That is found out by doing so with one batch, on which each layer is its own replacement.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformer, with one stack of blocks or several, which is not changed.
+    batch : mapping
+        The batch to run it on.
+    names : sequence of str
+        The names of the layers to replace.
+    precision : str, default "auto"
+        The precision of matrix products in the passes, as for :func:`in_order`.
+    loaded : callable, optional
+        Has the weights of a block in memory, as for :func:`in_order`.
+
+    Returns
+    -------
+    str or None
+        What is in the way, None if nothing is.
+
+    Raises
+    ------
+    HollowError
+        If it cannot be done because not all blocks are in memory.
+    """
+    try:
+        in_order(model, [batch], names, lambda name, _: model.get_submodule(name), precision=precision, loaded=loaded)
+    except HollowError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # whatever a block says that is held on its way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"the blocks of {type(model).__name__} cannot be copied, or held before a layer ({reason})"
+    return None
 
 
 @dataclass(eq=False)

@@ -18,6 +18,8 @@ __all__ = [
     "BlockCall",
     "BlockWalk",
     "ChainError",
+    "HollowError",
+    "Left",
     "ReachedError",
     "after_blocks",
     "and_left",
@@ -38,6 +40,10 @@ class ReachedError(Exception):
 
 class ChainError(ValueError):
     """Says that blocks do not hand one hidden state on from each to the next."""
+
+
+class HollowError(ChainError):
+    """Says that blocks cannot be walked through because not all of them are in memory."""
 
 
 def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -241,6 +247,11 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
     -------
     str or None
         What is in the way, None if walking gives what the model itself gives.
+
+    Raises
+    ------
+    HollowError
+        If it cannot be told because not all blocks are in memory.
     """
     if not are_in_line(model):
         return f"{type(model).__name__} has {len(found_stacks(model))} stacks of blocks, not one"
@@ -254,6 +265,8 @@ def chain_fault(model: nn.Module, batch: Batch) -> str | None:
                 for (_, block), call in zip(stack, calls, strict=True):
                     hidden = call(block, hidden)
                 ended.append(hidden)
+        except HollowError:
+            raise
         except ChainError as error:
             return str(error)
         except (RuntimeError, TypeError, ValueError) as error:  # whatever a block says that is not called so
@@ -530,7 +543,7 @@ class BlockWalk:
             return
         self._awake.add(number)
         if hollow:
-            raise ChainError(
+            raise HollowError(
                 f"the blocks of {type(self.model).__name__} hand on more than the hidden state, and not all are in "
                 "memory; load the whole model"
             )

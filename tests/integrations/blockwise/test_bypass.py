@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, XLMConfig, XLMWithLMHeadModel
 
 from cur.integrations.blockwise.bypass import Bypass
-from cur.integrations.blockwise.hidden_states import HiddenStates
+from cur.integrations.blockwise.hidden_states import HeldStates, HiddenStates
 from cur.integrations.blockwise.score import perplexity_blockwise
 from cur.integrations.blockwise.streamed_model import StreamedModel
 from cur.integrations.files.shards import Shards
@@ -199,8 +199,9 @@ def test_what_blocks_leave_in_a_mapping_is_there_for_later_ones(windows: torch.T
         assert torch.equal(found, model.base_model(windows, use_cache=False)[0])
 
 
-def test_hidden_states_come_back_in_the_form_in_which_they_were_stored(tmp_path: Path) -> None:
-    states = HiddenStates(tmp_path, CPU)
+@pytest.mark.parametrize("held", [False, True])
+def test_hidden_states_come_back_in_the_form_in_which_they_were_stored(held: bool, tmp_path: Path) -> None:
+    states = HeldStates(CPU) if held else HiddenStates(tmp_path, CPU)
     x = torch.randn(2, 3)
     output = (x, None, [x[0], {"k": (x, 2), 1: "text"}], True)
     states.write("place", "batch", output)
@@ -213,3 +214,10 @@ def test_hidden_states_come_back_in_the_form_in_which_they_were_stored(tmp_path:
     assert type(found[2]) is list
     with pytest.raises(TypeError, match="place returns object; block by block only tensors are kept"):
         states.write("place", "batch", (x, object()))
+    found[0].zero_()  # as a block may do in place
+    assert torch.equal(states.read("place", "batch")[0], x)
+    states.write("place", "other", x)
+    states.drop("place", keep="other")
+    assert (states.has("place", "batch"), states.has("place", "other")) == (False, True)
+    assert states.places("pl") == ["place"]
+    assert list(tmp_path.iterdir()) == ([] if held else [tmp_path / "place"])
