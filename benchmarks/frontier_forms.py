@@ -2,6 +2,8 @@
 
 For layers of four blocks and 2 to 8 bits in groups of 64: the loss under both moments that the budget foresees, and
 that of the rounding that is done. For factors of some ranks: what rounding adds, relative to rounding the whole weight.
+And for what rounding leaves: which share of the loss would be left if its best factors of some ranks were added, whose
+numbers take 8 bits and a step in groups of 64, beside the share that as many bits more for the weight would leave.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from benchmarks.render import forms
 from benchmarks.rounding_model import add_setup, set_up
 from cur.integrations.factor.layer import factorize
 from cur.integrations.factor.rounding import round_layer
-from cur.integrations.measure.moments import Moments
+from cur.integrations.measure.moments import Moments, damped
 from cur.integrations.nn import IntegerGrid
 from cur.integrations.plan.grid_errors import BEYOND, FACTORS, expected_errors, pivots
 from cur.integrations.plan.methods import ROUNDING_DAMPING, WeightedEntry
@@ -32,6 +34,7 @@ BLOCKS = (0, 3, 14, 29)
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 BITS = (2, 3, 4, 5, 6, 8)
 SHARES = (0.25, 0.4, 0.6)
+RESIDUAL_RANKS = (4, 16)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
                 rounded = round_layer(name, layer, grid, statistics, damping=ROUNDING_DAMPING)
                 foreseen = 0.5 * float(expected_errors(W, *sides, [grid])[0])
                 done[bits] = float(rounded.predicted or 0.0)
-                rows.append({"layer": name, "bits": bits, "foreseen": foreseen, "done": done[bits]})
+                row = {"layer": name, "bits": bits, "foreseen": foreseen, "done": done[bits]}
+                rows.append(row | {"residual": residual(rounded.layer.weight.double() - W, H, G)})
             for share in SHARES:
                 entry = WeightedEntry(
                     name=name,
@@ -78,6 +82,15 @@ def main(arguments: Sequence[str]) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(forms(result))
+
+
+def residual(change: torch.Tensor, H: torch.Tensor, G: torch.Tensor) -> dict[str, list[float]]:
+    """Return by rank the share of the loss that the best factors would leave, and that of as many bits more."""
+    m, n = change.shape
+    A, B = (torch.linalg.cholesky(damped(moment, 1e-4)) for moment in (H, G))
+    squares = torch.linalg.svdvals(A.T @ change @ B).square()
+    more = {rank: (8 + 24 / 64) * rank * (m + n) / (m * n) for rank in RESIDUAL_RANKS}
+    return {str(rank): [float(squares[rank:].sum() / squares.sum()), 4 ** -more[rank]] for rank in RESIDUAL_RANKS}
 
 
 def loss(change: torch.Tensor, H: torch.Tensor, G: torch.Tensor) -> float:

@@ -717,8 +717,17 @@ def forms(data: dict[str, Any]) -> str:
         shown = [f"{x[0]:.2f} to {x[-1]:.2f}, median {x[len(x) // 2]:.2f}" if x else "" for x in (ratios, times)]
         rows.append([str(bits), *shown])
     head = ["Bits", "Loss as done over as foreseen", "Added by rounding two factors, over that of the whole weight"]
-    layers = len({row["layer"] for row in data["rows"]})
-    return f"{table(head, rows)}\n\n*{layers} layers, groups of 64.*\n\n{provenance(data)}"
+    layers = list(dict.fromkeys(row["layer"] for row in data["rows"]))
+    parts = [table(head, rows), f"*{len(layers)} layers, groups of 64.*"]
+    four = {row["layer"]: row["residual"] for row in data["rows"] if row["bits"] == 4 and "residual" in row}
+    ranks = list(next(iter(four.values())))
+    cells = [
+        [name.removeprefix("model.layers."), *(f"{share:.2f}" for rank in ranks for share in found[rank])]
+        for name, found in four.items()
+    ]
+    across = [title for rank in ranks for title in (f"left with rank {rank}", "with as many bits")]
+    parts.append(table(["Of the loss at 4 bits", *across], cells))
+    return "\n\n".join([*parts, provenance(data)])
 
 
 def _with_interval(values: Sequence[float]) -> str:
