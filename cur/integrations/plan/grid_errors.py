@@ -84,7 +84,7 @@ class _Ranges:
     X : array, shape (r, groups, group)
         Some rows, in the proportion in which they count.
     span, bottom : array, shape (r, groups)
-        Their ranges, and where these begin.
+        The ranges of their groups, and where these begin.
     inputs : array, shape (groups, group)
         What each column counts.
     """
