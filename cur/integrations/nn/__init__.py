@@ -30,7 +30,7 @@ layout                    children                                    parameters
 ========================  ==========================================  ======================
 
 In a model that was rounded to few bits the children are :class:`GridLinear`, and layers that nothing was taken from
-are :class:`WholeLinear`, with one child ``W`` (m x n).
+are :class:`WholeLinear`, with one child ``W`` (m x n), or :class:`WholeTable` for a table (n x m).
 
 Every other factor is a child ``nn.Linear``, or ``nn.Embedding``, so that adapters, quantizers and hooks that look for
 such layers find them.
@@ -59,10 +59,12 @@ from cur.integrations.nn.modules import (
     made_of,
     stand_in,
     swap_,
+    tied_to,
 )
 from cur.integrations.nn.registry import LAYOUTS, cells, layer_class, register
 from cur.integrations.nn.replaceable import has_own_forward, held_beside
 from cur.integrations.nn.rounded import GridEmbedding, GridLinear, set_kernels_
+from cur.integrations.nn.table import WholeTable
 from cur.integrations.nn.tensors import StoredTensor, Stores
 from cur.integrations.nn.trainable import Trainable
 from cur.integrations.nn.whole import WholeLinear
@@ -85,6 +87,7 @@ __all__ = [
     "Stores",
     "Trainable",
     "WholeLinear",
+    "WholeTable",
     "cells",
     "compressed_modules",
     "dense_weight",
@@ -104,6 +107,7 @@ __all__ = [
     "set_kernels_",
     "stand_in",
     "swap_",
+    "tied_to",
 ]
 
 

@@ -559,6 +559,22 @@ class CompressedLinear(nn.Module):
         return x
 
     @classmethod
+    def replaces(cls, dense: nn.Module) -> bool:
+        """Say whether layers of this type can stand in for a dense layer or table of this kind.
+
+        Parameters
+        ----------
+        dense : nn.Module
+            The dense layer or table.
+
+        Returns
+        -------
+        bool
+            Whether they can, of the right sizes.
+        """
+        return not isinstance(dense, (nn.Embedding, nn.EmbeddingBag))
+
+    @classmethod
     def conversions(cls) -> tuple[str, ...]:
         """Name the layouts that its layers can be brought to, its own among them.
 

@@ -98,6 +98,11 @@ class EmbeddingFactors(CompressedLinear):
         return min(m, n)
 
     @classmethod
+    def replaces(cls, dense: nn.Module) -> bool:
+        """Say whether a module is a plain table, or one of bags."""
+        return is_table(dense)
+
+    @classmethod
     def from_two_factors(
         cls, left: Tensor, right: Tensor, *, bias: Tensor | None = None, transposed: bool = False
     ) -> Self:

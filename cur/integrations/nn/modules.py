@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cur.integrations.nn.base import CompressedLinear
 from cur.integrations.nn.embedding import EmbeddingFactors, is_table
+from cur.integrations.nn.lookup import times_of
 from cur.integrations.nn.registry import layer_class
 from cur.integrations.nn.replaceable import carry_hooks_, has_own_forward
+from cur.integrations.nn.table import is_whole, reading
 
 __all__ = [
     "compressed_modules",
@@ -26,6 +28,7 @@ __all__ = [
     "made_of",
     "stand_in",
     "swap_",
+    "tied_to",
 ]
 
 # Units of rounding by which a subclass may differ from `nn.Linear`: it may add its bias afterwards.
@@ -47,15 +50,15 @@ def dense_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, b
     Raises
     ------
     TypeError
-        If the module is neither an ``nn.Linear``, a transformers ``Conv1D`` nor a plain table of embeddings, or a
-        subclass that does more than :func:`is_linear` allows: it may keep its weight in another form (quantized,
-        adapted).
+        If the module is neither an ``nn.Linear``, a transformers ``Conv1D`` nor a table of embeddings, or a subclass
+        that does more than :func:`is_linear` and :func:`~cur.integrations.nn.lookup.times_of` allow: it may keep its
+        weight in another form (quantized, adapted).
     """
     if is_linear(module) and isinstance(module, nn.Linear):
         return module.weight, module.bias, False
     if type(module) is Conv1D:
         return module.weight.T, module.bias, True
-    if is_table(module):
+    if is_table(module) or times_of(module) is not None:
         table: Any = module
         return table.weight.T, None, False
     if parts := made_of(module):
@@ -159,7 +162,7 @@ def looks_up(module: nn.Module) -> int | None:
     if isinstance(module, CompressedLinear):
         return module.in_features if module.by_inputs else None
     table: Any = module
-    return int(table.num_embeddings) if is_table(module) else None
+    return int(table.num_embeddings) if is_table(module) or times_of(module) is not None else None
 
 
 def layout_for(module: nn.Module, layout: str) -> str:
@@ -199,7 +202,7 @@ def stand_in(
     weight, bias, transposed = dense_weight(dense, name)
     m, n = weight.shape
     kind = layer_class(spec["layout"])
-    if kind.by_inputs != is_table(dense):
+    if not kind.replaces(dense):
         raise ValueError(f"the layout `{kind.layout}` is not for a {type(dense).__name__}")
     made = kind.from_spec(
         spec,
@@ -276,7 +279,8 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put other modules in the place of named ones, in place.
 
     A module that several parents share is replaced under each of them by the same new module, so it stays
-    shared. Hooks of the modules go over to those that replace them.
+    shared. A module whose weight is tied to that of one that is replaced by a rounded whole layer gets a layer that
+    reads the same integers, unless it is named itself. Hooks of the modules go over to those that replace them.
 
     Parameters
     ----------
@@ -285,6 +289,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
     """
+    replacements = {**_tied_layers(model, replacements), **replacements}
     replaced = {name: model.get_submodule(name) for name in replacements}
     new = {id(module): replacements[name] for name, module in replaced.items()}
     places = [
@@ -297,3 +302,45 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         carry_hooks_(replacements[name], module)
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
+
+
+def _tied_layers(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return what else is replaced: the modules that read the weight of one that becomes a rounded whole layer."""
+    found: dict[str, nn.Module] = {}
+    for name, layer in replacements.items():
+        if isinstance(layer, CompressedLinear) and is_whole(layer):
+            for other in tied_to(model, name):
+                if other not in replacements:
+                    found[other] = reading(layer, model.get_submodule(other))
+    return found
+
+
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """Name the other modules whose weight is the very parameter that a module has as its weight, or will be.
+
+    While transformers loads a model, what will be tied is only listed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model to look through.
+    name : str
+        The name of the module.
+
+    Returns
+    -------
+    list of str
+        The names, in the order of the model; a module under two names is one module.
+    """
+    module = model.get_submodule(name)
+    listed: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+
+    def source(place: str) -> str:
+        return listed.get(f"{place}.weight", f"{place}.weight")
+
+    def is_tied(other: str, part: nn.Module) -> bool:
+        weight = part._parameters.get("weight")
+        own = module._parameters.get("weight")
+        return weight is not None and own is not None and (weight is own or source(other) == source(name))
+
+    return [other for other, part in model.named_modules() if part is not module and is_tied(other, part)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from cur.integrations.nn import LAYOUTS, CompressedLinear, compressed_modules, s
 from cur.integrations.nn.base import spec_grid
 from cur.integrations.nn.registry import ranks_of
 from cur.integrations.nn.rounded import OnGrid
+from cur.integrations.nn.table import WholeTable, is_whole, reading
 
 __all__ = [
     "FORMAT_VERSION",
@@ -52,7 +54,7 @@ FORMAT_VERSION = 4
 """Latest version of checkpoints; newer ones are refused."""
 
 _WITHOUT_GRIDS = 3
-"""The version that is written where no layer needs more: grids other than int8 came with version 4."""
+"""The version that is written where no layer needs more: grids other than int8, and tables, came with version 4."""
 
 
 @register_quantization_config(METHOD)
@@ -105,7 +107,8 @@ class CURConfig(QuantizationConfigMixin):
         if not isinstance(experts, list | tuple) or not all(isinstance(name, str) for name in experts):
             raise CheckpointError(f"`experts` of `quantization_config` must be names of modules, got {experts!r}")
         if format_version is None:
-            format_version = FORMAT_VERSION if any("grid" in spec for spec in modules.values()) else _WITHOUT_GRIDS
+            later = any("grid" in spec or spec.get("layout") == WholeTable.layout for spec in modules.values())
+            format_version = FORMAT_VERSION if later else _WITHOUT_GRIDS
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
@@ -178,7 +181,8 @@ class CURQuantizer(HfQuantizer):
         places = put_layers_(model, self.quantization_config, _stored_shapes(checkpoint_files or ()))
         _retie_(model)
         # The guards of `get_state_dict_and_metadata` have done their work when this code runs.
-        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in places} | {re.escape(ADVICE)}
+        named = {*places, *self.quantization_config.modules}
+        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in named} | {re.escape(ADVICE)}
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *guards}
 
@@ -191,6 +195,7 @@ class CURQuantizer(HfQuantizer):
         state: Any = model
         state.is_quantized = not self.is_qat_trainable
         _keep_names_(model)
+        _keep_size_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -218,7 +223,7 @@ class CURQuantizer(HfQuantizer):
             self.quantization_config.modules = describe(model)
         for name, spec in describe(model).items():
             if "shared_with" in spec:
-                for key, _ in model.get_submodule(name).named_parameters():
+                for key in _shared(model, name, spec["shared_with"]):
                     del state[f"{name}.{key}"]
                 # transformers ties parameters only; an index buffer is small enough to be stored again.
                 for key, buffer in model.get_submodule(name).named_buffers():
@@ -233,11 +238,18 @@ class CURQuantizer(HfQuantizer):
         shared = {name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec}
         tied: dict[str, str] = model.all_tied_weights_keys
         for name, first in shared.items():
-            for key, _ in model.get_submodule(name).named_parameters():
+            for key in _shared(model, name, first):
                 tied.pop(f"{name}.{key}", None)
             tied[f"{name}.weight"] = f"{first}.weight"
         layers = compressed_modules(model)
+        if isinstance(dtype, str):  # as transformers reads it from a configuration
+            dtype = getattr(torch, dtype)
         swap_(model, {name: layer.to_dense().to(dtype) for name, layer in layers.items()})
+        for name, first in shared.items():
+            dense: Any = model.get_submodule(name)
+            dense.weight = model.get_parameter(f"{first}.weight")
+        _restore_ties_(model)
+        vars(model).pop(_RESIZE, None)
         if experts := rolled(model):
             swap_(model, experts)
             vars(model).pop("_weight_conversions", None)
@@ -276,12 +288,16 @@ def put_layers_(
     # None of the names at all: `save_pretrained` wrote names of an older convention, which transformers
     # translates while it loads, and compares with the shapes of the skeletons.
     comparable = any(f"{name}.{key}" in shapes for name, spec in specs.items() for key in _stored_keys(spec))
-    for name, spec in specs.items():
+    # Files have names in the order of the alphabet, in which the head comes before the table that it is tied to.
+    for name, spec in sorted(specs.items(), key=lambda item: "shared_with" in item[1]):
+        if _is_beside(model, name):
+            continue
         place = _place(model, modules, name)
         if "shared_with" in spec:
-            if spec["shared_with"] not in layers:
-                raise CheckpointError(f"`config.json` shares {name} with {spec['shared_with']}, not listed before it")
-            layers[name] = layers[spec["shared_with"]]
+            first = spec["shared_with"]
+            if first not in layers:
+                raise CheckpointError(f"`config.json` shares {name} with {first}, which it does not describe")
+            layers[name] = _again(layers[first], modules, _place(model, modules, first), place)
         else:
             layers[name] = _layer(modules[place], name, spec)
             if comparable:
@@ -380,10 +396,11 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, CompressedLinear) or name.rpartition(".")[0] in modules:  # a part of one
             continue
-        if id(module) in first:
-            modules[name] = {"shared_with": first[id(module)]}
+        stored = id(next(module.parameters()))  # which a head that is tied to a table has as well
+        if stored in first:
+            modules[name] = {"shared_with": first[stored]}
         else:
-            first[id(module)] = name
+            first[stored] = name
             modules[name] = module.spec()
     return modules
 
@@ -438,6 +455,65 @@ def mark_(model: nn.Module) -> None:
     state.config.quantization_config = config
     _retie_(model)
     _keep_names_(model)
+    _keep_size_(model)
+
+
+def _keep_size_(model: PreTrainedModel) -> None:
+    """Keep transformers from resizing half of what belongs together: a table, and a head that is no longer dense."""
+    state: Any = model
+    vars(model).pop(_RESIZE, None)
+    if any(isinstance(part, CompressedLinear) for part in _vocabulary(model)):
+        state.resize_token_embeddings = MethodType(resize_token_embeddings, model)
+
+
+_RESIZE = "resize_token_embeddings"
+
+
+def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+    """Refuse another number of tokens where tables or heads are compressed; what transformers calls instead of its own.
+
+    Parameters
+    ----------
+    self : Any
+        The model.
+    new_num_tokens : int, optional
+        The number of tokens that is asked for.
+    *args, **options : Any
+        The other arguments.
+
+    Returns
+    -------
+    Any
+        The table of the inputs, where the number stays as it is.
+
+    Raises
+    ------
+    ValueError
+        If tables or heads would get another size.
+    """
+    places = [part for part in _vocabulary(self) if isinstance(part, CompressedLinear)]
+    own = self.get_input_embeddings()
+    multiple = options.get("pad_to_multiple_of", args[0] if args else None) or 1
+    if not places:  # they were multiplied out since
+        return type(self).resize_token_embeddings(self, new_num_tokens, *args, **options)
+    if own.num_embeddings % multiple or new_num_tokens not in (None, own.num_embeddings):
+        raise ValueError(
+            f"`new_num_tokens` must stay {own.num_embeddings}, got {new_num_tokens}: the embeddings or the output head "
+            f"are compressed ({type(places[0]).__name__}); resize the dense model, and compress it then"
+        )
+    return own
+
+
+def _vocabulary(model: Any) -> list[nn.Module]:
+    """Return the table of the inputs and the output head, as far as a model has them."""
+    parts = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            part = get()
+        except (NotImplementedError, AttributeError):
+            continue
+        parts += [part] if isinstance(part, nn.Module) else []
+    return parts
 
 
 def _keep_names_(model: PreTrainedModel) -> None:
@@ -459,6 +535,28 @@ def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
         "that takes: a positive integer `rank`, where neurons were removed perhaps an `inner_rank`, and perhaps "
         "`int8`: true or a `grid` with the `shape` of the layer; a type of your own has to be registered first"
     )
+
+
+def _is_beside(model: nn.Module, name: str) -> bool:
+    """Say whether a module belongs to a model around the one that is loaded, as a head does to what has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    own = getattr(model, "base_model", None) is model
+    return bool(prefix) and own and not name.startswith(f"{prefix}.") and name.partition(".")[0] not in model._modules
+
+
+def _again(layer: CompressedLinear, modules: Mapping[str, nn.Module], first: str, place: str) -> CompressedLinear:
+    """Return a layer for a second place: itself under a second name, or what reads its integers."""
+    if modules[place] is modules[first]:
+        return layer
+    if not is_whole(layer):
+        raise CheckpointError(
+            f"`config.json` shares {place} with {first}, which are two modules here: the configuration and the "
+            "checkpoint do not belong together"
+        )
+    try:
+        return reading(layer, modules[place])
+    except ValueError as error:
+        raise CheckpointError(f"`config.json` shares {place} with {first}: {error}") from error
 
 
 def _place(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
@@ -531,9 +629,45 @@ def _compare(name: str, layer: CompressedLinear, shapes: Mapping[str, tuple[int,
 def _retie_(model: PreTrainedModel) -> None:
     """Replace, in the table of tied weights, the dense weights of shared layers by their factors."""
     tied: dict[str, str] = model.all_tied_weights_keys
+    _restore_ties_(model)
     for name, spec in describe(model).items():
         tied.pop(f"{name}.weight", None)
         tied.pop(f"{name}.bias", None)
         if "shared_with" in spec:
-            for key, _ in model.get_submodule(name).named_parameters():
-                tied[f"{name}.{key}"] = f"{spec['shared_with']}.{key}"
+            first = spec["shared_with"]
+            keys = {f"{name}.{key}": f"{first}.{key}" for key in _shared(model, name, first)}
+            tied |= keys
+            _retie_later_(model, (f"{name}.weight", f"{first}.weight"), keys)
+
+
+def _shared(model: nn.Module, name: str, first: str) -> list[str]:
+    """Return the names of the parameters that a layer shares with the first one."""
+    own = {id(part) for part in model.get_submodule(first).parameters()}
+    return [key for key, part in model.get_submodule(name).named_parameters() if id(part) in own]
+
+
+_TIES = "_tied_weights_keys"
+_DENSE_TIES = "_cur_dense_tied_weights_keys"
+
+
+def _retie_later_(model: PreTrainedModel, pair: tuple[str, str], keys: Mapping[str, str]) -> None:
+    """Tie parameters instead of a pair of weights wherever models list it, for calls of `tie_weights`."""
+    for prefix, part in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        target, source = (name.removeprefix(dot) for name in pair)
+        if isinstance(part, PreTrainedModel) and (getattr(part, _TIES, None) or {}).get(target) == source:
+            state = vars(part)
+            state.setdefault(_DENSE_TIES, state.get(_TIES))
+            listed = getattr(part, _TIES).items()
+            state[_TIES] = {one: other for one, other in listed if one != target}
+            state[_TIES] |= {one.removeprefix(dot): other.removeprefix(dot) for one, other in keys.items()}
+
+
+def _restore_ties_(model: PreTrainedModel) -> None:
+    for part in model.modules():
+        state = vars(part)
+        if _DENSE_TIES in state:
+            listed = state.pop(_DENSE_TIES)
+            state.pop(_TIES)
+            if listed is not None:
+                state[_TIES] = listed
