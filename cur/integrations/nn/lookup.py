@@ -129,7 +129,8 @@ def _tried(module: nn.Embedding) -> Times | None:
 def _looked_up(module: nn.Embedding, rows: Tensor, tokens: Tensor) -> Tensor | None:
     """Return what a module of the same kind looks up in other rows; None if it cannot be tried."""
     memo: dict[int, Any] = {id(module.weight): nn.Parameter(rows, requires_grad=False)}
-    memo |= {id(one): torch.full((), _UNKNOWN, device="cpu") for one in module.buffers() if one.is_meta and one.ndim == 0}
+    unknown = [one for one in module.buffers() if one.is_meta and one.ndim == 0]
+    memo |= {id(one): torch.full((), _UNKNOWN, device="cpu") for one in unknown}
     tried = copy.deepcopy(module, memo)
     tried.num_embeddings = len(rows)
     try:

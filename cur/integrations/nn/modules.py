@@ -21,6 +21,7 @@ __all__ = [
     "compressed_modules",
     "dense_weight",
     "grids_of",
+    "is_head",
     "is_linear",
     "layout_for",
     "learn_as_",
@@ -163,6 +164,22 @@ def looks_up(module: nn.Module) -> int | None:
         return module.in_features if module.by_inputs else None
     table: Any = module
     return int(table.num_embeddings) if is_table(module) or times_of(module) is not None else None
+
+
+def is_head(module: object) -> bool:
+    """Say whether a module can be the output head of a model, dense or compressed: one that multiplies.
+
+    Parameters
+    ----------
+    module : object
+        What the model calls its output head, perhaps None.
+
+    Returns
+    -------
+    bool
+        Whether it takes hidden states and gives a number for each token.
+    """
+    return isinstance(module, nn.Linear) or (isinstance(module, CompressedLinear) and not module.by_inputs)
 
 
 def layout_for(module: nn.Module, layout: str) -> str:

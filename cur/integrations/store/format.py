@@ -234,7 +234,7 @@ class CURQuantizer(HfQuantizer):
         state[ADVICE] = torch.empty(0)
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         shared = {name: spec["shared_with"] for name, spec in describe(model).items() if "shared_with" in spec}
         tied: dict[str, str] = model.all_tied_weights_keys
         for name, first in shared.items():
