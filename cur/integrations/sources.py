@@ -151,7 +151,7 @@ class Source(ABC):
         """
         if isinstance(asked, Plan):
             asked.check(self.model)
-            return [entry.name for entry in asked.entries]
+            return [name for entry in asked.entries for name in entry.measured]
         with unrolled(self.model):
             return candidates(self.model, asked, offloaded=self.offloaded)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from cur.integrations.factor.layer import as_json, plain_certificate, report_on
 from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.factor.rounding import RoundedLayer, round_layer
+from cur.integrations.factor.tables import round_table
 from cur.integrations.measure.moments import x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
+from cur.integrations.model.vocabulary import vocabulary
 from cur.integrations.nn import CompressedLinear, KeptInputs, KeptNeurons, dense_weight, learn_as_
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.methods import ROUNDING_DAMPING, RoundedEntry
@@ -30,19 +32,24 @@ def _whole(task: Task, entry: RoundedEntry, propagated: InputMoments | None) -> 
     module = task.model.get_submodule(entry.name)
     W = finite_weight(module, entry.name).to(torch.float64)
     assert entry.grid is not None
-    done = round_layer(
-        entry.name,
-        module,
-        entry.grid,
-        task.moments.statistics,
-        gradients=entry.gradients,
-        damping=entry.damping,
-        propagated=propagated,
-        correction=task.correction,
-    ).layer
+    if entry.name in vocabulary(task.model):
+        done = round_table(
+            entry.name, module, entry.grid, task.moments.statistics, tied=entry.tied, damping=entry.damping
+        ).layer
+    else:
+        done = round_layer(
+            entry.name,
+            module,
+            entry.grid,
+            task.moments.statistics,
+            gradients=entry.gradients,
+            damping=entry.damping,
+            propagated=propagated,
+            correction=task.correction,
+        ).layer
     done.train(module.training)
     learn_as_(done, module)
-    near = done.weight.to(torch.float64)
+    near = done.matrix.to(torch.float64)
     report = report_on(
         [(W, W - near)],
         entry,

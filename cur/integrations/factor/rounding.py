@@ -26,7 +26,7 @@ from cur.integrations.nn import (
 )
 from cur.rounding import round_to_grid
 
-__all__ = ["RoundedLayer", "round_layer"]
+__all__ = ["RoundedLayer", "grid_integers", "round_layer", "step_dtype"]
 
 # Steps between these have all digits of float16, whatever part of a range is tried.
 _FLOAT16 = (2.0**-12, 2.0**15)
@@ -120,7 +120,8 @@ def round_layer(
         F = factor.matrix
         wanted = F @ was if made else F
         if factor.looks_up:  # its rows, the columns of the weight, are looked up one at a time
-            table = GridEmbedding.from_integers(**_integers(f"{name}.{key}", F.T, grid, None, None, dtype), grid=grid)
+            parts = grid_integers(f"{name}.{key}", F.T, grid, None, None, dtype)
+            table = GridEmbedding.from_integers(**parts, grid=grid)
             made[key], now, was = table, table.weight.T.double(), F
             continue
         moment = seen
@@ -136,7 +137,7 @@ def round_layer(
                 F, moment = wanted, damped(seen, more)
         rows = None if H is None or seen is None else damped(factor.weigh(H), damping)
         rounded = GridLinear.from_integers(
-            bias=factor.bias, grid=grid, **_integers(f"{name}.{key}", F, grid, rows, moment, dtype)
+            bias=factor.bias, grid=grid, **grid_integers(f"{name}.{key}", F, grid, rows, moment, dtype)
         )
         now = rounded.weight.double() @ now if made else rounded.weight.double()
         was, made[key] = wanted, rounded
@@ -266,12 +267,44 @@ def _moment(of: Callable[[str], Tensor], name: str, size: int, like: Tensor, wha
     return found
 
 
-def _integers(
-    name: str, F: Tensor, grid: IntegerGrid, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype
+def grid_integers(
+    name: str,
+    F: Tensor,
+    grid: IntegerGrid,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    steps: str | None = None,
 ) -> dict[str, Any]:
     """Return integers, steps and zeros whose matrix is near another under weights of its rows and columns.
 
     A row that the groups do not divide is continued by zeros, whose errors nothing makes up for.
+
+    Parameters
+    ----------
+    name : str
+        The name of the matrix, for errors.
+    F : Tensor
+        The matrix in float64.
+    grid : IntegerGrid
+        The grid.
+    rows, columns : Tensor or None
+        The weights of rows and columns, matrices or the diagonals of such; None for none.
+    dtype : torch.dtype
+        The dtype of the layer.
+    steps : str, optional
+        The dtype in which steps are stored, where the matrix is a part of one. By default :func:`step_dtype`.
+
+    Returns
+    -------
+    dict
+        ``integers``, ``scale`` and ``zeros``.
+
+    Raises
+    ------
+    NumericalError
+        If the steps do not fit into their dtype, or the matrix cannot be rounded under the weights.
     """
     q = F.shape[1]
     more = 0 if grid.group is None else -q % grid.group
@@ -290,7 +323,7 @@ def _integers(
             symmetric=grid.symmetric,
             row_weights=None if rows is None else rows.cpu().numpy(),
             column_weights=None if columns is None else columns.cpu().numpy(),
-            dtype=_steps(F, grid, dtype),
+            dtype=steps or step_dtype(F, grid, dtype),
         )
     except ValueError as error:
         if rows is None and columns is None:
@@ -304,10 +337,27 @@ def _integers(
     return {"integers": take["integers"][:, :q].contiguous(), "scale": take["steps"].to(dtype), "zeros": zeros}
 
 
-def _steps(F: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> str:
-    """Return the dtype in which steps are stored."""
+def step_dtype(F: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> str:
+    """Return the dtype in which the steps of a matrix are stored.
+
+    Parameters
+    ----------
+    F : Tensor
+        The matrix.
+    grid : IntegerGrid
+        The grid.
+    dtype : torch.dtype
+        The dtype of the layer.
+
+    Returns
+    -------
+    str
+        The name of the dtype.
+    """
     if grid.step_dtype is None or dtype == torch.bfloat16:
         return str(dtype).removeprefix("torch.")
+    more = 0 if grid.group is None else -F.shape[1] % grid.group
+    F = nn.functional.pad(F, (0, more)) if more else F
     sizes = F.reshape(len(F), grid.groups(F.shape[1]), -1).abs().amax(-1) / 2 ** (grid.bits - 1)
     sizes = sizes[sizes > 0]
     fits = not len(sizes) or (float(sizes.min()) >= _FLOAT16[0] and float(sizes.max()) <= _FLOAT16[1])

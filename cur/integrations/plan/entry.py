@@ -12,6 +12,7 @@ from cur.integrations.nn import IntegerGrid, layer_class
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from typing_extensions import Self
 
     from cur.integrations.nn import CompressedLinear
@@ -145,6 +146,20 @@ class PlanEntry(metaclass=_Former):
         entries : mapping of str to PlanEntry
             All entries of the plan, by the names of their layers.
         """
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a PlanError if it cannot be carried out on a model that has such a layer.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The dense model.
+        """
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of the modules whose inputs it is made by, its own first."""
+        return (self.name,)
 
     @property
     def layer_type(self) -> type[CompressedLinear]:

@@ -13,8 +13,10 @@ from cur.integrations.nn import (
     KeptInputs,
     KeptOutputs,
     WholeLinear,
+    WholeTable,
     factored,
     grids_of,
+    tied_to,
 )
 from cur.integrations.plan.entry import PlanEntry, PlanError, register_method
 from cur.scores import IMPORTANCES, LINKS, needs
@@ -23,7 +25,7 @@ from cur.weighted.rows import own_rows
 from cur.weighted.truncation import square_errors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from typing_extensions import Self
 
 __all__ = [
@@ -242,24 +244,77 @@ class RowsEntry(_UnderMoments, RankEntry):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class RoundedEntry(_UnderMoments, PlanEntry):
-    """Keep the whole weight, rounded to a grid of few bits under second moments."""
+    """Keep the whole weight, rounded to a grid of few bits under second moments.
+
+    Parameters
+    ----------
+    tied : tuple of str
+        The names of the other modules that read the same weight, as an output head does that is tied to the table of
+        the inputs: one entry is for all of them, by the name of the first.
+    """
 
     method = "rounded"
     of_weight = False
 
     layout: str = WholeLinear.layout
     damping: float = ROUNDING_DAMPING
+    tied: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Refuse to be without a grid."""
+        """Refuse to be without a grid, and ties to what is no name."""
         super().check()
         if self.grid is None:
             raise PlanError(f"`grid` of {self.name} must say what it is rounded to for the method {self.method!r}")
+        tied: Any = self.tied
+        if not isinstance(tied, (list, tuple)) or not all(isinstance(name, str) for name in tied):
+            raise PlanError(f"`tied` of {self.name} must be names of modules, got {self.tied!r}")
+        object.__setattr__(self, "tied", tuple(tied))  # JSON has lists
+
+    def check_among(self, entries: Mapping[str, PlanEntry]) -> None:
+        """Refuse an entry of their own for modules that are tied to it.
+
+        Parameters
+        ----------
+        entries : mapping of str to PlanEntry
+            All entries of the plan, by the names of their layers.
+
+        Raises
+        ------
+        PlanError
+            If one of them has one.
+        """
+        if twice := [name for name in self.tied if name in entries]:
+            raise PlanError(
+                f"`entries` must not hold {twice[0]}, whose weight is that of {self.name}: one entry is for both"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model in which the weight is tied to that of other modules.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The dense model.
+
+        Raises
+        ------
+        PlanError
+            If the modules that share the weight are others than the entry says.
+        """
+        if set(found := tied_to(model, self.name)) != set(self.tied):
+            raise PlanError(
+                f"`tied` of {self.name} must name the modules that share its weight, {found}, got {list(self.tied)}"
+            )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of all that read the weight."""
+        return (self.name, *self.tied)
 
     @classmethod
     def layouts(cls) -> Sequence[str]:
-        """Name the layout of whole weights."""
-        return (WholeLinear.layout,)
+        """Name the layouts of whole weights, of linear layers and of tables."""
+        return (WholeLinear.layout, WholeTable.layout)
 
     @property
     def ranks(self) -> tuple[int, int | None]:

@@ -21,7 +21,7 @@ from cur._lib.atomic import replace_file
 from cur.integrations.files.reading import read_object
 from cur.integrations.model.pointwise import LinearConvolution
 from cur.integrations.model.unrolling import unrolled
-from cur.integrations.nn import dense_weight, is_table
+from cur.integrations.nn import dense_weight
 from cur.integrations.plan.entry import METHODS, PlanEntry, PlanError, read_entry, refuse_unknown, require
 from cur.integrations.plan.methods import SUBSPACES
 from cur.scores import IMPORTANCES, LINKS
@@ -195,7 +195,7 @@ class Plan:
                 raise PlanError(f"the plan names {entry.name}, which this model does not have: it is for another model")
             module = modules[entry.name]
             shape = tuple(dense_weight(module, entry.name)[0].shape)
-            if entry.layer_type.by_inputs != is_table(module):
+            if not entry.layer_type.replaces(module):
                 raise PlanError(
                     f"the plan stores {entry.name} in the layout {entry.layout!r}, which is not for a "
                     f"{type(module).__name__}; choose another"
@@ -205,6 +205,7 @@ class Plan:
                     f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "
                     "for another model"
                 )
+            entry.check_model(model)
         if fingerprint(model) != self.fingerprint:
             raise PlanError(
                 f"the plan was made for another model ({self.model or 'of unknown origin'}): modules and "
