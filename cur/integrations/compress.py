@@ -344,7 +344,8 @@ def carry_out(source: Source, plan: Plan, statistics: Statistics) -> Compression
         The report on all layers and on the whole model.
     """
     plan.check(source.model)
-    check_reached(statistics, [entry.name for entry in plan.entries], gradients=plan.needs_gradients)
+    check_reached(statistics, [entry.name for entry in plan.entries])
+    check_reached(statistics, [entry.name for entry in plan.entries if entry.needs_gradients], gradients=True)
     return finish(source, plan, statistics, source.factor(plan, statistics))
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from cur._lib.atomic import replace_file
 from cur.integrations.factor.rounding import RoundedLayer, round_layer
+from cur.integrations.factor.tables import round_table
 from cur.integrations.files.reading import CheckpointError, read_object
 from cur.integrations.measure.propagation import InputMoments, in_order, spread
 from cur.integrations.measure.statistics import Statistics
@@ -24,12 +25,23 @@ from cur.integrations.model.blocks import chain_fault
 from cur.integrations.model.running import Progress
 from cur.integrations.model.targets import decoder_layers
 from cur.integrations.model.usage import is_transformer
-from cur.integrations.nn import IntegerGrid, compressed_modules, is_linear, swap_
+from cur.integrations.model.vocabulary import vocabulary, why_dense
+from cur.integrations.nn import IntegerGrid, compressed_modules, is_linear, looks_up, swap_
 from cur.integrations.plan.methods import ROUNDING_DAMPING
 from cur.integrations.store.checkpoint import save
 from cur.integrations.store.format import mark_, refuse_other_formats, unique_state
 
-__all__ = ["Quantization", "grid_of", "grids_for", "quantizable", "quantize_", "read_grids", "save_quantized"]
+__all__ = [
+    "Quantization",
+    "asked_grids",
+    "grid_of",
+    "grids_for",
+    "measured_with",
+    "quantizable",
+    "quantize_",
+    "read_grids",
+    "save_quantized",
+]
 
 _QUANTIZATION = "quantization.json"
 
@@ -132,7 +144,7 @@ def read_grids(path: str | os.PathLike[str]) -> dict[str, IntegerGrid]:
     return found
 
 
-def quantizable(model: nn.Module, /) -> list[str]:
+def quantizable(model: nn.Module, /, *, tables: bool = False) -> list[str]:
     """Name the layers that :func:`quantize_` rounds: compressed ones, and other linear layers of the blocks.
 
     Linear layers that share their weight with another module are left out, and experts in three-dimensional parameters
@@ -143,6 +155,9 @@ def quantizable(model: nn.Module, /) -> list[str]:
     ----------
     model : nn.Module
         The model to look through.
+    tables : bool, default False
+        Whether the tables of tokens and the output head are named as well, see
+        :func:`~cur.integrations.model.vocabulary.vocabulary`; of those that share a weight the first.
 
     Returns
     -------
@@ -178,6 +193,8 @@ def quantizable(model: nn.Module, /) -> list[str]:
             and owners[id(module.weight)] == 1
         )
     ]
+    if tables:
+        names += [name for name in vocabulary(model) if name not in names]
     offloaded = [name for name in names if any(part.is_meta for part in model.get_submodule(name).parameters())]
     if offloaded:
         raise ValueError(f"{', '.join(offloaded[:5])} of `model` are offloaded; load the model onto a device")
@@ -191,6 +208,7 @@ def quantize_(
     statistics: Statistics | None = None,
     *,
     grid: IntegerGrid | Mapping[str, IntegerGrid] | None = None,
+    tables: IntegerGrid | None = None,
     text: Sequence[Mapping[str, Tensor]] | None = None,
     correction: float = 0.5,
     damping: float = ROUNDING_DAMPING,
@@ -220,7 +238,12 @@ def quantize_(
         perhaps of their output gradients. Without them every entry goes to the nearest number.
     grid : IntegerGrid or mapping of str to IntegerGrid, optional
         The grid of all layers, or of each by its name; layers that are not named stay as they are. Default: eight bits,
-        one step for each row. :func:`grid_of` makes usual ones.
+        one step for each row. :func:`grid_of` makes usual ones. Tables and the output head may be named, too.
+    tables : IntegerGrid, optional
+        The grid of the tables of tokens and of the output head. Default: they stay as they are, but for those that
+        `grid` names. What shares a weight is rounded once, and its integers are in memory once. Errors of a head, and
+        of a table that it shares, make up for each other under the second moment of the head's inputs, where the
+        statistics have it.
     text : sequence of mapping, optional
         Batches that layers are fitted on, those of the statistics for instance.
     correction : float, default 0.5
@@ -260,19 +283,24 @@ def quantize_(
         raise ValueError("`text` needs `statistics`, by which layers are rounded; collect them on it")
     if given is not None and not given:
         raise ValueError("`text` is empty: it must hold at least one batch, or be None")
-    grids = grids_for(quantizable(model), grid)
+    grids = asked_grids(model, grid, tables)
+    known = vocabulary(model)
     made: dict[str, RoundedLayer] = {}
 
     def make(name: str, propagated: InputMoments | None = None) -> Callable[[Tensor], Tensor]:
-        made[name] = round_layer(
-            name,
-            model.get_submodule(name),
-            grids[name],
-            statistics,
-            damping=damping,
-            propagated=propagated,
-            correction=correction,
-        )
+        module = model.get_submodule(name)
+        if name in known:
+            made[name] = round_table(name, module, grids[name], statistics, tied=known[name], damping=damping)
+        else:
+            made[name] = round_layer(
+                name,
+                module,
+                grids[name],
+                statistics,
+                damping=damping,
+                propagated=propagated,
+                correction=correction,
+            )
         if progress is not None:
             progress(len(made), len(grids))
         return made[name].layer
@@ -282,7 +310,8 @@ def quantize_(
         if fault := _unfit(model, given):
             notes.append(f"Layers are not fitted to what rounded ones before them give: {fault}.")
         else:
-            in_order(model, spread(given, _widest(statistics, grids)), list(grids), make, precision=precision)
+            fitted = [name for name in grids if name not in known]
+            in_order(model, spread(given, _widest(statistics, fitted)), fitted, make, precision=precision)
     for name in grids:
         if name not in made:
             make(name)
@@ -299,6 +328,77 @@ def quantize_(
         predicted={name: lost for name in grids if (lost := made[name].predicted) is not None},
         notes=tuple(notes),
     )
+
+
+def asked_grids(
+    model: nn.Module, grid: IntegerGrid | Mapping[str, IntegerGrid] | None = None, tables: IntegerGrid | None = None
+) -> dict[str, IntegerGrid]:
+    """Return the grid of each layer, table and head of a model that is rounded, as :func:`quantize_` takes them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    grid : IntegerGrid or mapping of str to IntegerGrid, optional
+        The grid of all layers, or of each by its name, tables and heads among them.
+    tables : IntegerGrid, optional
+        The grid of tables and heads.
+
+    Returns
+    -------
+    dict of str to IntegerGrid
+        The grids by name.
+
+    Raises
+    ------
+    TypeError
+        If something else than a grid is given.
+    ValueError
+        As :func:`quantizable` and :func:`grids_for`; if there is no table and no head to round, or one has two grids.
+    """
+    if tables is not None and not isinstance(tables, IntegerGrid):
+        raise TypeError(f"`tables` must be an IntegerGrid or None, got {tables!r}; grid_of(8) is one")
+    names, known = quantizable(model), vocabulary(model)
+    found: dict[str, IntegerGrid]
+    if isinstance(grid, Mapping):
+        first = {other: name for name, tied in known.items() for other in tied}
+        if shared := [name for name in grid if name in first]:
+            raise ValueError(
+                f"`grid` names {shared[0]}, whose weight is that of {first[shared[0]]}; name that, for both"
+            )
+        found = grids_for(quantizable(model, tables=True), grid)
+    else:
+        found = grids_for(names, grid)
+    if tables is None:
+        return found
+    if not known:
+        raise ValueError("; ".join(why_dense(model)) or "`tables` must be None: the model has no table of tokens")
+    if twice := [name for name in known if name in found and isinstance(grid, Mapping)]:
+        raise ValueError(f"`grid` has a grid of {twice[0]} already; leave out `tables`, or that name")
+    return found | dict.fromkeys(known, tables)
+
+
+def measured_with(model: nn.Module, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return what statistics should cover for rounding some layers: modules, and those with gradients of outputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    names : iterable of str
+        The names of the layers to round.
+
+    Returns
+    -------
+    list of str, list of str
+        The layers with all that shares their weight; and the layers but heads, for whose gradients there would be a
+        square of the vocabulary.
+    """
+    known = vocabulary(model)
+    given = list(names)
+    modules = [each for name in given for each in (name, *known.get(name, ()))]
+    heads = {name for name in known if looks_up(model.get_submodule(name)) is None}
+    return modules, [name for name in given if name not in heads]
 
 
 def grids_for(

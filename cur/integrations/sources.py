@@ -463,7 +463,7 @@ class InMemory(Source):
             self.text,
             modules=list(names),
             moments="full" if asked.needs_moments else "diagonal",
-            gradients=list(names) if asked.needs_gradients else (),
+            gradients=_with_gradients(asked, names),
             gradient_checkpointing=asked.gradient_checkpointing,
             partial=True,
             seed=asked.seed,
@@ -620,3 +620,10 @@ def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None
     if not given:
         raise ValueError("`calibration` is empty: it must hold at least one batch")
     return given
+
+
+def _with_gradients(asked: Asked, names: Sequence[str]) -> list[str]:
+    """Return the layers at whose outputs gradients are measured: of a head they would be a square of the vocabulary."""
+    if isinstance(asked, Plan):
+        return [entry.name for entry in asked.entries if entry.needs_gradients]
+    return list(names) if asked.needs_gradients else []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cur.bounds import Certificate
 from cur.integrations.factor.layer import as_json, plain_certificate, report_on
 from cur.integrations.factor.methods import Made, Task, maker
 from cur.integrations.factor.rounding import RoundedLayer, round_layer
@@ -24,32 +27,32 @@ from cur.integrations.report.data import LayerReport
 
 __all__ = ["on_grids"]
 
+# Entries that are compared at once.
+_AT_ONCE = 1 << 22
+
 
 @maker(RoundedEntry)
 @torch.no_grad()
 def _whole(task: Task, entry: RoundedEntry, propagated: InputMoments | None) -> Made:
     start = time.perf_counter()
     module = task.model.get_submodule(entry.name)
-    W = finite_weight(module, entry.name).to(torch.float64)
     assert entry.grid is not None
     if entry.name in vocabulary(task.model):
-        done = round_table(
-            entry.name, module, entry.grid, task.moments.statistics, tied=entry.tied, damping=entry.damping
-        ).layer
-    else:
-        done = round_layer(
-            entry.name,
-            module,
-            entry.grid,
-            task.moments.statistics,
-            gradients=entry.gradients,
-            damping=entry.damping,
-            propagated=propagated,
-            correction=task.correction,
-        ).layer
+        return _vocabulary(task, entry, module, start)
+    W = finite_weight(module, entry.name).to(torch.float64)
+    done = round_layer(
+        entry.name,
+        module,
+        entry.grid,
+        task.moments.statistics,
+        gradients=entry.gradients,
+        damping=entry.damping,
+        propagated=propagated,
+        correction=task.correction,
+    ).layer
     done.train(module.training)
     learn_as_(done, module)
-    near = done.matrix.to(torch.float64)
+    near = done.weight.to(torch.float64)
     report = report_on(
         [(W, W - near)],
         entry,
@@ -62,6 +65,39 @@ def _whole(task: Task, entry: RoundedEntry, propagated: InputMoments | None) -> 
         seconds=time.perf_counter() - start,
     )
     return Made({entry.name: (done, report)}, done)
+
+
+def _vocabulary(task: Task, entry: RoundedEntry, module: nn.Module, start: float) -> Made:
+    """Round a table or a head, of which a part is in double precision at a time."""
+    assert entry.grid is not None
+    statistics = task.moments.statistics
+    done = round_table(entry.name, module, entry.grid, statistics, tied=entry.tied, damping=entry.damping).layer
+    learn_as_(done, module)
+    W, near = dense_weight(module, entry.name)[0].detach(), done.matrix
+    squares = [0.0, 0.0]
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.arange(len(W)).split(max(_AT_ONCE // W.shape[1], 1)):  # type: ignore[no-untyped-call]
+            part = W[rows].double()
+            error = part - near[rows].double()
+            squares[0] += float(error.square().sum())
+            squares[1] += float(part.square().sum())
+            yield part, error
+
+    report = report_on(
+        parts(),
+        entry,
+        done,
+        norm=x_norm(statistics, entry.name).to(W.device),
+        certificate={},
+        rounding=0.0,
+        rows=(),
+        columns=(),
+        seconds=time.perf_counter() - start,
+    )
+    error, size = map(math.sqrt, squares)
+    certificate = as_json(Certificate("fro", error, "exact", 0.0, "float64", size, rounding=0.0))
+    return Made({entry.name: (done, replace(report, certificate=certificate))}, done)
 
 
 @torch.no_grad()
