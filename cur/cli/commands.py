@@ -27,12 +27,13 @@ from cur.integrations.measure.text import embedded_text, read_text, token_window
 from cur.integrations.model.loading import DEFAULT_MODEL, LoadedModel, load_model
 from cur.integrations.model.precision import Precision, check
 from cur.integrations.model.size import model_size
+from cur.integrations.model.vocabulary import vocabulary
 from cur.integrations.nn import factored
 from cur.integrations.pipeline import compress_model, evaluate_model, plan_model
 from cur.integrations.plan.config import BudgetConfig
 from cur.integrations.plan.dense import dense_remark
 from cur.integrations.plan.plan import Plan
-from cur.integrations.quantize import grid_of, grids_for, quantizable, quantize_, read_grids, save_quantized
+from cur.integrations.quantize import asked_grids, grid_of, measured_with, quantize_, read_grids, save_quantized
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.report.perplexity import Perplexity
 from cur.integrations.report.speed import layer_speeds
@@ -259,23 +260,25 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
         raise ValueError("--grids says bits and group of each layer; leave out --bits and --group, or edit the file")
     group = int(asked.group) if asked.group is not None and asked.group.isdecimal() else asked.group
     grid = grid_of(8 if asked.bits is None else asked.bits, group) if asked.grids is None else read_grids(asked.grids)
-    fitted = any(one.bits < _NEAR_EXACT for one in (grid.values() if isinstance(grid, dict) else [grid]))
+    tables = None if asked.embeddings is None else grid_of(asked.embeddings)
     compressed = directory.is_dir() and bool(check_config(directory).get("quantization_config"))
-    if grids := summarize(directory).grids if compressed else "":  # before anything is loaded
-        raise ValueError(f"{directory} is rounded to {grids} already; start from what it was made from")
+    if rounded := summarize(directory).grids if compressed else "":  # before anything is loaded
+        raise ValueError(f"{directory} is rounded to {rounded} already; start from what it was made from")
     with bars() as bar:
         with bar.busy("Loading the model"):
             loaded = load_model(directory, trust_remote_code=trust_remote_code)
             model, batches = loaded.model, read_for(loaded.model, source.batches(loaded.tokenizer))
         show_unread(model)
-        names = list(grids_for(quantizable(model), grid))
+        grids, known = asked_grids(model, grid, tables), vocabulary(model)
+        fitted = any(one.bits < _NEAR_EXACT for name, one in grids.items() if name not in known)
+        modules, graded = measured_with(model, grids)
         used = _passes(loaded, precision)
         measured = collect(
             model,
             batches,
-            modules=names,
+            modules=modules,
             moments="full",
-            gradients=names if fitted else (),
+            gradients=graded if fitted else (),
             precision=used,
             progress=bar.of("calibrate"),
         )
@@ -283,9 +286,10 @@ def run_quantize(given: Given, *, overwrite: bool, as_json: bool) -> None:
             model,
             measured,
             grid=grid,
+            tables=tables,
             text=batches if fitted else None,
             precision=used,
-            progress=bar.of("quantize", len(names)),
+            progress=bar.of("quantize", len(grids)),
         )
         with bar.busy("Saving"):
             origin = directory if compressed else None  # of others it is what they were loaded from

@@ -102,6 +102,14 @@ class Grids:
             shown="row for 8 bits, else 64",
         ),
     )
+    embeddings: int | None = field(
+        default=None,
+        metadata=setting(
+            "Bits of the embeddings of tokens and the output head, 8 or 6 for instance.",
+            basic=True,
+            shown="left as they are",
+        ),
+    )
     grids: Path | None = field(
         default=None,
         metadata=setting(

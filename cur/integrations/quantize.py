@@ -358,7 +358,7 @@ def asked_grids(
     """
     if tables is not None and not isinstance(tables, IntegerGrid):
         raise TypeError(f"`tables` must be an IntegerGrid or None, got {tables!r}; grid_of(8) is one")
-    names, known = quantizable(model), vocabulary(model)
+    known = vocabulary(model)
     found: dict[str, IntegerGrid]
     if isinstance(grid, Mapping):
         first = {other: name for name, tied in known.items() for other in tied}
@@ -368,7 +368,7 @@ def asked_grids(
             )
         found = grids_for(quantizable(model, tables=True), grid)
     else:
-        found = grids_for(names, grid)
+        found = grids_for(quantizable(model), grid)
     if tables is None:
         return found
     if not known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +110,14 @@ def times_of(module: nn.Module) -> Times | None:
 @torch.no_grad()
 def _tried(module: nn.Embedding) -> Times | None:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, module.embedding_dim, generator=generator, device="cpu")
+    rows = torch.randn(_ROWS, module.embedding_dim, generator=generator, dtype=torch.float32, device="cpu")
     tokens = torch.tensor([[0, 3], [4, 1]], device="cpu")
-    possible = [Times()] + [Times(value, rounded) for value in _held(module) for rounded in (False, True)]
+    own = [value for value in vars(module).values() if isinstance(value, float)]
+    buffers = {id(one): _number(one, own) for one in module.buffers() if one.ndim == 0 and one.is_floating_point()}
+    possible = [Times()]
+    possible += [Times(value, rounded) for value in (*own, *buffers.values()) for rounded in (False, True)]
     for dtype in (torch.float32, torch.bfloat16):  # where rounding a number shows
-        found = _looked_up(module, rows.to(dtype), tokens)
+        found = _looked_up(module, rows.to(dtype), tokens, buffers)
         if found is None:
             return None
         wanted = rows.to(dtype)[tokens]
@@ -126,11 +129,20 @@ def _tried(module: nn.Embedding) -> Times | None:
     return possible[0] if possible else None
 
 
-def _looked_up(module: nn.Embedding, rows: Tensor, tokens: Tensor) -> Tensor | None:
+def _number(buffer: Tensor, known: list[float]) -> float:
+    """Return the number in a buffer: of numbers that the module holds the one that was rounded to it."""
+    if buffer.is_meta:
+        return _UNKNOWN
+    value = float(buffer)
+    return next((one for one in known if float(torch.tensor(one, dtype=buffer.dtype, device="cpu")) == value), value)
+
+
+def _looked_up(module: nn.Embedding, rows: Tensor, tokens: Tensor, buffers: Mapping[int, float]) -> Tensor | None:
     """Return what a module of the same kind looks up in other rows; None if it cannot be tried."""
-    memo: dict[int, Any] = {id(module.weight): nn.Parameter(rows, requires_grad=False)}
-    unknown = [one for one in module.buffers() if one.is_meta and one.ndim == 0]
-    memo |= {id(one): torch.full((), _UNKNOWN, device="cpu") for one in unknown}
+    memo: dict[int, Any] = {
+        key: torch.full((), value, dtype=torch.float32, device="cpu") for key, value in buffers.items()
+    }
+    memo[id(module.weight)] = nn.Parameter(rows, requires_grad=False)
     tried = copy.deepcopy(module, memo)
     tried.num_embeddings = len(rows)
     try:
@@ -140,13 +152,3 @@ def _looked_up(module: nn.Embedding, rows: Tensor, tokens: Tensor) -> Tensor | N
     except Exception:  # noqa: BLE001  (whatever a module says that takes other inputs)
         return None
     return found if isinstance(found, Tensor) else None
-
-
-def _held(module: nn.Module) -> Iterator[float]:
-    """Yield the numbers that a module holds, those that are not rounded first."""
-    for value in vars(module).values():
-        if isinstance(value, float):
-            yield value
-    for one in module.buffers():
-        if one.ndim == 0 and one.is_floating_point():
-            yield _UNKNOWN if one.is_meta else float(one)

@@ -163,6 +163,8 @@ class OnGrid(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix that the integers stand for, in the dtype of the steps, multiplied out at every access."""
+        if len({part.device for part in self.parameters()}) > 1:  # one after the other is tied while a model is loaded
+            raise AttributeError("there is no weight while its parts are on different devices")
         return self.on_grid().dense(self.scale.dtype)
 
     def stored_scale(self) -> Tensor:

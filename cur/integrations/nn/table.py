@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["WholeTable", "is_whole", "reading"]
 
 _Kind = TypeVar("_Kind", bound=OnGrid)
+
+_FIELDS = {"padding", "times"}
 
 
 @register
@@ -101,21 +104,48 @@ class WholeTable(CompressedLinear):
 
     def spec(self) -> dict[str, Any]:
         """Return what ``config.json`` says of the table, as JSON types."""
-        found = super().spec()
-        if self.padding_idx is not None:
-            found["padding"] = self.padding_idx
-        if self.times != Times():
-            found["times"] = {"value": self.times.value, "rounded": self.times.rounded}
-        return found
+        return super().spec() | self.own_fields()
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return what the description says of looking up, and not of what is stored: no two tables have to share it."""
+        found: dict[str, Any] = {} if self.padding_idx is None else {"padding": self.padding_idx}
+        return found if self.times == Times() else {**found, "times": asdict(self.times)}
+
+    def take_(self, fields: Mapping[str, Any]) -> None:
+        """Look up as such fields say, in place.
+
+        Parameters
+        ----------
+        fields : mapping
+            What :meth:`own_fields` returned, perhaps among others.
+        """
+        self.padding_idx = fields.get("padding")
+        self.times = Times(**fields.get("times", {}))
+
+    @classmethod
+    def are_fields(cls, fields: Mapping[str, Any]) -> bool:
+        """Tell whether these are fields that :meth:`own_fields` returns.
+
+        Parameters
+        ----------
+        fields : mapping
+            The fields to look at.
+
+        Returns
+        -------
+        bool
+            Whether no others are among them, and all are of the right kinds.
+        """
+        padding, times = fields.get("padding", 0), fields.get("times", asdict(Times()))
+        known = isinstance(times, Mapping) and times.keys() == {"value", "rounded"}
+        kinds = known and type(times["value"]) in (int, float) and type(times["rounded"]) is bool
+        return fields.keys() <= _FIELDS and kinds and type(padding) is int and padding >= 0
 
     @classmethod
     def is_spec(cls, spec: Mapping[str, Any]) -> bool:
         """Tell whether such a description has the fields of a table, of the right kinds."""
-        plain = {key: value for key, value in spec.items() if key not in ("padding", "times")}
-        padding, times = spec.get("padding", 0), spec.get("times", {"value": 1.0, "rounded": False})
-        known = isinstance(times, Mapping) and times.keys() == {"value", "rounded"}
-        kinds = known and type(times["value"]) in (int, float) and type(times["rounded"]) is bool
-        return super().is_spec(plain) and kinds and type(padding) is int and padding >= 0
+        own = {key: value for key, value in spec.items() if key in _FIELDS}
+        return super().is_spec({key: spec[key] for key in spec.keys() - _FIELDS}) and cls.are_fields(own)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], in_features: int, out_features: int, **options: Any) -> Self:
@@ -126,8 +156,7 @@ class WholeTable(CompressedLinear):
                 f"{spec['rank']}"
             )
         layer = super().from_spec(spec, in_features, out_features, **options)
-        layer.padding_idx = spec.get("padding")
-        layer.times = Times(**spec.get("times", {}))
+        layer.take_(spec)
         return layer
 
     def two_factors(self) -> tuple[Tensor, Tensor]:

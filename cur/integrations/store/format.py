@@ -65,7 +65,7 @@ class CURConfig(QuantizationConfigMixin):
     ----------
     modules : mapping
         The result of :meth:`CompressedLinear.spec` by module name: its ``"layout"`` and what that takes; or
-        ``{"shared_with": name}`` for a second name of a layer.
+        ``{"shared_with": name}`` for a second name of a layer, or a layer that reads what another one stores.
     format_version : int, optional
         The version of the checkpoint format, at most :data:`FORMAT_VERSION`. By default the first that has all of it.
     experts : sequence of str
@@ -297,7 +297,9 @@ def put_layers_(
             first = spec["shared_with"]
             if first not in layers:
                 raise CheckpointError(f"`config.json` shares {name} with {first}, which it does not describe")
-            layers[name] = _again(layers[first], modules, _place(model, modules, first), place)
+            layers[name] = made = _again(layers[first], modules, _place(model, modules, first), place)
+            if isinstance(made, WholeTable) and made is not layers[first]:
+                made.take_(spec)
         else:
             layers[name] = _layer(modules[place], name, spec)
             if comparable:
@@ -398,7 +400,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             continue
         stored = id(next(module.parameters()))  # which a head that is tied to a table has as well
         if stored in first:
-            modules[name] = {"shared_with": first[stored]}
+            own = module.own_fields() if isinstance(module, WholeTable) else {}
+            modules[name] = {"shared_with": first[stored], **own}
         else:
             first[stored] = name
             modules[name] = module.spec()
@@ -525,7 +528,8 @@ def _keep_names_(model: PreTrainedModel) -> None:
 
 def _check_spec(name: str, spec: Mapping[str, Any]) -> None:
     if isinstance(spec, Mapping):
-        if set(spec) == {"shared_with"} and isinstance(spec["shared_with"], str):
+        fields = {key: spec[key] for key in spec.keys() - {"shared_with"}}
+        if isinstance(spec.get("shared_with"), str) and WholeTable.are_fields(fields):
             return
         layout = spec.get("layout")
         if isinstance(layout, str) and layout in LAYOUTS and LAYOUTS[layout].is_spec(spec):
