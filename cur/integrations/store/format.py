@@ -662,9 +662,11 @@ def _retie_later_(model: PreTrainedModel, pair: tuple[str, str], keys: Mapping[s
         if isinstance(part, PreTrainedModel) and (getattr(part, _TIES, None) or {}).get(target) == source:
             state = vars(part)
             state.setdefault(_DENSE_TIES, state.get(_TIES))
-            listed = getattr(part, _TIES).items()
-            state[_TIES] = {one: other for one, other in listed if one != target}
-            state[_TIES] |= {one.removeprefix(dot): other.removeprefix(dot) for one, other in keys.items()}
+            listed = {**getattr(part, _TIES)}
+            del listed[target]
+            dense, ours = target.removesuffix("weight") + "bias", target.removesuffix("weight") + "W.bias"
+            listed |= {one.removeprefix(dot): other.removeprefix(dot) for one, other in keys.items()}
+            state[_TIES] = {one.replace(dense, ours): other.replace(dense, ours) for one, other in listed.items()}
 
 
 def _restore_ties_(model: PreTrainedModel) -> None:

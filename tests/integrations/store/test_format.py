@@ -199,7 +199,7 @@ def test_a_description_of_what_is_not_shared_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out" / "config.json"
     text = path.read_text()
     path.write_text(text.replace('"shared_with": "model.embed_tokens"', '"shared_with": "model.norm"'))
-    with pytest.raises(CheckpointError, match="shares lm_head with model.norm, which it does not describe"):
+    with pytest.raises(CheckpointError, match=r"shares lm_head with model\.norm, which it does not describe"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
