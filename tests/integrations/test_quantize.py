@@ -19,8 +19,18 @@ from cur.healing import HealingConfig, heal
 from cur.integrations import BudgetConfig, CompressConfig, Statistics, collect, compress, dense_export, load_into, save
 from cur.integrations.convert import convert_
 from cur.integrations.files.reading import CheckpointError
+from cur.integrations.measure.text import batches
+from cur.integrations.model.vocabulary import vocabulary
 from cur.integrations.nn import CompressedLinear, GridLinear, IntegerGrid, compressed_modules, factored, layer_class
-from cur.integrations.quantize import grid_of, quantizable, quantize_, read_grids, save_quantized
+from cur.integrations.quantize import (
+    asked_grids,
+    grid_of,
+    measured_with,
+    quantizable,
+    quantize_,
+    read_grids,
+    save_quantized,
+)
 from cur.integrations.store.format import CURConfig
 from cur.integrations.store.inspect import summarize
 from tests.models import FAMILIES, batch, make
@@ -629,3 +639,55 @@ def test_steps_that_half_precision_does_not_hold() -> None:
         model[0].weight.mul_(1e-6)
     with pytest.raises(NumericalError, match=r"the steps of 0.W do not fit into float16; load the model in float32"):
         quantize_(model, grid=grid_of(4, 8))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_tables_and_heads_are_rounded_on_request(family: str, windows: Tensor) -> None:
+    model: Any = make(family, seed=0, blocks=2)
+    dense = copy.deepcopy(model)
+    known = vocabulary(model)
+    assert known
+    assert not known.keys() & set(quantizable(model))
+    assert quantizable(model, tables=True) == [*quantizable(model), *known]
+    grids = asked_grids(model, grid_of(4, 16), grid_of(8))
+    modules, graded = measured_with(model, grids)
+    assert set(modules) == grids.keys() | {other for tied in known.values() for other in tied}
+    assert set(graded) == grids.keys() - {"lm_head"}
+    statistics = collect(model, windows.split(2), modules=modules, moments="full", gradients=graded)
+    found = quantize_(model, statistics, grid=grid_of(4, 16), tables=grid_of(8), text=batches(windows, batch_size=2))
+    assert found.grids == {name: grid.spec() for name, grid in grids.items()}
+    assert found.errors.keys() == found.predicted.keys() == grids.keys()
+    assert all(found.errors[name] < 0.01 for name in known)
+    assert found.before == sum(dense.get_submodule(name).weight.nbytes for name in grids) + sum(
+        part.bias.nbytes for name in grids if (part := dense.get_submodule(name))._parameters.get("bias") is not None
+    )
+    assert (logits(model, windows) - logits(dense, windows)).norm() < 0.5 * logits(dense, windows).norm()
+    with pytest.raises(ValueError, match="is rounded to"):
+        quantizable(model)
+
+
+def test_grids_of_tables_by_name_and_what_is_refused() -> None:
+    model = make("llama", seed=0, blocks=2)
+    q = "model.layers.0.self_attn.q_proj"
+    assert asked_grids(model, {q: grid_of(8), "model.embed_tokens": grid_of(6, 16)}).keys() == {q, "model.embed_tokens"}
+    with pytest.raises(ValueError, match=r"`grid` names lm_head, whose weight is that of model\.embed_tokens"):
+        quantize_(model, grid={"lm_head": grid_of(8)})
+    with pytest.raises(ValueError, match=r"`grid` has a grid of model\.embed_tokens already; leave out `tables`"):
+        quantize_(model, grid={"model.embed_tokens": grid_of(8)}, tables=grid_of(6))
+    with pytest.raises(TypeError, match="`tables` must be an IntegerGrid or None, got 8"):
+        quantize_(model, tables=8)
+    with pytest.raises(ValueError, match="`tables` must be None: the model has no table of tokens"):
+        quantize_(nn.Sequential(nn.Linear(4, 4)), tables=grid_of(8))
+    assert not compressed_modules(model)
+
+
+def test_rounded_tables_are_neither_healed_nor_converted_nor_rounded_again(tmp_path: Path, windows: Tensor) -> None:
+    model = make("llama", seed=0, blocks=2)
+    found = quantize_(model, grid={"model.embed_tokens": grid_of(6, 16)})
+    expected = logits(model, windows)
+    convert_(model, layout="auto")
+    assert torch.equal(logits(model, windows), expected)
+    save_quantized(model, None, tmp_path / "out", found)
+    assert read_grids(tmp_path / "out" / "quantization.json") == {"model.embed_tokens": grid_of(6, 16)}
+    with pytest.raises(ValueError, match="is rounded to 6 bits in groups of 16 already"):
+        quantize_(model, tables=grid_of(8))

@@ -39,7 +39,7 @@ from cur.integrations.report.endings import output_head
 from cur.integrations.report.outputs import output_changes
 from cur.integrations.sources import Clock, Source, StageProgress, silent, uncorrected
 from cur.integrations.store.checkpoint import REPORT, save
-from cur.integrations.store.format import mark_
+from cur.integrations.store.format import mark_, unique_state
 
 __all__ = ["Streamed"]
 
@@ -144,6 +144,17 @@ class Streamed(Source):
         note = uncorrected(self._uncorrected)
         self.announce(note)
         return replace(asked, correction=0.0), (note,)
+
+    def check(self, asked: Asked) -> list[str]:
+        """Name the layers to measure, refusing what could not be compressed, and what lies outside of the blocks."""
+        names = super().check(asked)
+        inside = {name for part in self.by_block(names).values() for name in part}
+        if outside := [name for name in names if name not in inside]:
+            raise ValueError(
+                f"{outside[0]} lies outside of the blocks, which needs the whole model in memory; leave out block by "
+                "block compression (--low-memory), or take it out of the plan"
+            )
+        return names
 
     def known(self) -> Statistics | None:
         """Return statistics that are in a file, without second moments, which are read block by block."""
@@ -262,8 +273,9 @@ class Streamed(Source):
         self.clock.add("outputs", outputs)
         file = self._factors(index)
         file.parent.mkdir(parents=True, exist_ok=True)
+        # As they are stored in the end: steps of rounded factors in 16 bits, which only the values tell.
         save_file(
-            {f"{name}.{key}": value for name, it in layers.items() for key, value in it.state_dict().items()}, file
+            {f"{name}.{key}": value for name, it in layers.items() for key, value in unique_state(it).items()}, file
         )
         done = [replace(report, output=changes.get(report.name)).to_dict() for report in reports]
         spent = {"decompose": time.perf_counter() - begin - outputs, "outputs": outputs}
@@ -280,7 +292,9 @@ class Streamed(Source):
             report = LayerReport.from_dict(data)
             layer = _empty(report, self.model.get_submodule(report.name))
             own = {key.removeprefix(f"{report.name}."): value for key, value in tensors.items()}
-            layer.load_state_dict({key: own[key] for key in layer.state_dict()}, assign=True)
+            layer.load_state_dict(
+                {key: own[key].to(like.dtype) for key, like in layer.state_dict().items()}, assign=True
+            )
             found[report.name] = layer.to(self.streamed.device).among_dense()
         return found
 
@@ -325,7 +339,15 @@ class Streamed(Source):
         streamed = self.streamed
 
         def write(place: Path) -> CompressionReport:
-            kept = fill(self.compressed, streamed, place, max_shard_size, replaced=self.factors, progress=self.progress)
+            kept = fill(
+                self.compressed,
+                streamed,
+                place,
+                max_shard_size,
+                replaced=self.factors,
+                dtypes=self.dtypes(),
+                progress=self.progress,
+            )
             return replace(report, kept=kept)
 
         with self.clock.stage("write"):
@@ -353,6 +375,15 @@ class Streamed(Source):
             return {}
         with safe_open(self._factors(index), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes in which factors are stored, by name; other than those that a model computes in."""
+        found: dict[str, torch.dtype] = {}
+        for index in range(len(self.streamed.blocks)):
+            if self._factors(index).exists():
+                with safe_open(self._factors(index), framework="pt") as file:
+                    found |= {name: file.get_slice(name)[:0].dtype for name in file.keys()}  # noqa: SIM118
+        return found
 
     def statistics_of(self, index: int) -> Statistics:
         """Return the statistics of one block, second moments and all.

@@ -34,10 +34,15 @@ class CheckpointWriter:
         The directory to write the files into.
     max_shard_size : int or str
         Largest size of one file, in bytes or with a unit.
+    dtypes : mapping of str to torch.dtype, optional
+        The dtypes in which tensors are stored, where these are others than the model has them in.
     """
 
-    def __init__(self, model: Any, directory: Path, max_shard_size: int | str) -> None:
+    def __init__(
+        self, model: Any, directory: Path, max_shard_size: int | str, dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> None:
         state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
+        state |= {name: state[name].to(dtype) for name, dtype in (dtypes or {}).items() if name in state}
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
         state = remove_tied_weights_from_state_dict(state, model)
@@ -101,6 +106,7 @@ def fill(
     max_shard_size: int | str,
     *,
     replaced: Callable[[int], Mapping[str, torch.Tensor]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
     progress: Callable[[str, int, int | None], object] | None = None,
 ) -> str:
     """Write the weight files of a model, one block of the one that it was made from in memory at a time.
@@ -117,6 +123,8 @@ def fill(
         The largest size of one file, in bytes or as text such as ``"5GB"``.
     replaced : callable
         Returns, for the number of a block, tensors by name that are new or other than the streamed's.
+    dtypes : mapping of str to torch.dtype, optional
+        The dtypes in which these are stored, by name. By default those of the model.
     progress : callable, optional
         Called as ``progress("write", done, total)``, in blocks.
 
@@ -127,7 +135,7 @@ def fill(
     """
     count = len(streamed.blocks)
     kept, digest = set(kept_names(final, changed_modules(final))), KeptDigest()
-    with CheckpointWriter(final, directory, max_shard_size) as writer:
+    with CheckpointWriter(final, directory, max_shard_size, dtypes) as writer:
         for name in streamed.outside():  # one by one: embeddings and head can be larger than a block
             if name in writer:
                 tensor = streamed.load_tensor(name)

@@ -27,8 +27,10 @@ from cur.integrations.blockwise import StreamedModel, compress_blockwise, load_s
 from cur.integrations.compress import as_batches, carry_out_, measure
 from cur.integrations.files.shards import Shards
 from cur.integrations.measure.statistics import Statistics
+from cur.integrations.nn import IntegerGrid
 from cur.integrations.plan.make import make_plan
-from cur.integrations.plan.plan import PlanError
+from cur.integrations.plan.methods import RoundedEntry
+from cur.integrations.plan.plan import Plan, PlanError, fingerprint
 from cur.integrations.report.perplexity import perplexity
 from tests import models
 
@@ -377,3 +379,58 @@ def test_what_is_known_of_a_model_lasts_longer_than_a_run(
         assert one.name == other.name
         assert one.relative_error == pytest.approx(other.relative_error, rel=1e-5)
         assert one.weighted_error == pytest.approx(other.weighted_error, rel=1e-5)
+
+
+GRID = IntegerGrid(4, 16, symmetric=False)
+
+
+def planned_on_grids(model: PreTrainedModel, statistics: Statistics, *, factors: bool) -> Plan:
+    """Return a plan of whole layers on grids, or of factors and neurons on grids."""
+    plan = make_plan(model, statistics, BudgetConfig(keep=0.6, own_text=0.0, gradients=False))
+    if factors:
+        return replace(plan, entries=tuple(replace(entry, grid=GRID) for entry in plan.entries))
+    grids = [GRID, IntegerGrid(), IntegerGrid(8, 16)]
+    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    entries = tuple(
+        RoundedEntry(name=name, shape=tuple(part.weight.shape), grid=grids[index % len(grids)])
+        for index, (name, part) in enumerate(linear)
+        if name.startswith("model.layers.")
+    )
+    return replace(plan, entries=entries)
+
+
+@pytest.mark.parametrize(("factors", "dtype"), [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)])
+def test_a_plan_with_grids_writes_the_same_files(
+    tmp_path: Path, windows: Any, factors: bool, dtype: torch.dtype
+) -> None:
+    source = tmp_path / "model"
+    models.make("llama", seed=0, blocks=2, tie_word_embeddings=False).to(dtype).save_pretrained(source)
+    models.tokenizer().save_pretrained(source)
+    loaded = load_model(source)
+    text = as_batches(windows, 1)
+    statistics = measure(loaded.model, text, BudgetConfig(keep=0.6, own_text=0.0, gradients=False))
+    plan = planned_on_grids(loaded.model, statistics, factors=factors)
+    whole = carry_out_(loaded.model, plan, measure(loaded.model, text, plan), text=text)
+    save(loaded.model, loaded.tokenizer, tmp_path / "whole", report=whole)
+    parts = compress_blockwise(load_streamed(source), windows, tmp_path / "parts", plan)
+    assert [layer.grid for layer in parts.layers] == [layer.grid for layer in whole.layers]
+    assert whole.after == parts.after
+    for file in ("cur_model.safetensors", "config.json"):
+        assert filecmp.cmp(tmp_path / "whole" / file, tmp_path / "parts" / file, shallow=False), file
+    stored = Shards(tmp_path / "parts", one_dtype=False).tensors
+    steps = {tensor.dtype for name, tensor in stored.items() if name.endswith(".scale")}
+    assert steps == ({torch.float16, dtype} if not factors else {torch.float16})
+
+
+def test_what_lies_outside_of_the_blocks_is_refused(tmp_path: Path, windows: Any) -> None:
+    source = tmp_path / "model"
+    model = models.make("llama", seed=0, blocks=2)
+    model.save_pretrained(source)
+    models.tokenizer().save_pretrained(source)
+    table = RoundedEntry(
+        name="model.embed_tokens", shape=(32, models.VOCABULARY), layout="table", grid=GRID, tied=("lm_head",)
+    )
+    plan = Plan(entries=(table,), fingerprint=fingerprint(model))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens lies outside of the blocks"):
+        compress_blockwise(load_streamed(source), windows, tmp_path / "parts", plan)
+    assert not (tmp_path / "parts").exists()

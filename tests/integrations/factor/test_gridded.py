@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,16 +14,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cur.integrations import BudgetConfig, save
-from cur.integrations.compress import carry_out_, measure
+from cur.integrations.compress import carry_out_, compress_source, measure
 from cur.integrations.measure.statistics import Statistics
-from cur.integrations.nn import IntegerGrid, KeptInputs, WholeLinear, compressed_modules
+from cur.integrations.model.vocabulary import vocabulary
+from cur.integrations.nn import IntegerGrid, KeptInputs, WholeLinear, compressed_modules, dense_weight, looks_up
 from cur.integrations.plan.entry import PlanError, read_entry
 from cur.integrations.plan.make import make_plan
 from cur.integrations.plan.methods import NeuronsEntry, RoundedEntry
-from cur.integrations.plan.plan import Plan
+from cur.integrations.plan.plan import Plan, fingerprint
 from cur.integrations.quantize import quantize_
 from cur.integrations.report.data import CompressionReport
-from cur.integrations.sources import as_batches
+from cur.integrations.sources import InMemory, as_batches
 from tests.models import VOCABULARY, make
 
 Measured: TypeAlias = "tuple[Any, list[Any], Statistics, Plan]"
@@ -135,3 +137,60 @@ def test_entries_say_their_grid() -> None:
         read_entry({**data, "grid": {"bits": 7, "group": 16, "symmetric": False}})
     with pytest.raises(PlanError, match="`grid` of q must be an IntegerGrid"):
         replace(entry, grid=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_plan_has_tables_and_heads(family: str, tmp_path: Path) -> None:
+    model: Any = make(family, seed=0, blocks=2)
+    text = as_batches(torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0)), 1)
+    known = vocabulary(model)
+    grid = IntegerGrid(6, 16, symmetric=False)
+    q = "model.layers.0.self_attn.q_proj"
+    entries = [RoundedEntry(name=q, shape=(32, 32), grid=FOUR, gradients=True)]
+    for name, tied in known.items():
+        shape = tuple(dense_weight(model.get_submodule(name), name)[0].shape)
+        layout = "table" if looks_up(model.get_submodule(name)) else "whole"
+        entries.append(RoundedEntry(name=name, shape=shape, layout=layout, grid=grid, tied=tied))
+    plan = Plan(entries=tuple(entries), fingerprint=fingerprint(model))
+    assert all(entry.nbytes(torch.float32) == VOCABULARY * (24 + 2 * 2 + 2) for entry in entries[1:])
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    rounded = copy.deepcopy(model)
+    report = compress_source(InMemory(model, text), plan)
+    quantize_(rounded, measure(rounded, text, plan), grid={entry.name: entry.grid for entry in entries if entry.grid})
+    table: Any = model.get_input_embeddings()
+    assert torch.equal(table.weight, rounded.get_input_embeddings().weight)
+    assert torch.equal(model.lm_head.weight, rounded.lm_head.weight)
+    assert (model.lm_head.W.integers is table.W.integers) == (family == "llama")
+    done = {layer.name: layer for layer in report.layers}
+    assert done.keys() == {entry.name for entry in entries}
+    assert all(0 < done[name].relative_error < 0.05 for name in known)
+    assert all(done[name].certificate["relative"] == pytest.approx(done[name].relative_error) for name in known)
+    save(model, None, tmp_path / "out", report=report)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**text[0]).logits, model(**text[0]).logits)
+
+
+def test_entries_say_what_is_tied() -> None:
+    model = make("llama", seed=0, blocks=2)
+    entry = RoundedEntry(
+        name="model.embed_tokens", shape=(32, VOCABULARY), layout="table", grid=FOUR, tied=("lm_head",)
+    )
+    data = json.loads(json.dumps(entry.to_dict()))
+    assert data["tied"] == ["lm_head"]
+    assert read_entry(data) == entry
+    assert "tied" not in replace(entry, tied=()).to_dict()
+    Plan(entries=(entry,), fingerprint=fingerprint(model)).check(model)
+    with pytest.raises(PlanError, match=r"`tied` of model\.embed_tokens must name the modules that share its weight"):
+        Plan(entries=(replace(entry, tied=()),), fingerprint=fingerprint(model)).check(model)
+    with pytest.raises(PlanError, match=r"`tied` of model\.embed_tokens must be names of modules, got 'lm_head'"):
+        replace(entry, tied="lm_head")
+    head = RoundedEntry(name="lm_head", shape=(VOCABULARY, 32), grid=FOUR)
+    with pytest.raises(
+        PlanError, match=r"`entries` must not hold lm_head, whose weight is that of model\.embed_tokens"
+    ):
+        Plan(entries=(entry, head), fingerprint=fingerprint(model))
+    wrong = Plan(entries=(replace(head, layout="table"),), fingerprint=fingerprint(model))
+    with pytest.raises(PlanError, match="in the layout 'table', which is not for a Linear"):
+        wrong.check(model)
