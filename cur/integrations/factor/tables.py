@@ -83,7 +83,7 @@ def round_table(
         layer = WholeLinear.from_rounded(GridLinear.from_integers(**parts, bias=bias, grid=grid), transposed=transposed)
     layer.train(module.training)
     layer.adopt_(module)
-    counts = None if statistics is None else _counts(statistics, (name, *tied))
+    counts = None if statistics is None else _counts(statistics, (name, *tied), len(rows))
     frequency = torch.ones(len(rows)) if counts is None else counts
     lost = size = 0.0
     for place, w, near in _pairs(rows, layer.W):
@@ -289,10 +289,10 @@ def _predicted(
     )
 
 
-def _counts(statistics: Statistics, names: Sequence[str]) -> Tensor | None:
-    """Return how often each token came to one of some tables, if that was measured."""
-    found = (statistics.square_sums[name] for name in names if name in statistics.lookups)
-    return next(found, None)
+def _counts(statistics: Statistics, names: Sequence[str], size: int) -> Tensor | None:
+    """Return how often each token came to one of some tables, or to another of the same tokens, if it was measured."""
+    counts = [statistics.square_sums[name] for name in (*names, *statistics.lookups) if name in statistics.lookups]
+    return next((found for found in counts if len(found) == size), None)
 
 
 def _pairs(rows: Tensor, stored: Any) -> Iterator[tuple[slice, Tensor, Tensor]]:

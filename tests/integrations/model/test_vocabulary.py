@@ -29,8 +29,8 @@ def test_tables_by_what_is_tied_to_them(family: str, expected: dict[str, tuple[s
 
 
 def test_of_other_modules_all_tables() -> None:
-    model = nn.ModuleDict({"users": nn.Embedding(5, 4), "items": nn.Embedding(6, 4), "map": nn.Linear(4, 4)})
-    assert vocabulary(model) == {"users": (), "items": ()}
+    model = nn.ModuleDict({"users": nn.Embedding(5, 4), "films": nn.Embedding(6, 4), "map": nn.Linear(4, 4)})
+    assert vocabulary(model) == {"users": (), "films": ()}
     assert vocabulary(nn.Sequential(nn.Linear(4, 4))) == {}
 
 
