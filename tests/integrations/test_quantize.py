@@ -684,9 +684,7 @@ def test_grids_of_tables_by_name_and_what_is_refused() -> None:
 def test_rounded_tables_are_neither_converted_nor_rounded_again(tmp_path: Path) -> None:
     model = make("llama", seed=0, blocks=2)
     found = quantize_(model, grid={"model.embed_tokens": grid_of(6, 16)})
-    with pytest.raises(
-        ValueError, match="is rounded to 6 bits in groups of 16; convert the checkpoint"
-    ):
+    with pytest.raises(ValueError, match="is rounded to 6 bits in groups of 16; convert the checkpoint"):
         convert_(model, layout="auto")
     save_quantized(model, None, tmp_path / "out", found)
     assert read_grids(tmp_path / "out" / "quantization.json") == {"model.embed_tokens": grid_of(6, 16)}

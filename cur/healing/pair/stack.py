@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cur.integrations.model.blocks import BlockCall, BlockWalk, ReachedError, after_blocks
 from cur.integrations.model.hooks import hooked
 from cur.integrations.model.running import body, model_inputs, run
-from cur.integrations.nn import compressed_modules
+from cur.integrations.nn import compressed_modules, dtype_of
 from cur.integrations.report.endings import head_is_separate, output_head
 
 __all__ = ["Outputs", "Stack"]
@@ -125,13 +125,14 @@ class Stack(BlockWalk):
         """
         if not self.separate or self.head is None:
             return last
-        scores: Tensor = self.head(last.to(self.head.get_parameter("weight").dtype))
+        scores: Tensor = self.head(last.to(dtype_of(self.head)))
         return scores
 
 
 def _head_of(model: nn.Module, *, needed: bool) -> nn.Module | None:
     try:
-        return output_head(model)
+        head: nn.Module = output_head(model)
+        return head
     except TypeError as error:
         if needed:
             raise TypeError(

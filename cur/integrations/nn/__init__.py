@@ -51,6 +51,7 @@ from cur.integrations.nn.kept import KeptInputs, KeptNeurons, KeptOutputs
 from cur.integrations.nn.modules import (
     compressed_modules,
     dense_weight,
+    dtype_of,
     grids_of,
     is_head,
     is_linear,
@@ -92,6 +93,7 @@ __all__ = [
     "cells",
     "compressed_modules",
     "dense_weight",
+    "dtype_of",
     "factored",
     "grid_fields",
     "grids_of",

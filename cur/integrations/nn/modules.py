@@ -20,6 +20,7 @@ from cur.integrations.nn.table import is_whole, reading
 __all__ = [
     "compressed_modules",
     "dense_weight",
+    "dtype_of",
     "grids_of",
     "is_head",
     "is_linear",
@@ -180,6 +181,22 @@ def is_head(module: object) -> bool:
         Whether it takes hidden states and gives a number for each token.
     """
     return isinstance(module, nn.Linear) or (isinstance(module, CompressedLinear) and not module.by_inputs)
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype that a linear layer computes in, dense or compressed.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        The layer.
+
+    Returns
+    -------
+    torch.dtype
+        That of its first parameter, which of a rounded one are its steps.
+    """
+    return next(layer.parameters()).dtype
 
 
 def layout_for(module: nn.Module, layout: str) -> str:

@@ -16,6 +16,7 @@ from cur.integrations.model.experts import eager_experts
 from cur.integrations.model.hooks import forwards_replaced
 from cur.integrations.model.precision import Precision
 from cur.integrations.model.running import body, evaluating, model_inputs, run
+from cur.integrations.nn import dtype_of, is_head
 
 __all__ = ["Ending", "Predictor", "head_is_separate", "output_head", "predicting"]
 
@@ -40,7 +41,7 @@ class Ending(nn.Module):
 
     Attributes
     ----------
-    head : nn.Linear
+    head : nn.Linear or CompressedLinear
         The output head, the one of the model.
     """
 
@@ -107,7 +108,7 @@ class Predictor:
 
     def __init__(self, model: nn.Module, probe: Tensor) -> None:
         self.model = model
-        self.vocabulary = output_head(model).out_features
+        self.vocabulary: int = output_head(model).out_features
         self.ending = _ending(model, probe)
         self.step = max(_CHUNK // self.vocabulary, 1)
         """Tokens whose logits fit into memory at once."""
@@ -174,12 +175,12 @@ def predicting(model: nn.Module, windows: Tensor, passes: Precision) -> Iterator
         yield Predictor(model, windows[:1, :_PROBE])
 
 
-def unrounded(head: nn.Linear, passes: Precision) -> AbstractContextManager[None]:
+def unrounded(head: nn.Module, passes: Precision) -> AbstractContextManager[None]:
     """Let a head compute logits as its weights are: their third digit is one of the likelihood.
 
     Parameters
     ----------
-    head : nn.Linear
+    head : nn.Module
         The output head of a model, whose weights decide.
     passes : Precision
         The precision of the passes around it.
@@ -188,15 +189,15 @@ def unrounded(head: nn.Linear, passes: Precision) -> AbstractContextManager[None
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def exact(x: Tensor) -> Any:
             with passes.exact():
-                return forward(x.to(head.weight.dtype))
+                return forward(x.to(dtype_of(head)))
 
         return exact
 
     return forwards_replaced([(head, wrapped)])
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """Return the output head of a causal language model; a TypeError says what is not one.
+def output_head(model: nn.Module) -> Any:
+    """Return the output head of a causal language model, dense or compressed; a TypeError says what is not one.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def output_head(model: nn.Module) -> nn.Linear:
 
     Returns
     -------
-    nn.Linear
+    nn.Linear or CompressedLinear
         The output head.
 
     Raises
@@ -218,7 +219,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     can_generate = getattr(model, "can_generate", None)
     generates = callable(can_generate) and can_generate()
-    if not isinstance(head, nn.Linear) or encoder_decoder or not generates or _sees_what_follows(model):
+    if not is_head(head) or encoder_decoder or not generates or _sees_what_follows(model):
         raise TypeError(
             "perplexity and divergence need a causal language model, "
             f"{type(model).__name__} is not one: it has no predictions of the next token from those before it"
@@ -258,7 +259,7 @@ def head_is_separate(model: nn.Module, head: nn.Module, ids: Tensor) -> bool:
     state = run(inner, model_inputs(inner, ids))[0]
     whole = run(model, model_inputs(model, ids)).logits
     # Some models keep the stream in float32 beside weights of half precision.
-    return _alike(head(state.to(head.get_parameter("weight").dtype)), whole)
+    return _alike(head(state.to(dtype_of(head))), whole)
 
 
 def _ending(model: nn.Module, ids: Tensor) -> Ending | None:

@@ -8,9 +8,11 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cur.integrations import Reference, divergence
+from cur.integrations import Reference, divergence, perplexity, save
 from cur.integrations.blockwise import StreamedModel, compare_blockwise, load_streamed, reference_blockwise
-from tests.models import FAMILIES, tokenizer
+from cur.integrations.blockwise.score import perplexity_blockwise
+from cur.integrations.quantize import grid_of, quantize_
+from tests.models import FAMILIES, make, tokenizer
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
 CONFIGS = {
@@ -76,3 +78,17 @@ def test_another_vocabulary_is_refused_before_any_pass(
     monkeypatch.setattr(StreamedModel, "load_outside", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match="`reference` must predict the tokens that the model does"):
         compare_blockwise(parts, reference)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_tables_and_heads_on_grids_score_as_in_memory(family: str, windows: torch.Tensor, tmp_path: Path) -> None:
+    model = make(family, seed=0, blocks=2)
+    dense = perplexity(model, windows).value
+    quantize_(model, grid=grid_of(8), tables=grid_of(6, 16))
+    save(model, None, tmp_path / "small")
+    tokenizer().save_pretrained(tmp_path / "small")
+    expected = perplexity(model, windows).value
+    found = perplexity_blockwise(load_streamed(tmp_path / "small"), windows, scratch=tmp_path)
+    assert found.value == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(dense, rel=0.1)
+    assert expected != dense
