@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -601,6 +602,39 @@ def test_quantize(small: Path, text: Path, tmp_path: Path) -> None:
     refused(cur("quantize", small, "--text", text, "--windows", 0, *out), "got 0")
     refused(cur("quantize", tmp_path, *out), "is not a checkpoint")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantize_embeddings(model: Path, text: Path, tmp_path: Path, tied: bool) -> None:
+    source = tmp_path / "model"
+    dense = LlamaForCausalLM.from_pretrained(model)
+    dense.config.tie_word_embeddings = tied
+    dense.tie_weights()
+    dense.save_pretrained(source)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    give = ["--text", text, "--windows", 4, "--window-length", 16]
+    done = cur("quantize", source, "--embeddings", 6, *give, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    grids = json.loads((tmp_path / "out" / "quantization.json").read_text())["grids"]
+    assert grids["model.embed_tokens"] == {"bits": 6, "group": 64, "symmetric": False}
+    assert ("lm_head" in grids) == (not tied)
+    assert len(grids) == 36 + (not tied)
+    shown = json.loads(cur("inspect", tmp_path / "out", "--json").stdout)
+    assert [layer["name"] for layer in shown["layers"] if layer["layout"] == "table"] == ["model.embed_tokens"]
+    assert shown["parameters"] == sum(part.numel() for part in LlamaForCausalLM.from_pretrained(source).parameters())
+    scored = cur("evaluate", tmp_path / "out", "--text", text, "--windows", 4, "--window-length", 16)
+    assert scored.exit_code == 0, scored.stderr
+    done = cur("export", tmp_path / "out", "--out", tmp_path / "dense")
+    assert done.exit_code == 0, done.stderr
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.lm_head.weight, rounded.lm_head.weight)
+    done = cur("quantize", source, "--grids", tmp_path / "out" / "quantization.json", *give, "--out", tmp_path / "same")
+    assert done.exit_code == 0, done.stderr
+    kept = json.loads((tmp_path / "same" / "quantization.json").read_text())["grids"]
+    assert kept == grids
+    refused(cur("quantize", source, "--embeddings", 7, *give, "--out", tmp_path / "x"), "`bits` must be one of")
 
 
 def test_quantize_to_few_bits(model: Path, small: Path, text: Path, tmp_path: Path) -> None:
