@@ -28,10 +28,11 @@ from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import found_stacks
 from cur.integrations.model.unrolling import release_, unrolled
 from cur.integrations.model.usage import is_transformer, usage_of
-from cur.integrations.nn import CompressedLinear, swap_
+from cur.integrations.nn import CompressedLinear, looks_up, swap_
 from cur.integrations.plan.config import Asked, BudgetConfig
 from cur.integrations.plan.make import Layers, candidates, chooses_by_angle
 from cur.integrations.plan.plan import Plan
+from cur.integrations.plan.vocabulary_curves import priced_vocabulary
 from cur.integrations.report.data import CompressionReport, LayerReport
 from cur.integrations.report.divergence import Divergence, Reference
 from cur.integrations.report.outputs import output_changes
@@ -153,7 +154,15 @@ class Source(ABC):
             asked.check(self.model)
             return [name for entry in asked.entries for name in entry.measured]
         with unrolled(self.model):
-            return candidates(self.model, asked, offloaded=self.offloaded)
+            names = candidates(self.model, asked, offloaded=self.offloaded)
+        if isinstance(asked, BudgetConfig) and not self.offloaded:
+            names += [
+                each
+                for name, tied in priced_vocabulary(self.model, asked).items()
+                for each in (name, *tied)
+                if each not in names
+            ]
+        return names
 
     def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
         """Return what can be asked of the model, and a sentence for everything that is left out.
@@ -463,7 +472,7 @@ class InMemory(Source):
             self.text,
             modules=list(names),
             moments="full" if asked.needs_moments else "diagonal",
-            gradients=_with_gradients(asked, names),
+            gradients=_with_gradients(self.model, asked, names),
             gradient_checkpointing=asked.gradient_checkpointing,
             partial=True,
             seed=asked.seed,
@@ -622,8 +631,13 @@ def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None
     return given
 
 
-def _with_gradients(asked: Asked, names: Sequence[str]) -> list[str]:
+def _with_gradients(model: nn.Module, asked: Asked, names: Sequence[str]) -> list[str]:
     """Return the layers at whose outputs gradients are measured: of a head they would be a square of the vocabulary."""
     if isinstance(asked, Plan):
         return [entry.name for entry in asked.entries if entry.needs_gradients]
-    return list(names) if asked.needs_gradients else []
+    if not asked.needs_gradients:
+        return []
+    if not isinstance(asked, BudgetConfig):
+        return list(names)
+    ends = {each for name, tied in priced_vocabulary(model, asked).items() for each in (name, *tied)}
+    return [name for name in names if name not in ends or looks_up(model.get_submodule(name)) is not None]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from cur.integrations.factor.rounding import RoundedLayer, grid_integers, step_dtype
-from cur.integrations.measure.moments import damped
+from cur.integrations.measure.moments import damped, token_counts, token_shares
 from cur.integrations.measure.statistics import Statistics
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.nn import GridEmbedding, GridLinear, IntegerGrid, WholeLinear, WholeTable, dense_weight, looks_up
 from cur.integrations.nn.lookup import Times
 
-__all__ = ["TABLE_GRIDS", "head_losses", "round_rows", "round_table", "table_losses", "token_shares"]
+__all__ = ["TABLE_GRIDS", "head_losses", "round_rows", "round_table", "table_losses"]
 
 TABLE_GRIDS = (IntegerGrid(), *(IntegerGrid(bits, 64, symmetric=False) for bits in (8, 6, 5, 4)))
 """Grids that are usual for tables and heads: eight bits a row, and 8, 6, 5 and 4 bits in groups of 64."""
@@ -83,7 +83,7 @@ def round_table(
         layer = WholeLinear.from_rounded(GridLinear.from_integers(**parts, bias=bias, grid=grid), transposed=transposed)
     layer.train(module.training)
     layer.adopt_(module)
-    counts = None if statistics is None else _counts(statistics, (name, *tied), len(rows))
+    counts = None if statistics is None else token_counts(statistics, (name, *tied), len(rows))
     frequency = torch.ones(len(rows)) if counts is None else counts
     lost = size = 0.0
     for place, w, near in _pairs(rows, layer.W):
@@ -128,35 +128,6 @@ def round_rows(name: str, rows: Tensor, grid: IntegerGrid, columns: Tensor | Non
         for part in rows.split(_at_once(rows))  # type: ignore[no-untyped-call]
     ]
     return {key: None if parts[0][key] is None else torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def token_shares(counts: Tensor) -> Tensor:
-    """Return how often each token comes, from a text that does not have all of them.
-
-    As much as tokens that came once make up is left for those that never came (Good and Turing), evenly.
-
-    Parameters
-    ----------
-    counts : Tensor
-        How often each token came.
-
-    Returns
-    -------
-    Tensor
-        The shares, whose sum is one, float64.
-
-    Examples
-    --------
-    >>> token_shares(torch.tensor([3, 1, 0, 0])).tolist()
-    [0.5625, 0.1875, 0.125, 0.125]
-    """
-    counts = counts.double()
-    total, never = counts.sum(), counts == 0
-    if not float(total) or not bool(never.any()):
-        return counts / total if float(total) else torch.full_like(counts, 1 / len(counts))
-    left = float((counts == 1).sum() / total)
-    left = min(left, 0.5)
-    return torch.where(never, left / never.sum(), (1 - left) * counts / total)
 
 
 @torch.no_grad()
@@ -287,12 +258,6 @@ def _predicted(
     return 0.5 * sum(
         _square(w - near, shares[place].to(w)[:, None], total.to(w)) for place, w, near in _pairs(rows, layer.W)
     )
-
-
-def _counts(statistics: Statistics, names: Sequence[str], size: int) -> Tensor | None:
-    """Return how often each token came to one of some tables, or to another of the same tokens, if it was measured."""
-    counts = [statistics.square_sums[name] for name in (*names, *statistics.lookups) if name in statistics.lookups]
-    return next((found for found in counts if len(found) == size), None)
 
 
 def _pairs(rows: Tensor, stored: Any) -> Iterator[tuple[slice, Tensor, Tensor]]:

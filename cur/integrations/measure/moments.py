@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from cur.integrations.measure.statistics import Statistics
 from cur.weights import Weight, diagonal, matrix
 
-__all__ = ["Measured", "Moments", "damped", "x_norm"]
+__all__ = ["Measured", "Moments", "damped", "token_counts", "token_shares", "x_norm"]
 
 
 def x_norm(statistics: Statistics, name: str) -> Tensor:
@@ -186,3 +187,53 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     found = moment.clone()
     found.diagonal().add_(damping * float(moment.diagonal().mean()))
     return found
+
+
+def token_shares(counts: Tensor) -> Tensor:
+    """Return how often each token comes, from a text that does not have all of them.
+
+    As much as tokens that came once make up is left for those that never came (Good and Turing), evenly.
+
+    Parameters
+    ----------
+    counts : Tensor
+        How often each token came.
+
+    Returns
+    -------
+    Tensor
+        The shares, whose sum is one, float64.
+
+    Examples
+    --------
+    >>> token_shares(torch.tensor([3, 1, 0, 0])).tolist()
+    [0.5625, 0.1875, 0.125, 0.125]
+    """
+    counts = counts.double()
+    total, never = counts.sum(), counts == 0
+    if not float(total) or not bool(never.any()):
+        return counts / total if float(total) else torch.full_like(counts, 1 / len(counts))
+    left = float((counts == 1).sum() / total)
+    left = min(left, 0.5)
+    return torch.where(never, left / never.sum(), (1 - left) * counts / total)
+
+
+def token_counts(statistics: Statistics, names: Sequence[str], size: int) -> Tensor | None:
+    """Return how often each token came to one of some tables, or to another of the same tokens; None if unknown.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        The statistics of the model.
+    names : sequence of str
+        The names of the tables that come first.
+    size : int
+        The number of tokens.
+
+    Returns
+    -------
+    Tensor or None
+        The counts, one for each token.
+    """
+    counts = [statistics.square_sums[name] for name in (*names, *statistics.lookups) if name in statistics.lookups]
+    return next((found for found in counts if len(found) == size), None)

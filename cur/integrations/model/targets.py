@@ -27,6 +27,7 @@ __all__ = [
     "decoder_layers",
     "found_stacks",
     "holds_linear",
+    "is_excluded",
     "left_dense",
     "linear_modules",
     "networks",
@@ -398,6 +399,24 @@ def _expert_families(modules: Mapping[str, nn.Module]) -> dict[str, str]:
         for name, module in modules.items()
         if name.startswith(apart) and is_linear(module)
     }
+
+
+def is_excluded(name: str, exclude: str | Sequence[str]) -> bool:
+    """Say whether a module is excluded by name, as :func:`linear_modules` has it.
+
+    Parameters
+    ----------
+    name : str
+        The name of the module.
+    exclude : str or sequence of str
+        Modules to leave alone.
+
+    Returns
+    -------
+    bool
+        Whether it is among them.
+    """
+    return _matches(name, exclude, "exclude")
 
 
 def left_dense(

@@ -124,6 +124,8 @@ class Forms:
         The results of :func:`joint_curves`.
     dense : mapping of str to str
         A sentence by the name of each layer that nothing could be gained or measured of.
+    vocabulary : sequence of LayerCurve
+        The curves of tables of tokens and of the output head, where they share the budget.
     """
 
     model: nn.Module
@@ -132,6 +134,7 @@ class Forms:
     curves: Sequence[LayerCurve]
     neurons: Sequence[NeuronCurve]
     dense: Mapping[str, str]
+    vocabulary: Sequence[LayerCurve] = ()
 
     def plan(self, *, loss: float | None = None) -> Plan:
         """Share the budget among the layers, see :func:`plan_budget`.
@@ -148,7 +151,14 @@ class Forms:
         """
         with unrolled(self.model):
             return plan_budget(
-                self.model, self.statistics, self.config, self.curves, self.neurons, self.dense, loss=loss
+                self.model,
+                self.statistics,
+                self.config,
+                self.curves,
+                self.neurons,
+                self.dense,
+                vocabulary=self.vocabulary,
+                loss=loss,
             )
 
 
@@ -216,6 +226,7 @@ def plan_budget(
     neurons: Sequence[NeuronCurve] = (),
     dense: Mapping[str, str] | None = None,
     *,
+    vocabulary: Sequence[LayerCurve] = (),
     loss: float | None = None,
 ) -> Plan:
     """Share the budget among layers; those that are worth their parameters stay dense and have no entry.
@@ -234,6 +245,9 @@ def plan_budget(
         The results of :func:`joint_curves`: options that remove neurons from a group of these layers.
     dense : mapping of str to str, optional
         A sentence by the name of each layer that nothing could be gained or measured of. Default: none.
+    vocabulary : sequence of LayerCurve
+        The results of :func:`~cur.integrations.plan.vocabulary_curves.vocabulary_curves`, where tables and heads share
+        the budget; they are not among the targeted layers, of which shares are told.
     loss : float, optional
         What all layers may lose, as it is predicted, where the budget is a tolerance. By default :data:`SHARE` of that.
 
@@ -250,7 +264,8 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
-    names = [curve.name for curve in curves]
+    every = [*curves, *vocabulary]
+    names = [curve.name for curve in every]
     on_disk = None if config.size is None else ByteCosts(model, names)
     prices: Prices = on_disk or (LayerBytes(model, names) if config.rounds or config.bits else Numbers())
 
@@ -261,7 +276,7 @@ def plan_budget(
             for entry in option.entries(int(number), config)
         }
         return Plan(
-            entries=tuple(found[curve.name] for curve in curves if curve.name in found),
+            entries=tuple(found[curve.name] for curve in every if curve.name in found),
             fingerprint=fingerprint(model),
             model=model_name(model),
             seed=config.seed,
@@ -277,7 +292,7 @@ def plan_budget(
             dense=dense or {},
         )
 
-    options = layer_options(curves, neurons, prices)
+    options = layer_options(every, neurons, prices)
     if config.tol is not None:
         return made(options, _within(options, SHARE * config.tol if loss is None else loss, config.tol))
     least = sum(option.least for option in options)
@@ -290,7 +305,7 @@ def plan_budget(
     if not config.gradients:
         options = _with_floor(options, budget)
     chosen = _shares(options, budget)
-    alone = layer_options(curves, (), prices)
+    alone = layer_options(every, (), prices)
     if neurons and sum(option.costs.min() for option in alone) <= budget:
         if not config.gradients:
             alone = _with_floor(alone, budget)

@@ -128,7 +128,7 @@ class _Ranges:
         return float((lost[live] / uniform[live]).mean()) if live.any() else 1.0
 
 
-def pivots(moment: Tensor, damping: float, name: str) -> Tensor:
+def pivots(moment: Tensor, damping: float, name: str, *, counted: Tensor | None = None) -> Tensor:
     """Return what the square of a rounding error of half a unit counts in each direction of nearest plane.
 
     Parameters
@@ -139,6 +139,8 @@ def pivots(moment: Tensor, damping: float, name: str) -> Tensor:
         The share of its mean diagonal that is added to it when weights are rounded.
     name : str
         The name of the layer, for errors.
+    counted : Tensor, optional
+        The moment under which errors count, where that is another than the one they are rounded under.
 
     Returns
     -------
@@ -160,5 +162,7 @@ def pivots(moment: Tensor, damping: float, name: str) -> Tensor:
         raise NumericalError(f"a second moment of {name} is not positive definite with damping {damping}")
     eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
     inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    found: Tensor = L.diagonal().square() * (1 - damping * mean * inverse.square().sum(1)).clamp(min=0)
+    squares = L.diagonal().square()
+    left = 1 - damping * mean * inverse.square().sum(1) if counted is None else ((inverse @ counted) * inverse).sum(1)
+    found: Tensor = squares * left.clamp(min=0)
     return found

@@ -41,6 +41,7 @@ from cur.integrations.plan.layouts import choose_layout, fastest_rank
 from cur.integrations.plan.methods import CUREntry
 from cur.integrations.plan.plan import PRECISIONS, Plan, fingerprint
 from cur.integrations.plan.rate_distortion import LayerCurve
+from cur.integrations.plan.vocabulary_curves import vocabulary_curves
 
 __all__ = [
     "Layers",
@@ -206,7 +207,17 @@ def budget_forms(model: nn.Module, statistics: Statistics, config: BudgetConfig,
     with unrolled(model):
         every = _with_dense(model, targets, [curve for one, _ in found for curve in one])
     neurons = [n for _, two in found for n in two]
-    return Forms(model=model, statistics=statistics, config=config, curves=every, neurons=neurons, dense=dense)
+    vocabulary = [] if layers.offloaded else vocabulary_curves(model, statistics, config)
+    known = {curve.name for curve in every}
+    return Forms(
+        model=model,
+        statistics=statistics,
+        config=config,
+        curves=every,
+        neurons=neurons,
+        dense=dense,
+        vocabulary=[curve for curve in vocabulary if curve.name not in known],
+    )
 
 
 def _among(

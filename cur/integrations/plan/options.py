@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cur import ranks
-from cur.integrations.nn import CompressedLinear, IntegerGrid, KeptInputs, KeptOutputs, WholeLinear
+from cur.integrations.nn import CompressedLinear, IntegerGrid, KeptInputs, KeptOutputs, WholeLinear, WholeTable
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.file_size import LayerBytes
@@ -87,6 +87,8 @@ class Options:
         The numbers of outputs and inputs of each layer.
     layouts : sequence of str
         The layout of each layer where it is factored by itself.
+    tied : sequence of tuple of str
+        The names of the modules that share the weight of each layer.
     neurons : array of int, shape (k,)
         The number of neurons kept by each option; 0 for all.
     ranks : array of int, shape (k, layers)
@@ -105,6 +107,7 @@ class Options:
     names: Sequence[str]
     shapes: Sequence[tuple[int, int]]
     layouts: Sequence[str]
+    tied: Sequence[tuple[str, ...]]
     neurons: Vector
     ranks: Vector
     grids: Vector
@@ -158,7 +161,10 @@ class Options:
                 "grid": grid,
             }
             if not count and not rank and grid is not None:
-                yield RoundedEntry(**common)
+                table = self.layouts[place] == WholeTable.layout
+                yield RoundedEntry(
+                    layout=WholeTable.layout if table else WholeLinear.layout, tied=self.tied[place], **common
+                )
                 continue
             common["damping"] = config.damping
             kept: dict[str, Any] = {"neurons": count, "inner_rank": rank or None}
@@ -231,12 +237,13 @@ class _Form:
     def options(self, curves: Sequence[LayerCurve], prices: Prices) -> Options:
         least = int(self.costs.min())
         if all(len(curve.rounded) for curve in curves):
-            whole = (_on_grids(WholeLinear, curve, min(curve.shape), curve.rounded, prices) for curve in curves)
+            whole = (_on_grids(_whole(curve), curve, min(curve.shape), curve.rounded, prices) for curve in curves)
             least = sum(int(each.costs.min()) for each in whole)
         return Options(
             [curve.name for curve in curves],
             [curve.shape for curve in curves],
             [curve.kind.layout for curve in curves],
+            [curve.tied for curve in curves],
             self.neurons,
             self.ranks,
             self.grids,
@@ -268,7 +275,7 @@ def _alone(curve: LayerCurve, prices: Prices) -> _Choices:
             return whole
         costs = prices.stored(curve.kind, curve.name, curve.shape, some)
         return _chain([_Choices(some, np.full(top, -1), curve.errors[:-1], costs), whole])
-    found = [whole, _on_grids(WholeLinear, curve, min(curve.shape), curve.rounded, prices)]
+    found = [whole, _on_grids(_whole(curve), curve, min(curve.shape), curve.rounded, prices)]
     if top:
         some = np.unique(np.linspace(1, top, _RANKS).astype(np.int64))
         for at in _FOR_FACTORS:
@@ -280,8 +287,14 @@ def _alone(curve: LayerCurve, prices: Prices) -> _Choices:
 
 def _on_grids(kind: type[CompressedLinear], curve: LayerCurve, rank: int, errors: Vector, prices: Prices) -> _Choices:
     """Return a layer on each grid, with all that it keeps."""
-    costs = [prices.stored(kind, curve.name, curve.shape, rank, None, grid) for grid in GRIDS]
-    return _Choices(np.zeros(len(GRIDS), np.int64), np.arange(len(GRIDS)), errors, np.array(costs))
+    offered = np.flatnonzero(np.isfinite(errors))
+    costs = [prices.stored(kind, curve.name, curve.shape, rank, None, GRIDS[place]) for place in offered]
+    return _Choices(np.zeros(len(offered), np.int64), offered, errors[offered], np.array(costs))
+
+
+def _whole(curve: LayerCurve) -> type[CompressedLinear]:
+    """Return the type of a layer that is kept whole."""
+    return curve.kind if issubclass(curve.kind, WholeTable) else WholeLinear
 
 
 def _chain(parts: Sequence[_Choices]) -> _Choices:

@@ -61,7 +61,9 @@ class LayerCurve:
         The type that it is stored as.
     rounded : array
         Error of the whole weight on each of :data:`~cur.integrations.plan.grid_errors.GRIDS`, as it is expected; empty
-        where it may not be rounded.
+        where it may not be rounded, infinite for grids that are not offered.
+    tied : tuple of str
+        The names of other modules that read the same weight.
     """
 
     name: str
@@ -70,6 +72,7 @@ class LayerCurve:
     costs: np.ndarray[Any, Any]
     kind: type[CompressedLinear] = SMALLEST
     rounded: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0))
+    tied: tuple[str, ...] = ()
 
     @classmethod
     def of(
