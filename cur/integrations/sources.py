@@ -528,8 +528,7 @@ class InMemory(Source):
     def on_trial(self, compare: Callable[[Path | None], Divergence]) -> Divergence:
         """Put the layers into their places, compare, and put the dense ones back."""
         with unrolled(self.model):
-            dense = {name: self.model.get_submodule(name) for name in self.made}
-            swap_(self.model, self.made)
+            dense = swap_(self.model, self.made)
             try:
                 return compare(None)
             finally:

@@ -309,7 +309,7 @@ def grids_of(layers: Iterable[Any]) -> str:
     return ", ".join(sorted({str(layer.grid) for layer in layers if layer.grid is not None}))
 
 
-def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Put other modules in the place of named ones, in place.
 
     A module that several parents share is replaced under each of them by the same new module, so it stays
@@ -322,6 +322,11 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         The model, which is changed in place.
     replacements : mapping of str to nn.Module
         New module by the dotted name of the one it replaces.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        The modules that were there, by name: put in their places again, they leave the model as it was.
     """
     replacements = {**_tied_layers(model, replacements), **replacements}
     replaced = {name: model.get_submodule(name) for name in replacements}
@@ -336,6 +341,7 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         carry_hooks_(replacements[name], module)
     for parent, child_name, module in places:
         setattr(parent, child_name, module)
+    return replaced
 
 
 def _tied_layers(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

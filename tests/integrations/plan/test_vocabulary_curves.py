@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cur.integrations import BudgetConfig, compress, save
-from cur.integrations.compress import measure
+from cur.integrations import BudgetConfig, Reference, compress, save
+from cur.integrations.compress import compress_to, measure
 from cur.integrations.factor.tables import round_table
 from cur.integrations.plan.file_size import ByteCosts
 from cur.integrations.plan.grid_errors import GRIDS
 from cur.integrations.plan.methods import ROUNDING_DAMPING
 from cur.integrations.plan.vocabulary_curves import priced_vocabulary, vocabulary_curves
-from cur.integrations.sources import as_batches
+from cur.integrations.sources import InMemory, as_batches
 
 TOKENS = 600
 
@@ -63,6 +63,25 @@ def test_what_is_foreseen_is_what_rounding_is_predicted_to_lose(tied: bool) -> N
             done = round_table(curve.name, module, grid, statistics, tied=curve.tied, damping=ROUNDING_DAMPING)
             assert done.predicted is not None
             assert done.predicted / 1.3 <= curve.rounded[place] <= 1.3 * done.predicted
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plans_that_are_tried_leave_tables_and_heads_as_they_are(tied: bool, tmp_path: Path) -> None:
+    dense, other = _model(tied=tied), torch.randint(TOKENS, (4, 48), generator=torch.Generator().manual_seed(2))
+    model = copy.deepcopy(dense)
+    source = InMemory(model, as_batches(_text(), 1))
+    report = compress_to(source, BudgetConfig(tol=1e-3, own_text=0), tmp_path / "out", held_out=other)
+    assert report.divergence is not None
+    assert report.divergence.upper <= 1e-3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert Reference(dense, other).compare(again).upper == pytest.approx(report.divergence.upper, rel=1e-3)
+    source = InMemory(dense, as_batches(_text(), 1))
+    source.made = {"model.embed_tokens": again.get_submodule("model.embed_tokens")}
+    seen = []
+    source.on_trial(lambda _: seen.append(type(dense.lm_head)))  # type: ignore[arg-type, func-returns-value]
+    assert (seen[0] is torch.nn.Linear) != tied
+    assert type(dense.lm_head) is torch.nn.Linear
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == tied
 
 
 def test_budgets_of_the_layers_alone_leave_them_as_they_are() -> None:
