@@ -338,7 +338,7 @@ def asked_grids(
     Parameters
     ----------
     model : nn.Module
-        The model.
+        The model to round.
     grid : IntegerGrid or mapping of str to IntegerGrid, optional
         The grid of all layers, or of each by its name, tables and heads among them.
     tables : IntegerGrid, optional
@@ -384,7 +384,7 @@ def measured_with(model: nn.Module, names: Iterable[str]) -> tuple[list[str], li
     Parameters
     ----------
     model : nn.Module
-        The model.
+        The model to round.
     names : iterable of str
         The names of the layers to round.
 

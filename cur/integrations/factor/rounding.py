@@ -288,7 +288,7 @@ def grid_integers(
     F : Tensor
         The matrix in float64.
     grid : IntegerGrid
-        The grid.
+        The grid that it is rounded to.
     rows, columns : Tensor or None
         The weights of rows and columns, matrices or the diagonals of such; None for none.
     dtype : torch.dtype
@@ -343,9 +343,9 @@ def step_dtype(F: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> str:
     Parameters
     ----------
     F : Tensor
-        The matrix.
+        The matrix that is rounded.
     grid : IntegerGrid
-        The grid.
+        The grid that it is rounded to.
     dtype : torch.dtype
         The dtype of the layer.
 

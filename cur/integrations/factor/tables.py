@@ -108,7 +108,7 @@ def round_rows(name: str, rows: Tensor, grid: IntegerGrid, columns: Tensor | Non
     rows : Tensor
         The rows, in the dtype of the layer.
     grid : IntegerGrid
-        The grid.
+        The grid that rows are rounded to.
     columns : Tensor or None
         The weight of the columns, a matrix; None for the nearest numbers.
 
@@ -188,7 +188,7 @@ def table_losses(
     Parameters
     ----------
     rows : Tensor, shape (tokens, features)
-        The table.
+        The rows of the table, one for each token.
     gradients : Tensor, shape (features, features)
         The second moment of the gradients at its outputs.
     shares : Tensor, shape (tokens,)

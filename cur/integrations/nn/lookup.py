@@ -41,6 +41,11 @@ class Times:
         ----------
         rows : Tensor
             The rows, in the dtype of the table.
+
+        Returns
+        -------
+        Tensor
+            The rows times the number, in their dtype.
         """
         if self.value == 1.0:
             return rows
@@ -57,7 +62,7 @@ class ScaledEmbedding(nn.Embedding):
     *sizes : Any
         The arguments of ``nn.Embedding``.
     times : Times
-        The number.
+        The number that rows are multiplied by.
     **options : Any
         The options of ``nn.Embedding``.
     """

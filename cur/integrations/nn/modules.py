@@ -189,7 +189,7 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     Parameters
     ----------
     layer : nn.Module
-        The layer.
+        The linear layer to ask.
 
     Returns
     -------

@@ -153,7 +153,7 @@ class PlanEntry(metaclass=_Former):
         Parameters
         ----------
         model : nn.Module
-            The dense model.
+            The dense model that the plan is for.
         """
 
     @property

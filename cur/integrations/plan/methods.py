@@ -294,7 +294,7 @@ class RoundedEntry(_UnderMoments, PlanEntry):
         Parameters
         ----------
         model : nn.Module
-            The dense model.
+            The dense model that the plan is for.
 
         Raises
         ------

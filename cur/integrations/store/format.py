@@ -478,11 +478,11 @@ def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args:
     Parameters
     ----------
     self : Any
-        The model.
+        The model that it is called of.
     new_num_tokens : int, optional
         The number of tokens that is asked for.
     *args, **options : Any
-        The other arguments.
+        The other arguments of transformers' own method.
 
     Returns
     -------
