@@ -36,7 +36,7 @@ def priced_vocabulary(model: nn.Module, config: BudgetConfig) -> dict[str, tuple
     Parameters
     ----------
     model : nn.Module
-        The dense model.
+        The dense model, whose tables they are.
     config : BudgetConfig
         The configuration. Budgets of bits are for targeted layers alone; without gradients nothing says what a table
         is worth.
