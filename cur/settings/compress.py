@@ -42,7 +42,6 @@ class BudgetSettings:
         metadata=setting(
             "Instead: most parameters of the whole model.",
             flag="--target-parameters",
-            basic=True,
             excludes="budget",
         ),
     )
@@ -67,8 +66,7 @@ class BudgetSettings:
     tol: float | None = field(
         default=None,
         metadata=setting(
-            "Instead: the smallest model that diverges from the dense one by at most so many nats a token on held-out "
-            "text, such as 0.05.",
+            "Instead: the smallest model within so many nats a token of the dense one, such as 0.05.",
             basic=True,
             excludes="budget",
         ),

@@ -33,7 +33,7 @@ FIELDS = [
     for each in {each.name: each for group in reversed(groups) for each in options_of(group)}.values()
 ]
 MATTER = (
-    "--model --out --plan --keep --size --target-parameters --bits --text --held-out --low-memory --device --overwrite "
+    "--model --out --plan --keep --size --bits --tol --text --held-out --low-memory --device --overwrite "
     "--json --config --save-config --help-all"
 )
 LINES = 40

@@ -323,7 +323,7 @@ def test_a_type_that_can_do_little_is_left_alone(tmp_path: Path, monkeypatch: py
 def test_what_is_not_registered_is_refused_when_it_is_read(tmp_path: Path) -> None:
     home = written(tmp_path)
     with pytest.raises(
-        PlanError, match=r"`method` of .*q_proj must be one of cur, weighted, rows, neurons, got 'scaled"
+        PlanError, match=r"`method` of .*q_proj must be one of cur, weighted, rows, rounded, neurons, got 'scaled"
     ):
         Plan.load(home / "plan.json")
 

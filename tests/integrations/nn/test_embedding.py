@@ -85,7 +85,6 @@ def test_rounded_rows_are_looked_up(kind: str) -> None:
     [
         nn.Embedding(5, 3, max_norm=1.0),
         nn.EmbeddingBag(5, 3, mode="max"),
-        type("Scaled", (nn.Embedding,), {})(5, 3),
         nn.Linear(5, 3),
     ],
 )
@@ -96,6 +95,12 @@ def test_what_does_more_than_look_up_is_no_table(module: nn.Module) -> None:
     if not isinstance(module, nn.Linear):
         with pytest.raises(TypeError, match=r"table is a .*; only nn\.Linear"):
             dense_weight(module, "table")
+
+
+def test_a_table_of_another_class_is_kept_whole_or_not_at_all() -> None:
+    table = type("Other", (nn.Embedding,), {})(5, 3)
+    assert not is_table(table)  # so it has no factors
+    assert looks_up(table) == 5
 
 
 def test_its_numbers() -> None:

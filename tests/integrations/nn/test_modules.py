@@ -29,7 +29,7 @@ M, N, RANK = 7, 11, 3
 
 def test_layouts_by_name() -> None:
     assert all(layer_class(name) is cls and cls.layout == name for name, cls in LAYOUTS.items())
-    known = "embedding, cur, folded, interpolative, outputs, inputs, whole"
+    known = "embedding, cur, folded, interpolative, outputs, inputs, whole, table"
     with pytest.raises(ValueError, match=f"`layout` must be one of {known}, got 'x'"):
         layer_class("x")
 

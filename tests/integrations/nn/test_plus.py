@@ -9,7 +9,7 @@ from cur.integrations.nn import LAYOUTS, CompressedLinear, IntegerGrid
 from tests.integrations.nn.test_registry import EVERY as FORMS
 from tests.integrations.nn.test_registry import layer_of
 
-CHANGEABLE = [(layout, factored) for layout, factored in FORMS if layout != "embedding"]
+CHANGEABLE = [(layout, factored) for layout, factored in FORMS if not LAYOUTS[layout].by_inputs]
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_nothing_is_added_to_a_rounded_weight(layout: str, factored: bool) -> No
         layer.plus(torch.zeros(inside.out_features, 1), torch.zeros(1, inside.in_features))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "embedding"])
+@pytest.mark.parametrize("layout", [layout for layout, kind in LAYOUTS.items() if not kind.by_inputs])
 def test_half_precision_is_rounded_once(layout: str) -> None:
     layer = made(layout, factored=False, dtype=torch.bfloat16)
     inside = layer.applied
@@ -72,9 +72,10 @@ def test_half_precision_is_rounded_once(layout: str) -> None:
         assert error <= 20 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
-def test_nothing_is_added_to_a_table() -> None:
-    with pytest.raises(ValueError, match=r"nothing can be added to .* which is an? EmbeddingFactors"):
-        layer_of("embedding", 9, 7, factored=False).plus(torch.zeros(9, 1), torch.zeros(1, 7))
+@pytest.mark.parametrize(("layout", "called"), [("embedding", "EmbeddingFactors"), ("table", "WholeTable")])
+def test_nothing_is_added_to_a_table(layout: str, called: str) -> None:
+    with pytest.raises(ValueError, match=f"nothing can be added to .* which is an? {called}"):
+        layer_of(layout, 9, 7, factored=False).plus(torch.zeros(9, 1), torch.zeros(1, 7))
 
 
 def test_the_core_stays_a_core() -> None:
