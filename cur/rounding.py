@@ -35,11 +35,6 @@ Matrix = np.ndarray[Any, Any]
 BITS = (2, 8)
 """The fewest and the most bits of an integer."""
 
-FINE = 6
-"""Bits from which nearest plane is always tried on whole ranges too. Of six layers of a model of 135 million parameters
-none lost less with them at 2, 3 and 4 bits, one at 5 (by 0.1 percent of the square), up to four at 6, 7 and 8 (by up to
-3 percent)."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rounded:
@@ -126,12 +121,11 @@ def round_to_grid(
 ) -> Rounded:
     r"""Round a matrix to a grid by nearest plane under weights of its rows and columns.
 
-    Makes ``||H^(1/2) (A - Q) G^(1/2)||_F`` small over the matrices `Q` of a grid. A grid has the numbers
-    ``(q - zero) step`` for integers `q` of a few bits, with a step and, unless it is symmetric, a zero for each group
-    of a row. The range of each group is shortened where that loses less than reaching its largest entry. The result
-    never loses more than rounding each entry to the nearest number does, whether with shortened or with whole ranges,
-    and no more than what is returned without weights; from 6 bits on no more than nearest plane with whole ranges. With
-    fewer bits nearest plane is tried on whole ranges only where rounding to the nearest number beat it on shortened.
+    Makes ``||H^(1/2) (A - Q) G^(1/2)||_F`` small over the matrices `Q` of a grid, never larger than rounding each entry
+    to the nearest number does. A grid has the numbers ``(q - zero) step`` for integers `q` of a few bits, with a step
+    and, unless it is symmetric, a zero for each group of a row. The range of each group is shortened where that loses
+    less than reaching its largest entry; the result loses no more than with whole ranges, and no more than what is
+    returned without weights.
 
     Computed by NumPy in double precision on the host, whatever the library and the device: most of the work is a long
     sequence of operations on a few hundred numbers, which other devices would wait for. Cost: ``O(m n (m + n))``
@@ -283,25 +277,18 @@ class _Choice:
     loss: float
     clipped: int
     bound: float | None
-    by_plane: bool = False
 
 
 def _choose(W: Matrix, rows: Triangle, columns: Triangle, group: int, levels: tuple[int, int], store: Store) -> _Choice:
-    """Return the best of nearest plane and nearest rounding with shortened ranges, and of what is tried with others."""
+    """Return the best of nearest plane and nearest rounding, with shortened and with whole ranges."""
     whole = ranges(W, group, *levels)
     store.check(whole[0], levels[1] - levels[0])
     plain = _grid(W, whole, columns, levels, group, store, FACTORS[:1])
     short = _grid(W, whole, columns, levels, group, store, FACTORS)
     best = _better(W, short, rows, columns, None)
-    separate = _are_diagonal(rows, columns)
     if not plain.equals(short):
-        again = separate or levels[1] - levels[0] >= 2**FINE - 2
-        if not again:
-            best = _nearest(W, plain, rows, columns, best)
-            again = not best.by_plane  # clipped entries passed on too much
-        if again:
-            best = _better(W, plain, rows, columns, best)
-    if separate:
+        best = _better(W, plain, rows, columns, best)
+    if _are_diagonal(rows, columns):
         return best
     even = replace(columns, pivots=np.ones(W.shape[1]))
     return _nearest(W, _grid(W, whole, even, levels, group, store, FACTORS), rows, columns, best)
@@ -329,7 +316,7 @@ def _better(W: Matrix, grid: Grid, rows: Triangle, columns: Triangle, best: _Cho
         per_group = columns.pivots.reshape(-1, grid.group).sum(axis=1)
         bound = 0.5 * math.sqrt(float(rows.pivots @ grid.steps**2 @ per_group))
     if best is None or by_plane.loss < best.loss:
-        best = _Choice(grid, by_plane.integers, by_plane.loss, by_plane.clipped, bound, by_plane=True)
+        best = _Choice(grid, by_plane.integers, by_plane.loss, by_plane.clipped, bound)
     return best if _are_diagonal(rows, columns) else _nearest(W, grid, rows, columns, best, bound)
 
 
