@@ -236,4 +236,4 @@ def token_counts(statistics: Statistics, names: Sequence[str], size: int) -> Ten
         The counts, one for each token.
     """
     counts = [statistics.square_sums[name] for name in (*names, *statistics.lookups) if name in statistics.lookups]
-    return next((found for found in counts if len(found) == size), None)
+    return next((found for found in counts if len(found) == size and bool(found.any())), None)

@@ -161,10 +161,11 @@ class Options:
                 "grid": grid,
             }
             if not count and not rank and grid is not None:
-                table = self.layouts[place] == WholeTable.layout
-                yield RoundedEntry(
-                    layout=WholeTable.layout if table else WholeLinear.layout, tied=self.tied[place], **common
-                )
+                ends = self.layouts[place] in (WholeTable.layout, WholeLinear.layout)
+                common["layout"] = self.layouts[place] if ends else WholeLinear.layout
+                if self.layouts[place] == WholeLinear.layout:  # a head: gradients of all tokens would be measured
+                    common["gradients"] = False
+                yield RoundedEntry(tied=self.tied[place], **common)
                 continue
             common["damping"] = config.damping
             kept: dict[str, Any] = {"neurons": count, "inner_rank": rank or None}

@@ -190,22 +190,24 @@ class Plan:
         """
         with unrolled(model):
             modules = dict(model.named_modules(remove_duplicate=False))
-        for entry in self.entries:
-            if entry.name not in modules:
-                raise PlanError(f"the plan names {entry.name}, which this model does not have: it is for another model")
-            module = modules[entry.name]
-            shape = tuple(dense_weight(module, entry.name)[0].shape)
-            if not entry.layer_type.replaces(module):
-                raise PlanError(
-                    f"the plan stores {entry.name} in the layout {entry.layout!r}, which is not for a "
-                    f"{type(module).__name__}; choose another"
-                )
-            if shape != entry.shape:
-                raise PlanError(
-                    f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "
-                    "for another model"
-                )
-            entry.check_model(model)
+            for entry in self.entries:
+                if entry.name not in modules:
+                    raise PlanError(
+                        f"the plan names {entry.name}, which this model does not have: it is for another model"
+                    )
+                module = modules[entry.name]
+                shape = tuple(dense_weight(module, entry.name)[0].shape)
+                if not entry.layer_type.replaces(module):
+                    raise PlanError(
+                        f"the plan stores {entry.name} in the layout {entry.layout!r}, which is not for a "
+                        f"{type(module).__name__}; choose another"
+                    )
+                if shape != entry.shape:
+                    raise PlanError(
+                        f"the plan expects {entry.name} of shape {entry.shape}, this model has {shape}: it is "
+                        "for another model"
+                    )
+                entry.check_model(model)
         if fingerprint(model) != self.fingerprint:
             raise PlanError(
                 f"the plan was made for another model ({self.model or 'of unknown origin'}): modules and "

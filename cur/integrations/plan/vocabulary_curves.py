@@ -95,16 +95,19 @@ def _errors(
         return None
     shares = token_shares(counts).to(rows)
     is_table = looks_up(module) is not None
-    heads = [each for each in (*tied, name) if each in statistics.products and each not in statistics.lookups]
+    read = [each for each in (*tied, name) if statistics.counts.get(each)]
+    heads = [each for each in read if each in statistics.products and each not in statistics.lookups]
     if (tied or not is_table) and not heads:
         return None
     G = statistics.second_moment(heads[0]).to(rows) if heads else None
     counted = [] if G is None else [G]
     if is_table:
-        if name not in statistics.output_products:
+        # of an encoder-decoder the table itself is not called, but others that share its weight are
+        called = [each for each in (name, *tied) if statistics.output_counts.get(each)]
+        if not called:
             return None
         times = times_of(module)
-        counted.append(statistics.output_moment(name).to(rows) * (1.0 if times is None else times.value) ** 2)
+        counted.append(statistics.output_moment(called[0]).to(rows) * (1.0 if times is None else times.value) ** 2)
     total = sum(counted[1:], counted[0])
     columns = total.diagonal() if G is None else pivots(G, ROUNDING_DAMPING, name, counted=total)
     found: np.ndarray = expected_errors(rows, shares, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cur.integrations import BudgetConfig, Reference, compress, save
-from cur.integrations.compress import compress_to, measure
+from cur.integrations.compress import carry_out_, compress_to, measure
 from cur.integrations.factor.tables import round_table
 from cur.integrations.plan.file_size import ByteCosts
 from cur.integrations.plan.grid_errors import GRIDS
@@ -48,6 +49,21 @@ def test_a_size_rounds_tables_and_heads_and_is_met(tied: bool, tmp_path: Path) -
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(again(_text()).logits, model(_text()).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plan_is_carried_out_again_on_what_it_needs(tied: bool) -> None:
+    text, config = as_batches(_text(), 1), BudgetConfig(size=10**6, own_text=0)
+    size = int(0.2 * ByteCosts(_model(tied=tied), []).dense())
+    model = _model(tied=tied)
+    plan = compress(model, _text(), replace(config, size=size)).plan
+    again = _model(tied=tied)
+    statistics = measure(again, text, plan)
+    assert "lm_head" not in statistics.output_products  # a square of the vocabulary
+    assert "model.embed_tokens" in statistics.output_products
+    carry_out_(again, plan, statistics, text=text)
+    with torch.no_grad():
+        torch.testing.assert_close(again(_text()).logits, model(_text()).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
