@@ -186,12 +186,16 @@ def compress_to(
     if not source.leads:
         return report
     report = source.save(report, target, overwrite=overwrite, max_shard_size=max_shard_size)
-    if compared is not None:
-        found = compared(target)
-        figures = {"before, held-out": found.reference_perplexity, "after, held-out": found.perplexity}
-        report = replace(report, divergence=found, perplexity=figures)
+    if compared is not None and report.divergence is None:
+        report = _judged(report, compared(target))
         describe(source.compressed, target, report)
     return report
+
+
+def _judged(report: CompressionReport, found: Divergence) -> CompressionReport:
+    """Return a report with what was found in comparing both models."""
+    figures = {"before, held-out": found.reference_perplexity, "after, held-out": found.perplexity}
+    return replace(report, divergence=found, perplexity=figures)
 
 
 def compress_within(
@@ -240,7 +244,7 @@ def compress_within(
         forms = budget_forms(source.model, statistics, settled, source.layers(statistics))
     found = within_tolerance(source, forms, statistics, compared)
     report = finish(source, found.plan, statistics, found.layers)
-    return replace(report, notes=(*notes, *report.notes))
+    return _judged(replace(report, notes=(*notes, *report.notes)), found.divergence)
 
 
 def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
@@ -259,6 +263,8 @@ def planned(source: Source, asked: Asked) -> tuple[Statistics, Plan]:
             if asked.calibration not in (None, statistics.text_hash):
                 source.announce("The calibration text is another than the one that the plan was made from.")
             return statistics, asked
+        if isinstance(asked, BudgetConfig) and asked.tol is not None:
+            source.announce("This is a first plan for the tolerance, of which nothing is measured yet.")
         return statistics, make_plan(source.model, statistics, asked, layers=source.layers(statistics))
 
 

@@ -28,6 +28,7 @@ from cur.integrations.model.size import Size, model_size, weight_bytes
 from cur.integrations.model.targets import found_stacks
 from cur.integrations.model.unrolling import release_, unrolled
 from cur.integrations.model.usage import is_transformer, usage_of
+from cur.integrations.model.vocabulary import vocabulary
 from cur.integrations.nn import CompressedLinear, looks_up, swap_
 from cur.integrations.plan.config import Asked, BudgetConfig
 from cur.integrations.plan.make import Layers, candidates, chooses_by_angle
@@ -39,7 +40,23 @@ from cur.integrations.report.outputs import output_changes
 from cur.integrations.store.checkpoint import REPORT, save
 from cur.integrations.store.format import mark_
 
-__all__ = ["Clock", "InMemory", "Source", "StageProgress", "as_batches", "busy", "silent", "uncorrected"]
+__all__ = [
+    "TOL_IN_MEMORY",
+    "Clock",
+    "InMemory",
+    "Source",
+    "StageProgress",
+    "as_batches",
+    "busy",
+    "silent",
+    "uncorrected",
+]
+
+TOL_IN_MEMORY = (
+    "`tol` needs the whole model in memory (--in-memory) and one process, where plans are tried; block by block give "
+    "`size` or `bits`"
+)
+"""What is said where a tolerance cannot be met."""
 
 StageProgress: TypeAlias = "Callable[[str, int, int | None], object]"
 """Called as ``progress(stage, done, total)``.
@@ -318,10 +335,7 @@ class Source(ABC):
         ValueError
             If the model is not in memory as a whole.
         """
-        raise ValueError(
-            "`tol` needs the whole model in memory (--in-memory), where plans are tried; block by block give `size` or "
-            "`bits`"
-        )
+        raise ValueError(TOL_IN_MEMORY)
 
     @abstractmethod
     def save(
@@ -443,6 +457,16 @@ class InMemory(Source):
         if isinstance(given, Path):
             return Statistics.load(given) if given.exists() else None
         return given
+
+    def use(self, known: Statistics, names: Sequence[str], asked: Asked) -> Statistics:
+        """Say which tables and heads stay as they are, as these statistics do not have them."""
+        if isinstance(asked, BudgetConfig) and (
+            lacking := [name for name in priced_vocabulary(self.model, asked) if name not in known.counts]
+        ):
+            self.announce(
+                f"{', '.join(lacking)} stay as they are: the statistics do not have them; measure again without."
+            )
+        return known
 
     def write_text(self, share: float, *, seed: int) -> float:
         """Add text that the model writes itself; see :func:`~cur.integrations.measure.generated_text.own_text`."""
@@ -633,10 +657,8 @@ def as_batches(calibration: Any, batch_size: int, model: nn.Module | None = None
 def _with_gradients(model: nn.Module, asked: Asked, names: Sequence[str]) -> list[str]:
     """Return the layers at whose outputs gradients are measured: of a head they would be a square of the vocabulary."""
     if isinstance(asked, Plan):
-        return [entry.name for entry in asked.entries if entry.needs_gradients]
+        names = [entry.name for entry in asked.entries if entry.needs_gradients]
     if not asked.needs_gradients:
         return []
-    if not isinstance(asked, BudgetConfig):
-        return list(names)
-    ends = {each for name, tied in priced_vocabulary(model, asked).items() for each in (name, *tied)}
+    ends = {each for name, tied in vocabulary(model).items() for each in (name, *tied)}
     return [name for name in names if name not in ends or looks_up(model.get_submodule(name)) is not None]

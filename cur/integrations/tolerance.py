@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ _TRIALS = 3
 # A plan that uses so much of a tolerance is good enough; the next one aims between this and all of it.
 _ENOUGH, _AIM = 0.9, 0.96
 
-# After the last plan but one, if none is good yet, the next one aims lower: then there must be a result.
-_LAST_AIM = 0.8
+# Where two of three plans were too far off, the last one aims lower: then there must be a result.
+_LAST_AIM = 0.7
+
+# How fast the measured divergence may grow with the predicted loss, as a power of it, and how far one plan may lead.
+_POWERS, _FARTHEST = (0.25, 2.0), 30.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +56,8 @@ def within_tolerance(
 ) -> Trial:
     """Carry out at most three plans and return the one of most loss that stays within a tolerance.
 
-    Loss as it is predicted and divergence as it is measured grow about in proportion, so each plan says what the next
-    may lose; between one that is within the tolerance and one that is not the logarithms are interpolated.
+    Divergence as it is measured is taken to grow as a power of the loss as it is predicted: in proportion after the
+    first plan, and as the plans so far say after the second.
 
     Parameters
     ----------
@@ -78,31 +82,51 @@ def within_tolerance(
     """
     tol = forms.config.tol
     assert tol is not None
-    loss = SHARE * tol
-    good: tuple[float, Trial] | None = None
-    bad: tuple[float, Divergence] | None = None
+    allowed = SHARE * tol
+    best: tuple[float, Trial] | None = None
+    least = math.inf
+    found: list[tuple[float, float]] = []
+    earlier: Plan | None = None
     for number in range(1, _TRIALS + 1):
-        plan = forms.plan(loss=loss)
-        if not plan.entries:
-            break
+        plan = forms.plan(loss=allowed)
+        if not plan.entries or (earlier is not None and plan.entries == earlier.entries):
+            break  # nothing else can be had
+        earlier = plan
         layers = source.factor(plan, statistics)
         with source.clock.stage("judge"):
-            found = source.on_trial(compared)
-        source.announce(f"Plan {number}: predicted loss {loss:.3g}, measured divergence {found.said} nats per token.")
-        if found.upper <= tol:
-            if good is None or loss > good[0]:
-                good = loss, Trial(plan, layers, source.made, found)
-            if found.upper >= _ENOUGH * tol:
+            measured = source.on_trial(compared)
+        loss = sum(entry.predicted or 0.0 for entry in plan.entries)
+        source.announce(
+            f"Plan {number}: predicted loss {loss:.3g}, measured divergence {measured.said} nats per token."
+        )
+        least = min(least, measured.upper)
+        if measured.upper <= tol:
+            if best is None or loss > best[0]:
+                best = loss, Trial(plan, layers, source.made, measured)
+            if measured.upper >= _ENOUGH * tol:
                 break
-        elif bad is None or loss < bad[0]:
-            bad = loss, found
-        rate = max(found.upper, 1e-12) / loss
-        aim = _LAST_AIM if good is None and number == _TRIALS - 1 else _AIM
-        loss = aim * tol / rate
-        if good is not None and bad is not None and not good[0] < loss < bad[0]:
-            loss = (good[0] * bad[0]) ** 0.5
-    if good is None:
-        reached = "no plan changes a layer" if bad is None else f"the least that was reached is {bad[1].upper:.3g}"
-        raise ValueError(f"`tol` {tol} was not met: {reached}; raise it, or give `size` or `bits`")
-    source.made = good[1].made
-    return good[1]
+        found.append((loss, measured.upper))
+        aim = _LAST_AIM if best is None and number == _TRIALS - 1 else _AIM
+        allowed = _next(found, aim * tol)
+    if best is None:
+        reached = "no plan changes a layer" if least == math.inf else f"the least that was reached is {least:.3g}"
+        raise ValueError(
+            f"`tol` {tol} was not met: {reached}; raise it, measure on more text (--held-out-windows), which makes the "
+            "interval narrower, or give `size` or `bits`"
+        )
+    source.made = best[1].made
+    return best[1]
+
+
+def _next(found: Sequence[tuple[float, float]], aim: float) -> float:
+    """Return the loss at which the divergence is expected to be what is aimed at, from those that were measured."""
+    loss, upper = found[-1]
+    if not math.isfinite(upper) or upper <= 0 or loss <= 0:
+        return loss / _FARTHEST
+    power = 1.0
+    others = [(x, y) for x, y in found[:-1] if x > 0 and y > 0 and math.isfinite(y) and x != loss and y != upper]
+    if others:
+        x, y = others[-1]
+        power = min(max(math.log(upper / y) / math.log(loss / x), _POWERS[0]), _POWERS[1])
+    step = (aim / upper) ** (1 / power)
+    return float(loss * min(max(step, 1 / _FARTHEST), _FARTHEST))

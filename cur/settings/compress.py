@@ -82,7 +82,9 @@ class BudgetSettings:
     )
     rounding: bool = field(
         default=True,
-        metadata=setting("Whether numbers may be rounded to few bits within --bits or a size. For --method best."),
+        metadata=setting(
+            "Whether numbers may be rounded to few bits within --size, --bits or --tol. For --method best."
+        ),
     )
     neurons: bool = field(
         default=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from cur.integrations import BudgetConfig, Reference, compress
 from cur.integrations.compress import compress_to
 from cur.integrations.report.data import CompressionReport
 from cur.integrations.sources import InMemory, as_batches
+from cur.integrations.tolerance import _next
 from tests.models import VOCABULARY, make
 
 
@@ -56,26 +59,37 @@ def test_a_tolerance_that_is_not_met_says_what_was_reached_and_writes_nothing(tm
 
 def test_the_best_of_the_trials_is_taken_and_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the second plan is said to be too far off, and so is the third: the first is what is written
-    uppers = iter([0.5, 2.0, 2.0])
+    uppers = iter([0.005, 0.02, 0.02])
     real = InMemory.on_trial
-
-    class Found:
-        def __init__(self, upper: float) -> None:
-            self.upper, self.said = upper, f"{upper}"
-
-    plans = []
+    plans: list[dict[str, Any]] = []
 
     def on_trial(self: InMemory, compare: Any) -> Any:
-        real(self, compare)
+        found = real(self, compare)
         plans.append({name: layer.grid for name, layer in self.made.items()})
-        return Found(next(uppers))
+        upper = next(uppers)
+        return replace(found, kl=(upper,) * found.windows)
 
     monkeypatch.setattr(InMemory, "on_trial", on_trial)
-    _, report = _compressed(1.0, tmp_path / "out")
+    _, report = _compressed(0.01, tmp_path / "out")
     assert len(plans) == 3
     assert {layer.name: layer.grid for layer in report.layers} == plans[0] != plans[2]
+    assert report.divergence.upper == pytest.approx(0.005)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {name: again.get_submodule(name).grid for name in plans[0]} == plans[0]
+
+
+def test_what_allows_everything_is_tried_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    _compressed(1e6, tmp_path / "out", said=said)
+    assert len([sentence for sentence in said if sentence.startswith("Plan ")]) == 1
+
+
+def test_the_next_plan_follows_the_power_of_those_before() -> None:
+    assert _next([(0.02, 0.1)], 0.05) == pytest.approx(0.01)
+    # the divergence grows as the root of the loss
+    assert _next([(0.04, 0.2), (0.01, 0.1)], 0.05) == pytest.approx(0.0025)
+    assert _next([(0.02, math.nan)], 0.05) == pytest.approx(0.02 / 30)
+    assert _next([(1e-9, 1e-12)], 0.05) == pytest.approx(3e-8)
 
 
 def test_a_trial_leaves_the_model_as_it_is() -> None:

@@ -25,7 +25,7 @@ from cur.integrations.model.running import model_inputs
 from cur.integrations.plan.config import Asked, BudgetConfig, CompressConfig
 from cur.integrations.plan.plan import Plan
 from cur.integrations.report.data import CompressionReport
-from cur.integrations.sources import as_batches
+from cur.integrations.sources import TOL_IN_MEMORY, as_batches
 
 __all__ = ["compress_blockwise"]
 
@@ -154,6 +154,8 @@ def _refuse(config: Asked) -> None:
                 "block by block apply one that was made without (--own-text 0 --no-gradients)"
             )
     elif isinstance(config, BudgetConfig):
+        if config.tol is not None:
+            raise ValueError(TOL_IN_MEMORY)
         asked = [name for name in _WHOLE if getattr(config, name)]
         if asked:
             names = " and ".join(f"`{name}`" for name in asked)

@@ -20,7 +20,7 @@ from cur.integrations.measure.moments import x_norm
 from cur.integrations.measure.propagation import InputMoments
 from cur.integrations.model.finite import finite_weight
 from cur.integrations.model.vocabulary import vocabulary
-from cur.integrations.nn import CompressedLinear, KeptInputs, KeptNeurons, dense_weight, learn_as_
+from cur.integrations.nn import CompressedLinear, KeptInputs, KeptNeurons, dense_weight, learn_as_, looks_up
 from cur.integrations.plan.entry import PlanEntry
 from cur.integrations.plan.methods import ROUNDING_DAMPING, RoundedEntry
 from cur.integrations.report.data import LayerReport
@@ -37,7 +37,7 @@ def _whole(task: Task, entry: RoundedEntry, propagated: InputMoments | None) -> 
     start = time.perf_counter()
     module = task.model.get_submodule(entry.name)
     assert entry.grid is not None
-    if entry.name in vocabulary(task.model):
+    if looks_up(module) is not None or entry.name in vocabulary(task.model):
         return _vocabulary(task, entry, module, start)
     W = finite_weight(module, entry.name).to(torch.float64)
     done = round_layer(

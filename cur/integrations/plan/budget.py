@@ -60,8 +60,8 @@ def error_curves(
 ) -> list[LayerCurve]:
     """Compute the error of every layer at every rank.
 
-    All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients` and `damping`
-    alone, and not on the budget.
+    All that takes time in :func:`plan_budget`; of the configuration it depends on `method`, `gradients`, `damping` and
+    whether numbers may be rounded, but not on how much may be kept.
 
     Parameters
     ----------
@@ -171,9 +171,16 @@ class _Rounding:
         self._latest: tuple[int, Tensor] | None = None
 
     def errors(self, name: str, W: Tensor) -> Any:
+        try:
+            return self._errors(name, W)
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+
+    def _errors(self, name: str, W: Tensor) -> Any:
+        moment = self._statistics.second_moment(name)
         shared = self._statistics.products[name]
         if self._latest is None or self._latest[0] != id(shared):
-            self._latest = id(shared), pivots(self._statistics.second_moment(name).to(W), ROUNDING_DAMPING, name)
+            self._latest = id(shared), pivots(moment.to(W), ROUNDING_DAMPING, name)
         rows = None
         if self._gradients:
             rows = pivots(self._statistics.output_moment(name).to(W), ROUNDING_DAMPING, name)
@@ -264,6 +271,11 @@ def plan_budget(
     """
     targeted = sum(m * n for m, n in (curve.shape for curve in curves))
     whole = model_size(model).parameters
+    if any(len(curve.rounded) for curve in curves) != config.rounds and any(len(curve.errors) > 1 for curve in curves):
+        raise ValueError(
+            "`curves` must have been made for a budget of the same kind: those for bytes or bits have what rounding "
+            "costs, others do not; make them again with this configuration"
+        )
     every = [*curves, *vocabulary]
     names = [curve.name for curve in every]
     on_disk = None if config.size is None else ByteCosts(model, names)
@@ -299,7 +311,8 @@ def plan_budget(
     if on_disk is not None and config.size is not None:
         budget = _size_budget(config.size, on_disk, least=least, rest=_rest(config), dense=dense or {})
     elif config.bits is not None:
-        budget = _bits_budget(config.bits, targeted, prices, curves, least=least, dense=dense or {})
+        rest = f"{_rest(config)}{' with their steps' if config.rounds else ''}"
+        budget = _bits_budget(config.bits, targeted, prices, curves, least=least, rest=rest, dense=dense or {})
     else:
         budget = _budget(config, targeted, whole, least=least, dense=dense or {})
     if not config.gradients:
@@ -387,6 +400,7 @@ def _bits_budget(
     curves: Sequence[LayerCurve],
     *,
     least: int,
+    rest: str,
     dense: Mapping[str, str],
 ) -> int:
     """Return the bytes that the targeted layers may take, from the bits for each of their numbers."""
@@ -398,8 +412,7 @@ def _bits_budget(
         )
     if bits * targeted < 8 * least:
         raise ValueError(
-            f"`bits` must be at least {math.ceil(800 * least / targeted) / 100}, what grids of 2 bits take with their "
-            f"steps; got {bits}{_beside(dense)}"
+            f"`bits` must be at least {math.ceil(800 * least / targeted) / 100}, {rest}; got {bits}{_beside(dense)}"
         )
     return int(bits * targeted / 8)
 

@@ -172,8 +172,8 @@ class BudgetConfig(BudgetSettings):
         Kullback-Leibler divergence from the dense model, in nats per token on held-out text, that the smallest model
         which stays within it may have: the mean and its 95 percent interval, measured before anything is written.
     rounding : bool, default True
-        Whether numbers may be rounded to few bits, weights as well as factors, where a budget is one of bytes or bits:
-        then bits, ranks and neurons share it at one price. For the method "best".
+        Whether numbers may be rounded to few bits, weights as well as factors, where a budget is one of bytes or bits,
+        or a tolerance: then bits, ranks and neurons share it at one price. For the method "best".
     method : {"best", "rows"}, default "best"
         ``"best"``: the matrices that lose least under second moments. ``"rows"``: rows of the weights themselves and
         the coefficients that give the others, so that what is kept is the model's own, at some loss. Both are stored as

@@ -130,10 +130,11 @@ class ByteCosts(LayerBytes):
 def _stored(model: nn.Module) -> Mapping[str, Tensor]:
     """Return what is stored of a model: of tensors that share their memory the first."""
     found: dict[str, Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    for key, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place not in seen or tensor.numel() == 0 or tensor.is_meta:
+    seen: set[Any] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        # without memory of their own, tensors are shared that are one object
+        place = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen or tensor.numel() == 0:
             found[key] = tensor
         seen.add(place)
     return found

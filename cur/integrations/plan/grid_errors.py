@@ -51,7 +51,7 @@ def expected_errors(W: Tensor, rows: Tensor | None, columns: Tensor, grids: Sequ
     Parameters
     ----------
     W : Tensor, shape (m, n)
-        The weight, in double precision.
+        The weight, in any precision.
     rows, columns : Tensor, shape (m,) and (n,)
         The results of :func:`pivots` for the second moments of output gradients and of inputs; None for the identity.
     grids : sequence of IntegerGrid, optional
@@ -63,7 +63,7 @@ def expected_errors(W: Tensor, rows: Tensor | None, columns: Tensor, grids: Sequ
         The squares of the errors, ``tr(H E G E^T)``.
     """
     m, n = W.shape
-    outputs = torch.ones(m, dtype=W.dtype, device=W.device) if rows is None else rows
+    outputs = torch.ones(m, dtype=torch.float64, device=W.device) if rows is None else rows
     ends = {
         (group, symmetric): _Ranges.of(W, outputs, columns, group, symmetric) for group, symmetric in _kinds(grids, n)
     }
@@ -100,15 +100,15 @@ class _Ranges:
     def of(cls, W: Tensor, outputs: Tensor, columns: Tensor, group: int, symmetric: bool) -> _Ranges:
         m, n = W.shape
         more = -n % group
-        X = nn.functional.pad(W, (0, more)).reshape(m, -1, group)
+        X = (nn.functional.pad(W, (0, more)) if more else W).reshape(m, -1, group)
         inputs = nn.functional.pad(columns, (0, more)).reshape(-1, group)
-        top, bottom = X.amax(2).clamp(min=0), X.amin(2).clamp(max=0)
+        top, bottom = (end.to(outputs) for end in (X.amax(2).clamp(min=0), X.amin(2).clamp(max=0)))
         span = 2 * torch.maximum(top, -bottom) if symmetric else top - bottom
         each = outputs * (span.square() @ inputs.sum(1))
         reached = each.cumsum(0) / each.sum().clamp(min=torch.finfo(each.dtype).tiny)
         places = (torch.arange(min(_ROWS, m), dtype=each.dtype, device=each.device) + 0.5) / min(_ROWS, m)
         some = torch.searchsorted(reached, places).clamp(max=m - 1)
-        parts = (X[some], span[some], bottom[some], inputs)
+        parts = (X[some].to(outputs), span[some], bottom[some], inputs)
         return cls(float(each.sum()) / 12, *(part.cpu().numpy() for part in parts))
 
     def lost(self, grid: IntegerGrid) -> float:

@@ -8,6 +8,8 @@ are foreseen as those of other layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ def vocabulary_curves(model: nn.Module, statistics: Statistics, config: BudgetCo
         module = model.get_submodule(name)
         is_table = looks_up(module) is not None
         W = finite_weight(module, name)
-        rows = (W.T if is_table else W).to(torch.float64)
+        rows = W.T if is_table else W  # of the whole vocabulary, so in the precision that it has
         errors = _errors(name, tied, rows, statistics, module)
         if errors is None:
             continue
@@ -93,13 +95,14 @@ def _errors(
     counts = token_counts(statistics, (name, *tied), len(rows))
     if counts is None:
         return None
-    shares = token_shares(counts).to(rows)
+    place: dict[str, Any] = {"dtype": torch.float64, "device": rows.device}
+    shares = token_shares(counts).to(**place)
     is_table = looks_up(module) is not None
     read = [each for each in (*tied, name) if statistics.counts.get(each)]
     heads = [each for each in read if each in statistics.products and each not in statistics.lookups]
     if (tied or not is_table) and not heads:
         return None
-    G = statistics.second_moment(heads[0]).to(rows) if heads else None
+    G = statistics.second_moment(heads[0]).to(**place) if heads else None
     counted = [] if G is None else [G]
     if is_table:
         # of an encoder-decoder the table itself is not called, but others that share its weight are
@@ -107,7 +110,7 @@ def _errors(
         if not called:
             return None
         times = times_of(module)
-        counted.append(statistics.output_moment(called[0]).to(rows) * (1.0 if times is None else times.value) ** 2)
+        counted.append(statistics.output_moment(called[0]).to(**place) * (1.0 if times is None else times.value) ** 2)
     total = sum(counted[1:], counted[0])
     columns = total.diagonal() if G is None else pivots(G, ROUNDING_DAMPING, name, counted=total)
     found: np.ndarray = expected_errors(rows, shares, columns)

@@ -53,6 +53,16 @@ def test_other_families(name: str, rounding: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(again[key], value)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_block_by_block_counts_tied_weights_once(tied: bool) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=300, tie_word_embeddings=tied, **sizes)
+    with torch.device("meta"):
+        streamed = LlamaForCausalLM(config)
+    streamed.tie_weights()
+    assert ByteCosts(streamed, []).dense() == ByteCosts(LlamaForCausalLM(config), []).dense()
+
+
 def test_what_cannot_be_met(wide: PreTrainedModel, tmp_path: Path) -> None:
     tokens = torch.randint(0, 101, (2, 24))
     wide.save_pretrained(tmp_path / "dense")

@@ -137,3 +137,25 @@ def test_a_layer_without_gradients_is_rounded_by_its_inputs() -> None:
     report = compress(model, tokens, BudgetConfig(bits=5, gradients=False, own_text=0))
     assert {entry.method for entry in report.plan.entries} <= {"rounded", "weighted", "neurons"}
     assert any(entry.method == "rounded" for entry in report.plan.entries)
+
+
+def test_curves_of_another_kind_of_budget_are_refused() -> None:
+    model = make("llama", seed=0, blocks=2)
+    tokens = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))
+    of_bits, of_parameters = BudgetConfig(bits=5, own_text=0), BudgetConfig(keep=0.8, own_text=0)
+    statistics = measure(model, as_batches(tokens, 1), of_bits)
+    for one, other in ((of_bits, of_parameters), (of_parameters, of_bits)):
+        forms = budget_forms(model, statistics, one, Layers(model, statistics))
+        assert forms.plan().entries
+        with pytest.raises(ValueError, match="`curves` must have been made for a budget of the same kind"):
+            replace(forms, config=other).plan()
+
+
+@pytest.mark.parametrize("config", [BudgetConfig(bits=5, own_text=0), BudgetConfig(keep=0.8, own_text=0)])
+def test_statistics_that_lack_a_layer_are_refused_in_a_sentence(config: BudgetConfig) -> None:
+    model = make("llama", seed=0, blocks=2)
+    tokens = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))
+    narrow = replace(config, targets=("q_proj",))
+    statistics = measure(model, as_batches(tokens, 1), narrow)
+    with pytest.raises(ValueError, match=r"statistics.*k_proj|k_proj.*statistics"):
+        budget_forms(model, statistics, config, Layers(model, statistics))
