@@ -29,6 +29,9 @@ from cur.integrations.sources import TOL_IN_MEMORY, as_batches
 
 __all__ = ["compress_blockwise"]
 
+# What a rehearsal found, for a run that goes on.
+_REHEARSED = "rehearsed"
+
 _WHOLE = {
     "gradients": ("gradients=False", "--no-gradients"),
     "own_text": ("own_text=0", "--own-text 0"),
@@ -131,8 +134,15 @@ def compress_blockwise(
             progress=progress,
             announce=announce,
         )
-        source.rehearse(asked, source.check(asked), end=held_out is not None)
+        names = source.check(asked)
+        earlier = journal.facts(_REHEARSED)  # of a run that goes on
+        if earlier is None:
+            source.rehearse(asked, names, end=held_out is not None)
+        else:
+            source.fault = earlier["fault"]
         _begin(group, journal, _inputs(source, asked, held_out))
+        if earlier is None and group.leads:
+            journal.finish(_REHEARSED, fault=source.fault)
         try:
             with journal.explaining(target):
                 report = compress_to(

@@ -75,6 +75,8 @@ class Streamed(Source):
 
     Attributes
     ----------
+    fault : str or None
+        Why layers are not corrected, as a rehearsal has found; None if they are.
     stored : Path or None
         A file of statistics that was there when the run began.
     compressed : PreTrainedModel
@@ -113,7 +115,7 @@ class Streamed(Source):
         self.stored = file if file is not None and file.exists() and journal.facts(_SAVED) is None else None
         self._calibration: Calibration | None = None
         self._reports: list[LayerReport] = []
-        self._uncorrected: str | None = None
+        self.fault: str | None = None
 
     def rehearse(self, asked: Asked, names: Sequence[str], *, end: bool) -> None:
         """Refuse a model that cannot be run block by block, before anything is measured or written.
@@ -135,13 +137,13 @@ class Streamed(Source):
         rehearsal = Rehearsal(self.streamed, self.text, self.precision)
         rehearsal.check(names if self.stored is None else None, end=end)
         if asked.correction:
-            self._uncorrected = rehearsal.correction_fault(names)
+            self.fault = rehearsal.correction_fault(names)
 
     def settled(self, asked: Asked) -> tuple[Asked, tuple[str, ...]]:
         """Leave out what a rehearsal could not do, as in memory."""
-        if self._uncorrected is None or not isinstance(asked, (BudgetConfig, Plan)):
+        if self.fault is None or not isinstance(asked, (BudgetConfig, Plan)):
             return asked, ()
-        note = uncorrected(self._uncorrected)
+        note = uncorrected(self.fault)
         self.announce(note)
         return replace(asked, correction=0.0), (note,)
 

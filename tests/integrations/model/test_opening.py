@@ -128,7 +128,7 @@ def test_only_causal_models_have_a_perplexity(kind: str, tmp_path: Path, text: P
     source = write(kind, tmp_path / "source")
     for way in ("--in-memory", "--low-memory"):
         done = cur("evaluate", source, "--text", text, "--windows", 2, "--window-length", 16, way)
-        refused(done, "perplexity needs a causal language model", config_of(source)["architectures"][0])
+        refused(done, "perplexity and divergence need a causal language model", config_of(source)["architectures"][0])
 
 
 @pytest.mark.parametrize("way", ["--in-memory", "--low-memory"])
