@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cur._driver.certify import evaluation_rounding
+from cur._lib.array import unit_roundoff
 from cur.bounds import Certificate
 from cur.integrations.factor.layer import as_json, plain_certificate, report_on
 from cur.integrations.factor.methods import Made, Task, maker
@@ -162,26 +163,27 @@ def _after(task: Task, entry: PlanEntry, layer: CompressedLinear, report: LayerR
     """Return the report on a layer whose factors are rounded now."""
     module = task.model.get_submodule(entry.name)
     W = dense_weight(module, entry.name)[0].detach().to(torch.float64)
-    near = _weight(layer)
+    near, rounding = _weight(layer)
     found = report_on(
         [(W, W - near)],
         entry,
         layer,
         norm=x_norm(task.moments.statistics, entry.name).to(W),
-        certificate=as_json(plain_certificate(W, near, 0.0)),
-        rounding=0.0,
+        certificate=as_json(plain_certificate(W, near, rounding)),
+        rounding=rounding,
         rows=report.rows,
         columns=report.columns,
         seconds=report.seconds + seconds,
     )
-    kept: dict[str, Any] = {"spectrum": report.spectrum}
-    return replace(found, **kept)
+    return replace(found, spectrum=report.spectrum)
 
 
-def _weight(layer: CompressedLinear) -> Tensor:
-    """Return what the rounded factors stand for, multiplied out in double precision."""
+def _weight(layer: CompressedLinear) -> tuple[Tensor, float]:
+    """Return what the rounded factors stand for, multiplied out in double precision, and a bound on its rounding."""
     if isinstance(layer, KeptNeurons) and layer.inner_rank is None:
-        return layer.weight.to(torch.float64)
+        return layer.weight.to(torch.float64), 0.0
     part = layer.part if isinstance(layer, KeptNeurons) else layer
     left, right = (factor.to(torch.float64) for factor in part.two_factors())
-    return layer.spread(left @ right) if isinstance(layer, KeptNeurons) else left @ right
+    near = left @ right
+    rounding = evaluation_rounding(left, right, u=unit_roundoff(near.dtype, near))
+    return (layer.spread(near) if isinstance(layer, KeptNeurons) else near), rounding

@@ -194,3 +194,14 @@ def test_entries_say_what_is_tied() -> None:
     wrong = Plan(entries=(replace(head, layout="table"),), fingerprint=fingerprint(model))
     with pytest.raises(PlanError, match="in the layout 'table', which is not for a Linear"):
         wrong.check(model)
+
+
+def test_the_bound_of_rounded_factors_has_the_rounding_of_their_product(measured: Measured) -> None:
+    model, text, statistics, plan = measured
+    compressed = copy.deepcopy(model)
+    entries = tuple(replace(entry, grid=FOUR) for entry in plan.entries)
+    report = carry_out_(compressed, replace(plan, entries=entries), statistics, text=text)
+    factored = [layer for layer in report.layers if layer.layout == "interpolative"]
+    assert factored
+    assert all(layer.certificate["rounding"] > 0 for layer in factored)
+    assert all(layer.weighted_bound > layer.weighted_error for layer in factored)
