@@ -306,7 +306,7 @@ def plan_budget(
 
     options = layer_options(every, neurons, prices)
     if config.tol is not None:
-        return made(options, _within(options, SHARE * config.tol if loss is None else loss, config.tol))
+        return made(options, _within(options, SHARE * config.tol if loss is None else loss))
     least = sum(option.least for option in options)
     if on_disk is not None and config.size is not None:
         budget = _size_budget(config.size, on_disk, least=least, rest=_rest(config), dense=dense or {})
@@ -318,7 +318,7 @@ def plan_budget(
     if not config.gradients:
         options = _with_floor(options, budget)
     chosen = _shares(options, budget)
-    alone = layer_options(every, (), prices)
+    alone = layer_options(every, (), prices) if neurons else []
     if neurons and sum(option.costs.min() for option in alone) <= budget:
         if not config.gradients:
             alone = _with_floor(alone, budget)
@@ -333,7 +333,7 @@ def _shares(options: Sequence[Options], budget: int) -> tuple[int, ...]:
     return ranks.allocate([option.errors for option in options], [option.costs for option in options], budget)
 
 
-def _within(options: Sequence[Options], loss: float, tol: float) -> tuple[int, ...]:
+def _within(options: Sequence[Options], loss: float) -> tuple[int, ...]:
     """Return which option each takes, so that the sum of costs is least where that of errors is no more than a loss."""
     return ranks.allocate([option.costs for option in options], [option.errors for option in options], loss)
 
