@@ -24,11 +24,11 @@ from cur.integrations.model.usage import model_name
 from cur.integrations.nn import is_table
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.dense import dense_remark
-from cur.integrations.plan.file_size import ByteCosts, LayerBytes
+from cur.integrations.plan.file_size import ByteCosts, LayerBytes, Numbers
 from cur.integrations.plan.grid_errors import expected_errors, pivots
 from cur.integrations.plan.methods import ROUNDING_DAMPING
 from cur.integrations.plan.neuron_curves import neuron_curves
-from cur.integrations.plan.options import Numbers, Options, Prices, layer_options
+from cur.integrations.plan.options import Options, layer_options
 from cur.integrations.plan.plan import Plan, fingerprint
 from cur.integrations.plan.rate_distortion import LayerCurve, NeuronCurve, smallest_of, unit
 
@@ -279,7 +279,7 @@ def plan_budget(
     every = [*curves, *vocabulary]
     names = [curve.name for curve in every]
     on_disk = None if config.size is None else ByteCosts(model, names)
-    prices: Prices = on_disk or (LayerBytes(model, names) if config.rounds or config.bits else Numbers())
+    prices: Numbers = on_disk or (LayerBytes(model, names) if config.rounds or config.bits else Numbers())
 
     def made(options: Sequence[Options], chosen: Sequence[int]) -> Plan:
         found = {
@@ -396,7 +396,7 @@ def _size_budget(size: int, on_disk: ByteCosts, *, least: int, rest: str, dense:
 def _bits_budget(
     bits: float,
     targeted: int,
-    prices: Prices,
+    prices: Numbers,
     curves: Sequence[LayerCurve],
     *,
     least: int,

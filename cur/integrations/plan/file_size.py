@@ -1,4 +1,4 @@
-"""How many bytes a compressed checkpoint takes on disk, before it is written."""
+"""How much layers and a compressed checkpoint will take, in parameters or in bytes, before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cur.integrations.nn import CompressedLinear, IntegerGrid
 
-__all__ = ["ByteCosts", "LayerBytes"]
+__all__ = ["ByteCosts", "LayerBytes", "Numbers"]
 
 # The longest description of a tensor in the header of a safetensors file, without its name and sizes.
 _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')
@@ -20,8 +20,50 @@ _GUARD = 150
 _SHARD = 5 * 10**9
 
 
-class LayerBytes:
-    """What is stored of layers, in bytes.
+class Numbers:
+    """Counts parameters of layers; the base of what counts their bytes."""
+
+    def stored(
+        self,
+        kind: type[CompressedLinear],
+        name: str,
+        shape: tuple[int, int],
+        rank: Any,
+        inner_rank: Any = None,
+        grid: IntegerGrid | None = None,
+    ) -> Any:
+        """Return the parameters of a layer of a type, at a rank or at each of some.
+
+        Parameters
+        ----------
+        kind : type of CompressedLinear
+            The type of the layer.
+        name : str
+            The name of the layer.
+        shape : (int, int)
+            The numbers of outputs and inputs of the dense layer.
+        rank, inner_rank : int or array
+            The rank of the layer and that of its kept part; None for none.
+        grid : IntegerGrid or None
+            The grid of the layer, on which parameters do not depend; None if it is not rounded.
+        """
+        return kind.parameter_count(*shape, rank, inner_rank)
+
+    def whole(self, name: str, shape: tuple[int, int]) -> int:
+        """Return the parameters of the dense layer.
+
+        Parameters
+        ----------
+        name : str
+            The name of the layer.
+        shape : (int, int)
+            The numbers of outputs and inputs.
+        """
+        return shape[0] * shape[1]
+
+
+class LayerBytes(Numbers):
+    """Counts bytes of what is stored of layers.
 
     Parameters
     ----------
@@ -43,33 +85,11 @@ class LayerBytes:
         inner_rank: Any = None,
         grid: IntegerGrid | None = None,
     ) -> Any:
-        """Return the bytes of a layer of a type, at a rank or at each of some.
-
-        Parameters
-        ----------
-        kind : type of CompressedLinear
-            The type of the layer.
-        name : str
-            The name of the layer.
-        shape : (int, int)
-            The numbers of outputs and inputs of the dense layer.
-        rank, inner_rank : int or array
-            The rank of the layer and that of its kept part; None for none.
-        grid : IntegerGrid or None
-            The grid of the layer; None if it is not rounded.
-        """
+        """Return the bytes of a layer of a type, at a rank or at each of some."""
         return kind.nbytes(*shape, rank, inner_rank, dtype=self._weights[name].dtype, grid=grid)
 
     def whole(self, name: str, shape: tuple[int, int]) -> int:
-        """Return the bytes of the dense layer.
-
-        Parameters
-        ----------
-        name : str
-            The name of the layer.
-        shape : (int, int)
-            The numbers of outputs and inputs.
-        """
+        """Return the bytes of the dense layer."""
         return int(self._weights[name].nbytes)
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from cur import ranks
-from cur.integrations.nn import CompressedLinear, IntegerGrid, KeptInputs, KeptOutputs, WholeLinear, WholeTable
+from cur.integrations.nn import CompressedLinear, KeptInputs, KeptOutputs, WholeLinear, WholeTable
 from cur.integrations.plan.config import METHODS, BudgetConfig
 from cur.integrations.plan.entry import PlanEntry
-from cur.integrations.plan.file_size import LayerBytes
+from cur.integrations.plan.file_size import Numbers
 from cur.integrations.plan.grid_errors import FACTORS, GRIDS
 from cur.integrations.plan.methods import NeuronsBeforeEntry, NeuronsEntry, RoundedEntry
 from cur.integrations.plan.rate_distortion import Cut, LayerCurve, NeuronCurve
 
-__all__ = ["Numbers", "Options", "Prices", "layer_options"]
+__all__ = ["Options", "layer_options"]
 
 Vector = np.ndarray[Any, Any]
 
@@ -27,52 +27,6 @@ _LEAST_NEURONS = 0.3
 
 # Factors lose several times what the whole weight does: few bits and fine groups are not for them.
 _FOR_FACTORS = tuple(place for place, grid in enumerate(GRIDS) if grid.group == 64 and grid.bits > 2)
-
-
-class Numbers:
-    """Counts parameters."""
-
-    def stored(
-        self,
-        kind: type[CompressedLinear],
-        name: str,
-        shape: tuple[int, int],
-        rank: Any,
-        inner_rank: Any = None,
-        grid: IntegerGrid | None = None,
-    ) -> Any:
-        """Return the parameters of a layer of a type, at a rank or at each of some.
-
-        Parameters
-        ----------
-        kind : type of CompressedLinear
-            The type of the layer.
-        name : str
-            The name of the layer.
-        shape : (int, int)
-            The numbers of outputs and inputs of the dense layer.
-        rank, inner_rank : int or array
-            The rank of the layer and that of its kept part; None for none.
-        grid : IntegerGrid or None
-            The grid of the layer, on which the count does not depend.
-        """
-        return kind.parameter_count(*shape, rank, inner_rank)
-
-    def whole(self, name: str, shape: tuple[int, int]) -> int:
-        """Return the parameters of the dense layer.
-
-        Parameters
-        ----------
-        name : str
-            The name of the layer.
-        shape : (int, int)
-            The numbers of outputs and inputs.
-        """
-        return shape[0] * shape[1]
-
-
-Prices: TypeAlias = "Numbers | LayerBytes"
-"""What is counted of a layer: parameters, or bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +131,7 @@ class Options:
                 yield METHODS[config.method](rank=rank, layout=self.layouts[place], **common)
 
 
-def layer_options(curves: Sequence[LayerCurve], neurons: Sequence[NeuronCurve], prices: Prices) -> list[Options]:
+def layer_options(curves: Sequence[LayerCurve], neurons: Sequence[NeuronCurve], prices: Numbers) -> list[Options]:
     """Return the options of layers that choose alone, and of those that have neurons between them.
 
     Parameters
@@ -186,7 +140,7 @@ def layer_options(curves: Sequence[LayerCurve], neurons: Sequence[NeuronCurve], 
         The curves of all layers.
     neurons : sequence of NeuronCurve
         The curves of groups of these layers.
-    prices : Prices
+    prices : Numbers
         Says what each option costs.
 
     Returns
@@ -235,7 +189,7 @@ class _Form:
     def of(cls, one: _Choices) -> _Form:
         return cls(one.ranks[:, None], one.grids[:, None], one.errors[:, None], one.costs)
 
-    def options(self, curves: Sequence[LayerCurve], prices: Prices) -> Options:
+    def options(self, curves: Sequence[LayerCurve], prices: Numbers) -> Options:
         least = int(self.costs.min())
         if all(len(curve.rounded) for curve in curves):
             whole = (_on_grids(_whole(curve), curve, min(curve.shape), curve.rounded, prices) for curve in curves)
@@ -264,7 +218,7 @@ def _all(forms: Sequence[_Form]) -> _Form:
     return _Form(**{name: np.concatenate([getattr(form, name) for form in forms]) for name in names})
 
 
-def _alone(curve: LayerCurve, prices: Prices) -> _Choices:
+def _alone(curve: LayerCurve, prices: Numbers) -> _Choices:
     """Return what a layer can take by itself."""
     top = len(curve.errors) - 1
     some = np.arange(1, top + 1)
@@ -286,7 +240,7 @@ def _alone(curve: LayerCurve, prices: Prices) -> _Choices:
     return _chain(found)
 
 
-def _on_grids(kind: type[CompressedLinear], curve: LayerCurve, rank: int, errors: Vector, prices: Prices) -> _Choices:
+def _on_grids(kind: type[CompressedLinear], curve: LayerCurve, rank: int, errors: Vector, prices: Numbers) -> _Choices:
     """Return a layer on each grid, with all that it keeps."""
     offered = np.flatnonzero(np.isfinite(errors))
     costs = [prices.stored(kind, curve.name, curve.shape, rank, None, GRIDS[place]) for place in offered]
@@ -316,7 +270,7 @@ def _together(choices: Sequence[_Choices]) -> _Form:
     return _Form(stacked["ranks"], stacked["grids"], stacked["errors"], stacked["costs"].sum(axis=1))
 
 
-def _fewer(group: NeuronCurve, curves: Sequence[LayerCurve], prices: Prices) -> list[_Form]:
+def _fewer(group: NeuronCurve, curves: Sequence[LayerCurve], prices: Numbers) -> list[_Form]:
     """Return layers of fewer neurons, at every number of them, and at some with what is left of a lower rank."""
     some = np.arange(1, len(group.errors) + 1)
     whole = np.zeros((len(some), len(curves)), dtype=np.int64)
@@ -332,7 +286,7 @@ def _fewer(group: NeuronCurve, curves: Sequence[LayerCurve], prices: Prices) -> 
     return found
 
 
-def _cut(kind: type[CompressedLinear], curve: LayerCurve, inside: LayerCurve, cut: Cut, prices: Prices) -> _Choices:
+def _cut(kind: type[CompressedLinear], curve: LayerCurve, inside: LayerCurve, cut: Cut, prices: Numbers) -> _Choices:
     """Return what is left of a layer at each rank, and whole."""
     top = len(inside.errors) - 1
     some = np.arange(1, top + 1)
@@ -341,7 +295,7 @@ def _cut(kind: type[CompressedLinear], curve: LayerCurve, inside: LayerCurve, cu
     return _Choices(np.append(some, 0), np.full(top + 1, -1), inside.errors, np.append(costs, all_of_it))
 
 
-def _fewer_on_grids(group: NeuronCurve, curves: Sequence[LayerCurve], prices: Prices) -> list[_Form]:
+def _fewer_on_grids(group: NeuronCurve, curves: Sequence[LayerCurve], prices: Numbers) -> list[_Form]:
     """Return layers of fewer neurons on grids, at some numbers of neurons.
 
     Of what rounding a whole layer loses, the neurons that are kept have their share.
